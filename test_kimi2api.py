@@ -1,0 +1,1538 @@
+"""Tests of kimi2api, in the order of the module's sections.
+
+    pytest                      # all but the benchmark
+    pytest -k stale_nonce       # one behaviour
+    pytest -m bench -s          # a table of ratios against cloudscraper called straight
+
+The upstream is a stand-in that speaks HTTP over real sockets, faults included; nothing of the program is mocked.
+Routes are called through WebTest; where behaviour is about sockets or signals, the program runs as a process.
+"""
+from __future__ import annotations
+
+import asyncio
+import gzip
+import http.client
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import ssl
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
+import webtest
+
+import kimi2api
+
+HERE = Path(__file__).parent
+PATIENCE = 20.0  # seconds after which something that must happen counts as not happening
+
+# ======================================================================================================================
+# The stand-in upstream
+# ======================================================================================================================
+
+Fault = Callable[["Handler"], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    server: StandIn
+
+    def do_GET(self) -> None:
+        self.server.pages.append(dict(self.headers))
+        self.server.page_script.popleft()(self) if self.server.page_script else page(self)
+
+    def do_POST(self) -> None:
+        form = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode(), keep_blank_values=True))
+        with self.server.lock:
+            self.server.posts.append(form)
+            self.server.heads.append(dict(self.headers))
+            fault = self.server.script.popleft() if self.server.script else self.server.always
+        fault(self)
+
+    def reply(self, status: int, body: bytes, kind: str = "text/html; charset=UTF-8", **headers: str) -> None:
+        self.send_response_only(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)),
+                   **{name.replace("_", "-"): value for name, value in headers.items()}}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def raw(self, data: bytes) -> None:
+        self.wfile.write(data)
+        self.wfile.flush()
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class StandIn(ThreadingHTTPServer):
+    """Plays the web chat. `script` holds what the next posts get, `page_script` the next pages; then all is well."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.lock = threading.Lock()
+        self.nonce, self.answer = "a1b2c3d4e5", "Hello from upstream."
+        self.pages: list[dict[str, str]] = []
+        self.posts: list[dict[str, str]] = []
+        self.heads: list[dict[str, str]] = []
+        self.script: deque[Fault] = deque()
+        self.page_script: deque[Fault] = deque()
+        self.always: Fault = answer
+        self.gate = threading.Event()  # what waits at the gate goes on when the test opens it, or ends
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        origin = f"http://127.0.0.1:{self.server_address[1]}"
+        return {"UPSTREAM_URL": f"{origin}/wp-admin/admin-ajax.php", "CHAT_PAGE_URL": f"{origin}/chat/"}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # the program hung up, which some tests want
+
+    def stop(self) -> None:
+        self.gate.set()
+        self.shutdown()
+        self.server_close()
+
+
+def page(handler: Handler) -> None:
+    body = (f'<html><script id="kimi-js-extra">\nvar kimi_ajax = {{"i18n":{{"nonce_label":"x"}}, '
+            f'"nonce" : "{handler.server.nonce}","ajax_url":"https:\\/\\/kimi-ai.chat\\/wp-admin\\/admin-ajax.php"}};'
+            "</script></html>")
+    handler.reply(200, body.encode(), Set_Cookie="visit=42; Path=/")
+
+
+def answer(handler: Handler) -> None:
+    if handler.server.posts[-1].get("nonce") != handler.server.nonce and handler.server.script is not None:
+        handler.reply(403, b"-1")
+    else:
+        says(handler.server.answer)(handler)
+
+
+def says(text: str, **headers: str) -> Fault:
+    body = json.dumps({"success": True, "data": {"message": text}}).encode()
+    return lambda handler: handler.reply(200, body, "application/json; charset=UTF-8", **headers)
+
+
+def sends(status: int, body: bytes | str = b"", kind: str = "text/html", **headers: str) -> Fault:
+    data = body.encode() if isinstance(body, str) else body
+    return lambda handler: handler.reply(status, data, kind, **headers)
+
+
+def echo(handler: Handler) -> None:
+    says(handler.server.posts[-1]["message"])(handler)
+
+
+def at_the_gate(handler: Handler) -> None:
+    handler.server.gate.wait(PATIENCE * 2)
+    says(handler.server.answer)(handler)
+
+
+def resets(handler: Handler) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def raw(data: bytes) -> Fault:
+    return lambda handler: handler.raw(data)
+
+
+def drips(head: bytes, drop: bytes = b"x") -> Fault:
+    """A byte every 50 ms, for as long as anybody reads."""
+    def fault(handler: Handler) -> None:
+        handler.wfile.write(head)
+        while not handler.server.gate.wait(0.05):
+            handler.wfile.write(drop)
+            handler.wfile.flush()
+    return fault
+
+
+def endless(handler: Handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+    while not handler.server.gate.is_set():
+        handler.wfile.write(b" " * 65536)
+
+
+JUST_A_MOMENT = '<!DOCTYPE html><html><title>Just a moment...</title><script src="/cdn-cgi/challenge-platform/h/b/">'
+IUAM = ('<html><title>Just a moment...</title><img src="/cdn-cgi/images/trace/jsch/js/transparent.gif">'
+        '<form id="challenge-form" action="/?__cf_chl_f_tk=abc" method="POST"></form></html>')
+FIREWALL = '<html><title>Access denied</title><span class="cf-error-code">1020</span></html>'
+DOWN = "<html><title>kimi-ai.chat | 521: Web server is down</title><a href='/cdn-cgi/l/x'>Cloudflare</a></html>"
+CLOUDFLARE = {"Server": "cloudflare"}
+
+
+@pytest.fixture
+def kimi() -> Iterator[StandIn]:
+    server = StandIn()
+    yield server
+    server.stop()
+
+
+# ======================================================================================================================
+# The program, in process and as a process
+# ======================================================================================================================
+
+
+class Client(webtest.TestApp):
+    """WebTest's client, which hands an error to the test like any answer instead of raising it."""
+
+    def do_request(self, req: Any, status: Any = None, expect_errors: Any = None) -> Any:
+        return super().do_request(req, status, expect_errors=True)
+
+
+@pytest.fixture
+def make(kimi: StandIn) -> Callable[..., Client]:
+    """make(SETTING="text", …): the program's WSGI application in front of the stand-in."""
+    def build(**settings: str) -> Client:
+        loaded = kimi2api.Settings.load(settings, {**kimi.settings, "STREAM_INTERVAL_MS": "0", "MAX_RETRIES": "1"})
+        return Client(kimi2api.create_app(loaded))
+    return build
+
+
+@pytest.fixture
+def app(make: Callable[..., Client]) -> Client:
+    return make()
+
+
+def chat(app: Client, content: Any = "Hello", headers: dict[str, str] | None = None, **body: Any) -> Any:
+    body.setdefault("messages", [{"role": "user", "content": content}])
+    return app.post_json("/v1/chat/completions", body, headers=headers)
+
+
+def said(response: Any) -> str:
+    assert response.status_int == 200, response.text
+    return response.json["choices"][0]["message"]["content"]
+
+
+def events(response: Any) -> list[Any]:
+    """The events of a stream: parsed JSON, or the text '[DONE]'."""
+    body = response if isinstance(response, bytes) else response.body
+    data = [line[6:] for line in body.decode().split("\n") if line.startswith("data: ")]
+    return [text if text == "[DONE]" else json.loads(text) for text in data]
+
+
+def streamed(chunks: list[Any]) -> str:
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks
+                   if chunk != "[DONE]" and chunk["choices"])
+
+
+def is_error(response: Any, status: int, code: str | None, type: str | None = None, param: str | None = None) -> bool:
+    assert response.status_int == status, (response.status_int, response.text)
+    assert response.content_type == "application/json"
+    error = response.json["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert error["code"] == code, error
+    assert type is None or error["type"] == type
+    assert param is None or error["param"] == param, error
+    return True
+
+
+def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.01)
+    raise AssertionError(f"never happened: {what or condition}")
+
+
+class Program:
+    """`python kimi2api.py` as a process of its own."""
+
+    def __init__(self, *flags: str, **settings: str) -> None:
+        environ = {name: value for name, value in os.environ.items() if name.lower() not in
+                   ("http_proxy", "https_proxy", "all_proxy") and name not in kimi2api.Settings.__dataclass_fields__}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "kimi2api.py"), "--api-port", "0", *flags], env={**environ, **settings},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", cwd="/")
+        assert self.process.stdout and self.process.stderr
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
+        self._reader.start()
+        self.greeting = ""
+        for line in self.process.stdout:
+            self.greeting += line
+            if "stop it" in line:
+                break
+        found = re.search(r"http://([^/]*):(\d+)/v1", self.greeting)
+        assert found, (self.greeting, self.log)
+        self.host, self.port = found[1].strip("[]"), int(found[2])
+        self.base_url = f"http://{found[1]}:{self.port}/v1"
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
+        connection = self.connect()
+        connection.request(method, path, json.dumps(body) if isinstance(body, dict) else body, headers)
+        response = connection.getresponse()
+        result = response.status, response.read()
+        connection.close()
+        return result
+
+    def chat(self, content: str = "Hello", **body: Any) -> tuple[int, bytes]:
+        return self.ask("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **body})
+
+    def open_chat(self, content: str = "Hello", **body: Any) -> socket.socket:
+        """A socket on which a chat has been asked and nothing read."""
+        data = json.dumps({"messages": [{"role": "user", "content": content}], **body}).encode()
+        link = socket.create_connection((self.host, self.port), timeout=PATIENCE)
+        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        return link
+
+    def health(self) -> Any:
+        status, body = self.ask("GET", "/health")
+        assert status == 200
+        return json.loads(body)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        code = self.process.wait(timeout)
+        self._reader.join(PATIENCE)
+        return code
+
+    def memory(self) -> float:
+        """Resident memory in MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+@pytest.fixture
+def run(kimi: StandIn) -> Iterator[Callable[..., Program]]:
+    """run("--flag", SETTING="text", …): the program as a process in front of the stand-in."""
+    programs: list[Program] = []
+
+    def start(*flags: str, **settings: str) -> Program:
+        programs.append(Program(*flags, **{**kimi.settings, "MAX_RETRIES": "1", **settings}))
+        return programs[-1]
+    yield start
+    for program in programs:
+        program.process.kill()
+        program.wait()
+
+
+def read_all(link: socket.socket) -> bytes:
+    parts = []
+    while part := link.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def command(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """The program run to its end."""
+    environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return subprocess.run([sys.executable, str(HERE / "kimi2api.py"), *flags], env={**environ, **settings}, cwd="/",
+                          capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE * 2)
+
+
+# ======================================================================================================================
+# 1 Settings, and the command line
+# ======================================================================================================================
+
+
+def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text('# mine\nexport API_PORT=3\nMAX_RETRIES = "7" # seven\nSESSION_CACHE_TTL=\'5\'\n'
+                        "API_MASTER_KEY=sk#1\nDEFAULT_MODEL= # nothing\n\nnot a setting\n", encoding="utf-8-sig")
+    values = kimi2api.read_env_file(str(env_file), required=True)
+    settings = kimi2api.Settings.load({"API_PORT": "1"}, {"API_PORT": "2", "MAX_SESSION_SIZE": "9", "LOG_LEVEL": ""}, values)
+    assert (settings.api_port, settings.max_session_size, settings.max_retries) == (1, 9, 7)
+    assert (settings.session_cache_ttl, settings.api_master_key) == (5.0, ("sk#1",))
+    assert (settings.log_level, settings.request_timeout, settings.default_model) == ("INFO", 60.0, "kimi")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("API_PORT", "eighty"), ("API_PORT", "65536"), ("MAX_CONCURRENT_CHATS", "0"), ("REQUEST_TIMEOUT", "nan"),
+    ("REQUEST_TIMEOUT", "0"), ("MODELS", "kimi"), ("MODELS", "=x"), ("UPSTREAM_URL", "kimi-ai.chat"),
+    ("UPSTREAM_URL", "http://["), ("LOG_LEVEL", "loud"), ("DEFAULT_MODEL", "gpt-5"), ("API_HOST", "0.0.0.0"),
+    ("STREAM_INTERVAL_MS", "-1"), ("API_MASTER_KEY", "schlüssel")])
+def test_a_bad_setting_is_one_line_with_name_and_value_and_exit_2(name: str, value: str) -> None:
+    with pytest.raises(kimi2api.SettingError) as refused:
+        kimi2api.Settings.load({name: value})
+    message = str(refused.value)
+    assert message.startswith(f"{name}: ") and "\n" not in message
+    assert (value in message) == (name != "API_MASTER_KEY"), "a key is never shown"
+
+
+def test_a_start_that_is_refused_says_why_in_one_line_and_exits_2(run: Callable[..., Program], tmp_path: Path) -> None:
+    taken = run().port
+    (tmp_path / "latin").write_bytes(b"API_PORT=\xff")
+    for flags, word in ((["--api-port", "x"], "API_PORT"), (["--api-host", "0.0.0.0"], "API_MASTER_KEY"),
+                        (["--api-port", str(taken)], "in use"), (["--env-file", "/no/such"], "/no/such"),
+                        (["--env-file", str(tmp_path / "latin")], "latin"), (["--api-host", "no.such.host"], "no.such.host")):
+        if "--api-host" in flags:
+            flags += ["--api-master-key", "sk-1"] if word != "API_MASTER_KEY" else []
+        done = command(*flags)
+        assert done.returncode == 2, (flags, done)
+        assert word in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout, (flags, done.stderr)
+    assert command("--no-such-flag").returncode == 2
+
+
+def test_help_names_every_setting_and_version_is_the_modules() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for name in kimi2api.Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert command("--version").stdout.strip() == f"kimi2api {kimi2api.__version__}"
+
+
+def test_the_readmes_table_is_the_settings() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
+    expected = [(name.upper(), f"`{field.metadata['default']}`" if field.metadata["default"] else "(empty)",
+                 field.metadata["meaning"]) for name, field in kimi2api.Settings.__dataclass_fields__.items()]
+    assert rows == expected
+
+
+def test_env_example_has_every_setting_with_its_default() -> None:
+    assert re.findall(r"^#([A-Z_]+)=(.*)$", (HERE / ".env.example").read_text(encoding="utf-8"), re.M) == [
+        (name.upper(), field.metadata["default"]) for name, field in kimi2api.Settings.__dataclass_fields__.items()]
+
+
+def test_the_greeting_has_a_curl_line_that_works_as_printed(run: Callable[..., Program]) -> None:
+    for key in ("", "sk-one,sk-two"):
+        program = run(API_MASTER_KEY=key)
+        line = re.search(r"try it: +(curl .*)", program.greeting)[1]
+        done = subprocess.run(["sh", "-c", line], env={**os.environ, "API_MASTER_KEY": key}, capture_output=True, timeout=PATIENCE)
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Hello from upstream."
+        assert ("none asked" in program.greeting) == (not key)
+        assert "sk-one" not in program.greeting
+
+
+def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
+    program = Program("--demo", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+    try:
+        for question in ("My name is Ada.", "What is my name?"):
+            status, body = program.chat(question, user="ada")
+        text = json.loads(body)["choices"][0]["message"]["content"]
+        assert status == 200 and "demo" in text and "What is my name?" in text and "My name is Ada." in text
+        program.signal(signal.SIGINT)
+        assert program.wait() == 0
+        assert "Ada" not in "".join(program.log), "no prompt text in the log"
+    finally:
+        program.process.kill()
+
+
+def test_check_goes_through_the_upstream_step_by_step(kimi: StandIn) -> None:
+    def check(*pages: Fault) -> tuple[int, str]:
+        kimi.page_script.extend(pages)
+        done = command("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
+        return done.returncode, re.sub(r"\n  .*", "", done.stdout)
+
+    code, printed = check()
+    assert code == 0 and printed.count("✓") == 4 and "✗" not in printed
+    assert re.search(r"one question answered in \d+\.\d s", printed)
+    assert check(sends(500))[1].startswith("✗")
+    code, printed = check(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"))
+    assert code == 1 and printed.count("✓") == 1 and "✗ not blocked" in printed
+    code, printed = check(sends(200, "<html>nothing</html>"))
+    assert code == 1 and printed.count("✓") == 2 and "✗ nonce found" in printed
+    kimi.always = sends(500)
+    code, printed = check()
+    assert code == 1 and printed.count("✓") == 3 and "✗ one question" in printed
+
+
+# ======================================================================================================================
+# 2 and 3 Errors, requests
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize(("body", "param"), [
+    (b"", None), (b"{", None), (b"[]", None), (b'"x"', None), (b"\xff\xfe{}", None), (b"[" * 10_000, None),
+    (b'{"messages": NaN}', None), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
+    (b'{"messages": ' + b"9" * 5000 + b"}", None if sys.version_info >= (3, 11) else "messages"),
+    (b"{}", "messages"), (b'{"messages": []}', "messages"), (b'{"messages": "hi"}', "messages"),
+    (b'{"messages": [1]}', "messages[0]"), (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
+    (b'{"messages": [{"role": "user", "content": "x"}, {"role": "boss", "content": "x"}]}', "messages[1].role"),
+    (b'{"messages": [{"role": "user"}]}', "messages[0].content"),
+    (b'{"messages": [{"role": "user", "content": 5}]}', "messages[0].content"),
+    (b'{"messages": [{"role": "user", "content": ["x"]}]}', "messages[0].content[0]"),
+    (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "messages[0].content[0].text"),
+    (b'{"messages": [{"role": "user", "content": ""}]}', "messages"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "stream": "yes"}', "stream"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "model": 5}', "model"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "user": ["a"]}', "user"),
+    (b'{"messages": [{"role": "user", "content": "x"}], "stream_options": {"include_usage": 1}}',
+     "stream_options.include_usage")])
+def test_a_bad_request_is_a_400_that_names_the_field(app: Client, kimi: StandIn, body: bytes, param: str | None) -> None:
+    response = app.post("/v1/chat/completions", body, content_type="application/json")
+    assert is_error(response, 400, None, "invalid_request_error")
+    assert response.json["error"]["param"] == param
+    assert not kimi.posts
+
+
+def test_a_list_of_text_parts_works_and_an_image_is_a_clear_400(app: Client, kimi: StandIn) -> None:
+    assert said(chat(app, [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]))
+    assert kimi.posts[-1]["message"] == "one\ntwo"
+    for kind in ("image_url", "input_audio", "file"):
+        response = chat(app, [{"type": "text", "text": "see"}, {"type": kind, kind: {}}])
+        assert is_error(response, 400, "unsupported_value", param="messages[0].content[1].type")
+
+
+def test_unknown_fields_and_a_byte_order_mark_do_no_harm(app: Client) -> None:
+    body = {"messages": [{"role": "user", "content": "x", "name": "ada"}], "temperature": 0.3, "seed": 1, "zzz": None,
+            "stream": None, "user": None, "model": None, "stream_options": None}
+    response = app.post("/v1/chat/completions", b"\xef\xbb\xbf" + json.dumps(body).encode(), content_type="text/plain")
+    assert said(response)
+
+
+def test_a_body_above_the_limit_is_413_and_one_above_bottles_own_limit_is_fine(make: Callable[..., Client]) -> None:
+    app = make(MAX_BODY_BYTES="300000", CONTEXT_MAX_LENGTH="999999")
+    assert said(chat(app, "x" * 200_000))
+    assert is_error(chat(app, "x" * 300_000), 413, "request_too_large", "invalid_request_error")
+
+
+def test_unknown_paths_methods_and_models_are_errors_in_openais_shape(app: Client) -> None:
+    assert is_error(app.get("/nowhere"), 404, "not_found")
+    response = app.put("/v1/models")
+    assert is_error(response, 405, "method_not_allowed") and "GET" in response.headers["Allow"]
+    assert is_error(app.get("/v1/models/gpt-5"), 404, "model_not_found")
+    assert is_error(chat(app, model="gpt-5"), 404, "model_not_found", "invalid_request_error", "model")
+
+
+def test_a_crash_is_a_500_in_openais_shape_with_its_traceback_in_the_log(
+        app: Client, kimi: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    broken = Client(kimi2api.create_app(kimi2api.Settings.load(kimi.settings)))
+    broken.app.routes[0].callback.__self__.sessions = None
+    assert is_error(chat(broken), 500, "internal_error", "server_error")
+    assert "Traceback" in caplog.text and "AttributeError" in caplog.text
+
+
+# ======================================================================================================================
+# 4 Sessions
+# ======================================================================================================================
+
+
+def test_without_user_every_request_stands_alone(app: Client, kimi: StandIn) -> None:
+    chat(app, "first")
+    chat(app, "second")
+    assert [post["message"] for post in kimi.posts] == ["first", "second"]
+    assert kimi.posts[0]["session_id"] != kimi.posts[1]["session_id"]
+
+
+def test_with_user_the_remembered_turns_go_in_front(app: Client, kimi: StandIn) -> None:
+    chat(app, "first", user="ada")
+    chat(app, "second", user="ada")
+    assert kimi.posts[1]["message"] == "用户: first\n模型: Hello from upstream.\n用户: second"
+    assert kimi.posts[0]["session_id"] == kimi.posts[1]["session_id"]
+    assert re.fullmatch(r"session_\d{13}_[a-z0-9]{9}", kimi.posts[0]["session_id"])
+    session = app.get("/v1/sessions/ada").json
+    assert [[message["content"] for message in turn] for turn in session["turns"]] == [
+        ["first", "Hello from upstream."], ["second", "Hello from upstream."]]
+
+
+def test_a_client_that_resends_its_history_replaces_what_was_remembered(app: Client, kimi: StandIn) -> None:
+    chat(app, "forgotten", user="ada")
+    mine = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "u1"},
+            {"role": "assistant", "content": "a1"}, {"role": "user", "content": "u2"}]
+    chat(app, messages=mine, user="ada")
+    assert kimi.posts[-1]["message"] == "Be kind.\n\n用户: u1\n模型: a1\n用户: u2"
+    chat(app, "u3", user="ada")
+    assert kimi.posts[-1]["message"] == ("用户: u1\n模型: a1\n用户: u2\n模型: Hello from upstream.\n用户: u3")
+
+
+def test_system_and_developer_messages_count_and_are_not_remembered(app: Client, kimi: StandIn) -> None:
+    chat(app, messages=[{"role": "system", "content": "S."}, {"role": "user", "content": "u"},
+                        {"role": "developer", "content": "D."}], user="ada")
+    assert kimi.posts[-1]["message"] == "S.\nD.\n\n用户: u"
+    chat(app, "v", user="ada")
+    assert "S." not in kimi.posts[-1]["message"]
+
+
+def test_the_oldest_turns_are_dropped_from_the_prompt_but_not_forgotten(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(CONTEXT_MAX_LENGTH="100")
+    kimi.answer = "ok"
+    for number in range(6):
+        chat(app, messages=[{"role": "system", "content": "Rule."}, {"role": "user", "content": f"question {number} " + "x" * 15}],
+             user="ada")
+    prompt = kimi.posts[-1]["message"]
+    assert len(prompt) <= 100 and prompt.startswith("Rule.\n\n用户: question 4") and "question 5" in prompt
+    assert len(app.get("/v1/sessions/ada").json["turns"]) == 6
+
+
+def test_a_newest_message_that_cannot_fit_is_400_context_length_exceeded(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(CONTEXT_MAX_LENGTH="50")
+    assert said(chat(app, "x" * 50))
+    assert is_error(chat(app, "x" * 51), 400, "context_length_exceeded", param="messages")
+    both = [{"role": "system", "content": "s" * 30}, {"role": "user", "content": "u" * 30}]
+    assert is_error(chat(app, messages=both), 400, "context_length_exceeded")
+    assert len(kimi.posts) == 1
+
+
+def test_a_failed_request_records_nothing(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(MAX_RETRIES="0")
+    kimi.script.append(sends(500))
+    assert is_error(chat(app, user="ada"), 502, "upstream_unavailable")
+    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+
+
+def test_two_turns_of_one_user_in_flight_at_once_both_land_whole(app: Client, kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    with ThreadPoolExecutor(8) as pool:
+        chats = [pool.submit(chat, app, f"question {number}", user="ada") for number in range(8)]
+        wait_for(lambda: len(kimi.posts) == 8)
+        kimi.gate.set()
+        assert all(said(done.result()) for done in chats)
+    turns = app.get("/v1/sessions/ada").json["turns"]
+    assert sorted(turn[0]["content"] for turn in turns) == [f"question {number}" for number in range(8)]
+    assert all([message["role"] for message in turn] == ["user", "assistant"] for turn in turns)
+
+
+def test_sessions_belong_to_a_key_and_can_be_forgotten(make: Callable[..., Client]) -> None:
+    app = make(API_MASTER_KEY="sk-one,sk-two")
+    one, two = {"Authorization": "Bearer sk-one"}, {"Authorization": "Bearer sk-two"}
+    user = "ada/büro"
+    chat(app, user=user, headers=one)
+    path = "/v1/sessions/ada/b%C3%BCro"
+    assert app.get(path, headers=one).json["user"] == user
+    assert is_error(app.get(path, headers=two), 404, "session_not_found")
+    assert is_error(app.delete(path, headers=two), 404, "session_not_found")
+    assert app.delete(path, headers=one).json == {"object": "session.deleted", "user": user, "deleted": True}
+    assert is_error(app.delete(path, headers=one), 404, "session_not_found")
+
+
+def test_a_session_expires_after_its_last_turn_and_the_least_recently_used_goes_first() -> None:
+    now = [1000.0]
+    sessions = kimi2api.Sessions(ttl=60, limit=2, clock=lambda: now[0])
+
+    def turn(user: str) -> None:
+        sessions.record("key", user, sessions.open("key", user), [({"role": "user", "content": "x"},)], anew=False)
+
+    turn("ada")
+    now[0] += 50
+    turn("ada")
+    now[0] += 50
+    assert sessions.get("key", "ada"), "the expiry slides at each turn"
+    assert len(sessions.get("key", "ada").turns) == 2
+    now[0] += 11
+    assert sessions.get("key", "ada") is None and len(sessions) == 0
+    for user in ("ada", "bob", "ada", "eve"):
+        turn(user)
+    assert [bool(sessions.get("key", user)) for user in ("ada", "bob", "eve")] == [True, False, True]
+
+
+# ======================================================================================================================
+# 5 The web chat: what is sent, nonces, faults
+# ======================================================================================================================
+
+
+def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: StandIn) -> None:
+    chat(app, "你好 & = + \0 \U0001f600", model="kimi-k2-instruct")
+    form, head = kimi.posts[0], kimi.heads[0]
+    assert set(form) == {"action", "nonce", "message", "model", "session_id"}
+    assert form["action"] == "kimi_send_message" and form["nonce"] == kimi.nonce
+    assert form["message"] == "你好 & = + \0 \U0001f600" and form["model"] == "moonshotai/Kimi-K2-Instruct"
+    page_url = kimi.settings["CHAT_PAGE_URL"]
+    assert head["X-Requested-With"] == "XMLHttpRequest" and head["Referer"] == page_url
+    assert page_url.startswith(head["Origin"]) and head["Cookie"] == "visit=42"
+    assert head["Content-Type"].startswith("application/x-www-form-urlencoded")
+    assert head["User-Agent"] == kimi.pages[0]["User-Agent"] and "Chrome/" in head["User-Agent"]
+
+
+@pytest.mark.parametrize("script", [
+    'var kimi_ajax = {"ajax_url":"x","nonce":"abc123"};', "window.kimi_ajax={'nonce':'abc123' , 'z':{}}",
+    'var kimi_ajax\n=\n{ "z": {"a": "}"}, "_nonce": "no", "nonce"\n:\n"abc123" }'])
+def test_the_nonce_is_found_however_the_page_writes_it(script: str) -> None:
+    html = f'<script>var other = {{"nonce":"wrong"}}</script><script id="x">{script}</script>'
+    assert kimi2api.KimiProvider.NONCE.search(html)[1] == "abc123"
+
+
+def test_a_nonce_is_fetched_once_and_kept(app: Client, kimi: StandIn) -> None:
+    for _ in range(3):
+        assert said(chat(app))
+    assert len(kimi.pages) == 1
+
+
+def test_a_stale_nonce_is_renewed_once_for_ten_waiting_chats(app: Client, kimi: StandIn) -> None:
+    assert said(chat(app))
+    kimi.nonce = "ffffffffff"
+    with ThreadPoolExecutor(10) as pool:
+        assert all(said(done.result()) for done in [pool.submit(chat, app) for _ in range(10)])
+    assert len(kimi.pages) == 2
+
+
+def test_a_failed_fetch_of_the_page_is_shared_by_all_who_wait(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(MAX_RETRIES="0")
+    started = threading.Event()
+
+    def slow_failure(handler: Handler) -> None:
+        started.set()
+        handler.server.gate.wait(PATIENCE)
+        handler.reply(500, b"")
+
+    kimi.page_script.append(slow_failure)
+    with ThreadPoolExecutor(5) as pool:
+        chats = [pool.submit(chat, app) for _ in range(5)]
+        provider = app.app.routes[0].callback.__self__.provider
+        wait_for(lambda: started.is_set() and app.get("/health").json["chats"]["running"] == 5)
+        assert provider._renewal is not None
+        time.sleep(0.1)  # the five have taken their slots; now let them reach the fetch that they share
+        kimi.gate.set()
+        assert all(is_error(done.result(), 502, "upstream_unavailable") for done in chats)
+    assert len(kimi.pages) == 1
+
+
+def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(kimi: StandIn) -> None:
+    now = [1e9]
+    provider = kimi2api.KimiProvider(kimi2api.Settings.load(kimi.settings), clock=lambda: now[0])
+    request = kimi2api.ChatRequest.parse(b'{"messages": [{"role": "user", "content": "x"}]}')
+    for hours, pages in ((0, 1), (10, 1), (11.9, 2)):
+        now[0] = 1e9 + hours * 3600
+        assert list(provider.stream(kimi2api.Chat(request, "m", (), "s")))
+        assert len(kimi.pages) == pages
+
+
+@pytest.mark.parametrize("rejected", [
+    sends(403, "-1"), sends(400, "0"), sends(200, "-1"),
+    sends(200, '{"success":false,"data":"bad nonce"}', "application/json"),
+    sends(403, '{"success":false,"data":{"message":"bad nonce"}}', "application/json")])
+def test_a_rejected_nonce_is_renewed_and_the_chat_tried_once_more(app: Client, kimi: StandIn, rejected: Fault) -> None:
+    kimi.script.append(rejected)
+    assert said(chat(app)) == "Hello from upstream."
+    assert (len(kimi.pages), len(kimi.posts)) == (2, 2)
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    ('"Message <b>too</b> long &amp; rude"', "Message too long & rude"), ('{"message": "no"}', "no"),
+    ('{"x": [1]}', '{"x": [1]}'), ("null", "no reason"), ('"' + "x" * 9999 + '"', "x" * 300)])
+def test_a_refusal_is_passed_on_in_upstreams_words(app: Client, kimi: StandIn, data: str, words: str) -> None:
+    kimi.always = sends(200, f'{{"success": false, "data": {data}}}', "application/json")
+    response = chat(app)
+    assert is_error(response, 502, "upstream_refused", "upstream_error")
+    assert words in response.json["error"]["message"] and len(response.json["error"]["message"]) < 400
+    assert response.headers["x-should-retry"] == "false" and len(kimi.posts) == 2
+
+
+def status_faults() -> Iterator[tuple[str, Fault, int, str, int]]:
+    for status in (500, 502, 503, *range(520, 528)):
+        yield f"{status}", sends(status, DOWN, **CLOUDFLARE), 502, "upstream_unavailable", 2
+
+
+# name, fault, status and code for the client, posts that upstream sees with MAX_RETRIES=1
+FAULTS: list[tuple[str, Fault, int, str, int]] = [
+    *status_faults(),
+    ("reset", resets, 502, "upstream_unavailable", 2),
+    ("reset in the head", raw(b"HTTP/1.1 200 OK\r\nContent-"), 502, "upstream_invalid_response", 2),
+    ("not HTTP", raw(b"SSH-2.0-OpenSSH_9.6\r\n"), 502, "upstream_unavailable", 2),
+    ("body cut off", raw(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{\"succ"), 502, "upstream_unavailable", 2),
+    ("chunks cut off", raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{\"su"), 502, "upstream_unavailable", 2),
+    ("silence", lambda handler: handler.server.gate.wait(PATIENCE), 504, "upstream_timeout", 1),
+    ("slow drip of the head", drips(b"HTTP/1.1 200 OK\r\nX-A: "), 504, "upstream_timeout", 1),
+    ("slow drip of the body", drips(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"), 504, "upstream_timeout", 1),
+    ("endless body", endless, 502, "upstream_invalid_response", 2),
+    ("20 MB", sends(200, b" " * 20_000_000), 502, "upstream_invalid_response", 2),
+    ("gzip that is not gzip", sends(200, "plain", Content_Encoding="gzip"), 502, "upstream_invalid_response", 2),
+    ("too short a length", sends(200, b'{"success": true, "data": {"message": "x"}}', Content_Length="20"),
+     502, "upstream_invalid_response", 2),
+    ("HTML with 200", sends(200, "<html>Fatal error</html>"), 502, "upstream_invalid_response", 2),
+    ("truncated JSON", sends(200, '{"success": true, "data'), 502, "upstream_invalid_response", 2),
+    ("nested 100,000 deep", sends(200, b"[" * 100_000), 502, "upstream_invalid_response", 2),
+    ("wrong shape", sends(200, '{"success": true, "data": ["x"]}'), 502, "upstream_invalid_response", 2),
+    ("no message", sends(200, '{"success": true, "data": {"message": null}}'), 502, "upstream_invalid_response", 2),
+    ("a number", sends(200, "17"), 502, "upstream_invalid_response", 2),
+    ("empty answer", says(" "), 502, "upstream_invalid_response", 2),
+    ("empty body", sends(200), 502, "upstream_invalid_response", 2),
+    ("404", sends(404, "gone"), 502, "upstream_invalid_response", 1),
+    ("redirect elsewhere", sends(302, Location="http://127.0.0.2:1/steal"), 502, "upstream_invalid_response", 1),
+    ("managed challenge", sends(403, JUST_A_MOMENT, cf_mitigated="challenge"), 503, "upstream_blocked", 1),
+    ("challenge without its header", sends(403, JUST_A_MOMENT, **CLOUDFLARE), 503, "upstream_blocked", 1),
+    ("challenge as 503", sends(503, JUST_A_MOMENT, **CLOUDFLARE), 503, "upstream_blocked", 1),
+    ("1020", sends(403, FIREWALL, **CLOUDFLARE), 503, "upstream_blocked", 1),
+    ("IUAM page", sends(503, IUAM, **CLOUDFLARE), 503, "upstream_blocked", 2),
+    ("429", sends(429, "slow down"), 429, "upstream_rate_limited", 1),
+    ("429 for long", sends(429, "slow down", Retry_After="77"), 429, "upstream_rate_limited", 1),
+    ("429 for short", sends(429, "slow down", Retry_After="0"), 429, "upstream_rate_limited", 2),
+    ("429 with nonsense", sends(429, "slow down", Retry_After="soon"), 429, "upstream_rate_limited", 1),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+@pytest.mark.parametrize(("fault", "status", "code", "posts"), [row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
+def test_a_fault_of_upstream_is_an_honest_error(make: Callable[..., Client], kimi: StandIn, fault: Fault,
+                                                status: int, code: str, posts: int, stream: bool) -> None:
+    app = make(REQUEST_TIMEOUT="0.6")
+    assert said(chat(app, "before"))
+    kimi.posts.clear()
+    kimi.always = fault
+    began = time.monotonic()
+    response = chat(app, user="ada", stream=stream)
+    assert time.monotonic() - began < PATIENCE
+    assert is_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
+    assert len(kimi.posts) == posts
+    assert response.headers.get("x-should-retry") == ("false" if posts > 1 else None)
+    assert "<" not in response.json["error"]["message"], "no HTML is passed on"
+    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+    health = app.get("/health").json
+    assert health["status"] == "degraded" and code in health["upstream"]["reason"]
+    assert health["chats"]["running"] == 0
+    kimi.gate.set()
+    kimi.always = answer
+    assert said(chat(app, "after")) == "Hello from upstream."
+    assert app.get("/health").json["status"] == "ok"
+    assert not hasattr(sys, "tracebacklimit"), "cloudscraper sets it and blanks every later traceback"
+
+
+@pytest.mark.parametrize(("fault", "status", "code"), [
+    (sends(200, "<html>a new design</html>"), 502, "upstream_changed"), (sends(404, "gone"), 502, "upstream_changed"),
+    (sends(302, Location="http://127.0.0.2:1/"), 502, "upstream_changed"),
+    (sends(403, JUST_A_MOMENT, **CLOUDFLARE), 503, "upstream_blocked"), (sends(503, IUAM, **CLOUDFLARE), 503, "upstream_blocked"),
+    (sends(403, FIREWALL, **CLOUDFLARE), 503, "upstream_blocked"), (sends(429), 429, "upstream_rate_limited"),
+    (lambda handler: handler.server.gate.wait(PATIENCE), 504, "upstream_timeout")])
+def test_a_fault_of_the_chat_page_is_an_honest_error(make: Callable[..., Client], kimi: StandIn, fault: Fault,
+                                                     status: int, code: str) -> None:
+    app = make(REQUEST_TIMEOUT="0.6")
+    kimi.page_script.append(fault)
+    assert is_error(chat(app), status, code)
+    assert not kimi.posts and len(kimi.pages) == 1
+    kimi.gate.set()
+    assert said(chat(app))
+
+
+def test_a_redirect_of_the_page_is_followed_on_its_own_host_only(app: Client, kimi: StandIn) -> None:
+    kimi.page_script.append(sends(301, Location="/chat/moved"))
+    assert said(chat(app)) and len(kimi.pages) == 2
+
+
+def test_a_page_in_a_circle_of_redirects_is_an_error(app: Client, kimi: StandIn) -> None:
+    kimi.page_script.extend([sends(301, Location="/chat/again")] * 9)
+    assert is_error(chat(app), 502, "upstream_changed")
+
+
+def test_upstream_that_refuses_connections_or_has_no_name_is_unavailable(make: Callable[..., Client]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        for url in (f"http://127.0.0.1:{unused.getsockname()[1]}/chat/", "http://no.such.host.invalid/chat/"):
+            response = chat(make(CHAT_PAGE_URL=url))
+            assert is_error(response, 502, "upstream_unavailable")
+            assert "object at" not in response.text and response.headers["x-should-retry"] == "false"
+
+
+def test_a_retry_that_succeeds_is_all_the_client_sees(app: Client, kimi: StandIn) -> None:
+    kimi.script.append(resets)
+    assert said(chat(app)) == "Hello from upstream." and len(kimi.posts) == 2
+
+
+@pytest.mark.parametrize(("header", "passed_on"), [
+    (lambda: "77", "77"), (lambda: formatdate(time.time() + 77.5, usegmt=True), "7[678]"), (lambda: "-3", None)])
+def test_retry_after_is_passed_on(app: Client, kimi: StandIn, header: Callable[[], str], passed_on: str | None) -> None:
+    kimi.script.append(sends(429, "", Retry_After=header()))
+    response = chat(app)
+    assert is_error(response, 429, "upstream_rate_limited", "rate_limit_error")
+    given = response.headers.get("Retry-After")
+    assert (given is None) if passed_on is None else re.fullmatch(passed_on, given)
+
+
+def test_compressed_answers_and_half_surrogates_and_line_separators_arrive_whole(app: Client, kimi: StandIn) -> None:
+    text = "\ud83d\ude00 \ud83d end \u2028 \x85"
+    body = gzip.compress(json.dumps({"success": True, "data": {"message": text}}).encode())
+    kimi.always = sends(200, body, "application/json", Content_Encoding="gzip")
+    assert said(chat(app)) == "\U0001f600 \ufffd end \u2028 \x85"
+    response = chat(app, stream=True)
+    assert streamed(events(response)) == "\U0001f600 \ufffd end \u2028 \x85"
+    assert "\u2028" not in response.text and "\x85" not in response.text, "some clients split lines there"
+
+
+def test_proxies_of_the_environment_are_honoured(kimi: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = StandIn()  # asked for an absolute URL, it answers as the site would
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_address[1]}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    try:
+        settings = kimi2api.Settings.load({"UPSTREAM_URL": "http://kimi.example/ajax", "CHAT_PAGE_URL": "http://kimi.example/"})
+        assert said(chat(Client(kimi2api.create_app(settings))))
+        assert len(proxy.posts) == 1
+        settings = kimi2api.Settings.load(kimi.settings)
+        assert said(chat(Client(kimi2api.create_app(settings))))
+        assert len(proxy.posts) == 1, "loopback is never asked of a proxy"
+    finally:
+        proxy.stop()
+
+
+def test_https_upstreams_are_verified(kimi: StandIn, tmp_path: Path, make: Callable[..., Client],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = tmp_path / "both.pem"
+    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                           "-addext", "subjectAltName=DNS:localhost", "-keyout", str(certificate), "-out", str(tmp_path / "crt")],
+                          capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the openssl command")
+    certificate.write_text(certificate.read_text() + (tmp_path / "crt").read_text())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    kimi.socket = context.wrap_socket(kimi.socket, server_side=True)
+    urls = {name: value.replace("http://127.0.0.1", "https://localhost") for name, value in kimi.settings.items()}
+    assert is_error(chat(make(**urls)), 502, "upstream_unavailable"), "a certificate that nobody vouches for"
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "crt"))
+    assert said(chat(make(**urls)))
+
+
+def test_nothing_secret_and_no_prompt_is_logged(make: Callable[..., Client], kimi: StandIn,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    app = make(API_MASTER_KEY="sk-secret")
+    kimi.script.extend([sends(403, "-1"), sends(500)])
+    assert said(chat(app, "my prompt", user="ada", headers={"Authorization": "Bearer sk-secret"}))
+    chat(app, "my prompt", headers={"Authorization": "Bearer sk-wrong"})
+    for secret in ("sk-secret", "sk-wrong", "my prompt", kimi.nonce, "ada"):
+        assert secret not in caplog.text, secret
+    assert "retry 1 of 1" in caplog.text and "401" in caplog.text
+
+
+# ======================================================================================================================
+# 6 Answers
+# ======================================================================================================================
+
+
+def test_a_completion_has_every_field_that_openais_schema_requires(app: Client, kimi: StandIn) -> None:
+    kimi.answer = "你好，世界！"
+    response = chat(app, model="kimi-k2-instruct")
+    body = response.json
+    assert {"id", "object", "created", "model", "choices", "usage"} <= set(body)
+    assert body["object"] == "chat.completion" and body["model"] == "kimi-k2-instruct" and body["id"].startswith("chatcmpl-")
+    assert abs(body["created"] - time.time()) < PATIENCE
+    assert body["choices"] == [{"index": 0, "finish_reason": "stop", "logprobs": None, "message": {
+        "role": "assistant", "content": "你好，世界！", "refusal": None}}]
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] > 0
+    assert "你好" in response.text, "UTF-8, not \\u escapes"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_has_the_shape_of_openais(app: Client, kimi: StandIn, include_usage: bool) -> None:
+    response = chat(app, stream=True, stream_options={"include_usage": include_usage})
+    assert response.content_type == "text/event-stream" and response.headers["Cache-Control"] == "no-cache"
+    *chunks, done = events(response)
+    assert done == "[DONE]" and streamed(chunks) == kimi.answer
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    last = chunks[-2] if include_usage else chunks[-1]
+    assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks if chunk["choices"] and chunk is not last)
+    if include_usage:
+        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    else:
+        assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_the_estimate_of_tokens_knows_chinese_from_english() -> None:
+    assert kimi2api.estimate_tokens("") == 0
+    assert kimi2api.estimate_tokens("a") == 1
+    assert kimi2api.estimate_tokens("word " * 80) == 100
+    assert kimi2api.estimate_tokens("月之暗面" * 25) == 60
+    assert kimi2api.estimate_tokens("한국어ひらがな") >= 4
+
+
+@pytest.mark.parametrize("text", [
+    "The quick brown fox.\n\n  jumps   over\tthe lazy dog. ", "月之暗面科技有限公司，成立于2023年。Kimi是智能助手！",
+    "e\u0301e\u0301 か\u3099字\ufe00\ufe00字 👨\u200d👩\u200d👧字👍🏽字🇨🇳🇨🇳", "x" * 500, " ", "\n", "a", "字" * 300])
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_pieces_are_word_like_and_never_cut_what_is_read_as_one(text: str, most: int) -> None:
+    parts = list(kimi2api.pieces(text, most))
+    assert "".join(parts) == text and len(parts) <= most and all(parts)
+    for part in parts[1:]:
+        assert not unicodedata.category(part[0]).startswith("M") and part[0] not in "\u200d🏽"
+    assert not any(part.endswith("\u200d") for part in parts[:-1])
+    if most == 100 and text.startswith("The quick"):
+        assert parts[:3] == ["The", " quick", " brown"]
+    if most == 100 and text.startswith("月之"):
+        assert max(map(len, parts)) <= 6 and len(parts) > 10
+
+
+def test_a_stream_arrives_piece_by_piece_in_its_time(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.answer = "word " * 400
+    program = run(STREAM_INTERVAL_MS="20", STREAM_MAX_SECONDS="0.5")
+    connection = program.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(
+        {"stream": True, "messages": [{"role": "user", "content": "x"}]}))
+    response = connection.getresponse()
+    arrivals, body = [], b""
+    while part := response.read1(65536):
+        arrivals.append(time.monotonic())
+        body += part
+    chunks = events(body)
+    assert streamed(chunks) == kimi.answer and chunks[-1] == "[DONE]"
+    assert len(arrivals) >= 10, "one by one, not all at once"
+    assert 0.3 < arrivals[-1] - arrivals[0] < PATIENCE / 2
+    assert len(chunks) <= 25 + 3, "pieces grow so that the replay keeps to STREAM_MAX_SECONDS"
+
+
+def test_a_pace_that_the_machine_cannot_keep_makes_larger_pieces() -> None:
+    whole = kimi2api.Delta({"content": "word " * 100}, whole=True)
+    looks = []
+
+    def slow_look() -> None:
+        looks.append(1)
+        time.sleep(0.02)
+
+    parts = [delta.fields["content"] for delta in kimi2api.pace(iter([whole]), 0.002, 0.2, slow_look)]
+    assert "".join(parts) == "word " * 100 and len(parts) < 60
+
+
+def test_with_no_interval_an_answer_goes_out_at_once(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.answer = "word " * 400
+    program = run(STREAM_INTERVAL_MS="0")
+    _, body = program.chat(stream=True)
+    assert streamed(events(body)) == kimi.answer and len(events(body)) == 4
+
+
+def test_silence_is_filled_with_keep_alive_comments(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    program = run(SSE_KEEPALIVE="0.1")
+    with program.open_chat(stream=True) as link:
+        head = link.recv(65536)
+        assert b" 200 OK" in head and b"text/event-stream" in head
+        body = head
+        while body.count(b": keep-alive\n\n") < 3:
+            body += link.recv(65536)
+        kimi.gate.set()
+        body += read_all(link)
+    assert b"data: [DONE]" in body and b"Hello" in body
+
+
+def test_an_error_after_the_first_byte_is_an_event_and_the_stream_ends_without_done(run: Callable[..., Program], kimi: StandIn) -> None:
+    def late_failure(handler: Handler) -> None:
+        handler.server.gate.wait(PATIENCE)
+        handler.reply(500, b"")
+
+    kimi.always = late_failure
+    program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0")
+    with program.open_chat(stream=True) as link:
+        body = link.recv(65536)
+        assert b" 200 OK" in body
+        kimi.gate.set()
+        body += read_all(link)
+    assert events(body)[-1]["error"]["code"] == "upstream_unavailable"
+    assert b"[DONE]" not in body and body.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_a_client_that_leaves_in_silence_is_noticed_and_its_turn_is_recorded(run: Callable[..., Program], kimi: StandIn, stream: bool) -> None:
+    kimi.always = at_the_gate
+    program = run(MAX_CONCURRENT_CHATS="1")
+    with program.open_chat("leaving", stream=stream, user="ada"):
+        wait_for(lambda: kimi.posts)
+        assert program.health()["chats"]["running"] == 1
+        status, body = program.chat("too many")
+        assert status == 429 and json.loads(body)["error"]["code"] == "server_busy"
+    wait_for(lambda: program.health()["chats"]["running"] == 0, "the slot is free again")
+    kimi.gate.set()
+    wait_for(lambda: program.ask("GET", "/v1/sessions/ada")[0] == 200, "the turn is recorded")
+    assert b"leaving" in program.ask("GET", "/v1/sessions/ada")[1]
+    kimi.always = answer
+    assert program.chat()[0] == 200
+
+
+def test_a_client_that_leaves_during_the_replay_frees_its_slot(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.answer = "word " * 4000
+    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="100", STREAM_MAX_SECONDS="600")
+    with program.open_chat(stream=True) as link:
+        assert link.recv(100)
+        assert program.health()["chats"]["running"] == 1
+    wait_for(lambda: program.health()["chats"]["running"] == 0)
+    assert not [line for line in program.log if "Traceback" in line]
+
+
+def test_chats_whose_clients_left_are_bounded_too(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    program = run(MAX_CONCURRENT_CHATS="2")
+    for count in (1, 2, 3, 4):
+        with program.open_chat():
+            wait_for(lambda count=count: len(kimi.posts) == count)
+        wait_for(lambda: program.health()["chats"]["running"] == 0)
+    assert program.chat()[0] == 429 and len(kimi.posts) == 4
+    kimi.gate.set()
+    wait_for(lambda: program.chat()[0] == 200)
+
+
+# ======================================================================================================================
+# 7 App: keys, browsers, limits, other routes
+# ======================================================================================================================
+
+
+def test_models_are_listed_and_their_creation_is_stable(make: Callable[..., Client]) -> None:
+    app = make()
+    listed = app.get("/v1/models").json
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["kimi", "kimi-k2-instruct-0905", "kimi-k2-instruct"]
+    for model in listed["data"]:
+        assert set(model) == {"id", "object", "created", "owned_by"} and model["object"] == "model"
+        assert app.get(f"/v1/models/{model['id']}").json == model
+    assert make().get("/v1/models").json == listed
+
+
+def test_a_star_accepts_any_model_and_the_answer_names_the_one_asked_for(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(MODELS="kimi=a/b,*=c/d", DEFAULT_MODEL="whatever")
+    assert chat(app, model="gpt-4o").json["model"] == "gpt-4o"
+    assert chat(app).json["model"] == "whatever"
+    assert [post["model"] for post in kimi.posts] == ["c/d", "c/d"]
+    assert [model["id"] for model in app.get("/v1/models").json["data"]] == ["kimi"]
+
+
+def test_a_key_is_asked_for_everything_but_health(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(API_MASTER_KEY="sk-one, sk-two")
+    for header in (None, "Bearer wrong", "Bearer", "Basic sk-one", "sk-one", "Bearer sk-one,sk-two", "Bearer schl\xfcssel"):
+        headers = {"Authorization": header} if header else {}
+        response = chat(app, headers=headers)
+        assert is_error(response, 401, "invalid_api_key", "invalid_request_error")
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/v1/models", "/v1/models/kimi", "/v1/sessions/ada", "/nowhere"):
+            assert is_error(app.get(path, headers=headers), 401, "invalid_api_key")
+    assert not kimi.posts
+    assert app.get("/health").json["status"] == "ok"
+    for header in ("Bearer sk-one", "bearer sk-two", "Bearer  sk-two "):
+        assert said(chat(app, headers={"Authorization": header}))
+
+
+@pytest.mark.parametrize(("host", "admitted"), [
+    ("localhost:8088", True), ("127.0.0.1", True), ("[::1]:8088", True), ("127.1.2.3:80", True), ("app.localhost", True),
+    ("LOCALHOST.", True), ("evil.com", False), ("localhost.evil.com", False), ("127.0.0.1.evil.com", False),
+    ("192.168.1.5:8088", False), ("0.0.0.0:8088", False), ("[", False), ("localhost, evil.com", False)])
+def test_without_a_key_a_host_that_is_not_this_machine_is_refused(make: Callable[..., Client], host: str, admitted: bool) -> None:
+    keyless, keyed = make(), make(API_MASTER_KEY="sk-1")
+    for method in ("GET", "OPTIONS"):
+        response = keyless.request("/v1/models", method=method, headers={"Host": host})
+        assert (response.status_int < 400) == admitted or is_error(response, 403, "host_not_allowed")
+    assert keyed.get("/v1/models", headers={"Host": host, "Authorization": "Bearer sk-1"}).status_int == 200
+
+
+@pytest.mark.parametrize(("origin", "admitted"), [
+    ("http://localhost:3000", True), ("http://127.0.0.1:5173", True), ("https://[::1]", True), ("https://evil.com", False),
+    ("null", False), ("http://localhost.evil.com", False), ("http://evil.com:8088", False), ("http://[", False), ("file://", False)])
+def test_without_a_key_a_foreign_page_is_refused_preflight_or_not(make: Callable[..., Client], kimi: StandIn,
+                                                                  origin: str, admitted: bool) -> None:
+    app = make()
+    for response in (chat(app, headers={"Origin": origin}), app.options("/v1/chat/completions", headers={"Origin": origin})):
+        assert (response.status_int < 400) == admitted or is_error(response, 403, "origin_not_allowed")
+        assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
+    assert len(kimi.posts) == admitted
+
+
+def test_with_a_key_any_page_may_call_unless_origins_are_listed(make: Callable[..., Client]) -> None:
+    key = {"Authorization": "Bearer sk-1"}
+    anyone, listed = make(API_MASTER_KEY="sk-1"), make(API_MASTER_KEY="sk-1", CORS_ORIGINS="https://mine.example/, https://b")
+    response = chat(anyone, headers={**key, "Origin": "https://evil.com"})
+    assert said(response) and response.headers["Access-Control-Allow-Origin"] == "https://evil.com"
+    assert response.headers["Vary"] == "Origin" and "X-Request-Id" in response.headers["Access-Control-Expose-Headers"]
+    assert said(chat(listed, headers={**key, "Origin": "https://mine.example"}))
+    assert is_error(chat(listed, headers={**key, "Origin": "https://evil.com"}), 403, "origin_not_allowed")
+    assert said(chat(listed, headers={**key, "Origin": "http://localhost:80"})), "a page of the server itself"
+
+
+def test_a_preflight_needs_no_key_and_echoes_the_headers_asked_for(make: Callable[..., Client]) -> None:
+    app = make(API_MASTER_KEY="sk-1")
+    asked = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-retry-count"
+    for path in ("/v1/chat/completions", "/v1/models", "/nowhere"):
+        response = app.options(path, headers={
+            "Origin": "https://app.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked,
+            "Access-Control-Request-Private-Network": "true"})
+        assert response.status_int == 204
+        assert response.headers["Access-Control-Allow-Headers"] == asked
+        assert response.headers["Access-Control-Allow-Private-Network"] == "true"
+        assert {"POST", "GET", "DELETE"} <= set(response.headers["Access-Control-Allow-Methods"].split(", "))
+
+
+def test_every_response_has_a_request_id_and_a_sane_one_is_kept(app: Client) -> None:
+    assert app.get("/v1/models", headers={"X-Request-Id": "trace-1.2_3"}).headers["X-Request-Id"] == "trace-1.2_3"
+    for response in (app.get("/health"), app.get("/nowhere"), app.put("/health"), chat(app, stream=True), chat(app, model="x"),
+                     app.get("/health", headers={"X-Request-Id": "x" * 200}), app.get("/health", headers={"X-Request-Id": "a b"})):
+        assert re.fullmatch(r"req_[0-9a-f]{32}", response.headers["X-Request-Id"])
+
+
+def test_a_chat_too_many_is_429_at_once_and_the_rest_is_still_answered(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    program = run(MAX_CONCURRENT_CHATS="3")
+    links = [program.open_chat(stream=bool(number % 2)) for number in range(3)]
+    wait_for(lambda: len(kimi.posts) == 3)
+    for _ in range(20):
+        connection = program.connect()
+        connection.request("POST", "/v1/chat/completions", '{"messages": [{"role": "user", "content": "x"}]}')
+        response = connection.getresponse()
+        assert response.status == 429 and response.headers["Retry-After"]
+        assert json.loads(response.read())["error"]["code"] == "server_busy"
+    assert program.health()["chats"] == {"running": 3, "limit": 3}
+    assert program.ask("GET", "/v1/models")[0] == 200
+    kimi.gate.set()
+    for link in links:
+        response = http.client.HTTPResponse(link)
+        response.begin()
+        assert b"Hello" in response.read()
+    wait_for(lambda: program.chat()[0] == 200)
+
+
+def test_200_chats_at_once(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    program = run(MAX_CONCURRENT_CHATS="256")
+    links = [program.open_chat(f"chat {number}", stream=True) for number in range(200)]
+    wait_for(lambda: len(kimi.posts) == 200, "all 200 reach upstream at the same time")
+    kimi.gate.set()
+    assert all(b"data: [DONE]" in read_all(link) for link in links)
+    assert {post["message"] for post in kimi.posts} == {f"chat {number}" for number in range(200)}
+    wait_for(lambda: program.health()["chats"]["running"] == 0)
+
+
+# ======================================================================================================================
+# 9 Server: HTTP, signals
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), [
+    (b"nonsense\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nbad header\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000 + b"\r\n\r\n", 431),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 413),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+    (b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501)])
+def test_what_is_not_proper_http_is_refused_in_openais_shape(run: Callable[..., Program], request_bytes: bytes, status: int) -> None:
+    program = run()
+    with socket.create_connection((program.host, program.port), timeout=PATIENCE) as link:
+        link.sendall(request_bytes)
+        response = http.client.HTTPResponse(link)
+        response.begin()
+        body = json.loads(response.read())
+    assert response.status == status and set(body["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["X-Request-Id"] and response.headers["Content-Type"] == "application/json"
+
+
+def test_a_client_that_sends_too_much_reads_the_413(run: Callable[..., Program]) -> None:
+    program = run(MAX_BODY_BYTES="1000")
+    for size in (1001, 100_000, 8_000_000):
+        status, body = program.ask("POST", "/v1/chat/completions", b"x" * size)
+        assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
+
+
+def test_chunked_requests_work(run: Callable[..., Program]) -> None:
+    connection = run().connect()
+    connection.request("POST", "/v1/chat/completions", iter([b'{"messages": [{"role":', b' "user", "content": "x"}]}']),
+                       encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_chats_finish_and_their_bytes_are_sent(run: Callable[..., Program], kimi: StandIn, number: int) -> None:
+    kimi.always = at_the_gate
+    kimi.answer = "word " * 200_000  # more than the system buffers for a client that does not read yet
+    program = run(STREAM_INTERVAL_MS="0")
+    links = [program.open_chat(stream=stream) for stream in (False, True, True)]
+    wait_for(lambda: len(kimi.posts) == 3)
+    idle = socket.create_connection((program.host, program.port), timeout=PATIENCE)
+    program.signal(number)
+    assert idle.recv(1) == b"", "an idle connection is closed"
+    with pytest.raises(OSError):
+        socket.create_connection((program.host, program.port), timeout=PATIENCE).recv(1)
+        raise ConnectionRefusedError  # accepted by the system just before the socket was closed, then dropped
+    kimi.gate.set()
+    bodies = [read_all(link) for link in links]
+    assert bodies[0].count(b"word ") == 200_000 and b"Connection: close" in bodies[0]
+    assert all(body.count(b"word ") == 200_000 and b"data: [DONE]" in body for body in bodies[1:])
+    assert program.wait() == 0
+
+
+def test_a_busy_connection_cannot_hold_up_a_stop(run: Callable[..., Program]) -> None:
+    program = run()
+    connection = program.connect()
+    stop_asking = threading.Event()
+
+    def ask_on_and_on() -> None:
+        try:
+            while not stop_asking.is_set():
+                connection.request("GET", "/health")
+                connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            pass
+
+    connection.auto_open = 0
+    connection.connect()
+    asking = threading.Thread(target=ask_on_and_on)
+    asking.start()
+    try:
+        program.signal(signal.SIGTERM)
+        assert program.wait(PATIENCE) == 0
+    finally:
+        stop_asking.set()
+        asking.join()
+
+
+def test_when_grace_is_over_streams_get_an_error_event_and_the_exit_is_prompt(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    program = run(SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
+    stream, plain = program.open_chat(stream=True), program.open_chat()
+    wait_for(lambda: len(kimi.posts) == 2)
+    assert stream.recv(65536)
+    program.signal(signal.SIGTERM)
+    body = read_all(stream)
+    assert events(body)[-1]["error"]["code"] == "server_stopping" and b"[DONE]" not in body
+    assert b" 503 " in read_all(plain)
+    assert program.wait() == 0
+
+
+def test_a_second_signal_ends_at_once(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.always = at_the_gate
+    program = run(SHUTDOWN_GRACE="600")
+    with program.open_chat():
+        wait_for(lambda: kimi.posts)
+        program.signal(signal.SIGTERM)
+        wait_for(lambda: any("stopping" in line for line in program.log))
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 128 + signal.SIGTERM
+
+
+# ======================================================================================================================
+# Real clients
+# ======================================================================================================================
+
+
+@pytest.fixture
+def client(run: Callable[..., Program]) -> Any:
+    openai = pytest.importorskip("openai")
+    program = run(API_MASTER_KEY="sk-test", REQUEST_TIMEOUT="1", MAX_CONCURRENT_CHATS="2", CONTEXT_MAX_LENGTH="50",
+                  MAX_BODY_BYTES="5000")
+    return openai.OpenAI(base_url=program.base_url, api_key="sk-test", max_retries=0)
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_openai_python_chats_streams_and_lists_models(client: Any, kimi: StandIn) -> None:
+    kimi.answer = "你好，世界！ Hello, world!"
+    completion = client.chat.completions.create(model="kimi", messages=HELLO, user="ada")
+    assert completion.choices[0].message.content == kimi.answer and completion.usage.total_tokens > 0
+    stream = list(client.chat.completions.create(model="kimi", messages=HELLO, stream=True,
+                                                 stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == kimi.answer
+    assert stream[-1].usage.total_tokens > 0
+    assert next(model.id for model in client.models.list()) == "kimi"
+    assert client.models.retrieve("kimi").id == "kimi"
+
+
+def test_openai_python_raises_its_own_exception_for_each_error(client: Any, kimi: StandIn) -> None:
+    import openai
+
+    def fails(expected: type[Exception], code: str | None, **request: Any) -> Any:
+        with pytest.raises(expected) as raised:
+            client.chat.completions.create(**{"model": "kimi", "messages": HELLO, **request})
+        assert raised.value.code == code, raised.value
+        return raised.value
+
+    fails(openai.BadRequestError, None, messages=[])
+    fails(openai.BadRequestError, "context_length_exceeded", messages=[{"role": "user", "content": "x" * 99}])
+    fails(openai.NotFoundError, "model_not_found", model="gpt-5")
+    assert fails(openai.APIStatusError, "request_too_large", messages=[{"role": "user", "content": "x" * 9999}]).status_code == 413
+    for fault, status, code in ((sends(500), 502, "upstream_unavailable"), (sends(200, "?"), 502, "upstream_invalid_response"),
+                                (sends(403, JUST_A_MOMENT), 503, "upstream_blocked"), (sends(403, "-1"), 502, "upstream_refused"),
+                                (lambda handler: handler.server.gate.wait(PATIENCE), 504, "upstream_timeout")):
+        kimi.always = fault
+        for stream in (False, True):
+            error = fails(openai.InternalServerError, code, stream=stream)
+            assert error.status_code == status and error.request_id
+    kimi.always = sends(429, "", Retry_After="60")
+    assert fails(openai.RateLimitError, "upstream_rate_limited").response.headers["Retry-After"] == "60"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="sk-wrong").models.list()
+
+
+def test_openai_python_obeys_x_should_retry_and_retries_the_rest(client: Any, kimi: StandIn) -> None:
+    import openai
+    patient = client.with_options(max_retries=1)
+    kimi.always = sends(500)
+    with pytest.raises(openai.InternalServerError):
+        patient.chat.completions.create(model="kimi", messages=HELLO)
+    assert len(kimi.posts) == 2, "the program's own retry only"
+    kimi.posts.clear()
+    kimi.always = answer
+    kimi.script.append(sends(429))
+    assert patient.chat.completions.create(model="kimi", messages=HELLO)
+    assert len(kimi.posts) == 2
+
+
+def test_openai_python_sees_an_error_in_the_middle_of_a_stream(kimi: StandIn, run: Callable[..., Program]) -> None:
+    openai = pytest.importorskip("openai")
+    program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5")
+    kimi.always = at_the_gate
+    client = openai.OpenAI(base_url=program.base_url, api_key="none", max_retries=0)
+    with pytest.raises(openai.APIError) as raised:
+        list(client.chat.completions.create(model="kimi", messages=HELLO, stream=True))
+    assert raised.value.code == "upstream_timeout"
+
+
+# ======================================================================================================================
+# Benchmark: pytest -m bench -s
+#
+# Every figure is a ratio to cloudscraper called straight, or a time with the limit that it should keep, measured in
+# one run. The upstream, the straight loop and the load each run as a process: `python test_kimi2api.py ROLE …`.
+# ======================================================================================================================
+
+
+class FastUpstream:
+    """The web chat for timing: no threads and no faults, so that it is never the bottleneck."""
+
+    def __init__(self, delay: float, chars: int) -> None:
+        self.delay = delay
+        text = " ".join(f"word{number}" for number in range(chars))[:chars]
+        self.page = self.http(b'<script>var kimi_ajax = {"nonce":"0123456789"};</script>')
+        self.answer = self.http(json.dumps({"success": True, "data": {"message": text}}).encode())
+
+    @staticmethod
+    def http(body: bytes) -> bytes:
+        return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if length := re.search(rb"content-length: *(\d+)", head, re.I):
+                    await reader.readexactly(int(length[1]))
+                    await asyncio.sleep(self.delay)
+                writer.write(self.answer if length else self.page)
+        writer.close()
+
+    @classmethod
+    async def main(cls, delay: str, chars: str) -> None:
+        server = await asyncio.start_server(cls(float(delay), int(chars)).serve, "127.0.0.1", 0, backlog=4096)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+
+def straight(port: str, at_once: str, total: str) -> None:
+    """The same upstream calls with cloudscraper alone, from threads, no server."""
+    import cloudscraper
+    from requests.adapters import HTTPAdapter
+
+    scraper = cloudscraper.create_scraper()
+    scraper.mount("http://", HTTPAdapter(pool_maxsize=int(at_once)))
+    form = {"action": "kimi_send_message", "nonce": "x", "message": "hello", "model": "m", "session_id": "s"}
+
+    def ask(_: int) -> float:
+        began = time.perf_counter()
+        scraper.post(f"http://127.0.0.1:{port}/ajax", data=form, timeout=60).json()
+        return time.perf_counter() - began
+
+    with ThreadPoolExecutor(int(at_once)) as pool:
+        began = time.perf_counter()
+        times = sorted(pool.map(ask, range(int(total))))
+    print(json.dumps({"rate": len(times) / (time.perf_counter() - began), "median": statistics.median(times)}))
+
+
+async def load(port: str, at_once: str, total: str, stream: str) -> None:
+    """Ask the program for chats, so many at once, over connections that are kept where the program keeps them."""
+    body = json.dumps({"stream": stream == "stream", "messages": [{"role": "user", "content": "hello"}]}).encode()
+    message = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    left, times, bad = int(total), [], 0
+
+    async def worker() -> None:
+        nonlocal left, bad
+        link = None
+        while left > 0:
+            left -= 1
+            began = time.perf_counter()
+            reader, writer = link or await asyncio.open_connection("127.0.0.1", int(port))
+            writer.write(message)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: *(\d+)", head, re.I)
+            data = await (reader.readexactly(int(length[1])) if length else reader.read())
+            link = (reader, writer) if length else None
+            times.append(time.perf_counter() - began)
+            bad += b" 200 " not in head or (b"event-stream" in head and b"[DONE]" not in data)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(int(at_once))))
+    wall = time.perf_counter() - began
+    print(json.dumps({"rate": len(times) / wall, "median": statistics.median(times), "wall": wall, "bad": bad}))
+
+
+def role(*arguments: Any) -> Any:
+    """Run one of the above as a process; what it printed."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def fast_upstream(delay: float, chars: int) -> Iterator[int]:
+    with subprocess.Popen([sys.executable, __file__, "upstream", str(delay), str(chars)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@contextmanager
+def benched(port: int, **settings: str) -> Iterator[Program]:
+    address = f"http://127.0.0.1:{port}"
+    program = Program(UPSTREAM_URL=f"{address}/ajax", CHAT_PAGE_URL=f"{address}/chat/", **settings)
+    try:
+        yield program
+    finally:
+        program.process.kill()
+        program.wait()
+
+
+@pytest.mark.bench
+def test_benchmark() -> None:
+    rows: list[tuple[str, str, str]] = []
+    with fast_upstream(0, 40) as port, benched(port) as program:
+        role("load", program.port, 64, 500, "json")
+        for at_once, total, figure in ((64, 2000, "rate"), (1, 400, "median")):
+            ratios = [role("load", program.port, at_once, total, "json")[figure] / role("straight", port, at_once, total)[figure]
+                      for _ in range(5)]
+            name = "chats per second, 64 at a time" if figure == "rate" else "median latency, one at a time"
+            rows.append((f"{name}, to cloudscraper straight", f"{statistics.median(ratios):.2f}",
+                         "at least 0.7" if figure == "rate" else "at most 1.8"))
+    with fast_upstream(2, 2000) as port, benched(port, MAX_CONCURRENT_CHATS="256", STREAM_INTERVAL_MS="0") as program:
+        walls = [role("load", program.port, 200, 200, "stream") for _ in range(3)]
+        assert not any(wall["bad"] for wall in walls)
+        rows.append(("200 streams at once, upstream takes 2 s", f"{statistics.median(w['wall'] for w in walls):.2f} s", "at most 2.5 s"))
+    for interval, limit in (("20", "2.1 s"), ("0", "0.02 s")):
+        with fast_upstream(0, 2000) as port, benched(port, STREAM_INTERVAL_MS=interval) as program:
+            role("load", program.port, 1, 1, "stream")
+            took = role("load", program.port, 1, 5, "stream")["median"]
+            rows.append((f"2,000 characters replayed, STREAM_INTERVAL_MS={interval}", f"{took:.3f} s", f"at most {limit}"))
+    with fast_upstream(5, 2000) as port:
+        began = time.perf_counter()
+        with benched(port, MAX_CONCURRENT_CHATS="64") as program:
+            program.health()
+            rows.append(("start to first /health", f"{time.perf_counter() - began:.2f} s", "at most 0.5 s"))
+            rows.append(("memory, idle", f"{program.memory():.0f} MB", "at most 45 MB"))
+        with benched(port, MAX_CONCURRENT_CHATS="512") as program:
+            links = [program.open_chat(stream=True) for _ in range(500)]
+            wait_for(lambda: program.health()["chats"]["running"] == 500)
+            time.sleep(2)
+            rows.append(("memory, 500 chats held open", f"{program.memory():.0f} MB", "at most 150 MB"))
+            for link in links:
+                link.close()
+    width = max(len(name) for name, _, _ in rows)
+    print("\n" + "\n".join(f"{name:<{width}}  {value:>8}  {limit}" for name, value, limit in rows))
+
+
+if __name__ == "__main__":
+    name, *rest = sys.argv[1:]
+    if name == "straight":
+        straight(*rest)
+    else:
+        asyncio.run(FastUpstream.main(*rest) if name == "upstream" else load(*rest))
