@@ -36,6 +36,7 @@ import queue
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -45,21 +46,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from contextlib import ExitStack, suppress
+from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from html import unescape
 from http.client import HTTPResponse as ClientResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf
-from typing import Any, NoReturn, Protocol
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
 import cloudscraper
 import requests
 import waitress
 from cloudscraper.cloudflare import Cloudflare
+from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, NewConnectionError
@@ -73,6 +77,7 @@ from waitress.task import ErrorTask, WSGITask
 __version__ = "1.0.0"
 
 log = logging.getLogger("kimi2api")
+T = TypeVar("T")
 
 # ======================================================================================================================
 # 1 Settings
@@ -123,6 +128,13 @@ def pairs(text: str) -> dict[str, str]:
     if not table or not all(name and value for name, value in table.items()):
         raise ValueError
     return table
+
+
+def provider_names(text: str) -> tuple[str, ...]:
+    """names of lower-case letters, digits and _, separated by commas"""
+    if not all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in words(text)):
+        raise ValueError
+    return words(text)
 
 
 def http_url(text: str) -> str:
@@ -177,12 +189,25 @@ class Settings:
     sse_keepalive: float = setting("10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
     shutdown_grace: float = setting("30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
     max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
+    moonshot_api_key: str = setting("", "key of Moonshot's own API; its models are then `moonshot/…`")
+    moonshot_base_url: str = setting("https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`",
+                                     http_url)
+    deepseek_api_key: str = setting("", "key of DeepSeek's API; its models are then `deepseek/…`")
+    deepseek_base_url: str = setting("https://api.deepseek.com/v1", "where it is", http_url)
+    qianfan_api_key: str = setting("", "key of Baidu's Qianfan; its models are then `qianfan/…`")
+    qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "where it is", http_url)
+    providers: tuple[str, ...] = setting(
+        "", "names of more APIs of OpenAI's kind, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
+        "asks for one, `LOCAL_API_KEY`", provider_names)
+    fallback_models: tuple[str, ...] = setting(
+        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas", words)
     cors_origins: tuple[str, ...] = setting(
         "", "origins that may call from a browser, separated by commas. "
         "Empty: any when a key is set, else only those of this machine", origins)
     upstream_url: str = setting("https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", http_url)
     chat_page_url: str = setting("https://kimi-ai.chat/chat/", "the page that carries the nonce", http_url)
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", level)
+    apis: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # no setting: base URL and key of each API in use
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
@@ -191,24 +216,52 @@ class Settings:
         An empty text counts as not set, because that is what `${NAME:-}` of a compose file leaves.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
+        def given(name: str) -> str:
+            return next((value.strip() for source in sources if (value := source.get(name))), "")
+
         values = {}
-        for f in fields(cls):
-            name = f.name.upper()
-            given = next((source[name] for source in sources if source.get(name)), None)
-            if given is not None:
+        for f in cls.table():
+            name, parse = f.name.upper(), f.metadata["parse"]
+            if given(name):
                 try:
-                    values[f.name] = f.metadata["parse"](given.strip())
+                    values[f.name] = parse(given(name))
                 except ValueError:
-                    shown = "the value" if name == "API_MASTER_KEY" else repr(given)
-                    raise SettingError(f"{name}: {shown} is not {f.metadata['parse'].__doc__}") from None
+                    shown = "the value" if name.endswith("_KEY") else repr(given(name))
+                    raise SettingError(f"{name}: {shown} is not {parse.__doc__}") from None
         settings = cls(**values)
-        if settings.default_model not in settings.models and "*" not in settings.models:
-            raise SettingError(f"DEFAULT_MODEL: {settings.default_model!r} is not one of MODELS: "
-                               f"{', '.join(settings.models)}")
-        if not settings.api_master_key and not is_loopback(settings.api_host):
-            raise SettingError(f"API_HOST: {settings.api_host!r} can be reached from other machines, so API_MASTER_KEY "
-                               "must be set; without a key only a loopback host such as 127.0.0.1 is accepted")
+        apis = {}
+        for name in ("moonshot", "deepseek", "qianfan", *settings.providers):
+            base_url = getattr(settings, f"{name}_base_url", None) or given(f"{name}_base_url".upper())
+            key = given(f"{name}_api_key".upper())
+            if key or name in settings.providers:
+                try:
+                    apis[name] = http_url(base_url), key
+                except ValueError:
+                    raise SettingError(f"{name.upper()}_BASE_URL: {base_url!r} is not {http_url.__doc__}") from None
+        settings = replace(settings, apis=apis)
+        settings._check()
         return settings
+
+    @classmethod
+    def table(cls) -> list[Field[Any]]:
+        return [f for f in fields(cls) if f.metadata]
+
+    def _check(self) -> None:
+        """Raises SettingError for settings that do not go together."""
+        for start in self.models:
+            seen = [start]
+            while (following := self.models.get(seen[-1], seen[-1])) != seen[-1]:
+                if following in seen:
+                    raise SettingError(f"MODELS: {' = '.join([*seen, following])} goes in a circle")
+                seen.append(following)
+        for name, models in (("DEFAULT_MODEL", (self.default_model,)), ("FALLBACK_MODELS", self.fallback_models)):
+            for model in models:
+                if not {model, "*"} & set(self.models) and model.partition("/")[0] not in self.apis:
+                    raise SettingError(f"{name}: {model!r} is neither one of MODELS ({', '.join(self.models)}) nor of "
+                                       f"an API that has its key ({', '.join(self.apis) or 'none has'})")
+        if not self.api_master_key and not is_loopback(self.api_host):
+            raise SettingError(f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY "
+                               "must be set; without a key only a loopback host such as 127.0.0.1 is accepted")
 
 
 def is_loopback(host: str | None) -> bool:
@@ -255,6 +308,11 @@ class APIError(Exception):
         self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
         self.headers = dict(headers or {})
         self.retryable, self.retry_after = retryable, retry_after
+
+    @property
+    def is_upstreams(self) -> bool:
+        """Whether another upstream may do better: it failed, or the prompt is too long for it."""
+        return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -469,34 +527,153 @@ class Sessions:
 # ======================================================================================================================
 
 
+class Cancel:
+    """How an upstream call learns that its client has gone: by a call to what it has named, from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the two below: an action is called while it is valid, or never
+        self.cancelled = False
+        self._action: Callable[[], None] | None = None
+
+    def set_action(self, action: Callable[[], None] | None) -> None:
+        """Name what ends the call, at once if it is cancelled already; None: there is nothing left to end."""
+        with self._lock:
+            self._action = action
+            if action and self.cancelled:
+                action()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self.cancelled = True
+            if self._action:
+                self._action()
+
+
 @dataclass(frozen=True)
 class Chat:
     """What a provider is asked: a request, the turns remembered before it, the model by the upstream's own name."""
 
     request: ChatRequest
     model: str
-    history: tuple[Turn, ...]
-    session_id: str
+    history: tuple[Turn, ...] = ()
+    session_id: str = ""
+    cancel: Cancel = field(default_factory=Cancel)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A step of an answer. `fields` is OpenAI's `delta`; `whole`: the text arrived at once and may be paced."""
+    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them.
 
-    fields: dict[str, Any] = field(default_factory=dict)
-    finish_reason: str | None = None
-    usage: dict[str, int] | None = None
+    whole: its text arrived at once and may be paced; model: the id of the one that answers; headers: for the response.
+    """
+
+    chunk: dict[str, Any]
     whole: bool = False
+    model: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any], finish_reason: str | None = None, whole: bool = False) -> Delta:
+        choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
+        return cls({"choices": [choice]}, whole)
+
+    @property
+    def text(self) -> str:
+        """What it adds to the text of the first choice."""
+        return "".join(choice["delta"].get("content") or "" for choice in self.chunk["choices"] if not choice["index"])
+
+    @property
+    def ends(self) -> bool:
+        """Whether it finishes a choice, or comes after (the usage)."""
+        return not self.chunk["choices"] or any(choice.get("finish_reason") for choice in self.chunk["choices"])
 
 
-class Provider(Protocol):
-    """An upstream. `trouble` is when its last call failed (seconds since the epoch) and why, None while it is well."""
+LONGEST_WAIT = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
+FIRST_BACK_OFF, LAST_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
 
-    trouble: tuple[float, str] | None
 
-    def stream(self, chat: Chat) -> Iterator[Delta]: ...
+class Provider:
+    """An upstream. `trouble` is when it began to fail (seconds since the epoch) and why; None while it is well."""
 
-    def check(self) -> Iterator[tuple[str, APIError | None]]: ...
+    def __init__(self, name: str, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        self.name, self._settings, self._clock = name, settings, clock
+        self.trouble: tuple[float, str] | None = None
+
+    def stream(self, chat: Chat) -> Iterator[Delta]:
+        """The answer. Raises APIError, also in the middle when the upstream breaks off."""
+        raise NotImplementedError
+
+    def models(self) -> list[dict[str, Any]]:
+        """The upstream's own models, as OpenAI's model objects; those that MODELS names need not be among them."""
+        return []
+
+    def check(self) -> Iterator[tuple[str, APIError | None]]:
+        """Go through the upstream step by step: (what was tried, the error that ended it)."""
+        raise NotImplementedError
+
+    def _check_answer(self, model: str) -> Iterator[tuple[str, APIError | None]]:
+        began = time.monotonic()
+        question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
+        try:
+            for _ in self.stream(Chat(question, model, (), Sessions(1, 1).open("", None).id)):
+                pass
+            yield f"one question answered in {time.monotonic() - began:.1f} s", None
+        except APIError as error:
+            yield "one question answered", error
+
+    def _retrying(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
+        """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it, unless in vain."""
+        for retries in itertools.count():
+            try:
+                result = attempt()
+                self.trouble = None
+                return result
+            except APIError as error:
+                if not error.retryable or retries >= self._settings.max_retries or in_vain():
+                    if retries:
+                        error.headers["x-should-retry"] = "false"  # obeyed by OpenAI's SDKs
+                    if error.is_upstreams:
+                        self.trouble = self.trouble or (self._clock(), f"{error.code}: {error.message}")
+                    raise
+                wait = error.retry_after or min(FIRST_BACK_OFF * 2 ** retries, LAST_BACK_OFF) * random.uniform(0.5, 1)
+                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error, retries + 1,
+                            self._settings.max_retries, wait)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+
+def rate_limited(message: str, type: str, code: str | None, headers: Mapping[str, str], now: float) -> APIError:
+    """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
+    wait = parse_retry_after(headers.get("Retry-After"), now)
+    return APIError(429, message, type, code, headers={} if wait is None else {"Retry-After": str(ceil(wait))},
+                    retryable=wait is not None and wait <= LONGEST_WAIT, retry_after=wait or 0.0)
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
+    try:
+        if value and value.strip().isdigit():
+            return float(value)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now) if value else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return getattr(error, "strerror", None) or re.sub(r"<[^>]*>", "", str(error)).strip(" :.") or type(error).__name__
+
+
+def plain_words(said: Any) -> str:
+    """What upstream said (a string, an object or nothing) as one line without HTML, 300 characters at most."""
+    if isinstance(said, dict):
+        said = said.get("message") or said.get("error") or said.get("code") or said
+    if said is not None and not isinstance(said, str):
+        said = json.dumps(said, ensure_ascii=False)
+    words = " ".join(unescape(re.sub(r"<[^>]*>", " ", said or "")).split())
+    return words[:300].encode("utf-8", "replace").decode() or "(it gave no reason)"
 
 
 # Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces.
@@ -513,6 +690,8 @@ def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
     tokens = estimate_tokens(prompt), estimate_tokens(completion)
     return {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
 
+
+# Kimi's web chat
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page or an answer; the web chat's are a few KiB
 
@@ -566,7 +745,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         super().__init__(browser={"browser": "chrome", "platform": "windows", "mobile": False}, delay=4)
         self.headers["User-Agent"] = self.USER_AGENT
         self._jar_lock = threading.Lock()  # guards cookies, whose iteration breaks when another thread adds one
-        self._routes: dict[str, tuple[Any, str]] = {}
+        self._pools: dict[str, tuple[Any, bool]] = {}
         adapter = cloudscraper.CipherSuiteAdapter(cipherSuite=self.cipherSuite, pool_maxsize=connections)
         self.mount("https://", adapter)
         self.mount("http://", adapter)
@@ -589,7 +768,8 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
             cookies = get_cookie_header(self.cookies, request) if self.cookies else None
         if cookies:
             request.headers["Cookie"] = cookies
-        pool, target = self._route(url)
+        pool, names_host = self._pool(url)
+        target = url if names_host else urlunsplit(("", "", *urlsplit(url)[2:4], "")) or "/"
         raw = pool.urlopen(method, target, urlencode(data) if isinstance(data, dict) else data,
                            dict(request.headers), retries=False, redirect=False, preload_content=False,
                            assert_same_host=False, timeout=Timeout(total=timeout))
@@ -607,19 +787,20 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         response._content = body  # what response.content and response.text go by
         return response
 
-    def _route(self, url: str) -> tuple[Any, str]:
-        """The connection pool for a URL, and the URL as it stands in the request line.
+    def _pool(self, url: str) -> tuple[Any, bool]:
+        """The connection pool for a URL's host, and whether its requests name the whole URL, as plain proxies want it.
 
         Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
         """
-        if url not in self._routes:
-            request, adapter = requests.Request("GET", url).prepare(), self.get_adapter(url)
-            found = self.merge_environment_settings(request.url, {}, True, None, None)
+        origin = urljoin(url, "/")
+        if origin not in self._pools:
+            request, adapter = requests.Request("GET", origin).prepare(), self.get_adapter(origin)
+            found = self.merge_environment_settings(origin, {}, True, None, None)
             proxies = {} if is_loopback(urlsplit(url).hostname) else found["proxies"]  # a proxy's loopback is not ours
             pool = adapter.get_connection_with_tls_context(request, found["verify"], proxies, found["cert"])
             pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": DeadlineResponse})
-            self._routes[url] = pool, adapter.request_url(request, proxies)
-        return self._routes[url]
+            self._pools[origin] = pool, adapter.request_url(request, proxies) != "/"
+        return self._pools[origin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -638,48 +819,40 @@ class StaleNonce(Exception):
         self.error = error
 
 
-class KimiProvider:
+class KimiProvider(Provider):
     """Kimi's web chat, a WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form."""
 
     NONCE = re.compile(r"""kimi_ajax\b(?:(?!</script>).)*?["']?\bnonce["']?\s*:\s*["']([\w-]+)["']""", re.S)
     NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
     CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
-    LONGEST_WAIT = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
-    BACK_OFF = 0.25, 4.0  # seconds, of the first retry and at most; doubled each time
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        self._settings, self._clock = settings, clock
+        super().__init__("kimi", settings, clock)
         self._scraper = Scraper(connections=2 * settings.max_concurrent_chats)
-        self.trouble: tuple[float, str] | None = None
         self._lock = threading.Lock()  # guards the two below; never held while upstream is asked
         self._nonce: Nonce | None = None
         self._renewal: Future[Nonce] | None = None  # a fetch under way, which everybody who needs a nonce waits for
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         prompt = self._prompt(chat)
-        answer = self._ask(prompt, chat.model, chat.session_id)
-        yield Delta({"content": answer}, whole=True)
-        yield Delta(finish_reason="stop", usage=estimate_usage(prompt, answer))
+        answer = self._retrying(lambda: self._ask(prompt, chat),
+                                in_vain=lambda: chat.cancel.cancelled and not chat.request.user)
+        yield Delta.of({"role": "assistant", "content": "", "refusal": None})
+        yield Delta.of({"content": answer}, whole=True)
+        yield Delta.of({}, "stop")
+        yield Delta({"choices": [], "usage": estimate_usage(prompt, answer)})
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
-        """Go through the web chat step by step: (what was tried, the error that ended it)."""
-        steps = {"upstream_blocked": 1, "upstream_changed": 2}
         names = (f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found")
         try:
             self._renew(None, time.monotonic() + self._settings.request_timeout)
-            yield from ((name, None) for name in names)
         except APIError as error:
-            failed = steps.get(error.code or "", 0)
+            failed = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
             yield from ((name, None) for name in names[:failed])
             yield names[failed], error
-            return
-        model = self._settings.models.get(self._settings.default_model) or self._settings.models["*"]
-        began = time.monotonic()
-        try:
-            self._ask("Reply with the one word: OK", model, Sessions(1, 1).open("", None).id)
-            yield f"one question answered in {time.monotonic() - began:.1f} s", None
-        except APIError as error:
-            yield "one question answered", error
+        else:
+            yield from ((name, None) for name in names)
+            yield from self._check_answer("moonshotai/Kimi-K2-Instruct-0905")
 
     # The prompt
 
@@ -722,47 +895,34 @@ class KimiProvider:
     def _line(self, message: Message) -> str:
         return f"{self.SPEAKERS.get(message['role'], message['role'])}: {text_of(message)}"
 
-    # Asking, with retries
+    # Asking
 
-    def _ask(self, prompt: str, model: str, session_id: str) -> str:
-        """One answer, with retries as the table of errors in the README has them."""
-        retries, renewed = 0, False
-        while True:
-            try:
-                answer = self._attempt(prompt, model, session_id, final=renewed)
-                self.trouble = None
-                return answer
-            except StaleNonce as stale:
-                log.info("%s; trying once more with a new nonce", stale)
-                renewed = True
-            except APIError as error:
-                if not error.retryable or retries >= self._settings.max_retries:
-                    if retries or renewed:
-                        error.headers["x-should-retry"] = "false"  # obeyed by OpenAI's SDKs
-                    self.trouble = self.trouble or (self._clock(), f"{error.code}: {error.message}")
-                    raise
-                first, most = self.BACK_OFF
-                wait = error.retry_after or min(first * 2 ** retries, most) * random.uniform(0.5, 1)
-                retries += 1
-                log.warning("%s; retry %d of %d in %.1f s", error, retries, self._settings.max_retries, wait)
-                time.sleep(wait)
+    def _ask(self, prompt: str, chat: Chat) -> str:
+        """One attempt; a nonce that is rejected is renewed, once."""
+        try:
+            return self._post(prompt, chat)
+        except StaleNonce as stale:
+            log.info("%s; trying once more with a new nonce", stale)
+        try:
+            return self._post(prompt, chat)
+        except StaleNonce as stale:
+            stale.error.headers["x-should-retry"] = "false"
+            raise stale.error from None
 
-    def _attempt(self, prompt: str, model: str, session_id: str, final: bool) -> str:
-        """Post the form once. Raises StaleNonce when a new nonce may help, unless this is the final attempt."""
+    def _post(self, prompt: str, chat: Chat) -> str:
+        """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
         deadline = time.monotonic() + self._settings.request_timeout
         nonce = self._current_nonce(deadline)
         page = urlsplit(self._settings.chat_page_url)
-        form = urlencode({"action": "kimi_send_message", "nonce": nonce.value, "message": prompt, "model": model,
-                          "session_id": session_id}).encode()
+        form = urlencode({"action": "kimi_send_message", "nonce": nonce.value, "message": prompt, "model": chat.model,
+                          "session_id": chat.session_id}).encode()
         try:
-            response = self._send(self._scraper.perform_request, "POST", self._settings.upstream_url, deadline, form, {
-                "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8", "Accept": "application/json, */*",
-                "X-Requested-With": "XMLHttpRequest", "Origin": f"{page.scheme}://{page.netloc}",
-                "Referer": self._settings.chat_page_url})
-            return self._answer(response)
-        except StaleNonce as stale:
-            if final:
-                raise stale.error from None
+            return self._answer(self._send(
+                self._scraper.perform_request, "POST", self._settings.upstream_url, deadline, form, {
+                    "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
+                    "Accept": "application/json, */*", "X-Requested-With": "XMLHttpRequest", "Origin": f"{page.scheme}://{page.netloc}",
+                    "Referer": self._settings.chat_page_url}))
+        except StaleNonce:
             with self._lock:
                 if self._nonce is nonce:  # else somebody has renewed it meanwhile
                     self._nonce = None
@@ -817,11 +977,8 @@ class KimiProvider:
         if html and (status == 403 or (status in (429, 503) and self.CHALLENGE.search(response.content))):
             raise self._blocked(f"HTTP {status} with a web page")
         if status == 429:
-            wait = parse_retry_after(response.headers.get("Retry-After"), self._clock())
-            raise APIError(429, "The web chat says: too many requests. Wait a while.", "rate_limit_error",
-                           "upstream_rate_limited",
-                           headers={} if wait is None else {"Retry-After": str(ceil(wait))},
-                           retryable=wait is not None and wait <= self.LONGEST_WAIT, retry_after=wait or 0.0)
+            raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
+                               "upstream_rate_limited", response.headers, self._clock())
         if status >= 500:
             raise upstream_error(502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", True)
         return response
@@ -887,31 +1044,268 @@ class KimiProvider:
         return Nonce(found[1], self._clock())
 
 
-def root_cause(error: BaseException) -> str:
-    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return getattr(error, "strerror", None) or re.sub(r"<[^>]*>", "", str(error)).strip(" :.") or type(error).__name__
+# APIs that speak OpenAI's protocol
 
 
-def plain_words(said: Any) -> str:
-    """What upstream said (a string, an object or nothing) as one line without HTML, 300 characters at most."""
-    if isinstance(said, dict):
-        said = said.get("message") or said.get("error") or said.get("code") or said
-    if said is not None and not isinstance(said, str):
-        said = json.dumps(said, ensure_ascii=False)
-    words = " ".join(unescape(re.sub(r"<[^>]*>", " ", said or "")).split())
-    return words[:300].encode("utf-8", "replace").decode() or "(it gave no reason)"
+class OpenAIProvider(Provider):
+    """Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
+
+    Requests and chunks pass through as they are; only the model's name, the messages (the session's turns are put in
+    front) and the streaming are ours. When the client leaves, the connection is closed at once: answers cost money.
+    """
+
+    MODELS_AGE, MODELS_RETRY, MODELS_WAIT = 600.0, 60.0, 0.5  # seconds: keep the list, ask again after a failure, wait
+
+    def __init__(self, name: str, base_url: str, key: str, settings: Settings,
+                 clock: Callable[[], float] = time.time) -> None:
+        super().__init__(name, settings, clock)
+        self._base_url, self._key = base_url.rstrip("/"), key
+        self._chat = threading.local()  # .cancel: of the chat that this thread sends
+        self._session = requests.Session()
+        self._session.auth = self._sign  # as a function, so that .netrc cannot put another in its place
+        adapter = CancellableAdapter(self._chat, pool_maxsize=2 * settings.max_concurrent_chats)
+        self._session.mount("https://", adapter)
+        self._session.mount("http://", adapter)
+        if is_loopback(urlsplit(base_url).hostname):
+            self._session.trust_env = False  # a proxy's loopback is not ours
+        self._lock = threading.Lock()  # guards the two below
+        self._models: list[dict[str, Any]] = []
+        self._models_due, self._models_here = 0.0, threading.Event()
+
+    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def stream(self, chat: Chat) -> Iterator[Delta]:
+        request = chat.request
+        messages = [*request.system, *itertools.chain(*chat.history), *itertools.chain(*request.turns)]
+        body = {**request.body, "model": chat.model, "stream": True,
+                "messages": messages if chat.history else list(request.messages),
+                "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True}}
+        self._chat.cancel = chat.cancel
+        response = None
+        try:
+            response = self._retrying(lambda: self._send("POST", "/chat/completions", json=body),
+                                      in_vain=lambda: chat.cancel.cancelled)
+            yield from self._deltas(response, messages)
+        except UpstreamHTTPError as error:  # of urllib3, whose reading of the body requests does not wrap here
+            raise self._unreachable(error) from None
+        finally:
+            self._chat.cancel = None
+            chat.cancel.set_action(None)  # from here on the connection may belong to somebody else's chat
+            if response is not None:
+                response.close()
+
+    def _deltas(self, response: requests.Response, messages: list[Message]) -> Iterator[Delta]:
+        headers = {name: value for name, value in response.headers.items() if "ratelimit" in name.lower()}
+        text, finished, usage = "", False, False
+        for data in server_sent_data(response):
+            if data == "[DONE]":
+                finished = True
+                break
+            try:
+                chunk = json.loads(data)
+                if isinstance(chunk, dict) and chunk.get("error"):
+                    raise self._their_error(500, chunk, {})
+                choices = [{"index": 0, "delta": {}, **choice} for choice in chunk["choices"] or ()]
+                delta = Delta({**chunk, "choices": choices}, headers=headers)
+                text += delta.text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise upstream_error(502, "upstream_invalid_response", f"{self.name} sent a bad chunk.") from None
+            finished, usage = finished or (delta.ends and bool(choices)), usage or bool(chunk.get("usage"))
+            yield delta
+        if not finished:
+            raise upstream_error(502, "upstream_unavailable", f"{self.name} broke off in the middle of its answer.")
+        if not usage:
+            yield Delta({"choices": [], "usage": estimate_usage("\n".join(map(text_of, messages)), text)})
+
+    def _send(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        """An answer with status 200, its body still to be read. timeout: seconds of silence, not of the whole answer."""
+        try:
+            response = self._session.request(method, self._base_url + path, stream=True, allow_redirects=False,
+                                             timeout=self._settings.request_timeout, **kwargs)
+            if response.status_code == 200:
+                return response
+            with response:
+                said = b"".join(itertools.islice(response.iter_content(8192), 8))
+        except requests.RequestException as error:
+            raise self._unreachable(error) from None
+        try:
+            body = json.loads(said)
+        except (ValueError, RecursionError):
+            body = said.decode("utf-8", "replace")
+        raise self._their_error(response.status_code, body, response.headers)
+
+    def _their_error(self, status: int, body: Any, headers: Mapping[str, str]) -> APIError:
+        """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
+        error = body.get("error", body) if isinstance(body, dict) else body
+        fields = error if isinstance(error, dict) else {}
+        type, code, param = (fields.get(name) if isinstance(fields.get(name), str) else None
+                             for name in ("type", "code", "param"))
+        words = plain_words(error)
+        message = f"{self.name}: {words.replace(self._key, '…') if self._key else words}"
+        if status in (401, 403):
+            return upstream_error(502, "upstream_auth", f"{self.name} does not accept the key that this server has for "
+                                  f"it (HTTP {status}); see {self.name.upper()}_API_KEY.")
+        if status == 429:
+            limited = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers,
+                                   self._clock())
+            limited.headers.update((name, value) for name, value in headers.items() if "ratelimit" in name.lower())
+            return limited
+        if status >= 500 or status < 400:
+            return APIError(status if status >= 500 else 502, message, type or "upstream_error",
+                            code or "upstream_unavailable", param, retryable=status >= 500)
+        return APIError(status, message, type or "invalid_request_error", code, param)
+
+    def _unreachable(self, error: Exception) -> APIError:
+        cause = root_cause(error)
+        if isinstance(error, (requests.Timeout, UpstreamTimeout)) or "timed out" in cause:
+            return upstream_error(504, "upstream_timeout", f"{self.name} was silent for "
+                                  f"{self._settings.request_timeout:g} s.")
+        return upstream_error(502, "upstream_unavailable", f"{self.name} cannot be reached: {cause}.", retryable=True)
+
+    def models(self) -> list[dict[str, Any]]:
+        """Fetched on a thread of its own when the list is old; waits for it no longer than MODELS_WAIT seconds."""
+        with self._lock:
+            if self._clock() >= self._models_due:
+                self._models_due = self._clock() + self.MODELS_RETRY
+                self._models_here.clear()
+                threading.Thread(target=self._fetch_models, name=f"{self.name} models", daemon=True).start()
+        self._models_here.wait(self.MODELS_WAIT)
+        return self._models
+
+    def _fetch_models(self) -> None:
+        try:
+            with self._send("GET", "/models") as response:
+                self._models = [model for model in response.json()["data"] if isinstance(model.get("id"), str)]
+            self._models_due = self._clock() + self.MODELS_AGE
+        except (APIError, requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s: its models cannot be listed: %s", self.name, error)
+        finally:
+            self._models_here.set()
+
+    def check(self) -> Iterator[tuple[str, APIError | None]]:
+        try:
+            self._send("GET", "/models").close()
+            yield f"{self._base_url} reached, key accepted", None
+        except APIError as error:
+            yield f"{self._base_url} reached, key accepted", error
+            return
+        named = (*self._settings.fallback_models, *self._settings.models.values(), *(
+            f"{self.name}/{model['id']}" for model in self.models()))
+        model = next((model for model in named if model.startswith(f"{self.name}/")), f"{self.name}/default")
+        yield from self._check_answer(model.partition("/")[2])
 
 
-def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
-    try:
-        if value and value.strip().isdigit():
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now) if value else None
-    except (TypeError, ValueError, OverflowError):
-        return None
+class CancellableAdapter(HTTPAdapter):
+    """Lets a chat's Cancel shut the socket down that it waits on, from the moment the request is sent."""
+
+    def __init__(self, chat: threading.local, **kwargs: Any) -> None:
+        self._chat = chat
+        super().__init__(**kwargs)
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool, chat = super().get_connection_with_tls_context(*args, **kwargs), self._chat
+        plain = pool.ConnectionCls
+        if not hasattr(plain, "is_cancellable"):
+            def getresponse(connection: Any) -> Any:
+                if cancel := getattr(chat, "cancel", None):
+                    cancel.set_action(partial(shut_down, connection.sock))
+                return plain.getresponse(connection)
+            pool.ConnectionCls = type("Connection", (plain,), {"getresponse": getresponse, "is_cancellable": True})
+        return pool
+
+
+def shut_down(sock: Any) -> None:
+    with suppress(OSError):  # it is closed already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def server_sent_data(response: requests.Response) -> Iterator[str]:
+    """The data of each server-sent event as it arrives; comments and other fields are passed over (HTML standard)."""
+    rest, data = b"", []
+    while chunk := response.raw.read1(65536, decode_content=True):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
+            elif not line and data:
+                yield "\n".join(data)
+                data = []
+
+
+# All of them
+
+
+CREATED = 1757030400  # of a model whose upstream tells no time: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+
+
+class Upstreams:
+    """Every configured provider, and which of them a model's id means."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.web = KimiProvider(settings)
+        self.apis = {name: OpenAIProvider(name, *api, settings) for name, api in settings.apis.items()}
+
+    @property
+    def all(self) -> list[Provider]:
+        return [self.web, *self.apis.values()]
+
+    def resolve(self, model: str) -> tuple[Provider, str]:
+        """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
+        table = self._settings.models
+        name = table.get(model) or (model if self._api_of(model) else table.get("*"))
+        if name is None:
+            raise APIError(404, f"The model {model[:100]!r} does not exist; /v1/models lists those that do.",
+                           code="model_not_found", param="model")
+        while table.get(name, name) != name:
+            name = table[name]
+        api = self._api_of(name)
+        return (api, name.partition("/")[2]) if api else (self.web, name)
+
+    def _api_of(self, model: str) -> OpenAIProvider | None:
+        prefix, _, name = model.partition("/")
+        return self.apis.get(prefix) if name else None
+
+    def models(self) -> list[dict[str, Any]]:
+        """MODELS, then what each API lists, as OpenAI's model objects."""
+        listed = [self.model(name) for name in self._settings.models if name != "*"]
+        return listed + [self.model(f"{api.name}/{model['id']}", model)
+                         for api in self.apis.values() for model in api.models()]
+
+    def model(self, name: str, theirs: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """OpenAI's model object. Raises APIError 404 for an id that nobody has."""
+        provider, _ = self.resolve(name)
+        created, owner = theirs.get("created"), theirs.get("owned_by")
+        return {"id": name, "object": "model", "created": created if isinstance(created, int) else CREATED,
+                "owned_by": owner if isinstance(owner, str) else "moonshotai" if provider is self.web else provider.name}
+
+    def answer(self, model: str, chat: Chat) -> Iterator[Delta]:
+        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can."""
+        failed: list[tuple[str, APIError]] = []
+        for name in dict.fromkeys((model, *self._settings.fallback_models)):
+            provider, upstream_model = self.resolve(name)
+            deltas = provider.stream(replace(chat, model=upstream_model))
+            try:
+                first = next(deltas)
+            except APIError as error:
+                failed.append((name, error))
+                if not error.is_upstreams or chat.cancel.cancelled:
+                    break
+                log.warning("%s cannot answer: %s: %s", name, error.code, error)
+                continue
+            if failed:
+                log.warning("%s answers instead of %s", name, model)
+            headers = {**first.headers, "X-Kimi2api-Provider": provider.name}
+            for delta in itertools.chain([first], deltas):
+                yield replace(delta, model=name, headers=headers)
+            return
+        first_error = failed[0][1]
+        first_error.message += "".join(f" Fallback {name}: {error.message}" for name, error in failed[1:])
+        raise first_error
 
 
 # ======================================================================================================================
@@ -953,28 +1347,38 @@ class Calls(Slots):
         self._threads.submit(work).add_done_callback(lambda _: self.free())
 
 
-def converse(provider: Provider, request: ChatRequest, model: str, sessions: Sessions, owner: str) -> Iterator[Delta]:
-    """The provider's answer with the user's session before it; the turn is recorded when the answer is complete."""
+def converse(deltas_of: Callable[[Chat], Iterator[Delta]], chat: Chat, sessions: Sessions,
+             owner: str) -> Iterator[Delta]:
+    """An answer with the user's session before it. The turn is recorded before the last delta is handed on, so a
+    client that has seen the end finds it remembered."""
+    request = chat.request
     session = sessions.open(owner, request.user)
     history = () if request.brings_history else session.turns
-    text = []
-    for delta in provider.stream(Chat(request, model, history, session.id)):
-        text.append(delta.fields.get("content") or "")
-        yield delta
+    text: list[str] = []
+    last: list[Delta] = []
+    for delta in deltas_of(replace(chat, history=history, session_id=session.id)):
+        text.append(delta.text)
+        if delta.ends or last:
+            last.append(delta)
+        else:
+            yield delta
     if request.user and request.turns:
         *older, newest = request.turns
         answered = (*newest, {"role": "assistant", "content": "".join(text)})
         sessions.record(owner, request.user, session, (*older, answered), anew=request.brings_history)
+    yield from last
 
 
 LOOK_EVERY = 0.5  # seconds between looks at whether a silent chat's client is still there
 
 
-def relay(deltas: Iterator[Delta], calls: Calls, silence: float, look: Callable[[], None]) -> Iterator[Delta | None]:
+def relay(deltas: Iterator[Delta], calls: Calls, silence: float, look: Callable[[], None],
+          cancel: Callable[[], None]) -> Iterator[Delta | None]:
     """Run the deltas on a thread of their own and hand them on, with a None after every `silence` seconds without one.
 
-    look() is called about twice a second; it raises when the chat has lost its client. The upstream call goes on all
-    the same, so that its turn is recorded, and holds one of `calls` until it ends. Raises what the deltas raise.
+    look() is called about twice a second; it raises when the chat has lost its client. Then, and at every other end,
+    cancel() tells the upstream call; one that goes on all the same, so that its turn is recorded, holds one of `calls`
+    until it ends. Raises what the deltas raise.
     """
     box: queue.SimpleQueue[Delta | BaseException | None] = queue.SimpleQueue()
 
@@ -988,21 +1392,24 @@ def relay(deltas: Iterator[Delta], calls: Calls, silence: float, look: Callable[
 
     calls.start(work)
     quiet_until = time.monotonic() + silence
-    while True:
-        try:
-            item = box.get(timeout=max(0.0, min(LOOK_EVERY, quiet_until - time.monotonic())))
-        except queue.Empty:
-            look()
-            if time.monotonic() >= quiet_until:
-                quiet_until += silence
-                yield None
-            continue
-        if item is None:
-            return
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-        quiet_until = time.monotonic() + silence
+    try:
+        while True:
+            try:
+                item = box.get(timeout=max(0.0, min(LOOK_EVERY, quiet_until - time.monotonic())))
+            except queue.Empty:
+                look()
+                if time.monotonic() >= quiet_until:
+                    quiet_until += silence
+                    yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            quiet_until = time.monotonic() + silence
+    finally:
+        cancel()
 
 
 PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
@@ -1039,75 +1446,93 @@ def pace(deltas: Iterator[Delta | None], interval: float, longest: float,
             yield delta
             continue
         began, held = time.monotonic(), ""
-        for count, piece in enumerate(pieces(delta.fields["content"], most)):
+        for count, piece in enumerate(pieces(delta.text, most)):
             held += piece
             wait = began + count * interval - time.monotonic()
             if wait < -interval:  # the machine is too busy for this pace: pieces grow
                 continue
             time.sleep(max(0.0, wait))
             look()
-            yield Delta({"content": held})
+            yield replace(Delta.of({"content": held}), model=delta.model)
             held = ""
         if held:
-            yield Delta({"content": held})
+            yield replace(Delta.of({"content": held}), model=delta.model)
 
 
 class Answer:
-    """One chat completion on its way out: an id, a time of creation and a model, the same in every chunk.
+    """One chat completion on its way out: an id and a time of creation, the same in every chunk.
 
     Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
+    `headers` are known once the first delta is there.
     """
 
-    def __init__(self, model: str, include_usage: bool = False) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "", "created": int(time.time()), "model": model}
+    def __init__(self, include_usage: bool = False) -> None:
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self._include_usage = include_usage
+        self.headers: Mapping[str, str] = {}
 
     def completion(self, deltas: Iterable[Delta | None]) -> dict[str, Any]:
         """The fold of all deltas into one object."""
-        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
-        finish_reason, usage = "stop", None
-        for delta in deltas:
-            if delta:
-                for name, value in delta.fields.items():
-                    message[name] = (message.get(name) or "") + value
-                finish_reason, usage = delta.finish_reason or finish_reason, delta.usage or usage
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage}
+        answer: dict[str, Any] = {}
+        for delta in filter(None, deltas):
+            self.headers = self.headers or delta.headers
+            merge(answer, {**delta.chunk, "model": delta.model})
+        for choice in answer.get("choices", ()):
+            message = {"role": "assistant", "content": None, "refusal": None, **choice.pop("delta")}
+            for call in message.get("tool_calls") or ():
+                call.pop("index", None)  # which has done its work, and is not part of a whole message
+            choice.update(message=message, logprobs=choice.get("logprobs"),
+                          finish_reason=choice.get("finish_reason") or "stop")
+        return {**answer, **self._head, "object": "chat.completion"}
 
     def events(self, deltas: Iterable[Delta | None]) -> Iterator[bytes]:
         """Server-sent events. Raises what the deltas raise only before the first one; later it becomes an event."""
-        finish_reason, usage, begun, opened = "stop", None, False, False
+        begun = False
         try:
             for delta in deltas:
                 if delta is None:
                     begun = True
                     yield b": keep-alive\n\n"
                     continue
-                event = b"" if opened else self._chunk({"role": "assistant", "content": "", "refusal": None})
-                if delta.fields:
-                    event += self._chunk(delta.fields)
-                finish_reason, usage = delta.finish_reason or finish_reason, delta.usage or usage
-                if event:
-                    begun = opened = True
-                    yield event
+                self.headers = self.headers or delta.headers
+                chunk = {**delta.chunk, **self._head, "object": "chat.completion.chunk", "model": delta.model}
+                usage = chunk.pop("usage", None)
+                if self._include_usage:
+                    chunk["usage"] = usage
+                elif not chunk["choices"] and usage:
+                    continue
+                begun = True
+                yield b"data: " + dump_json(chunk) + b"\n\n"
         except Exception as error:
             if not begun:
                 raise
-            yield self._event(as_api_error(error).body())  # and no [DONE]: half an answer must not look whole
-            return
-        end = self._chunk({}, finish_reason)
-        if self._include_usage:
-            end += self._event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
-        yield end + b"data: [DONE]\n\n"
+            yield b"data: " + dump_json(as_api_error(error).body()) + b"\n\n"
+            return  # without [DONE]: half an answer must not look whole
+        yield b"data: [DONE]\n\n"
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._event({**self._head, "object": "chat.completion.chunk", "choices": [choice],
-                            **({"usage": None} if self._include_usage else {})})
 
-    @staticmethod
-    def _event(value: Any) -> bytes:
-        return b"data: " + dump_json(value) + b"\n\n"
+def merge(whole: dict[str, Any], part: dict[str, Any], join: bool = False) -> None:
+    """Add a chunk to what came before. Lists grow, by `index` where their entries have one; within a delta texts are
+    joined, but for those that name something; else the later value stands."""
+    for name, value in part.items():
+        before = whole.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            merge(before, value, join or name == "delta")
+        elif isinstance(value, list) and isinstance(before or [], list):
+            known = whole[name] = before or []
+            for entry in value:
+                index = entry.get("index") if isinstance(entry, dict) else None
+                same = next((old for old in known if index is not None and old.get("index") == index), None)
+                if same is None:
+                    known.append(same := {} if isinstance(entry, dict) else entry)
+                if isinstance(entry, dict):
+                    merge(same, entry, join)
+        elif join and isinstance(before, str) and isinstance(value, str) and name not in ("role", "id", "type", "name"):
+            whole[name] = before + value
+        elif value is not None or name not in whole:
+            whole[name] = {} if isinstance(value, dict) else value
+            if isinstance(value, dict):
+                merge(whole[name], value, join or name == "delta")
 
 
 def as_api_error(error: Exception) -> APIError:
@@ -1124,9 +1549,6 @@ def as_api_error(error: Exception) -> APIError:
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
 # ======================================================================================================================
-
-CREATED = 1757030400  # of every model: 2025-09-05, when Kimi-K2-Instruct-0905 came out
-
 
 class EventStream:
     """A WSGI body: a first event that has been made already, the rest, and what to do when it is over or given up."""
@@ -1146,7 +1568,7 @@ class App:
 
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
         self.settings, self.stopping = settings, stopping
-        self.provider: Provider = KimiProvider(settings)
+        self.upstreams = Upstreams(settings)
         self.sessions = Sessions(settings.session_cache_ttl, settings.max_session_size)
         self.chats = Slots(settings.max_concurrent_chats)
         # Upstream calls, those included whose client has left: they may be as many again, and no more.
@@ -1158,9 +1580,9 @@ class App:
     def chat(self) -> dict[str, Any] | EventStream:
         request = ChatRequest.parse(self._read_body())
         model = request.model or self.settings.default_model
-        upstream_model = self._upstream_model(model)
+        self.upstreams.resolve(model)  # an unknown model is refused before it takes a slot
         gone = bottle.request.environ.get("waitress.client_disconnected", bool)
-        answer = Answer(model, request.include_usage)
+        answer, chat = Answer(request.include_usage), Chat(request, model)
 
         def look() -> None:
             if gone():
@@ -1171,26 +1593,26 @@ class App:
         with ExitStack() as done:
             self.chats.take()
             done.callback(self.chats.free)
-            conversation = converse(self.provider, request, upstream_model, self.sessions, owner())
-            deltas = relay(conversation, self.calls, self.settings.sse_keepalive, look)
+            conversation = converse(partial(self.upstreams.answer, model), chat, self.sessions, owner())
+            deltas = relay(conversation, self.calls, self.settings.sse_keepalive, look, chat.cancel)
             if not request.stream:
-                return answer.completion(deltas)
+                completion = answer.completion(deltas)
+                set_headers(answer.headers)
+                return completion
             paced = pace(deltas, self.settings.stream_interval_ms / 1000, self.settings.stream_max_seconds, look)
             events = answer.events(paced)
             first = next(events)  # what goes wrong before the first event is a real status
-            bottle.response.content_type = "text/event-stream; charset=utf-8"
-            bottle.response.set_header("Cache-Control", "no-cache")
-            bottle.response.set_header("X-Accel-Buffering", "no")  # nginx would hold a stream back
+            set_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+                         "X-Accel-Buffering": "no", **answer.headers})  # "no": nginx would hold a stream back
             done.callback(log_end, bottle.request.environ)
             return EventStream(first, events, done.pop_all())
         raise AssertionError("unreachable")
 
     def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._model(name) for name in self.settings.models if name != "*"]}
+        return {"object": "list", "data": self.upstreams.models()}
 
     def model(self, name: str) -> dict[str, Any]:
-        self._upstream_model(name)
-        return self._model(name)
+        return self.upstreams.model(name)
 
     def session(self, user: str) -> dict[str, Any]:
         session = self.sessions.get(owner(), user)
@@ -1205,12 +1627,13 @@ class App:
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def health(self) -> dict[str, Any]:
-        trouble = self.provider.trouble
-        return {"status": "degraded" if trouble else "ok", "version": __version__,
+        troubles = {upstream.name: upstream.trouble for upstream in self.upstreams.all}
+        return {"status": "degraded" if any(troubles.values()) else "ok", "version": __version__,
                 "uptime_seconds": int(time.time() - self.started),
                 "chats": {"running": self.chats.used, "limit": self.chats.limit},
                 "sessions": {"kept": len(self.sessions), "limit": self.sessions.limit},
-                "upstream": {"failing_since": int(trouble[0]), "reason": trouble[1]} if trouble else {}}
+                "upstreams": {name: {"failing_since": int(trouble[0]), "reason": trouble[1]} if trouble else {}
+                              for name, trouble in troubles.items()}}
 
     # Before and after every route
 
@@ -1243,7 +1666,7 @@ class App:
         response.set_header("X-Request-Id", environ["kimi2api.id"])
         if origin := environ.get("kimi2api.origin"):
             response.set_header("Access-Control-Allow-Origin", origin)
-            response.set_header("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, x-should-retry")
+            response.set_header("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, x-should-retry, X-Kimi2api-Provider")
             response.add_header("Vary", "Origin")
         route = environ.get("bottle.route")
         log.log(logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s %s %d %.0f ms",
@@ -1270,16 +1693,6 @@ class App:
             return origin in allowed or "*" in allowed
         return bool(self.settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _upstream_model(self, name: str) -> str:
-        table = self.settings.models
-        if name not in table and "*" not in table:
-            raise APIError(404, f"The model {name[:100]!r} does not exist; /v1/models lists those that do.",
-                           code="model_not_found", param="model")
-        return table.get(name) or table["*"]
-
-    def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": CREATED, "owned_by": "moonshotai"}
-
     def _read_body(self) -> bytes:
         limit = self.settings.max_body_bytes
         if bottle.request.content_length > limit:
@@ -1292,6 +1705,11 @@ def owner() -> str:
     """Whom the sessions of the current request belong to."""
     key: str = bottle.request.environ["kimi2api.owner"]
     return key
+
+
+def set_headers(headers: Mapping[str, str]) -> None:
+    for name, value in headers.items():
+        bottle.response.set_header(name, value)
 
 
 def no_session() -> APIError:
@@ -1544,12 +1962,12 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, s
     cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
     table = cli.add_argument_group("settings")
-    for f in fields(Settings):
+    for f in Settings.table():
         default = f.metadata["default"] or "(empty)"
         table.add_argument(f"--{f.name.replace('_', '-')}", metavar="…", dest=f.name.upper(),
                            help=f"{f.metadata['meaning']}. Default: {default}".replace("%", "%%"))
     options = cli.parse_args(argv)
-    return options, {f.name.upper(): getattr(options, f.name.upper()) for f in fields(Settings)}
+    return options, {f.name.upper(): getattr(options, f.name.upper()) for f in Settings.table()}
 
 
 def greeting(settings: Settings, port: int, demo: bool) -> str:
@@ -1567,11 +1985,13 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
 
 
 def check(settings: Settings) -> int:
-    """Print every step of the way through the upstream with a tick or a cross; 0 if all went well, else 1."""
+    """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
-    for step, error in KimiProvider(settings).check():
-        print(f"✗ {step}\n  {error} [{error.code}]" if error else f"✓ {step}", flush=True)
-        failed |= error is not None
+    for upstream in Upstreams(settings).all:
+        print(f"{upstream.name}:")
+        for step, error in upstream.check():
+            print(f"  ✗ {step}\n    {error} [{error.code}]" if error else f"  ✓ {step}", flush=True)
+            failed |= error is not None
     return int(failed)
 
 

@@ -400,21 +400,21 @@ def test_a_start_that_is_refused_says_why_in_one_line_and_exits_2(run: Callable[
 def test_help_names_every_setting_and_version_is_the_modules() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for name in kimi2api.Settings.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in done.stdout
+    for field in kimi2api.Settings.table():
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
     assert command("--version").stdout.strip() == f"kimi2api {kimi2api.__version__}"
 
 
 def test_the_readmes_table_is_the_settings() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
-    expected = [(name.upper(), f"`{field.metadata['default']}`" if field.metadata["default"] else "(empty)",
-                 field.metadata["meaning"]) for name, field in kimi2api.Settings.__dataclass_fields__.items()]
+    expected = [(field.name.upper(), f"`{field.metadata['default']}`" if field.metadata["default"] else "(empty)",
+                 field.metadata["meaning"]) for field in kimi2api.Settings.table()]
     assert rows == expected
 
 
 def test_env_example_has_every_setting_with_its_default() -> None:
     assert re.findall(r"^#([A-Z_]+)=(.*)$", (HERE / ".env.example").read_text(encoding="utf-8"), re.M) == [
-        (name.upper(), field.metadata["default"]) for name, field in kimi2api.Settings.__dataclass_fields__.items()]
+        (field.name.upper(), field.metadata["default"]) for field in kimi2api.Settings.table()]
 
 
 def test_the_greeting_has_a_curl_line_that_works_as_printed(run: Callable[..., Program]) -> None:
@@ -445,12 +445,12 @@ def test_check_goes_through_the_upstream_step_by_step(kimi: StandIn) -> None:
     def check(*pages: Fault) -> tuple[int, str]:
         kimi.page_script.extend(pages)
         done = command("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
-        return done.returncode, re.sub(r"\n  .*", "", done.stdout)
+        return done.returncode, re.sub(r"\n    .*", "", done.stdout)
 
     code, printed = check()
     assert code == 0 and printed.count("✓") == 4 and "✗" not in printed
     assert re.search(r"one question answered in \d+\.\d s", printed)
-    assert check(sends(500))[1].startswith("✗")
+    assert check(sends(500))[1].startswith("kimi:\n  ✗")
     code, printed = check(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"))
     assert code == 1 and printed.count("✓") == 1 and "✗ not blocked" in printed
     code, printed = check(sends(200, "<html>nothing</html>"))
@@ -468,7 +468,7 @@ def test_check_goes_through_the_upstream_step_by_step(kimi: StandIn) -> None:
 @pytest.mark.parametrize(("body", "param"), [
     (b"", None), (b"{", None), (b"[]", None), (b'"x"', None), (b"\xff\xfe{}", None), (b"[" * 10_000, None),
     (b'{"messages": NaN}', None), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
-    (b'{"messages": ' + b"9" * 5000 + b"}", None if sys.version_info >= (3, 11) else "messages"),
+    (b'{"messages": ' + b"9" * 5000 + b"}", None if hasattr(sys, "set_int_max_str_digits") else "messages"),
     (b"{}", "messages"), (b'{"messages": []}', "messages"), (b'{"messages": "hi"}', "messages"),
     (b'{"messages": [1]}', "messages[0]"), (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
     (b'{"messages": [{"role": "user", "content": "x"}, {"role": "boss", "content": "x"}]}', "messages[1].role"),
@@ -691,7 +691,7 @@ def test_a_failed_fetch_of_the_page_is_shared_by_all_who_wait(make: Callable[...
     kimi.page_script.append(slow_failure)
     with ThreadPoolExecutor(5) as pool:
         chats = [pool.submit(chat, app) for _ in range(5)]
-        provider = app.app.routes[0].callback.__self__.provider
+        provider = app.app.routes[0].callback.__self__.upstreams.web
         wait_for(lambda: started.is_set() and app.get("/health").json["chats"]["running"] == 5)
         assert provider._renewal is not None
         time.sleep(0.1)  # the five have taken their slots; now let them reach the fetch that they share
@@ -706,7 +706,7 @@ def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(kimi: StandIn) -> None
     request = kimi2api.ChatRequest.parse(b'{"messages": [{"role": "user", "content": "x"}]}')
     for hours, pages in ((0, 1), (10, 1), (11.9, 2)):
         now[0] = 1e9 + hours * 3600
-        assert list(provider.stream(kimi2api.Chat(request, "m", (), "s")))
+        assert list(provider.stream(kimi2api.Chat(request, "m")))
         assert len(kimi.pages) == pages
 
 
@@ -791,7 +791,7 @@ def test_a_fault_of_upstream_is_an_honest_error(make: Callable[..., Client], kim
     assert "<" not in response.json["error"]["message"], "no HTML is passed on"
     assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
     health = app.get("/health").json
-    assert health["status"] == "degraded" and code in health["upstream"]["reason"]
+    assert health["status"] == "degraded" and code in health["upstreams"]["kimi"]["reason"]
     assert health["chats"]["running"] == 0
     kimi.gate.set()
     kimi.always = answer
@@ -907,6 +907,388 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Callable[..., Client], kim
 
 
 # ======================================================================================================================
+# 5 APIs that speak OpenAI's protocol, and falling back to them
+# ======================================================================================================================
+
+
+class ApiHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: StandInApi
+
+    def do_GET(self) -> None:
+        self.server.listed.append(dict(self.headers))
+        self.server.list_script(self)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.asked.append((self.path, dict(self.headers), body))
+            act = self.server.script.popleft() if self.server.script else self.server.always
+        act(self)
+
+    def json(self, status: int, body: Any, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def begin(self, **headers: str) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def send(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def event(self, chunk: Any) -> None:
+        self.send(b"data: " + (chunk if isinstance(chunk, bytes) else json.dumps(chunk).encode()) + b"\n\n")
+
+    def end(self) -> None:
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class StandInApi(ThreadingHTTPServer):
+    """Plays an API of OpenAI's kind, which drips, cuts, limits and refuses when it is told to."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ApiHandler)
+        self.lock, self.gate = threading.Lock(), threading.Event()
+        self.asked: list[tuple[str, dict[str, str], Any]] = []
+        self.listed: list[dict[str, str]] = []
+        self.hung_up = threading.Event()
+        self.script: deque[Callable[[ApiHandler], None]] = deque()
+        self.always: Callable[[ApiHandler], None] = api_answers("Hi ", "from the ", "API.")
+        self.list_script: Callable[[ApiHandler], None] = lambda handler: handler.json(
+            200, {"object": "list", "data": [{"id": "k2", "object": "model", "created": 7, "owned_by": "them"}]})
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.gate.set()
+        self.shutdown()
+        self.server_close()
+
+
+def api_chunk(delta: Any = None, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"id": "theirs", "object": "chat.completion.chunk", "created": 1, "model": "k2-2026", "system_fingerprint": "fp",
+            "choices": [{"index": 0, "delta": delta or {}, "finish_reason": finish_reason}], **more}
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, "cached_tokens": 1}
+
+
+def api_answers(*texts: str, deltas: Any = None, finish: str = "stop", **headers: str) -> Callable[[ApiHandler], None]:
+    def act(handler: ApiHandler) -> None:
+        handler.begin(**headers)
+        handler.send(b": a comment\n\n")
+        handler.event(api_chunk({"role": "assistant", "content": ""}))
+        for delta in deltas or [{"content": text} for text in texts]:
+            handler.event(api_chunk(delta))
+        handler.event(api_chunk({}, finish))
+        handler.event({**api_chunk(), "choices": [], "usage": USAGE})
+        handler.event(b"[DONE]")
+        handler.end()
+    return act
+
+
+def api_fails(status: int, body: Any, **headers: str) -> Callable[[ApiHandler], None]:
+    return lambda handler: handler.json(status, body, **headers)
+
+
+@pytest.fixture
+def api() -> Iterator[StandInApi]:
+    server = StandInApi()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def both(api: StandInApi) -> dict[str, str]:
+    """Settings that put the stand-in API behind `local/…` beside the web chat."""
+    return {"PROVIDERS": "local", "LOCAL_BASE_URL": api.url, "LOCAL_API_KEY": "sk-theirs"}
+
+
+def test_an_api_is_addressed_by_its_name_and_gets_the_request_as_it_is(make: Callable[..., Client], both: dict[str, str],
+                                                                       api: StandInApi, kimi: StandIn) -> None:
+    app = make(**both)
+    request = {"messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]}],
+               "tools": [{"type": "function", "function": {"name": "f"}}], "temperature": 0.5, "thinking": {"type": "enabled"}}
+    response = chat(app, model="local/org/k2", **request)
+    assert said(response) == "Hi from the API."
+    assert response.headers["X-Kimi2api-Provider"] == "local" and response.json["model"] == "local/org/k2"
+    assert response.json["usage"] == USAGE and response.json["system_fingerprint"] == "fp"
+    assert response.json["choices"][0]["finish_reason"] == "stop" and response.json["choices"][0]["logprobs"] is None
+    path, headers, body = api.asked[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-theirs"
+    assert body == {**request, "model": "org/k2", "stream": True, "stream_options": {"include_usage": True}}
+    assert not kimi.posts
+
+
+def test_chunks_of_an_api_pass_through_untouched(make: Callable[..., Client], both: dict[str, str], api: StandInApi) -> None:
+    deltas = [{"reasoning_content": "Hm", "content": None}, {"content": "你", "unknown": {"a": [1]}}, {"content": "好"}]
+    api.always = api_answers(deltas=deltas, x_ratelimit_remaining_requests="9")
+    response = chat(make(**both), model="local/k2", stream=True)
+    *chunks, done = events(response)
+    assert done == "[DONE]"
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}, *deltas, {}]
+    assert all(chunk["system_fingerprint"] == "fp" and "usage" not in chunk for chunk in chunks)
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    assert response.headers["x-ratelimit-remaining-requests"] == "9"
+    chunks = events(chat(make(**both), model="local/k2", stream=True, stream_options={"include_usage": True}))
+    assert chunks[-2]["usage"] == USAGE and chunks[-2]["choices"] == []
+    folded = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    assert folded == {"role": "assistant", "content": "你好", "refusal": None, "reasoning_content": "Hm", "unknown": {"a": [1]}}
+
+
+def test_tool_calls_of_an_api_are_folded_by_index(make: Callable[..., Client], both: dict[str, str], api: StandInApi) -> None:
+    def call(index: int, arguments: str, **more: Any) -> dict[str, Any]:
+        return {"tool_calls": [{"index": index, **more, "function": {"arguments": arguments, **({"name": f"f{index}"} if more else {})}}]}
+
+    api.always = api_answers(deltas=[call(0, "", id="call_0", type="function"), call(0, '{"a":'), call(0, "1}"),
+                                     call(1, "{}", id="call_1", type="function")], finish="tool_calls")
+    choice = chat(make(**both), model="local/k2").json["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"] == [
+        {"id": "call_0", "type": "function", "function": {"name": "f0", "arguments": '{"a":1}'}},
+        {"id": "call_1", "type": "function", "function": {"name": "f1", "arguments": "{}"}}]
+
+
+def test_several_choices_of_an_api_are_folded_each(make: Callable[..., Client], both: dict[str, str], api: StandInApi) -> None:
+    def act(handler: ApiHandler) -> None:
+        handler.begin()
+        for index, text in ((0, "a"), (1, "x"), (0, "b"), (1, "y")):
+            handler.event({"choices": [{"index": index, "delta": {"content": text}, "finish_reason": None}]})
+        handler.event({"choices": [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]})
+        handler.end()
+
+    api.always = act
+    body = chat(make(**both), model="local/k2", n=2).json
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["ab", "xy"]
+    assert body["usage"]["total_tokens"] > 0, "estimated, since upstream told none"
+
+
+def test_chunks_of_an_api_arrive_one_by_one(run: Callable[..., Program], both: dict[str, str], api: StandInApi) -> None:
+    step = threading.Semaphore(0)
+
+    def act(handler: ApiHandler) -> None:
+        handler.begin()
+        for number in range(5):
+            step.acquire(timeout=PATIENCE)
+            handler.event(api_chunk({"content": f"<{number}>"}))
+        handler.event(api_chunk({}, "stop"))
+        handler.end()
+
+    api.always = act
+    with run(**both).open_chat(model="local/k2", stream=True) as link:
+        received = b""
+        for number in range(5):
+            assert f"<{number}>".encode() not in received
+            step.release()
+            while f"<{number}>".encode() not in received:
+                received += link.recv(65536)
+        assert b"[DONE]" in received + read_all(link)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+@pytest.mark.parametrize("begun", [False, True], ids=["before its head", "in its stream"])
+def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(run: Callable[..., Program], both: dict[str, str],
+                                                                      api: StandInApi, stream: bool, begun: bool) -> None:
+    def act(handler: ApiHandler) -> None:
+        if begun:
+            handler.begin()
+            handler.event(api_chunk({"content": "one"}))
+        handler.connection.settimeout(PATIENCE)
+        if handler.connection.recv(1) == b"":
+            api.hung_up.set()
+
+    api.always = act
+    program = run(**both)
+    with program.open_chat(model="local/k2", stream=stream):
+        wait_for(lambda: api.asked)
+        if begun and stream:
+            wait_for(lambda: program.health()["chats"]["running"] == 1)
+    assert api.hung_up.wait(PATIENCE)
+    wait_for(lambda: program.health()["chats"]["running"] == 0)
+    assert len(api.asked) == 1, "a call that nobody waits for is not retried"
+    api.always = api_answers("fine")
+    assert b"fine" in program.chat(model="local/k2")[1]
+
+
+def test_sessions_work_the_same_for_an_api(make: Callable[..., Client], both: dict[str, str], api: StandInApi, kimi: StandIn) -> None:
+    app = make(**both)
+    chat(app, "first", user="ada", model="local/k2", stream=True)
+    chat(app, "second", user="ada")
+    assert kimi.posts[-1]["message"] == "用户: first\n模型: Hi from the API.\n用户: second"
+    chat(app, messages=[{"role": "system", "content": "S"}, {"role": "user", "content": "third"}], user="ada", model="local/k2")
+    assert [message["content"] for message in api.asked[-1][2]["messages"]] == [
+        "S", "first", "Hi from the API.", "second", kimi.answer, "third"]
+
+
+def cut_short(handler: ApiHandler) -> None:
+    handler.begin()
+    handler.event(api_chunk({"content": "half"}))
+    handler.wfile.flush()
+    handler.server.gate.wait(PATIENCE)
+    handler.close_connection = True
+
+
+def ends_early(handler: ApiHandler) -> None:
+    cut_short(handler)
+    handler.end()
+
+
+def fails_midway(handler: ApiHandler) -> None:
+    cut_short(handler)
+    handler.event({"error": {"message": "overloaded", "type": "engine_error", "code": "busy"}})
+    handler.end()
+
+
+def sends_rubbish(handler: ApiHandler) -> None:
+    cut_short(handler)
+    handler.event(b'{"choices": [7]}')
+    handler.end()
+
+
+@pytest.mark.parametrize(("act", "code"), [
+    (cut_short, "upstream_unavailable"), (ends_early, "upstream_unavailable"), (fails_midway, "busy"),
+    (sends_rubbish, "upstream_invalid_response")])
+def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Callable[..., Program], both: dict[str, str],
+                                                           api: StandInApi, act: Any, code: str) -> None:
+    api.always = act
+    program = run(**both, FALLBACK_MODELS="kimi")
+    with program.open_chat(model="local/k2", stream=True, user="ada") as link:
+        body = b""
+        while b"half" not in body:
+            body += link.recv(65536)
+        api.gate.set()
+        body += read_all(link)
+    assert events(body)[-1]["error"]["code"] == code and b"[DONE]" not in body
+    assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
+
+
+@pytest.mark.parametrize(("act", "status", "type", "code", "asked"), [
+    (api_fails(400, {"error": {"message": "bad", "type": "invalid_request_error", "code": "x", "param": "n"}}), 400, "invalid_request_error", "x", 1),
+    (api_fails(404, {"error": {"message": "no model", "type": "resource_not_found_error"}}), 404, "resource_not_found_error", None, 1),
+    (api_fails(418, b"<html>teapot</html>"), 418, "invalid_request_error", None, 1),
+    (api_fails(401, {"error": {"message": "bad key sk-theirs"}}), 502, "upstream_error", "upstream_auth", 1),
+    (api_fails(403, b"no"), 502, "upstream_error", "upstream_auth", 1),
+    (api_fails(429, {"error": {"message": "slow", "type": "rate_limit_reached_error"}}, Retry_After="60", X_RateLimit_Limit="3"),
+     429, "rate_limit_reached_error", "upstream_rate_limited", 1),
+    (api_fails(500, {"error": {"message": "with sk-theirs", "type": "server_error", "code": "oops"}}), 500, "server_error", "oops", 2),
+    (api_fails(503, b"<html><b>down</b></html>"), 503, "upstream_error", "upstream_unavailable", 2),
+    (api_fails(302, b"", Location="http://127.0.0.2:1/"), 502, "upstream_error", "upstream_unavailable", 1),
+    (lambda handler: handler.server.gate.wait(PATIENCE), 504, "upstream_error", "upstream_timeout", 1),
+    (resets, 502, "upstream_error", "upstream_unavailable", 2)])
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_errors_of_an_api_pass_through(make: Callable[..., Client], both: dict[str, str], api: StandInApi, act: Any, status: int,
+                                       type: str, code: str | None, asked: int, stream: bool) -> None:
+    api.always = act
+    response = chat(make(**both, REQUEST_TIMEOUT="0.5"), model="local/k2", stream=stream)
+    assert is_error(response, status, code, type)
+    assert len(api.asked) == asked and "sk-theirs" not in response.text and "<" not in response.json["error"]["message"]
+    if status == 429:
+        assert response.headers["Retry-After"] == "60" and response.headers["X-RateLimit-Limit"] == "3"
+
+
+def test_an_api_that_cannot_be_reached_is_unavailable(make: Callable[..., Client]) -> None:
+    response = chat(make(PROVIDERS="local", LOCAL_BASE_URL="http://127.0.0.1:9/v1"), model="local/k2")
+    assert is_error(response, 502, "upstream_unavailable") and response.headers["x-should-retry"] == "false"
+
+
+def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(make: Callable[..., Client], both: dict[str, str],
+                                                                       api: StandInApi) -> None:
+    app = make(**both)
+    listed = wait_for(lambda: [model for model in app.get("/v1/models").json["data"] if model["id"].startswith("local/")])
+    assert listed == [{"id": "local/k2", "object": "model", "created": 7, "owned_by": "them"}]
+    app.get("/v1/models")
+    assert len(api.listed) == 1, "the list is kept"
+    assert app.get("/v1/models/local/other").json["id"] == "local/other"
+    api.list_script = lambda handler: api.gate.wait(PATIENCE)
+    began = time.monotonic()
+    assert len(make(**both).get("/v1/models").json["data"]) == 3
+    assert time.monotonic() - began < PATIENCE / 2
+
+
+@pytest.mark.parametrize("fault", [
+    sends(500), sends(403, JUST_A_MOMENT), sends(429), sends(200, "?"), resets,
+    lambda handler: handler.server.gate.wait(PATIENCE), None])
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_when_the_web_chat_cannot_answer_the_next_model_does(make: Callable[..., Client], both: dict[str, str], api: StandInApi,
+                                                             kimi: StandIn, fault: Any, stream: bool) -> None:
+    app = make(**both, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT="0.4", MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20")
+    kimi.always = fault or answer
+    response = chat(app, "Hello" if fault else "x" * 30, stream=stream)
+    assert response.status_int == 200 and response.headers["X-Kimi2api-Provider"] == "local"
+    if stream:
+        assert {chunk["model"] for chunk in events(response)[:-1]} == {"local/k2"}
+        assert streamed(events(response)) == "Hi from the API."
+    else:
+        assert said(response) == "Hi from the API." and response.json["model"] == "local/k2"
+    kimi.gate.set()
+    kimi.always = answer
+    response = chat(app)
+    assert response.json["model"] == "kimi" and response.headers["X-Kimi2api-Provider"] == "kimi"
+
+
+def test_a_bad_request_never_falls_back_and_when_all_fail_the_error_says_so(make: Callable[..., Client], both: dict[str, str],
+                                                                            api: StandInApi, kimi: StandIn) -> None:
+    app = make(**both, FALLBACK_MODELS="local/k2,kimi", MAX_RETRIES="0")
+    assert is_error(chat(app, [{"type": "image_url", "image_url": {}}]), 400, "unsupported_value")
+    assert not api.asked
+    kimi.always, api.always = sends(500), api_fails(401, b"no")
+    response = chat(app)
+    assert is_error(response, 502, "upstream_unavailable") and "local/k2" in response.json["error"]["message"]
+    assert len(kimi.posts) == len(api.asked) == 1
+
+
+def test_models_are_resolved_by_the_table_then_by_provider_then_as_the_web_chats_own(make: Callable[..., Client], both: dict[str, str],
+                                                                                     api: StandInApi, kimi: StandIn) -> None:
+    app = make(**both, MODELS="kimi=moonshotai/K2,gpt-4o=local/k2,mini=gpt-4o,*=kimi")
+    for model, provider, own_name in (("gpt-4o", "local", "k2"), ("mini", "local", "k2"), ("kimi", "kimi", "moonshotai/K2"),
+                                      ("anything", "kimi", "moonshotai/K2"), ("local/z", "local", "z"), ("other/z", "kimi", "moonshotai/K2")):
+        response = chat(app, model=model)
+        assert response.headers["X-Kimi2api-Provider"] == provider and response.json["model"] == model
+        assert (api.asked[-1][2]["model"] if provider == "local" else kimi.posts[-1]["model"]) == own_name
+
+
+@pytest.mark.parametrize(("settings", "name"), [
+    ({"MODELS": "kimi=a,a=b,b=kimi"}, "MODELS"), ({"PROVIDERS": "local"}, "LOCAL_BASE_URL"), ({"PROVIDERS": "Böse"}, "PROVIDERS"),
+    ({"FALLBACK_MODELS": "moonshot/kimi-k2.6"}, "FALLBACK_MODELS"), ({"MOONSHOT_API_KEY": "k", "MOONSHOT_BASE_URL": "x"}, "MOONSHOT_BASE_URL")])
+def test_settings_of_apis_that_make_no_sense_are_refused(settings: dict[str, str], name: str) -> None:
+    with pytest.raises(kimi2api.SettingError, match=f"^{name}: "):
+        kimi2api.Settings.load(settings)
+
+
+def test_a_preset_is_on_when_its_key_is_set() -> None:
+    settings = kimi2api.Settings.load({"MOONSHOT_API_KEY": "sk-m", "QIANFAN_API_KEY": "sk-q", "FALLBACK_MODELS": "moonshot/kimi-k2.6"})
+    assert settings.apis == {"moonshot": ("https://api.moonshot.ai/v1", "sk-m"), "qianfan": ("https://qianfan.baidubce.com/v2", "sk-q")}
+
+
+def test_check_covers_every_provider(kimi: StandIn, api: StandInApi, both: dict[str, str]) -> None:
+    done = command("--check", **kimi.settings, **both)
+    assert done.returncode == 0 and done.stdout.count("✓") == 6 and "local:" in done.stdout
+    assert api.asked[0][2]["model"] == "k2"
+    api.list_script = api_fails(401, b"no")
+    done = command("--check", **kimi.settings, **both)
+    assert done.returncode == 1 and "upstream_auth" in done.stdout and "sk-theirs" not in done.stdout + done.stderr
+
+
+# ======================================================================================================================
 # 6 Answers
 # ======================================================================================================================
 
@@ -986,14 +1368,14 @@ def test_a_stream_arrives_piece_by_piece_in_its_time(run: Callable[..., Program]
 
 
 def test_a_pace_that_the_machine_cannot_keep_makes_larger_pieces() -> None:
-    whole = kimi2api.Delta({"content": "word " * 100}, whole=True)
+    whole = kimi2api.Delta.of({"content": "word " * 100}, whole=True)
     looks = []
 
     def slow_look() -> None:
         looks.append(1)
         time.sleep(0.02)
 
-    parts = [delta.fields["content"] for delta in kimi2api.pace(iter([whole]), 0.002, 0.2, slow_look)]
+    parts = [delta.text for delta in kimi2api.pace(iter([whole]), 0.002, 0.2, slow_look)]
     assert "".join(parts) == "word " * 100 and len(parts) < 60
 
 
@@ -1467,6 +1849,45 @@ async def load(port: str, at_once: str, total: str, stream: str) -> None:
     print(json.dumps({"rate": len(times) / wall, "median": statistics.median(times), "wall": wall, "bad": bad}))
 
 
+async def stream_of_times(chunks: str, pause: str) -> None:
+    """An API of OpenAI's kind whose chunks say when they were sent."""
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"content-length: *(\d+)", head, re.I)[1]))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+        for _ in range(int(chunks)):
+            writer.write(b"data: " + json.dumps(api_chunk({"content": f"@{time.monotonic():.6f}@"})).encode() + b"\n\n")
+            await asyncio.sleep(float(pause))
+        writer.write(b"data: " + json.dumps(api_chunk({}, "stop")).encode() + b"\n\ndata: [DONE]\n\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def delays(port: str, at_once: str, model: str) -> None:
+    """Read such a stream with requests, so many at once: seconds until its first chunk, and each chunk's on the way."""
+    import requests
+
+    def read(_: int) -> tuple[float, list[float]]:
+        began, times = time.monotonic(), []
+        body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "x"}]}
+        with requests.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, stream=True) as response:
+            rest, first = b"", 0.0
+            while part := response.raw.read1(65536):
+                now = time.monotonic()
+                first = first or now - began
+                *sent, rest = (rest + part).split(b"@") if (rest + part).count(b"@") % 2 == 0 else (rest + part,)
+                times += [now - float(text) for text in sent[1::2]]
+        return first, times
+
+    with ThreadPoolExecutor(int(at_once)) as pool:
+        results = list(pool.map(read, range(int(at_once))))
+    print(json.dumps({"first": statistics.median(first for first, _ in results), "chunks": sum(len(t) for _, t in results),
+                      "delay": statistics.median(delay for _, times in results for delay in times)}))
+
+
 def role(*arguments: Any) -> Any:
     """Run one of the above as a process; what it printed."""
     done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=True)
@@ -1474,8 +1895,8 @@ def role(*arguments: Any) -> Any:
 
 
 @contextmanager
-def fast_upstream(delay: float, chars: int) -> Iterator[int]:
-    with subprocess.Popen([sys.executable, __file__, "upstream", str(delay), str(chars)], stdout=subprocess.PIPE, text=True) as process:
+def fast_upstream(*arguments: Any, name: str = "upstream") -> Iterator[int]:
+    with subprocess.Popen([sys.executable, __file__, name, *map(str, arguments)], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield int(process.stdout.readline())
         finally:
@@ -1526,13 +1947,23 @@ def test_benchmark() -> None:
             rows.append(("memory, 500 chats held open", f"{program.memory():.0f} MB", "at most 150 MB"))
             for link in links:
                 link.close()
+    with fast_upstream(100, 0.02, name="times") as port, benched(
+            port, PROVIDERS="local", LOCAL_BASE_URL=f"http://127.0.0.1:{port}/v1", MAX_CONCURRENT_CHATS="128") as program:
+        for at_once in (1, 100):
+            role("delays", program.port, at_once, "local/x")
+            through, direct = role("delays", program.port, at_once, "local/x"), role("delays", port, at_once, "local/x")
+            assert through["chunks"] == direct["chunks"] == at_once * 100
+            rows.append((f"{at_once} API streams at once: added delay per chunk", f"{(through['delay'] - direct['delay']) * 1000:.2f} ms",
+                         "well under 1 ms" if at_once == 1 else "no limit"))
+            rows.append((f"{at_once} API streams at once: first chunk, to requests straight", f"{through['first'] / direct['first']:.2f}", "no limit"))
+        rows.append(("memory after 100 API streams at once", f"{program.memory():.0f} MB", "no limit"))
     width = max(len(name) for name, _, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value:>8}  {limit}" for name, value, limit in rows))
 
 
 if __name__ == "__main__":
     name, *rest = sys.argv[1:]
-    if name == "straight":
-        straight(*rest)
+    if name in ("straight", "delays"):
+        {"straight": straight, "delays": delays}[name](*rest)
     else:
-        asyncio.run(FastUpstream.main(*rest) if name == "upstream" else load(*rest))
+        asyncio.run({"upstream": FastUpstream.main, "load": load, "times": stream_of_times}[name](*rest))
