@@ -52,6 +52,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from html import unescape
 from http.client import HTTPResponse as ClientResponse
+from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf
 from types import MappingProxyType
@@ -87,54 +88,31 @@ T = TypeVar("T")
 # ======================================================================================================================
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise ValueError
-        return int(text)
-    parse.__doc__ = f"a whole number from {low} to {high}"
-    return parse
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
+def number(low: float, high: float, kind: Callable[[str], float] = float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        if not low <= float(text) <= high:  # also refuses NaN
+        if not low <= kind(text) <= high:  # NaN is refused too
             raise ValueError
-        return float(text)
-    parse.__doc__ = f"a number from {low:g} to {high:g}"
+        return kind(text)
+    parse.__doc__ = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
     return parse
 
 
-def words(text: str) -> tuple[str, ...]:
-    """values separated by commas"""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def keys(text: str) -> tuple[str, ...]:
-    """printable ASCII without spaces; several are separated by commas"""
-    if not all(re.fullmatch(r"[!-~]+", key) for key in words(text)):
-        raise ValueError
-    return words(text)
-
-
-def origins(text: str) -> tuple[str, ...]:
-    """origins such as https://app.example, separated by commas"""
-    return tuple(origin.rstrip("/") for origin in words(text))
+def words(pattern: str, meaning: str) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(word.strip() for word in text.split(",") if word.strip())
+        if not all(re.fullmatch(pattern, word) for word in found):
+            raise ValueError
+        return found
+    parse.__doc__ = f"{meaning}; several are separated by commas"
+    return parse
 
 
 def pairs(text: str) -> dict[str, str]:
     """`id=upstream name`, separated by commas"""
-    table = {name.strip(): value.strip() for name, _, value in (entry.partition("=") for entry in words(text))}
-    if not table or not all(name and value for name, value in table.items()):
+    table = dict(re.split(r"\s*=\s*", entry, maxsplit=1) for entry in words(r"[^=]+=.+", "")(text))
+    if not table:
         raise ValueError
     return table
-
-
-def provider_names(text: str) -> tuple[str, ...]:
-    """names of lower-case letters, digits and _, separated by commas"""
-    if not all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in words(text)):
-        raise ValueError
-    return words(text)
 
 
 def http_url(text: str) -> str:
@@ -167,15 +145,16 @@ class Settings:
 
     api_master_key: tuple[str, ...] = setting(
         "", "key that clients send as `Authorization: Bearer …`; several are separated by commas. "
-        "Empty: no key is asked, and only this machine may call", keys)
+        "Empty: no key is asked, and only this machine may call",
+        words(r"[!-~]+", "printable ASCII without spaces"))
     api_host: str = setting("127.0.0.1", "address to listen on; one that is not loopback needs a key")
-    api_port: int = setting("8088", "port to listen on; 0 takes a free one", integer(0, 65535))
-    max_concurrent_chats: int = setting("64", "chats running at once; one more is answered 429", integer(1, 4096))
+    api_port: int = setting("8088", "port to listen on; 0 takes a free one", number(0, 65535, int))
+    max_concurrent_chats: int = setting("64", "chats running at once; one more is answered 429", number(1, 4096, int))
     session_cache_ttl: float = setting("3600", "seconds a session lives after its last turn", number(1, 1e9))
-    max_session_size: int = setting("1000", "sessions kept; the least recently used goes first", integer(1, 10**9))
+    max_session_size: int = setting("1000", "sessions kept; the least recently used goes first", number(1, 10**9, int))
     request_timeout: float = setting("60", "seconds one upstream attempt may take", number(0.1, 86400))
-    max_retries: int = setting("3", "further attempts after a failure that is safe to retry", integer(0, 100))
-    context_max_length: int = setting("1000", "characters the web chat takes in one message", integer(1, 10**9))
+    max_retries: int = setting("3", "further attempts after a failure that is safe to retry", number(0, 100, int))
+    context_max_length: int = setting("1000", "characters the web chat takes in one message", number(1, 10**9, int))
     default_model: str = setting("kimi", "model of a request that names none")
     models: dict[str, str] = setting(
         "kimi=moonshotai/Kimi-K2-Instruct-0905,kimi-k2-instruct-0905=moonshotai/Kimi-K2-Instruct-0905,"
@@ -188,7 +167,7 @@ class Settings:
                                         number(0, 3600))
     sse_keepalive: float = setting("10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
     shutdown_grace: float = setting("30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
-    max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
+    max_body_bytes: int = setting("4194304", "largest request body", number(1, 2**30, int))
     moonshot_api_key: str = setting("", "key of Moonshot's own API; its models are then `moonshot/…`")
     moonshot_base_url: str = setting("https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`",
                                      http_url)
@@ -198,12 +177,15 @@ class Settings:
     qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "where it is", http_url)
     providers: tuple[str, ...] = setting(
         "", "names of more APIs of OpenAI's kind, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
-        "asks for one, `LOCAL_API_KEY`", provider_names)
+        "asks for one, `LOCAL_API_KEY`",
+        words("[a-z][a-z0-9_]*", "lower-case letters, digits and _"))
     fallback_models: tuple[str, ...] = setting(
-        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas", words)
+        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas",
+        words(r"\S+", "a model's id"))
     cors_origins: tuple[str, ...] = setting(
         "", "origins that may call from a browser, separated by commas. "
-        "Empty: any when a key is set, else only those of this machine", origins)
+        "Empty: any when a key is set, else only those of this machine",
+        words(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example"))
     upstream_url: str = setting("https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", http_url)
     chat_page_url: str = setting("https://kimi-ai.chat/chat/", "the page that carries the nonce", http_url)
     log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", level)
@@ -310,7 +292,7 @@ class APIError(Exception):
         self.retryable, self.retry_after = retryable, retry_after
 
     @property
-    def is_upstreams(self) -> bool:
+    def may_fall_back(self) -> bool:
         """Whether another upstream may do better: it failed, or the prompt is too long for it."""
         return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
@@ -632,8 +614,8 @@ class Provider:
                 if not error.retryable or retries >= self._settings.max_retries or in_vain():
                     if retries:
                         error.headers["x-should-retry"] = "false"  # obeyed by OpenAI's SDKs
-                    if error.is_upstreams:
-                        self.trouble = self.trouble or (self._clock(), f"{error.code}: {error.message}")
+                    if error.status >= 500 or error.status == 429:
+                        self.trouble = self.trouble or (self._clock(), f"{error.code or error.type}: {error.message}")
                     raise
                 wait = error.retry_after or min(FIRST_BACK_OFF * 2 ** retries, LAST_BACK_OFF) * random.uniform(0.5, 1)
                 log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error, retries + 1,
@@ -746,8 +728,8 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         self.headers["User-Agent"] = self.USER_AGENT
         self._jar_lock = threading.Lock()  # guards cookies, whose iteration breaks when another thread adds one
         self._pools: dict[str, tuple[Any, bool]] = {}
-        adapter = cloudscraper.CipherSuiteAdapter(cipherSuite=self.cipherSuite, pool_maxsize=connections)
-        self.mount("https://", adapter)
+        adapter = self.get_adapter("https://")
+        adapter.init_poolmanager(10, connections)
         self.mount("http://", adapter)
 
     def simpleException(self, exception: type[Exception], msg: str) -> NoReturn:
@@ -920,8 +902,8 @@ class KimiProvider(Provider):
             return self._answer(self._send(
                 self._scraper.perform_request, "POST", self._settings.upstream_url, deadline, form, {
                     "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
-                    "Accept": "application/json, */*", "X-Requested-With": "XMLHttpRequest", "Origin": f"{page.scheme}://{page.netloc}",
-                    "Referer": self._settings.chat_page_url}))
+                    "Accept": "application/json, */*", "X-Requested-With": "XMLHttpRequest",
+                    "Origin": f"{page.scheme}://{page.netloc}", "Referer": self._settings.chat_page_url}))
         except StaleNonce:
             with self._lock:
                 if self._nonce is nonce:  # else somebody has renewed it meanwhile
@@ -1062,6 +1044,7 @@ class OpenAIProvider(Provider):
         self._base_url, self._key = base_url.rstrip("/"), key
         self._chat = threading.local()  # .cancel: of the chat that this thread sends
         self._session = requests.Session()
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # a jar is not for many threads
         self._session.auth = self._sign  # as a function, so that .netrc cannot put another in its place
         adapter = CancellableAdapter(self._chat, pool_maxsize=2 * settings.max_concurrent_chats)
         self._session.mount("https://", adapter)
@@ -1108,7 +1091,7 @@ class OpenAIProvider(Provider):
                 chunk = json.loads(data)
                 if isinstance(chunk, dict) and chunk.get("error"):
                     raise self._their_error(500, chunk, {})
-                choices = [{"index": 0, "delta": {}, **choice} for choice in chunk["choices"] or ()]
+                choices = [{"index": 0, **choice, "delta": choice.get("delta") or {}} for choice in chunk["choices"]]
                 delta = Delta({**chunk, "choices": choices}, headers=headers)
                 text += delta.text
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -1121,7 +1104,7 @@ class OpenAIProvider(Provider):
             yield Delta({"choices": [], "usage": estimate_usage("\n".join(map(text_of, messages)), text)})
 
     def _send(self, method: str, path: str, **kwargs: Any) -> requests.Response:
-        """An answer with status 200, its body still to be read. timeout: seconds of silence, not of the whole answer."""
+        """An answer with status 200, its body still to be read; REQUEST_TIMEOUT is for silence, not for all of it."""
         try:
             response = self._session.request(method, self._base_url + path, stream=True, allow_redirects=False,
                                              timeout=self._settings.request_timeout, **kwargs)
@@ -1160,7 +1143,7 @@ class OpenAIProvider(Provider):
 
     def _unreachable(self, error: Exception) -> APIError:
         cause = root_cause(error)
-        if isinstance(error, (requests.Timeout, UpstreamTimeout)) or "timed out" in cause:
+        if isinstance(error, (requests.Timeout, UpstreamTimeout)):
             return upstream_error(504, "upstream_timeout", f"{self.name} was silent for "
                                   f"{self._settings.request_timeout:g} s.")
         return upstream_error(502, "upstream_unavailable", f"{self.name} cannot be reached: {cause}.", retryable=True)
@@ -1281,7 +1264,7 @@ class Upstreams:
         provider, _ = self.resolve(name)
         created, owner = theirs.get("created"), theirs.get("owned_by")
         return {"id": name, "object": "model", "created": created if isinstance(created, int) else CREATED,
-                "owned_by": owner if isinstance(owner, str) else "moonshotai" if provider is self.web else provider.name}
+                "owned_by": owner if isinstance(owner, str) else provider.name}
 
     def answer(self, model: str, chat: Chat) -> Iterator[Delta]:
         """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can."""
@@ -1293,7 +1276,7 @@ class Upstreams:
                 first = next(deltas)
             except APIError as error:
                 failed.append((name, error))
-                if not error.is_upstreams or chat.cancel.cancelled:
+                if not error.may_fall_back or chat.cancel.cancelled:
                     break
                 log.warning("%s cannot answer: %s: %s", name, error.code, error)
                 continue
@@ -1666,7 +1649,8 @@ class App:
         response.set_header("X-Request-Id", environ["kimi2api.id"])
         if origin := environ.get("kimi2api.origin"):
             response.set_header("Access-Control-Allow-Origin", origin)
-            response.set_header("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, x-should-retry, X-Kimi2api-Provider")
+            response.set_header("Access-Control-Expose-Headers",
+                                "X-Request-Id, X-Kimi2api-Provider, Retry-After, x-should-retry")
             response.add_header("Vary", "Origin")
         route = environ.get("bottle.route")
         log.log(logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s %s %d %.0f ms",
@@ -1752,7 +1736,7 @@ def bottles_error(error: bottle.HTTPError) -> bytes:
     codes = {404: "not_found", 405: "method_not_allowed"}
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
     message = {404: f"There is no {path!r} here. Clients want the base URL to end in /v1.",
-               405: f"{path!r}: no such method here."}.get(error.status_code, "An unexpected error; see the log.")
+               405: f"{path!r}: no such method."}.get(error.status_code, "An unexpected error; see the log.")
     bottle.response.content_type = "application/json"
     return dump_json(APIError(error.status_code, message, code=codes.get(error.status_code, "internal_error"),
                               type="invalid_request_error" if error.status_code < 500 else "server_error").body())

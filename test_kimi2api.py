@@ -373,7 +373,7 @@ def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(t
 @pytest.mark.parametrize(("name", "value"), [
     ("API_PORT", "eighty"), ("API_PORT", "65536"), ("MAX_CONCURRENT_CHATS", "0"), ("REQUEST_TIMEOUT", "nan"),
     ("REQUEST_TIMEOUT", "0"), ("MODELS", "kimi"), ("MODELS", "=x"), ("UPSTREAM_URL", "kimi-ai.chat"),
-    ("UPSTREAM_URL", "http://["), ("LOG_LEVEL", "loud"), ("DEFAULT_MODEL", "gpt-5"), ("API_HOST", "0.0.0.0"),
+    ("UPSTREAM_URL", "http://["), ("LOG_LEVEL", "loud"), ("CORS_ORIGINS", "https://mine.example/"), ("DEFAULT_MODEL", "gpt-5"), ("API_HOST", "0.0.0.0"),
     ("STREAM_INTERVAL_MS", "-1"), ("API_MASTER_KEY", "schlüssel")])
 def test_a_bad_setting_is_one_line_with_name_and_value_and_exit_2(name: str, value: str) -> None:
     with pytest.raises(kimi2api.SettingError) as refused:
@@ -1520,7 +1520,7 @@ def test_without_a_key_a_foreign_page_is_refused_preflight_or_not(make: Callable
 
 def test_with_a_key_any_page_may_call_unless_origins_are_listed(make: Callable[..., Client]) -> None:
     key = {"Authorization": "Bearer sk-1"}
-    anyone, listed = make(API_MASTER_KEY="sk-1"), make(API_MASTER_KEY="sk-1", CORS_ORIGINS="https://mine.example/, https://b")
+    anyone, listed = make(API_MASTER_KEY="sk-1"), make(API_MASTER_KEY="sk-1", CORS_ORIGINS="https://mine.example, https://b")
     response = chat(anyone, headers={**key, "Origin": "https://evil.com"})
     assert said(response) and response.headers["Access-Control-Allow-Origin"] == "https://evil.com"
     assert response.headers["Vary"] == "Origin" and "X-Request-Id" in response.headers["Access-Control-Expose-Headers"]
