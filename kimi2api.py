@@ -13,11 +13,11 @@ The way of a chat through this file, and of the reader:
     HTTP -> App -> ChatRequest -> converse() -> Provider.stream() -> deltas -> relay() -> pace() -> Answer -> HTTP
                                   (Sessions)                         a thread    keep-alive, pauses   JSON or SSE
 
-    1 Settings    every setting, in one table      6 Answers        deltas to OpenAI's JSON or a stream of events
-    2 Errors      what goes wrong, in OpenAI form  7 App            routes, keys, browsers, limits
-    3 Requests    checks the caller's JSON         8 Demo upstream  a small stand-in for the web chat
-    4 Sessions    remembers turns of a `user`      9 Server         waitress, signals, the command line
-    5 Providers   talk to an upstream
+    1 Settings    every setting, in one table        6 Answers        deltas to OpenAI's JSON or a stream of events
+    2 Errors      what goes wrong, in OpenAI's form  7 Documentation  the OpenAPI description and the page
+    3 Requests    checks the caller's JSON           8 App            routes, keys, browsers, limits
+    4 Sessions    remembers the turns of a `user`    9 Demo upstream  a small stand-in for the web chat
+    5 Providers   talk to an upstream               10 Server         waitress, signals, the command line
 
 A section knows those above it and never one below.
 """
@@ -42,6 +42,7 @@ import threading
 import time
 import unicodedata
 import uuid
+from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,13 +50,13 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import cached_property, lru_cache, partial
+from hashlib import sha256
 from html import unescape
 from http.client import HTTPResponse as ClientResponse
 from http.cookiejar import DefaultCookiePolicy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from math import ceil, inf
-from types import MappingProxyType
+from math import ceil, inf, isfinite
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
@@ -107,6 +108,15 @@ def words(pattern: str, meaning: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def matching(pattern: str, meaning: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+    parse.__doc__ = meaning
+    return parse
+
+
 def pairs(text: str) -> dict[str, str]:
     """`id=upstream name`, separated by commas"""
     table = dict(re.split(r"\s*=\s*", entry, maxsplit=1) for entry in words(r"[^=]+=.+", "")(text))
@@ -123,11 +133,7 @@ def http_url(text: str) -> str:
     return text
 
 
-def level(text: str) -> str:
-    """DEBUG, INFO, WARNING or ERROR"""
-    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ValueError
-    return text.upper()
+ascii_key = matching("[!-~]*", "printable ASCII without spaces")
 
 
 class SettingError(Exception):
@@ -147,7 +153,8 @@ class Settings:
         "", "key that clients send as `Authorization: Bearer …`; several are separated by commas. "
         "Empty: no key is asked, and only this machine may call",
         words(r"[!-~]+", "printable ASCII without spaces"))
-    api_host: str = setting("127.0.0.1", "address to listen on; one that is not loopback needs a key")
+    api_host: str = setting("127.0.0.1", "address to listen on; one that is not loopback needs a key",
+                            lambda text: text.strip("[]"))
     api_port: int = setting("8088", "port to listen on; 0 takes a free one", number(0, 65535, int))
     max_concurrent_chats: int = setting("64", "chats running at once; one more is answered 429", number(1, 4096, int))
     session_cache_ttl: float = setting("3600", "seconds a session lives after its last turn", number(1, 1e9))
@@ -168,17 +175,17 @@ class Settings:
     sse_keepalive: float = setting("10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
     shutdown_grace: float = setting("30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
     max_body_bytes: int = setting("4194304", "largest request body", number(1, 2**30, int))
-    moonshot_api_key: str = setting("", "key of Moonshot's own API; its models are then `moonshot/…`")
+    moonshot_api_key: str = setting("", "key of Moonshot's own API; its models are then `moonshot/…`", ascii_key)
     moonshot_base_url: str = setting("https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`",
                                      http_url)
-    deepseek_api_key: str = setting("", "key of DeepSeek's API; its models are then `deepseek/…`")
+    deepseek_api_key: str = setting("", "key of DeepSeek's API; its models are then `deepseek/…`", ascii_key)
     deepseek_base_url: str = setting("https://api.deepseek.com/v1", "where it is", http_url)
-    qianfan_api_key: str = setting("", "key of Baidu's Qianfan; its models are then `qianfan/…`")
+    qianfan_api_key: str = setting("", "key of Baidu's Qianfan; its models are then `qianfan/…`", ascii_key)
     qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "where it is", http_url)
     providers: tuple[str, ...] = setting(
         "", "names of more APIs of OpenAI's kind, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
         "asks for one, `LOCAL_API_KEY`",
-        words("[a-z][a-z0-9_]*", "lower-case letters, digits and _"))
+        words("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi"))
     fallback_models: tuple[str, ...] = setting(
         "", "models to ask, in this order, when the one asked for cannot answer, separated by commas",
         words(r"\S+", "a model's id"))
@@ -188,7 +195,8 @@ class Settings:
         words(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example"))
     upstream_url: str = setting("https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", http_url)
     chat_page_url: str = setting("https://kimi-ai.chat/chat/", "the page that carries the nonce", http_url)
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", level)
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", matching(
+        "(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
     apis: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # no setting: base URL and key of each API in use
 
     @classmethod
@@ -217,9 +225,10 @@ class Settings:
             key = given(f"{name}_api_key".upper())
             if key or name in settings.providers:
                 try:
-                    apis[name] = http_url(base_url), key
+                    apis[name] = http_url(base_url), ascii_key(key)
                 except ValueError:
-                    raise SettingError(f"{name.upper()}_BASE_URL: {base_url!r} is not {http_url.__doc__}") from None
+                    raise SettingError(f"{name.upper()}_BASE_URL: {base_url!r} is not {http_url.__doc__}, or "
+                                       f"{name.upper()}_API_KEY is not {ascii_key.__doc__}") from None
         settings = replace(settings, apis=apis)
         settings._check()
         return settings
@@ -238,7 +247,8 @@ class Settings:
                 seen.append(following)
         for name, models in (("DEFAULT_MODEL", (self.default_model,)), ("FALLBACK_MODELS", self.fallback_models)):
             for model in models:
-                if not {model, "*"} & set(self.models) and model.partition("/")[0] not in self.apis:
+                prefix, _, own_name = model.partition("/")
+                if not {model, "*"} & set(self.models) and not (prefix in self.apis and own_name):
                     raise SettingError(f"{name}: {model!r} is neither one of MODELS ({', '.join(self.models)}) nor of "
                                        f"an API that has its key ({', '.join(self.apis) or 'none has'})")
         if not self.api_master_key and not is_loopback(self.api_host):
@@ -246,6 +256,7 @@ class Settings:
                                "must be set; without a key only a loopback host such as 127.0.0.1 is accepted")
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
     """Whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
@@ -280,16 +291,26 @@ class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
     retryable: the same call may succeed a moment later and cannot do harm twice; retry_after: seconds that upstream
-    asked us to wait, if it did. Both are for the program's own retries and are not sent.
+    asked us to wait, if it did; quotes: the message has words of upstream's, which may repeat the prompt.
     """
 
     def __init__(self, status: int, message: str, type: str = "invalid_request_error", code: str | None = None,
                  param: str | None = None, headers: Mapping[str, str] | None = None,
-                 retryable: bool = False, retry_after: float = 0.0) -> None:
+                 retryable: bool = False, retry_after: float = 0.0, quotes: bool = False) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
         self.headers = dict(headers or {})
-        self.retryable, self.retry_after = retryable, retry_after
+        self.retryable, self.retry_after, self.quotes = retryable, retry_after, quotes
+
+    def again(self, addition: str = "", **headers: str) -> APIError:
+        """The same error for another caller, with something added."""
+        return APIError(self.status, self.message + addition, self.type, self.code, self.param,
+                        {**self.headers, **headers}, self.retryable, self.retry_after, self.quotes)
+
+    @property
+    def reason(self) -> str:
+        """What the log and /health may say of it."""
+        return f"{self.code or self.type} ({self.status})" + ("" if self.quotes else f": {self.message}")
 
     @property
     def may_fall_back(self) -> bool:
@@ -304,8 +325,8 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return APIError(400, message, param=param, code=code)
 
 
-def upstream_error(status: int, code: str, message: str, retryable: bool = False) -> APIError:
-    return APIError(status, message, "upstream_error", code, retryable=retryable)
+def upstream_error(status: int, code: str, message: str, retryable: bool = False, quotes: bool = False) -> APIError:
+    return APIError(status, message, "upstream_error", code, retryable=retryable, quotes=quotes)
 
 
 def dump_json(value: Any) -> bytes:
@@ -325,6 +346,14 @@ Message = dict[str, Any]
 Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+FIELDS: dict[str, tuple[type, ...]] = {  # types of what matters here or would confuse an upstream; the rest is not ours
+    "messages": (list,), "model": (str,), "user": (str,), "stream": (bool,), "stream_options": (dict,),
+    "stop": (str, list), "max_tokens": (int,), "max_completion_tokens": (int,), "n": (int,), "logprobs": (bool,),
+    "tools": (list,), "tool_choice": (str, dict), "parallel_tool_calls": (bool,), "response_format": (dict,),
+    "temperature": (int, float), "top_p": (int, float), "presence_penalty": (int, float),
+    "frequency_penalty": (int, float), "seed": (int,), "logit_bias": (dict,), "modalities": (list,), "audio": (dict,)}
+TYPE_NAMES = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a whole number",
+              float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -332,54 +361,113 @@ class ChatRequest:
     """A checked request for a chat completion. `body` is the whole of it, unknown fields included."""
 
     body: dict[str, Any]
-    messages: tuple[Message, ...]
-    model: str | None
-    user: str | None
-    stream: bool
-    include_usage: bool
 
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
         """Raises APIError 400 with `param` naming the field."""
         body = parse_json(raw)
-        messages = typed(body, "messages", list)
-        if not messages:
-            raise bad_request("'messages' must be a list with at least one message.", "messages")
-        for index, message in enumerate(messages):
+        for name in FIELDS:
+            if name in body:
+                typed(body, name, *FIELDS[name])
+        check(body.get("messages"), "must be a list with at least one message", "messages")
+        for index, message in enumerate(body["messages"]):
             check_message(message, f"messages[{index}]")
-        options = typed(body, "stream_options", dict) or {}
-        return cls(body, tuple(messages), typed(body, "model", str) or None, typed(body, "user", str) or None,
-                   bool(typed(body, "stream", bool)),
-                   bool(typed(options, "include_usage", bool, "stream_options.include_usage")))
+        typed(body.get("stream_options") or {}, "include_usage", bool, param="stream_options.include_usage")
+        stop = body.get("stop") or []
+        check(isinstance(stop, str) or (len(stop) <= 4 and all(isinstance(text, str) for text in stop)),
+              "must be a string or a list of up to 4 strings", "stop")
+        for name in ("max_tokens", "max_completion_tokens", "n"):
+            check(body.get(name) is None or body[name] >= 1, "must be at least 1", name)
+        for index, tool in enumerate(body.get("tools") or ()):
+            check_tool(tool, f"tools[{index}]")
+        check_tool_choice(body)
+        answer = body.get("response_format") or {}
+        if answer:
+            check(answer.get("type") in ("text", "json_object", "json_schema"),
+                  "must be 'text', 'json_object' or 'json_schema'", "response_format.type")
+            schema = typed(answer, "json_schema", dict, param="response_format.json_schema") or {}
+            check(answer["type"] != "json_schema" or isinstance(schema.get("schema"), dict), "must be an object",
+                  "response_format.json_schema.schema")
+        return cls(body)
 
     @property
+    def model(self) -> str | None:
+        return self.body.get("model") or None
+
+    @property
+    def user(self) -> str | None:
+        return self.body.get("user") or None
+
+    @property
+    def messages(self) -> list[Message]:
+        messages: list[Message] = self.body["messages"]
+        return messages
+
+    @property
+    def include_usage(self) -> bool:
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+
+    @property
+    def stop(self) -> list[str]:
+        stop = self.body.get("stop") or []
+        return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """The functions that may be called, by what `tools` and `tool_choice` say."""
+        choice = self.body.get("tool_choice")
+        wanted = choice["function"]["name"] if isinstance(choice, dict) else None
+        functions = [tool["function"] for tool in self.body.get("tools") or () if tool["type"] == "function"]
+        return [] if choice == "none" else [f for f in functions if wanted in (None, f["name"])]
+
+    @property
+    def must_call(self) -> bool:
+        return self.body.get("tool_choice") not in (None, "none", "auto")
+
+    @cached_property
     def system(self) -> list[Message]:
         return [message for message in self.messages if is_system(message)]
 
-    @property
+    @cached_property
     def turns(self) -> list[Turn]:
         """The messages but the system's, grouped so that each turn begins with a user's message."""
-        turns: list[Turn] = []
+        turns: list[list[Message]] = []
         for message in self.messages:
             if is_system(message):
                 continue
             if message["role"] == "user" or not turns:
-                turns.append(())
-            turns[-1] += (message,)
-        return turns
+                turns.append([])
+            turns[-1].append(message)
+        return [tuple(turn) for turn in turns]
 
     @property
     def brings_history(self) -> bool:
         return any(message["role"] == "assistant" for message in self.messages)
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
+def finite(text: str) -> float:
+    """A number, but not NaN and Infinity, which Python reads although they are not JSON, nor 1e999."""
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a number in JSON")
+    return value
 
+
+parse_strictly = partial(json.loads, parse_constant=finite, parse_float=finite)
+
+
+def without_half_characters(text: str) -> str:
+    """Text in which halves of surrogate pairs, which cannot be sent as UTF-8, have become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
     try:
         source = raw.decode("utf-8-sig")
-        body = json.loads(source, parse_constant=refuse)
+        body = parse_strictly(source)
         if "\\u" in source:  # an escape can smuggle in half a surrogate pair, which no later step could encode
             dump_json(body)
     except (ValueError, RecursionError) as error:
@@ -389,34 +477,57 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return body
 
 
-JSON_TYPES = {list: "a list", dict: "an object", str: "a string", bool: "true or false"}
+def check(holds: Any, demand: str, param: str) -> None:
+    if not holds:
+        raise bad_request(f"'{param}' {demand}.", param)
 
 
-def typed(body: dict[str, Any], name: str, kind: type, param: str | None = None) -> Any:
-    """The field's value, None if it is missing or null. Raises APIError 400 when it is of another type."""
+def typed(body: dict[str, Any], name: str, *types: type, param: str = "") -> Any:
+    """The field's value, None if it is missing or null. Raises APIError 400 when it is of no such type."""
     value = body.get(name)
-    if value is not None and type(value) is not kind:
-        raise bad_request(f"'{param or name}' must be {JSON_TYPES[kind]}.", param or name)
+    if value is not None:
+        check(type(value) in types, f"must be {' or '.join(TYPE_NAMES[kind] for kind in types)}", param or name)
     return value
 
 
 def check_message(message: Any, param: str) -> None:
-    if not isinstance(message, dict):
-        raise bad_request(f"'{param}' must be an object with 'role' and 'content'.", param)
-    role = typed(message, "role", str, f"{param}.role")
-    if role not in ROLES:
-        raise bad_request(f"'{param}.role' must be one of {', '.join(ROLES)}.", f"{param}.role")
-    content = message.get("content")
-    if content is None and role != "assistant":  # an assistant's message may consist of tool calls alone
-        raise bad_request(f"'{param}.content' is missing.", f"{param}.content")
-    if content is not None and not isinstance(content, (str, list)):
-        raise bad_request(f"'{param}.content' must be a string or a list of parts.", f"{param}.content")
+    check(isinstance(message, dict), "must be an object with 'role' and 'content'", param)
+    check(message.get("role") in ROLES, f"must be one of {', '.join(ROLES)}", f"{param}.role")
+    content = typed(message, "content", str, list, param=f"{param}.content")
+    # an assistant's message may consist of tool calls alone
+    check(content is not None or message["role"] == "assistant", "is missing", f"{param}.content")
     for index, part in enumerate(content if isinstance(content, list) else ()):
         where = f"{param}.content[{index}]"
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise bad_request(f"'{where}' must be an object with a 'type'.", where)
-        if part["type"] == "text" and not isinstance(part.get("text"), str):
-            raise bad_request(f"'{where}.text' must be a string.", f"{where}.text")
+        check(isinstance(part, dict) and isinstance(part.get("type"), str), "must be an object with a 'type'", where)
+        check(part["type"] != "text" or isinstance(part.get("text"), str), "must be a string", f"{where}.text")
+    typed(message, "tool_call_id", str, param=f"{param}.tool_call_id")
+    for index, call in enumerate(typed(message, "tool_calls", list, param=f"{param}.tool_calls") or ()):
+        where = f"{param}.tool_calls[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        check(isinstance(function, dict), "must be an object with a 'function'", where)
+        for name in ("name", "arguments"):
+            check(isinstance((function or {}).get(name), str), "must be a string", f"{where}.function.{name}")
+
+
+def check_tool(tool: Any, param: str) -> None:
+    check(isinstance(tool, dict) and isinstance(tool.get("type"), str), "must be an object with a 'type'", param)
+    if tool["type"] == "function":
+        function = typed(tool, "function", dict, param=f"{param}.function") or {}
+        check(function.get("name") and isinstance(function["name"], str), "must be a string", f"{param}.function.name")
+        typed(function, "description", str, param=f"{param}.function.description")
+        typed(function, "parameters", dict, param=f"{param}.function.parameters")
+
+
+def check_tool_choice(body: dict[str, Any]) -> None:
+    choice = body.get("tool_choice")
+    if isinstance(choice, str):
+        check(choice in ("none", "auto", "required"), "must be none, auto, required or a function", "tool_choice")
+        check(choice != "required" or body.get("tools"), "wants 'tools', of which there are none", "tool_choice")
+    elif choice is not None:
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        offered = [tool["function"]["name"] for tool in body.get("tools") or () if tool["type"] == "function"]
+        check(name in offered, "names no function that is among 'tools'", "tool_choice.function.name")
 
 
 def is_system(message: Message) -> bool:
@@ -448,29 +559,30 @@ class Session:
 
 
 class Sessions:
-    """Turns by owner and user. Times are seconds since the epoch; `ttl` seconds after its last use one is forgotten."""
+    """Turns by owner and user, forgotten `ttl` seconds after the last. Times are seconds since the epoch."""
+
+    MOST_TURNS = 1000  # of one session; more than any prompt holds
 
     def __init__(self, ttl: float, limit: int, clock: Callable[[], float] = time.time) -> None:
         self.ttl, self.limit, self._clock = ttl, limit, clock
-        # Least recently used first. Use also renews the expiry, so the first is always the first to expire.
+        # Least recently used first, which is also the first to expire.
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
         self._lock = threading.Lock()  # guards _sessions; held for dict work only
 
     def open(self, owner: str, user: str | None) -> Session:
         """The user's session, or a new one, which is kept only when a turn is recorded."""
-        with self._lock:
-            session = self._find(owner, user or "")
-            if user and session:
-                return self._keep(owner, user, session)
+        session = self.get(owner, user) if user else None
         now = self._clock()
         name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
-        return Session(f"session_{int(now * 1000)}_{name}", now, now)  # the form that the web chat's own page uses
+        return session or Session(f"session_{int(now * 1000)}_{name}", now, now)  # as the web chat's page names them
 
     def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], anew: bool) -> None:
         """Add turns, all as one, to the user's session; anew: in place of what was remembered."""
         with self._lock:
             session = self._find(owner, user) or replace(opened, turns=())
-            self._keep(owner, user, replace(session, turns=(() if anew else session.turns) + tuple(turns)))
+            turns = ((() if anew else session.turns) + tuple(turns))[-self.MOST_TURNS:]
+            self._sessions[owner, user] = replace(session, used=self._clock(), turns=turns)
+            self._sessions.move_to_end((owner, user))
             while len(self._sessions) > self.limit:
                 self._sessions.popitem(last=False)
 
@@ -493,12 +605,6 @@ class Sessions:
         while self._sessions and next(iter(self._sessions.values())).used <= oldest:
             self._sessions.popitem(last=False)
         return self._sessions.get((owner, user))
-
-    def _keep(self, owner: str, user: str, session: Session) -> Session:
-        """Store the session as the one used last. The caller holds the lock."""
-        session = self._sessions[owner, user] = replace(session, used=self._clock())
-        self._sessions.move_to_end((owner, user))
-        return session
 
 
 # ======================================================================================================================
@@ -542,11 +648,12 @@ class Chat:
     cancel: Cancel = field(default_factory=Cancel)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delta:
     """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them.
 
-    whole: its text arrived at once and may be paced; model: the id of the one that answers; headers: for the response.
+    whole: it is a whole answer, which arrived at once and may be paced; model: the id of the one that answers;
+    headers: for the response.
     """
 
     chunk: dict[str, Any]
@@ -559,6 +666,9 @@ class Delta:
         choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
         return cls({"choices": [choice]}, whole)
 
+    def with_chunk(self, chunk: dict[str, Any]) -> Delta:
+        return Delta(chunk, model=self.model, headers=self.headers)
+
     @property
     def text(self) -> str:
         """What it adds to the text of the first choice."""
@@ -566,8 +676,14 @@ class Delta:
 
     @property
     def ends(self) -> bool:
-        """Whether it finishes a choice, or comes after (the usage)."""
-        return not self.chunk["choices"] or any(choice.get("finish_reason") for choice in self.chunk["choices"])
+        """Whether it finishes a choice or tells the usage, so that it may be the last."""
+        return bool(self.chunk.get("usage")) or any(choice.get("finish_reason") for choice in self.chunk["choices"])
+
+    @property
+    def says(self) -> bool:
+        """Whether it has anything but the role."""
+        return self.ends or any(value for choice in self.chunk["choices"] for name, value in choice["delta"].items()
+                                if name != "role")
 
 
 LONGEST_WAIT = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
@@ -575,19 +691,24 @@ FIRST_BACK_OFF, LAST_BACK_OFF = 0.25, 4.0  # seconds before the first retry, dou
 
 
 class Provider:
-    """An upstream. `trouble` is when it began to fail (seconds since the epoch) and why; None while it is well."""
+    """An upstream, and how it has been of late.
+
+    After FAILURES failures in a row calls fail at once, for a pause that doubles each time; then one call at a time may
+    try whether it is well again. `trouble` is when it began to fail (seconds since the epoch) and why, None while well.
+    """
+
+    FAILURES, FIRST_PAUSE, LAST_PAUSE = 5, 1.0, 60.0  # pauses in seconds
 
     def __init__(self, name: str, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         self.name, self._settings, self._clock = name, settings, clock
         self.trouble: tuple[float, str] | None = None
+        self._health_lock = threading.Lock()  # guards trouble and the four below; never held while upstream is asked
+        self._failures, self._paused_until, self._on_trial = 0, 0.0, False
+        self._last_error: APIError | None = None
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
         raise NotImplementedError
-
-    def models(self) -> list[dict[str, Any]]:
-        """The upstream's own models, as OpenAI's model objects; those that MODELS names need not be among them."""
-        return []
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         """Go through the upstream step by step: (what was tried, the error that ended it)."""
@@ -603,25 +724,58 @@ class Provider:
         except APIError as error:
             yield "one question answered", error
 
+    def _call(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
+        """What attempt() returns, with retries. in_vain: whether nobody waits for it any more."""
+        self._begin()
+        try:
+            result = self._retrying(attempt, in_vain)
+        except Exception as error:
+            self._end(error if isinstance(error, APIError) else APIError(500, repr(error)), is_news=not in_vain())
+            raise
+        self._end(None)
+        return result
+
     def _retrying(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
-        """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it, unless in vain."""
+        """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it."""
         for retries in itertools.count():
             try:
-                result = attempt()
-                self.trouble = None
-                return result
+                return attempt()
             except APIError as error:
                 if not error.retryable or retries >= self._settings.max_retries or in_vain():
                     if retries:
                         error.headers["x-should-retry"] = "false"  # obeyed by OpenAI's SDKs
-                    if error.status >= 500 or error.status == 429:
-                        self.trouble = self.trouble or (self._clock(), f"{error.code or error.type}: {error.message}")
                     raise
                 wait = error.retry_after or min(FIRST_BACK_OFF * 2 ** retries, LAST_BACK_OFF) * random.uniform(0.5, 1)
-                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error, retries + 1,
+                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries + 1,
                             self._settings.max_retries, wait)
                 time.sleep(wait)
         raise AssertionError("unreachable")
+
+    def _begin(self) -> None:
+        """Raises the last failure again, with Retry-After, while calls are to fail at once."""
+        with self._health_lock:
+            left = self._paused_until - time.monotonic()
+            if not self._last_error or (left <= 0 and not self._on_trial):
+                self._on_trial = self._last_error is not None
+                return
+            raise self._last_error.again(f" Not asked again for now, after {self._failures} failures.",
+                                         **{"Retry-After": str(max(1, ceil(left)))})
+
+    def _end(self, error: APIError | None, is_news: bool = True) -> None:
+        with self._health_lock:
+            was_on_trial, self._on_trial = self._on_trial, False
+            if not is_news:
+                return
+            failed = error and (error.status >= 500 or error.status == 429)
+            self.trouble = (self.trouble or (self._clock(), error.reason)) if error and failed else None
+            if not error or error.status < 500 or error.code == "upstream_refused":  # it answers, be it with a no
+                self._failures, self._last_error = 0, None
+            elif was_on_trial or not self._last_error:  # else it was under way when the pause began, and is no news
+                self._failures += 1
+                if self._failures >= self.FAILURES:
+                    pause = min(self.FIRST_PAUSE * 2 ** min(self._failures - self.FAILURES, 9), self.LAST_PAUSE)
+                    self._last_error, self._paused_until = error, time.monotonic() + pause
+                    log.warning("%s failed %d times in a row; not asked for %g s", self.name, self._failures, pause)
 
 
 def rate_limited(message: str, type: str, code: str | None, headers: Mapping[str, str], now: float) -> APIError:
@@ -635,7 +789,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
     try:
         if value and value.strip().isdigit():
-            return float(value)
+            return min(float(value), 1e9)
         return max(0.0, parsedate_to_datetime(value).timestamp() - now) if value else None
     except (TypeError, ValueError, OverflowError):
         return None
@@ -673,6 +827,149 @@ def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
     return {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
 
 
+def is_joined(text: str, at: int) -> bool:
+    """Whether a reader would see the characters on both sides of the index as one."""
+    before, after = text[at - 1:at], text[at:at + 1]
+    return bool(after) and (unicodedata.category(after).startswith("M") or "\u200d" in (before, after)
+                            or "\U0001f1e6" <= after <= "\U0001f1ff" or "\U0001f3fb" <= after <= "\U0001f3ff")
+
+
+# Tools, JSON, stop: what an upstream of plain text cannot do itself
+
+
+class Misread(Exception):
+    """An answer that is not what the request asked for; the message says to the model what was wrong."""
+
+    def __init__(self, reason: str, wants_json: bool = False) -> None:
+        super().__init__(reason)
+        self.wants_json = wants_json
+
+
+def instructions(request: ChatRequest) -> str:
+    """What the model is told of tools and of the form of its answer, in few words, for its room is small."""
+    lines = []
+    if request.tools:
+        how = "You must call" if request.must_call else "You may call"
+        one = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
+        lines += [f'{how} {one} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
+                  "arguments being JSON. You get the results and go on. Tools:"]
+        for tool in request.tools:
+            purpose = " ".join((tool.get("description") or "").split())
+            lines.append(f"- {tool['name']}{signature(tool.get('parameters') or {})}{purpose and ': '}{purpose}")
+    answer = request.body.get("response_format") or {}
+    if answer.get("type") in ("json_object", "json_schema"):
+        schema = (answer.get("json_schema") or {}).get("schema")
+        lines.append("Answer with one JSON document and nothing else" + (
+            f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."))
+    return "\n".join(lines)
+
+
+def signature(schema: Any) -> str:
+    """A JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
+    if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
+        return dump_json(schema).decode()
+    if isinstance(schema.get("enum"), list):
+        return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
+    if isinstance(schema.get("properties"), dict):
+        required = schema.get("required") or ()
+        return "{" + ", ".join(f"{name}{'' if name in required else '?'}: {signature(part)}"
+                               for name, part in schema["properties"].items()) + "}"
+    if schema.get("type") == "array" and schema.get("items"):
+        return f"[{signature(schema['items'])}]"
+    return str(schema.get("type", "{}"))
+
+
+def read_answer(said: str, request: ChatRequest) -> tuple[str, list[tuple[str, str]]]:
+    """The content and the tool calls (name, arguments as JSON) of what the model said. Raises Misread."""
+    answer = request.body.get("response_format") or {}
+    if request.tools:
+        content, calls = read_calls(said, [tool["name"] for tool in request.tools])
+        if calls:
+            return content, calls[:1] if request.body.get("parallel_tool_calls") is False else calls
+        if request.must_call:
+            raise Misread("it must contain a tool call.")
+    if answer.get("type") == "json_schema" and answer["json_schema"]["schema"].get("type") == "array":
+        return read_document(said, list), []
+    return read_document(said, dict) if answer.get("type") in ("json_object", "json_schema") else said, []
+
+
+CALL = re.compile(r"""<tool_call>\s*  # the form that instructions() asks for, and the one that Kimi K2 was trained on:
+    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*""", re.X)
+CALL_END = re.compile(r"\s*(?:</tool_call>|<\|tool_call_end\|>)?")
+
+
+def read_calls(said: str, offered: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """The text around the calls, and the calls. Raises Misread for a call that cannot be made."""
+    calls, around, at = [], [], 0
+    while begin := CALL.search(said, at):
+        around.append(said[at:begin.start()])
+        value, at = decode(said, begin.end())
+        calls.append(as_call({"name": begin["name"], "arguments": value} if begin["name"] else value, offered))
+        at = CALL_END.match(said, at).end()  # type: ignore[union-attr]  # it matches the empty text too
+    if calls:
+        around.append(said[at:])
+        return re.sub(r"<\|tool_calls_section_(?:begin|end)\|>", "", "".join(around)).strip(), calls
+    try:
+        value = parse_strictly(fenced(said))
+    except (ValueError, RecursionError):
+        return said, []
+    if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
+        return "", [as_call(value, offered)]
+    return said, []
+
+
+def as_call(value: Any, offered: list[str]) -> tuple[str, str]:
+    name, arguments = (value.get("name"), value.get("arguments", {})) if isinstance(value, dict) else (None, None)
+    if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
+        arguments, _ = decode(arguments, 0)
+    if name not in offered:
+        raise Misread(f"there is no tool {name!r}; there are {', '.join(offered)}.")
+    if not isinstance(arguments, dict):
+        raise Misread(f"the arguments of {name} must be a JSON object.")
+    return name, json.dumps(arguments, ensure_ascii=False)
+
+
+def read_document(said: str, kind: type) -> str:
+    """The one JSON document in what the model said, without fences and prose. Raises Misread."""
+    text, opening = fenced(said), "[" if kind is list else "{"
+    starts = itertools.islice((found.start() for found in re.finditer(re.escape(opening), text)), 20)
+    reason = "there is no JSON in it."
+    for start in starts:
+        try:
+            _, end = decode(text, start)
+            return text[start:end]
+        except Misread as misread:
+            reason = str(misread)
+    raise Misread(reason, wants_json=True)
+
+
+def fenced(said: str) -> str:
+    """What stands in the first ```fence```, or all of it."""
+    found = re.search(r"```[\w-]*\n(.*?)\n?```", said, re.S)
+    return (found[1] if found else said).strip()
+
+
+def decode(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends. Raises Misread."""
+    try:
+        return json.JSONDecoder(parse_constant=finite, parse_float=finite).raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise Misread(f"not valid JSON: {error}") from None
+
+
+def cut(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
+    """The text up to the first stop sequence and up to so many tokens (by estimate_tokens), and the finish reason."""
+    end = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
+    text = text[:end]
+    if max_tokens is None or estimate_tokens(text) <= max_tokens:
+        return text, "stop"
+    spent = itertools.accumulate(0.6 if re.match(f"[{WIDE}]", character) else 0.25 for character in text)
+    end = sum(1 for _ in itertools.takewhile(lambda tokens: tokens <= max_tokens, spent))
+    while end and is_joined(text, end):
+        end -= 1
+    return text[:end], "length"
+
+
 # Kimi's web chat
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page or an answer; the web chat's are a few KiB
@@ -685,8 +982,8 @@ class DeadlineReader(io.RawIOBase):
     """
 
     def __init__(self, source: Any, sock: Any) -> None:
-        self._source, self._sock = source, sock
-        self._deadline = time.monotonic() + (sock.gettimeout() or inf)
+        self._source, self._sock, self._timeout = source, sock, sock.gettimeout()
+        self._deadline = time.monotonic() + (self._timeout or inf)
 
     def readable(self) -> bool:
         return True
@@ -699,6 +996,8 @@ class DeadlineReader(io.RawIOBase):
         return self._source.readinto(buffer)
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._sock.settimeout(self._timeout)  # as the next request over this connection will want it
         self._source.close()
         super().close()
 
@@ -745,18 +1044,18 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         """
         request = requests.PreparedRequest()
         request.method, request.url = method, url
-        request.headers = requests.structures.CaseInsensitiveDict({**self.headers, **(headers or {})})
+        request.headers = {**self.headers, **(headers or {})}  # type: ignore[assignment]  # a plain dict will do here
         with self._jar_lock:
             cookies = get_cookie_header(self.cookies, request) if self.cookies else None
         if cookies:
             request.headers["Cookie"] = cookies
         pool, names_host = self._pool(url)
         target = url if names_host else urlunsplit(("", "", *urlsplit(url)[2:4], "")) or "/"
-        raw = pool.urlopen(method, target, urlencode(data) if isinstance(data, dict) else data,
-                           dict(request.headers), retries=False, redirect=False, preload_content=False,
-                           assert_same_host=False, timeout=Timeout(total=timeout))
+        raw = pool.urlopen(method, target, urlencode(data) if isinstance(data, dict) else data, request.headers,
+                           retries=False, redirect=False, preload_content=False, assert_same_host=False,
+                           timeout=Timeout(total=timeout))
         response = requests.Response()
-        response.status_code, response.headers = raw.status, requests.structures.CaseInsensitiveDict(raw.headers)
+        response.status_code, response.headers = raw.status, raw.headers  # urllib3's are case-insensitive too
         response.url, response.request, response.encoding = url, request, "utf-8"
         if "Set-Cookie" in response.headers:
             with self._jar_lock:
@@ -774,7 +1073,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
         Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
         """
-        origin = urljoin(url, "/")
+        origin = "{0.scheme}://{0.netloc}/".format(urlsplit(url))
         if origin not in self._pools:
             request, adapter = requests.Request("GET", origin).prepare(), self.get_adapter(origin)
             found = self.merge_environment_settings(origin, {}, True, None, None)
@@ -816,13 +1115,52 @@ class KimiProvider(Provider):
         self._renewal: Future[Nonce] | None = None  # a fetch under way, which everybody who needs a nonce waits for
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
-        prompt = self._prompt(chat)
-        answer = self._retrying(lambda: self._ask(prompt, chat),
-                                in_vain=lambda: chat.cancel.cancelled and not chat.request.user)
-        yield Delta.of({"role": "assistant", "content": "", "refusal": None})
-        yield Delta.of({"content": answer}, whole=True)
-        yield Delta.of({}, "stop")
-        yield Delta({"choices": [], "usage": estimate_usage(prompt, answer)})
+        request = chat.request
+        self._accept(request)
+        prompt = self._prompt(chat, instructions(request))
+        said = self._answer_to(prompt, chat)
+        try:
+            content, calls = read_answer(said, request)
+        except Misread as misread:
+            log.info("the answer cannot be used; asking once more")
+            prompt = self._prompt(chat, f"{instructions(request)}\nYour last answer could not be used: {misread}")
+            said = self._answer_to(prompt, chat)
+            try:
+                content, calls = read_answer(said, request)
+            except Misread as again:
+                if again.wants_json:
+                    raise upstream_error(502, "invalid_json_answer", f"The web chat gave no JSON: {again}") from None
+                content, calls = said, []
+        content, finish_reason = cut(content, request.stop, request.max_tokens)
+        message: Message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"], finish_reason = [
+                {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+                 "function": {"name": name, "arguments": arguments}} for index, (name, arguments) in enumerate(calls)
+            ], "tool_calls"
+        whole = Delta.of(message, finish_reason, whole=True)
+        whole.chunk["usage"] = estimate_usage(prompt, content + "".join(itertools.chain(*calls)))
+        yield whole
+
+    def _answer_to(self, prompt: str, chat: Chat) -> str:
+        return self._call(lambda: self._ask(prompt, chat),
+                          in_vain=lambda: chat.cancel.cancelled and not chat.request.user)
+
+    @staticmethod
+    def _accept(request: ChatRequest) -> None:
+        """Raises APIError 400 for what would change the shape of the answer and cannot be had here."""
+        body = request.body
+        wanted = {"n": (body.get("n") or 1) > 1, "logprobs": body.get("logprobs"), "audio": body.get("audio"),
+                  "modalities": set(map(str, body.get("modalities") or ())) - {"text"}}
+        wanted |= {f"tools[{index}].type": tool["type"] != "function"
+                   for index, tool in enumerate(body.get("tools") or ())}
+        wanted |= {f"messages[{index}].content[{at}].type": part["type"] not in ("text", "refusal")
+                   for index, message in enumerate(request.messages) if isinstance(message.get("content"), list)
+                   for at, part in enumerate(message["content"])}
+        for param, is_wanted in wanted.items():
+            if is_wanted:
+                raise bad_request(f"The web chat takes text and gives one text; it cannot do what '{param}' asks for.",
+                                  param, "unsupported_value")
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         names = (f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found")
@@ -834,25 +1172,25 @@ class KimiProvider(Provider):
             yield names[failed], error
         else:
             yield from ((name, None) for name in names)
-            yield from self._check_answer("moonshotai/Kimi-K2-Instruct-0905")
+            own = [name for name in self._settings.models.values()
+                   if name not in self._settings.models and name.partition("/")[0] not in self._settings.apis]
+            yield from self._check_answer((own or ["moonshotai/Kimi-K2-Instruct-0905"])[0])
 
     # The prompt
 
-    SPEAKERS = {"user": "用户", "assistant": "模型"}  # as the site's public clients write history
+    SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
 
-    def _prompt(self, chat: Chat) -> str:
-        """System messages, as many of the latest turns as fit, and the newest turn, as the one string the chat takes.
+    def _prompt(self, chat: Chat, instruction: str) -> str:
+        """System messages and the instruction, as many of the latest turns as fit, and the newest turn, as one string.
 
-        Raises APIError 400 for parts that are not text, and when the newest turn alone does not fit.
+        Raises APIError 400 when this is too long even without older turns.
         """
-        for index, message in enumerate(chat.request.messages):
-            for at, part in enumerate(message["content"] if isinstance(message.get("content"), list) else ()):
-                if part["type"] not in ("text", "refusal"):
-                    raise bad_request(f"The web chat takes text only, not a part of type {part['type'][:40]!r}.",
-                                      f"messages[{index}].content[{at}].type", "unsupported_value")
-        *older, newest = [[self._line(message) for message in turn]
-                          for turn in (*chat.history, *chat.request.turns)] or [[]]
-        system = [text_of(message) for message in chat.request.system]
+        callers = {call.get("id"): call["function"]["name"]
+                   for message in (*itertools.chain(*chat.history), *chat.request.messages)
+                   for call in message.get("tool_calls") or ()}
+        *older, newest = [[self._line(message, callers) for message in turn]
+                          for turn in (*chat.history, *(chat.request.turns or [()]))]
+        system = [text for text in (*map(text_of, chat.request.system), instruction) if text]
         limit = self._settings.context_max_length
         if system:
             system.append("")
@@ -861,8 +1199,8 @@ class KimiProvider(Provider):
         room = limit - len("\n".join(system + newest))
         if room < 0:
             raise bad_request(
-                f"The newest message and the system messages have {limit - room} characters; the web chat takes "
-                f"{limit} (CONTEXT_MAX_LENGTH). Shorten them.", "messages", "context_length_exceeded")
+                f"The newest message, the system messages and what is said of tools and JSON have {limit - room} "
+                f"characters; the web chat takes {limit} (CONTEXT_MAX_LENGTH).", "messages", "context_length_exceeded")
         kept: list[str] = []
         for turn in reversed(older):
             room -= len("\n".join(turn)) + 1
@@ -874,8 +1212,12 @@ class KimiProvider(Provider):
             raise bad_request("'messages' contain no text.", "messages")
         return prompt
 
-    def _line(self, message: Message) -> str:
-        return f"{self.SPEAKERS.get(message['role'], message['role'])}: {text_of(message)}"
+    def _line(self, message: Message, callers: Mapping[str | None, str]) -> str:
+        role, functions = message["role"], [call["function"] for call in message.get("tool_calls") or ()]
+        speaker = f"{self.SPEAKERS.get(role, role)} {callers.get(message.get('tool_call_id'), '')}".rstrip()
+        calls = [f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
+                 for function in functions]
+        return f"{speaker}: {text_of(message)}{''.join(calls)}"
 
     # Asking
 
@@ -884,7 +1226,7 @@ class KimiProvider(Provider):
         try:
             return self._post(prompt, chat)
         except StaleNonce as stale:
-            log.info("%s; trying once more with a new nonce", stale)
+            log.info("refused (%s); trying once more with a new nonce", stale.error.code)
         try:
             return self._post(prompt, chat)
         except StaleNonce as stale:
@@ -921,7 +1263,8 @@ class KimiProvider(Provider):
             data = None
         if isinstance(data, dict) and data.get("success") is False:
             words = plain_words(data.get("data"))
-            raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {words}"))
+            raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {words}",
+                                            quotes=True))
         if response.status_code != 200:
             raise upstream_error(502, "upstream_invalid_response", f"The web chat sent HTTP {response.status_code}.")
         try:
@@ -932,14 +1275,14 @@ class KimiProvider(Provider):
             what = ("an empty answer" if isinstance(answer, str) else "something that is not JSON" if data is None
                     else "JSON of an unknown shape")
             raise upstream_error(502, "upstream_invalid_response", f"The web chat sent {what}.", retryable=True)
-        return answer.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs become U+FFFD
+        return without_half_characters(answer)
 
     def _send(self, send: Callable[..., requests.Response], method: str, url: str, deadline: float,
               data: bytes | None, headers: dict[str, str]) -> requests.Response:
         """Send one request; what any answer of this site can mean, page or chat, is sorted out here."""
         try:
             response = send(method, url, data=data, headers=headers, timeout=max(0.01, deadline - time.monotonic()))
-            solvable = Cloudflare(self._scraper).is_Challenge_Request(response)
+            solvable = response.status_code != 200 and Cloudflare(self._scraper).is_Challenge_Request(response)
         except DecodeError as error:
             raise upstream_error(502, "upstream_invalid_response", f"The answer cannot be read: {error}.",
                                  retryable=True) from None
@@ -989,6 +1332,8 @@ class KimiProvider(Provider):
         if not mine:
             try:
                 return renewal.result(max(0.0, deadline - time.monotonic()))
+            except APIError as error:
+                raise error.again() from None
             except FutureTimeout:
                 raise upstream_error(504, "upstream_timeout", "The chat page did not answer in time.") from None
         try:
@@ -1014,10 +1359,13 @@ class KimiProvider(Provider):
                 raise stale.error from None
             if not page.is_redirect:
                 break
-            address = urljoin(address, page.headers["Location"])
-            if urlsplit(address).hostname != urlsplit(home).hostname:
-                raise upstream_error(502, "upstream_changed", "The chat page has moved to "
-                                     f"{urlsplit(address).hostname}; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
+            with suppress(ValueError):  # of an address that is none
+                address = http_url(urljoin(address, page.headers["Location"]))
+                if (urlsplit(address).hostname, address[:5]) in ((urlsplit(home).hostname, scheme) for scheme in
+                                                                 ("https", home[:5])):
+                    continue
+            raise upstream_error(502, "upstream_changed", "The chat page has moved to another host; CHAT_PAGE_URL and "
+                                 "UPSTREAM_URL say where it is.")
         found = self.NONCE.search(page.content.decode("utf-8", "replace"))
         if page.status_code != 200 or not found:
             raise upstream_error(502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the "
@@ -1036,7 +1384,7 @@ class OpenAIProvider(Provider):
     front) and the streaming are ours. When the client leaves, the connection is closed at once: answers cost money.
     """
 
-    MODELS_AGE, MODELS_RETRY, MODELS_WAIT = 600.0, 60.0, 0.5  # seconds: keep the list, ask again after a failure, wait
+    MODELS_AGE, MODELS_RETRY = 600.0, 60.0  # seconds to keep the list, and before it is asked again after a failure
 
     def __init__(self, name: str, base_url: str, key: str, settings: Settings,
                  clock: Callable[[], float] = time.time) -> None:
@@ -1064,121 +1412,164 @@ class OpenAIProvider(Provider):
         request = chat.request
         messages = [*request.system, *itertools.chain(*chat.history), *itertools.chain(*request.turns)]
         body = {**request.body, "model": chat.model, "stream": True,
-                "messages": messages if chat.history else list(request.messages),
+                "messages": messages if chat.history else request.messages,
                 "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True}}
         self._chat.cancel = chat.cancel
         response = None
         try:
-            response = self._retrying(lambda: self._send("POST", "/chat/completions", json=body),
-                                      in_vain=lambda: chat.cancel.cancelled)
+            response = self._call(lambda: self._send("POST", "/chat/completions", json=body),
+                                  in_vain=lambda: chat.cancel.cancelled)
             yield from self._deltas(response, messages)
         except UpstreamHTTPError as error:  # of urllib3, whose reading of the body requests does not wrap here
-            raise self._unreachable(error) from None
+            raise self._broken(self._unreachable(error), chat) from None
+        except APIError as error:
+            raise self._broken(error, chat) if response else error from None
         finally:
             self._chat.cancel = None
             chat.cancel.set_action(None)  # from here on the connection may belong to somebody else's chat
             if response is not None:
                 response.close()
 
+    def _broken(self, error: APIError, chat: Chat) -> APIError:
+        """The error of an answer that had begun."""
+        self._end(error, is_news=not chat.cancel.cancelled)
+        return error
+
     def _deltas(self, response: requests.Response, messages: list[Message]) -> Iterator[Delta]:
-        headers = {name: value for name, value in response.headers.items() if "ratelimit" in name.lower()}
-        text, finished, usage = "", False, False
+        headers = rate_limits(response.headers)
+        text, choices_seen, finished, usage = "", False, False, False
         for data in server_sent_data(response):
             if data == "[DONE]":
                 finished = True
+                with suppress(AttributeError, OSError):  # only a read to its end gives the connection back
+                    response.raw.connection.sock.settimeout(0.2)
+                    response.raw.drain_conn()
                 break
+            chunk = self._parse(data)
+            if isinstance(chunk, dict) and chunk.get("error"):
+                raise self._their_error(500, chunk, {})
             try:
-                chunk = json.loads(data)
-                if isinstance(chunk, dict) and chunk.get("error"):
-                    raise self._their_error(500, chunk, {})
-                choices = [{"index": 0, **choice, "delta": choice.get("delta") or {}} for choice in chunk["choices"]]
+                choices = [{"index": 0, "finish_reason": None, **choice, "delta": choice.get("delta") or {}}
+                           for choice in chunk["choices"]]
+                merge({}, {"choices": choices})  # fails if it is none that could be made a whole answer of
                 delta = Delta({**chunk, "choices": choices}, headers=headers)
                 text += delta.text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise upstream_error(502, "upstream_invalid_response", f"{self.name} sent a bad chunk.") from None
-            finished, usage = finished or (delta.ends and bool(choices)), usage or bool(chunk.get("usage"))
+            except (KeyError, TypeError, AttributeError):
+                raise self._bad("a bad chunk") from None
+            choices_seen, usage = choices_seen or bool(choices), usage or bool(chunk.get("usage"))
+            finished = finished or any(choice["finish_reason"] for choice in choices)
             yield delta
         if not finished:
-            raise upstream_error(502, "upstream_unavailable", f"{self.name} broke off in the middle of its answer.")
+            raise upstream_error(502, "upstream_unavailable", f"{self.name} broke off in the middle.")
+        if not choices_seen:
+            raise self._bad("an empty answer")
         if not usage:
             yield Delta({"choices": [], "usage": estimate_usage("\n".join(map(text_of, messages)), text)})
+
+    def _parse(self, data: str) -> Any:
+        try:
+            chunk = json.loads(data)
+            if "\\ud" in data.lower():  # an escaped half of a surrogate pair, perhaps without its other half
+                chunk = json.loads(without_half_characters(json.dumps(chunk, ensure_ascii=False)))
+            return chunk
+        except (ValueError, RecursionError):
+            raise self._bad("something that is not JSON") from None
+
+    def _bad(self, what: str) -> APIError:
+        return upstream_error(502, "upstream_invalid_response", f"{self.name} sent {what}.")
 
     def _send(self, method: str, path: str, **kwargs: Any) -> requests.Response:
         """An answer with status 200, its body still to be read; REQUEST_TIMEOUT is for silence, not for all of it."""
         try:
             response = self._session.request(method, self._base_url + path, stream=True, allow_redirects=False,
                                              timeout=self._settings.request_timeout, **kwargs)
-            if response.status_code == 200:
+            is_json = "json" in response.headers.get("Content-Type", "")
+            if response.status_code == 200 and (method == "GET" or not is_json):
                 return response
             with response:
-                said = b"".join(itertools.islice(response.iter_content(8192), 8))
+                said = b"".join(itertools.islice(response.iter_content(8192), 8)).decode("utf-8", "replace")
         except requests.RequestException as error:
             raise self._unreachable(error) from None
         try:
             body = json.loads(said)
         except (ValueError, RecursionError):
-            body = said.decode("utf-8", "replace")
+            body = said
+        if response.status_code == 200 and not (isinstance(body, dict) and body.get("error")):
+            raise self._bad("a whole answer where a stream was asked for")
         raise self._their_error(response.status_code, body, response.headers)
 
     def _their_error(self, status: int, body: Any, headers: Mapping[str, str]) -> APIError:
         """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
-        error = body.get("error", body) if isinstance(body, dict) else body
-        fields = error if isinstance(error, dict) else {}
-        type, code, param = (fields.get(name) if isinstance(fields.get(name), str) else None
-                             for name in ("type", "code", "param"))
-        words = plain_words(error)
-        message = f"{self.name}: {words.replace(self._key, '…') if self._key else words}"
         if status in (401, 403):
             return upstream_error(502, "upstream_auth", f"{self.name} does not accept the key that this server has for "
                                   f"it (HTTP {status}); see {self.name.upper()}_API_KEY.")
+        hidden = without_half_characters(json.dumps(body, ensure_ascii=False))
+        error = json.loads(hidden.replace(self._key, "…") if self._key else hidden)
+        error = error.get("error", error) if isinstance(error, dict) else error
+        fields = error if isinstance(error, dict) else {}
+        type, code, param = (str(fields[name]) if fields.get(name) else None for name in ("type", "code", "param"))
+        message = f"{self.name}: {plain_words(error)}"
         if status == 429:
-            limited = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers,
-                                   self._clock())
-            limited.headers.update((name, value) for name, value in headers.items() if "ratelimit" in name.lower())
-            return limited
-        if status >= 500 or status < 400:
-            return APIError(status if status >= 500 else 502, message, type or "upstream_error",
+            ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers,
+                                self._clock())
+        elif 400 <= status < 500:
+            ours = APIError(status, message, type or "invalid_request_error", code, param)
+        else:
+            ours = APIError(status if status >= 500 else 502, message, type or "upstream_error",
                             code or "upstream_unavailable", param, retryable=status >= 500)
-        return APIError(status, message, type or "invalid_request_error", code, param)
+            ours.headers.update({"Retry-After": headers["Retry-After"]} if "Retry-After" in headers else {})
+        ours.quotes = True
+        ours.headers.update(rate_limits(headers))
+        return ours
 
     def _unreachable(self, error: Exception) -> APIError:
-        cause = root_cause(error)
         if isinstance(error, (requests.Timeout, UpstreamTimeout)):
             return upstream_error(504, "upstream_timeout", f"{self.name} was silent for "
                                   f"{self._settings.request_timeout:g} s.")
-        return upstream_error(502, "upstream_unavailable", f"{self.name} cannot be reached: {cause}.", retryable=True)
+        return upstream_error(502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.",
+                              retryable=True)
 
-    def models(self) -> list[dict[str, Any]]:
-        """Fetched on a thread of its own when the list is old; waits for it no longer than MODELS_WAIT seconds."""
+    def models(self, wait: float) -> list[dict[str, Any]]:
+        """Fetched on a thread of its own when the list is old; waits for it no longer than so many seconds."""
         with self._lock:
             if self._clock() >= self._models_due:
                 self._models_due = self._clock() + self.MODELS_RETRY
                 self._models_here.clear()
                 threading.Thread(target=self._fetch_models, name=f"{self.name} models", daemon=True).start()
-        self._models_here.wait(self.MODELS_WAIT)
+        self._models_here.wait(wait)
         return self._models
 
     def _fetch_models(self) -> None:
         try:
-            with self._send("GET", "/models") as response:
-                self._models = [model for model in response.json()["data"] if isinstance(model.get("id"), str)]
+            self._models = self._list_models()
             self._models_due = self._clock() + self.MODELS_AGE
-        except (APIError, requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s: its models cannot be listed: %s", self.name, error)
+        except APIError as error:
+            log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
         finally:
             self._models_here.set()
 
+    def _list_models(self) -> list[dict[str, Any]]:
+        with self._send("GET", "/models") as response:
+            try:
+                listed = json.loads(without_half_characters(response.text))["data"]
+                return [model for model in listed if isinstance(model["id"], str)]
+            except (requests.RequestException, ValueError, KeyError, TypeError, RecursionError):
+                raise self._bad("no list of models") from None
+
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         try:
-            self._send("GET", "/models").close()
-            yield f"{self._base_url} reached, key accepted", None
+            listed = [f"{self.name}/{model['id']}" for model in self._list_models()]
         except APIError as error:
             yield f"{self._base_url} reached, key accepted", error
             return
-        named = (*self._settings.fallback_models, *self._settings.models.values(), *(
-            f"{self.name}/{model['id']}" for model in self.models()))
+        yield f"{self._base_url} reached, key accepted", None
+        named = (*self._settings.fallback_models, *self._settings.models.values(), *listed)
         model = next((model for model in named if model.startswith(f"{self.name}/")), f"{self.name}/default")
         yield from self._check_answer(model.partition("/")[2])
+
+
+def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if "ratelimit" in name.lower()}
 
 
 class CancellableAdapter(HTTPAdapter):
@@ -1206,10 +1597,12 @@ def shut_down(sock: Any) -> None:
 
 
 def server_sent_data(response: requests.Response) -> Iterator[str]:
-    """The data of each server-sent event as it arrives; comments and other fields are passed over (HTML standard)."""
+    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     rest, data = b"", []
     while chunk := response.raw.read1(65536, decode_content=True):
         *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MAX_UPSTREAM_BYTES:
+            raise DecodeError("an event without an end")
         for line in lines:
             line = line.rstrip(b"\r")
             if line.startswith(b"data:"):
@@ -1223,6 +1616,11 @@ def server_sent_data(response: requests.Response) -> Iterator[str]:
 
 
 CREATED = 1757030400  # of a model whose upstream tells no time: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+
+
+def no_model(name: str) -> APIError:
+    return APIError(404, f"The model {name[:100]!r} does not exist; /v1/models lists those that do.",
+                    code="model_not_found", param="model")
 
 
 class Upstreams:
@@ -1242,8 +1640,7 @@ class Upstreams:
         table = self._settings.models
         name = table.get(model) or (model if self._api_of(model) else table.get("*"))
         if name is None:
-            raise APIError(404, f"The model {model[:100]!r} does not exist; /v1/models lists those that do.",
-                           code="model_not_found", param="model")
+            raise no_model(model)
         while table.get(name, name) != name:
             name = table[name]
         api = self._api_of(name)
@@ -1254,41 +1651,51 @@ class Upstreams:
         return self.apis.get(prefix) if name else None
 
     def models(self) -> list[dict[str, Any]]:
-        """MODELS, then what each API lists, as OpenAI's model objects."""
+        """MODELS, then what each API lists, as OpenAI's model objects; waits half a second for those not here yet."""
         listed = [self.model(name) for name in self._settings.models if name != "*"]
-        return listed + [self.model(f"{api.name}/{model['id']}", model)
-                         for api in self.apis.values() for model in api.models()]
+        for api in self.apis.values():
+            api.models(wait=0)  # all are asked before the first is waited for
+        end = time.monotonic() + 0.5
+        return listed + [self.model(f"{api.name}/{model['id']}") for api in self.apis.values()
+                         for model in api.models(wait=max(0.0, end - time.monotonic()))]
 
-    def model(self, name: str, theirs: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """OpenAI's model object. Raises APIError 404 for an id that nobody has."""
-        provider, _ = self.resolve(name)
-        created, owner = theirs.get("created"), theirs.get("owned_by")
-        return {"id": name, "object": "model", "created": created if isinstance(created, int) else CREATED,
-                "owned_by": owner if isinstance(owner, str) else provider.name}
+    def model(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
+        provider, own_name = self.resolve(name)
+        model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
+        known = provider.models(wait=0.5) if isinstance(provider, OpenAIProvider) else []
+        theirs = next((entry for entry in known if entry["id"] == own_name), None)
+        if known and theirs is None and name not in self._settings.models:
+            raise no_model(name)
+        for field_name, kind in (("created", int), ("owned_by", str)):
+            if theirs and isinstance(theirs.get(field_name), kind):
+                model[field_name] = theirs[field_name]
+        return model
 
     def answer(self, model: str, chat: Chat) -> Iterator[Delta]:
         """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can."""
         failed: list[tuple[str, APIError]] = []
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            deltas = provider.stream(replace(chat, model=upstream_model))
+            deltas, begun = provider.stream(replace(chat, model=upstream_model)), []
             try:
-                first = next(deltas)
+                for delta in deltas:  # all that the client will not see before it could still be somebody else's
+                    begun.append(delta)
+                    if chat.request.body.get("stream") and delta.says:
+                        break
             except APIError as error:
                 failed.append((name, error))
                 if not error.may_fall_back or chat.cancel.cancelled:
                     break
-                log.warning("%s cannot answer: %s: %s", name, error.code, error)
+                log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if failed:
                 log.warning("%s answers instead of %s", name, model)
-            headers = {**first.headers, "X-Kimi2api-Provider": provider.name}
-            for delta in itertools.chain([first], deltas):
-                yield replace(delta, model=name, headers=headers)
+            for delta in itertools.chain(begun, deltas):
+                delta.model, delta.headers = name, {**delta.headers, "X-Kimi2api-Provider": provider.name}
+                yield delta
             return
-        first_error = failed[0][1]
-        first_error.message += "".join(f" Fallback {name}: {error.message}" for name, error in failed[1:])
-        raise first_error
+        raise failed[0][1].again("".join(f" Fallback {name}: {error.message}" for name, error in failed[1:]))
 
 
 # ======================================================================================================================
@@ -1309,7 +1716,7 @@ class Slots:
     def take(self) -> None:
         with self._lock:
             if self.used >= self.limit:
-                raise APIError(429, f"{self.limit} chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                raise APIError(429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
                                "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
             self.used += 1
 
@@ -1334,25 +1741,30 @@ def converse(deltas_of: Callable[[Chat], Iterator[Delta]], chat: Chat, sessions:
              owner: str) -> Iterator[Delta]:
     """An answer with the user's session before it. The turn is recorded before the last delta is handed on, so a
     client that has seen the end finds it remembered."""
-    request = chat.request
-    session = sessions.open(owner, request.user)
+    request, session = chat.request, sessions.open(owner, chat.request.user)
     history = () if request.brings_history else session.turns
-    text: list[str] = []
+    whole: dict[str, Any] = {}
     last: list[Delta] = []
     for delta in deltas_of(replace(chat, history=history, session_id=session.id)):
-        text.append(delta.text)
-        if delta.ends or last:
-            last.append(delta)
-        else:
+        if request.user:
+            merge(whole, delta.chunk)
+        if not delta.ends:
+            yield from last
+            last = []
             yield delta
+        else:
+            last.append(delta)
     if request.user and request.turns:
+        said = next((as_message(choice) for choice in whole["choices"] if choice["index"] == 0), {})
+        message = {"role": "assistant", "content": said.get("content"),
+                   **({"tool_calls": said["tool_calls"]} if said.get("tool_calls") else {})}
         *older, newest = request.turns
-        answered = (*newest, {"role": "assistant", "content": "".join(text)})
-        sessions.record(owner, request.user, session, (*older, answered), anew=request.brings_history)
+        sessions.record(owner, request.user, session, (*older, (*newest, message)), anew=request.brings_history)
     yield from last
 
 
-LOOK_EVERY = 0.5  # seconds between looks at whether a silent chat's client is still there
+LOOK_EVERY = 0.5  # seconds between looks at whether a chat's client is still there
+MOST_WAITING = 256  # deltas between an upstream and its client
 
 
 def relay(deltas: Iterator[Delta], calls: Calls, silence: float, look: Callable[[], None],
@@ -1363,35 +1775,47 @@ def relay(deltas: Iterator[Delta], calls: Calls, silence: float, look: Callable[
     cancel() tells the upstream call; one that goes on all the same, so that its turn is recorded, holds one of `calls`
     until it ends. Raises what the deltas raise.
     """
-    box: queue.SimpleQueue[Delta | BaseException | None] = queue.SimpleQueue()
+    box: queue.SimpleQueue[Delta | APIError | None] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def put(item: Delta | APIError | None) -> None:
+        while box.qsize() >= MOST_WAITING and not left.is_set():
+            time.sleep(0.01)  # a client that reads slowly holds its upstream back
+        if not left.is_set():
+            box.put(item)
 
     def work() -> None:
         try:
             for delta in deltas:
-                box.put(delta)
-            box.put(None)
-        except BaseException as error:  # handed to the chat's own thread, which answers for it
-            box.put(error)
+                put(delta)
+            put(None)
+        except Exception as error:  # handed to the chat's own thread, which answers for it
+            put(as_api_error(error))
 
     calls.start(work)
-    quiet_until = time.monotonic() + silence
+    quiet_until = next_look = time.monotonic()
+    quiet_until += silence
     try:
         while True:
-            try:
-                item = box.get(timeout=max(0.0, min(LOOK_EVERY, quiet_until - time.monotonic())))
-            except queue.Empty:
+            now = time.monotonic()
+            if now >= next_look:
                 look()
+                next_look = now + LOOK_EVERY
+            try:
+                item = box.get(timeout=max(0.0, min(next_look, quiet_until) - now))
+            except queue.Empty:
                 if time.monotonic() >= quiet_until:
                     quiet_until += silence
                     yield None
                 continue
             if item is None:
                 return
-            if isinstance(item, BaseException):
+            if isinstance(item, APIError):
                 raise item
             yield item
             quiet_until = time.monotonic() + silence
     finally:
+        left.set()
         cancel()
 
 
@@ -1413,21 +1837,18 @@ def pieces(text: str, most: int) -> Iterator[str]:
         yield text[start:]
 
 
-def is_joined(text: str, at: int) -> bool:
-    """Whether a reader would see the characters on both sides of the index as one."""
-    before, after = text[at - 1:at], text[at:at + 1]
-    return bool(after) and (unicodedata.category(after).startswith("M") or "\u200d" in (before, after)
-                            or "\U0001f1e6" <= after <= "\U0001f1ff" or "\U0001f3fb" <= after <= "\U0001f3ff")
-
-
 def pace(deltas: Iterator[Delta | None], interval: float, longest: float,
          look: Callable[[], None]) -> Iterator[Delta | None]:
-    """Replay each delta that arrived whole in pieces, one every `interval` seconds, in `longest` seconds at most."""
+    """Replay an answer that arrived whole as OpenAI streams one: the role, the text in pieces, one every `interval`
+    seconds and in `longest` seconds at most, each tool call's name and arguments, the finish reason, the usage."""
     most = max(1, int(longest / interval)) if interval else 1
     for delta in deltas:
         if delta is None or not delta.whole:
             yield delta
             continue
+        choice = delta.chunk["choices"][0]
+        calls = choice["delta"].pop("tool_calls", ())
+        yield delta.with_chunk(Delta.of({**choice["delta"], "content": choice["delta"]["content"] and ""}).chunk)
         began, held = time.monotonic(), ""
         for count, piece in enumerate(pieces(delta.text, most)):
             held += piece
@@ -1436,10 +1857,17 @@ def pace(deltas: Iterator[Delta | None], interval: float, longest: float,
                 continue
             time.sleep(max(0.0, wait))
             look()
-            yield replace(Delta.of({"content": held}), model=delta.model)
+            yield delta.with_chunk(Delta.of({"content": held}).chunk)
             held = ""
         if held:
-            yield replace(Delta.of({"content": held}), model=delta.model)
+            yield delta.with_chunk(Delta.of({"content": held}).chunk)
+        for call in calls:
+            head = {**call, "function": {**call["function"], "arguments": ""}}
+            rest = {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
+            for part in (head, rest):
+                yield delta.with_chunk(Delta.of({"tool_calls": [part]}).chunk)
+        yield delta.with_chunk(Delta.of({}, choice["finish_reason"]).chunk)
+        yield delta.with_chunk({"choices": [], "usage": delta.chunk["usage"]})
 
 
 class Answer:
@@ -1461,11 +1889,9 @@ class Answer:
             self.headers = self.headers or delta.headers
             merge(answer, {**delta.chunk, "model": delta.model})
         for choice in answer.get("choices", ()):
-            message = {"role": "assistant", "content": None, "refusal": None, **choice.pop("delta")}
-            for call in message.get("tool_calls") or ():
-                call.pop("index", None)  # which has done its work, and is not part of a whole message
-            choice.update(message=message, logprobs=choice.get("logprobs"),
+            choice.update(message=as_message(choice), logprobs=choice.get("logprobs"),
                           finish_reason=choice.get("finish_reason") or "stop")
+            del choice["delta"]
         return {**answer, **self._head, "object": "chat.completion"}
 
     def events(self, deltas: Iterable[Delta | None]) -> Iterator[bytes]:
@@ -1492,6 +1918,15 @@ class Answer:
             yield b"data: " + dump_json(as_api_error(error).body()) + b"\n\n"
             return  # without [DONE]: half an answer must not look whole
         yield b"data: [DONE]\n\n"
+
+
+def as_message(choice: dict[str, Any]) -> Message:
+    """The message that the merged deltas of a choice make."""
+    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
+    if message.get("tool_calls"):  # whose index has done its work
+        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"}
+                                 for call in message["tool_calls"]]
+    return message
 
 
 def merge(whole: dict[str, Any], part: dict[str, Any], join: bool = False) -> None:
@@ -1527,23 +1962,254 @@ def as_api_error(error: Exception) -> APIError:
 
 
 # ======================================================================================================================
-# 7 App
+# 7 Documentation
+#
+# The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
+# ======================================================================================================================
+
+Schema = dict[str, Any]
+
+
+def obj(properties: Schema, optional: str = "") -> Schema:
+    """An object whose properties are required but for the named ones."""
+    return {"type": "object", "properties": properties, "required": sorted(set(properties) - set(optional.split()))}
+
+
+def array(items: Schema, **more: Any) -> Schema:
+    return {"type": "array", "items": items, **more}
+
+
+def ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def const(value: str) -> Schema:
+    return {"type": "string", "const": value}
+
+
+STRING, INTEGER, BOOLEAN, OBJECT = ({"type": name} for name in ("string", "integer", "boolean", "object"))
+COUNT: Schema = {"type": "integer", "minimum": 0}
+MAYBE_STRING = or_null(STRING)
+CALL_SCHEMA = obj({"id": STRING, "type": const("function"), "function": obj({"name": STRING, "arguments": STRING})})
+FINISH_REASON = {"type": "string", "enum": ["stop", "length", "tool_calls", "content_filter", "function_call"]}
+SCHEMAS: dict[str, Schema] = {
+    "Error": obj({"error": obj({"message": STRING, "type": STRING, "param": MAYBE_STRING, "code": MAYBE_STRING})}),
+    "Message": obj({"role": {"type": "string", "enum": list(ROLES)},
+                    "content": or_null({"anyOf": [STRING, array(obj({"type": STRING, "text": STRING}, "text"))]}),
+                    "tool_calls": array(CALL_SCHEMA), "tool_call_id": STRING}, "content tool_calls tool_call_id"),
+    "Request": obj({
+        "messages": array(ref("Message"), minItems=1), "model": MAYBE_STRING, "stream": or_null(BOOLEAN),
+        "stream_options": or_null(obj({"include_usage": BOOLEAN}, "include_usage")), "user": MAYBE_STRING,
+        "stop": {"anyOf": [STRING, array(STRING, maxItems=4), {"type": "null"}]},
+        "max_tokens": or_null({**INTEGER, "minimum": 1}), "max_completion_tokens": or_null({**INTEGER, "minimum": 1}),
+        "tools": array(obj({"type": const("function"), "function": obj(
+            {"name": {**STRING, "minLength": 1}, "description": STRING, "parameters": OBJECT},
+            "description parameters")})),
+        "tool_choice": {"anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, obj(
+            {"type": const("function"), "function": obj({"name": STRING})})]},
+        "parallel_tool_calls": BOOLEAN,
+        "response_format": {"anyOf": [obj({"type": {"type": "string", "enum": ["text", "json_object"]}}), obj(
+            {"type": const("json_schema"), "json_schema": obj({"name": STRING, "schema": OBJECT}, "name")})]}},
+        "model stream stream_options user stop max_tokens max_completion_tokens tools tool_choice parallel_tool_calls "
+        "response_format"),
+    "Usage": obj({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}),
+    "Completion": obj({"id": STRING, "object": const("chat.completion"), "created": INTEGER, "model": STRING,
+                       "choices": array(obj({
+                           "index": COUNT, "finish_reason": FINISH_REASON, "logprobs": or_null(OBJECT), "message": obj(
+                               {"role": const("assistant"), "content": MAYBE_STRING, "refusal": MAYBE_STRING,
+                                "tool_calls": array(CALL_SCHEMA)}, "tool_calls")})), "usage": ref("Usage")}),
+    "Chunk": obj({"id": STRING, "object": const("chat.completion.chunk"), "created": INTEGER, "model": STRING,
+                  "choices": array(obj({"index": COUNT, "delta": OBJECT, "finish_reason": or_null(FINISH_REASON)})),
+                  "usage": or_null(ref("Usage"))}, "usage"),
+    "Model": obj({"id": STRING, "object": const("model"), "created": INTEGER, "owned_by": STRING}),
+    "Models": obj({"object": const("list"), "data": array(ref("Model"))}),
+    "Session": obj({"object": const("session"), "user": STRING, "created": INTEGER, "last_used": INTEGER,
+                    "expires_at": INTEGER, "turns": array(array(ref("Message")))}),
+    "Deleted": obj({"object": const("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
+    "OpenAPI": obj({"openapi": STRING, "info": OBJECT, "security": array(OBJECT), "components": OBJECT,
+                    "paths": OBJECT}),
+    "Health": obj({"status": {"type": "string", "enum": ["ok", "degraded"]}, "version": STRING, "uptime_seconds": COUNT,
+                   "key_required": BOOLEAN, "chats": obj({"running": COUNT, "limit": COUNT}),
+                   "sessions": obj({"kept": COUNT, "limit": COUNT}), "upstreams": {
+                       "type": "object", "additionalProperties": obj({"failing_since": INTEGER, "reason": STRING},
+                                                                     "failing_since reason")}}),
+}
+
+
+def openapi(key_required: bool) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of the server."""
+    def operation(summary: str, answer: str, parameter: str = "", **more: Any) -> dict[str, Any]:
+        content = {"application/json": {"schema": ref(answer)}} if answer else {"text/html": {"schema": STRING}}
+        if answer == "Completion":
+            content["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
+        parameters = [{"name": parameter, "in": "path", "required": True, "schema": STRING}] if parameter else []
+        errors = {"description": "an error", "content": {"application/json": {"schema": ref("Error")}}}
+        return {"summary": summary, "parameters": parameters, **more,
+                "responses": {"200": {"description": summary, "content": content}, "default": errors}}
+
+    open_to_all: dict[str, Any] = {"security": []}
+    return {
+        "openapi": "3.1.0", "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "security": [{"key": []}] if key_required else [],
+        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "paths": {
+            "/v1/chat/completions": {"post": operation("chat", "Completion", requestBody={
+                "required": True, "content": {"application/json": {"schema": ref("Request")}}})},
+            "/v1/models": {"get": operation("the models", "Models")},
+            "/v1/models/{id}": {"get": operation("one model", "Model", "id")},
+            "/v1/sessions/{user}": {"get": operation("the turns remembered of a user", "Session", "user"),
+                                    "delete": operation("forget a user's turns", "Deleted", "user")},
+            "/health": {"get": operation("how the server is", "Health", **open_to_all)},
+            "/openapi.json": {"get": operation("this description", "OpenAPI", **open_to_all)},
+            "/docs": {"get": operation("a page to read and to try", "", **open_to_all)},
+            "/": {"get": operation("the same page", "", **open_to_all)}}}
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+.ok { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
+input, select, textarea, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8889; border-radius: 6px }
+label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
+#chat, pre { max-height: 60vh; overflow: auto } .user, pre { background: #8882 } .soft { font-size: .8em; opacity: .75 }
+#chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
+details { border-top: 1px solid #8886; padding: .4rem 0 } summary { cursor: pointer }
+details button { display: block; margin-left: auto; padding: 0 .6rem } .user::before { content: 'You: ' }</style>
+<h1>kimi2api</h1><div id="status">Asking the server…</div><noscript>This page needs JavaScript.</noscript><main>
+<label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label><h2>Try it</h2>
+<label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
+placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
+<button id="stop" disabled>Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
+<h2>Connect</h2><section id="connect"></section><h2>API</h2><section id="api"></section></main>
+<script type="module">
+const [status, lock, key, model, question, send, stop, chat, connect, api] = document.querySelectorAll('[id]');
+const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
+let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
+const make = (tag, parent, textContent, className = '') =>  // the only way texts get in, so that they are never HTML
+  parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
+function fold(parent, title, about, schema) {  // a <details> with a text to copy; returns the element of the text
+  const details = make('details', parent), summary = make('summary', details), button = make('button', details, 'Copy');
+  make('code', summary, title).after(' ', make('span', summary, about, 'soft'));
+  const pre = make('pre', details, JSON.stringify(schema, null, 2));
+  const copy = async () => { await navigator.clipboard.writeText(pre.textContent); button.textContent = 'Copied'; };
+  button.onclick = () => copy().catch(() => getSelection().selectAllChildren(pre));  // plain http has no clipboard
+  return Object.assign(pre, {tabIndex: 0});  // so that the keyboard can scroll it
+}
+function fail({message, code}) { throw Error(message + (code ? ` (${code})` : '')); }
+async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
+  const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
+  if (bytes.length && path.startsWith('/v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
+  const answer = await fetch(path, {headers, ...options}).catch(() => fail({message: 'The server cannot be reached.'}));
+  if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
+  return options?.method ? answer.body : answer.json();
+}
+async function watch() {
+  try {
+    const now = await call('/health', {signal: AbortSignal.timeout(4000)}), {chats, uptime_seconds: up} = now;
+    status.replaceChildren(make('b', status, now.status, now.status), ` · ${chats.running} of ${chats.limit} chats ` +
+      `running · ${now.sessions.kept} sessions kept · up ${Math.floor(up / 3600)} h ${Math.floor(up / 60) % 60} min`);
+    for (const [name, {reason}] of Object.entries(now.upstreams)) if (reason) make('div', status, `${name}: ${reason}`);
+    if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
+  } catch (error) { status.replaceChildren(make('b', status, error.message, 'degraded')); locked = null; }
+  setTimeout(watch, 5000);
+}
+async function fillModels() {
+  const chosen = model.value, {data} = await call('/v1/models').catch(({message}) => ({data: [{id: '', message}]}));
+  model.replaceChildren(...data.map(({id, message = id}) => new Option(message, id, false, id === chosen)));
+  fillConnect();
+}
+function fillConnect() {
+  const base = location.origin + '/v1', secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]', texts = {
+    curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${secret}' -H 'Content-Type: application/json' -d '
+{"model": ${name}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
+client = OpenAI(base_url="${base}", api_key="${secret}")
+print(client.chat.completions.create(model=${name}, messages=${hello}).choices[0].message.content)`,
+    'openai-node': `import OpenAI from "openai";
+const client = new OpenAI({baseURL: "${base}", apiKey: "${secret}"});
+const stream = await client.chat.completions.create({model: ${name}, stream: true, messages: ${hello}});
+for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");`,
+    LangChain: `from langchain_openai import ChatOpenAI
+print(ChatOpenAI(base_url="${base}", api_key="${secret}", model=${name}).invoke("Hello!").content)`,
+    'chat UIs': `Key ${secret}, model ${id}, and as base URL in
+Open WebUI (Settings, Connections, OpenAI API): ${base}
+Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${location.origin}`};
+  for (const title in texts) (examples[title] ??= fold(connect, title)).textContent = texts[title];
+}
+async function fillApi() {
+  const {paths = {}, components, message = ''} = await call('/openapi.json').catch(error => error);
+  api.textContent = message;
+  for (const [path, item] of Object.entries(paths))
+    for (const [method, {summary, parameters, requestBody, responses}] of Object.entries(item))
+      if (responses) fold(api, `${method.toUpperCase()} ${path}`, summary, {parameters, requestBody, responses});
+  for (const [name, schema] of Object.entries(components?.schemas ?? {})) fold(api, name, 'schema', schema);
+}
+async function ask() {
+  const said = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
+  if (running || !said.content) return;
+  const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, said]});
+  make('div', chat, said.content, 'user').scrollIntoView(near);
+  const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box, '…');
+  [running, send.disabled, stop.disabled, question.value] = [new AbortController(), true, false, ''];
+  try {
+    const stream = await call('/v1/chat/completions', {method: 'POST', body, signal: running.signal});
+    const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let whole = false;
+    for (let read, rest = ''; !(read = await reader.read()).done;) {
+      const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
+      rest = lines.pop();  // the beginning of a line
+      for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
+        if (whole ||= data === '[DONE]') break;
+        const {error, choices} = JSON.parse(data), delta = choices?.[0]?.delta ?? {}; if (error) fail(error);
+        thought.textContent += delta.reasoning_content ?? '';
+        text.textContent = (reply.content += delta.content ?? '') || '…';
+      }
+      if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
+    }
+    if (!whole || !reply.content) fail({message: whole ? 'The answer is empty.' : 'The answer broke off.'});
+  } catch ({message}) { make('div', chat, running.signal.aborted ? 'Stopped' : message, 'error').scrollIntoView(near); }
+  if (reply.content) turns.push(said, reply); else { box.remove(); question.value ||= said.content; }
+  [running, send.disabled, stop.disabled] = [null, false, true];
+}
+send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
+question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
+key.onchange = () => { sessionStorage.kimi2apiKey = key.value; fillModels(); };
+key.value = sessionStorage.kimi2apiKey ?? ''; watch();</script>"""
+
+
+def page_headers() -> dict[str, str]:
+    """The page may run and look like what is in it, ask this server, and nothing else."""
+    hashes = {}
+    for tag in ("style", "script"):
+        text = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
+        hashes[tag] = b64encode(sha256(text[1].encode()).digest()).decode() if text else ""
+    policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+              "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": policy}
+
+# ======================================================================================================================
+# 8 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
 # ======================================================================================================================
 
-class EventStream:
-    """A WSGI body: a first event that has been made already, the rest, and what to do when it is over or given up."""
+OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # that ask for no key, for they tell nothing of anybody
 
-    def __init__(self, first: bytes, rest: Iterator[bytes], done: ExitStack) -> None:
-        self._events, self._done = itertools.chain([first], rest), done
+
+class EventStream:
+    """A WSGI body: events of which the first has been made already, and what to do when it is over or given up."""
+
+    def __init__(self, events: Iterator[bytes], done: ExitStack) -> None:
+        self._events, self.close = events, done.close
 
     def __iter__(self) -> Iterator[bytes]:
         return self._events
-
-    def close(self) -> None:
-        self._done.close()
 
 
 class App:
@@ -1578,7 +2244,7 @@ class App:
             done.callback(self.chats.free)
             conversation = converse(partial(self.upstreams.answer, model), chat, self.sessions, owner())
             deltas = relay(conversation, self.calls, self.settings.sse_keepalive, look, chat.cancel)
-            if not request.stream:
+            if not request.body.get("stream"):
                 completion = answer.completion(deltas)
                 set_headers(answer.headers)
                 return completion
@@ -1587,8 +2253,7 @@ class App:
             first = next(events)  # what goes wrong before the first event is a real status
             set_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
                          "X-Accel-Buffering": "no", **answer.headers})  # "no": nginx would hold a stream back
-            done.callback(log_end, bottle.request.environ)
-            return EventStream(first, events, done.pop_all())
+            return EventStream(itertools.chain([first], events), done.pop_all())
         raise AssertionError("unreachable")
 
     def models(self) -> dict[str, Any]:
@@ -1612,11 +2277,18 @@ class App:
     def health(self) -> dict[str, Any]:
         troubles = {upstream.name: upstream.trouble for upstream in self.upstreams.all}
         return {"status": "degraded" if any(troubles.values()) else "ok", "version": __version__,
-                "uptime_seconds": int(time.time() - self.started),
+                "key_required": bool(self.settings.api_master_key), "uptime_seconds": int(time.time() - self.started),
                 "chats": {"running": self.chats.used, "limit": self.chats.limit},
                 "sessions": {"kept": len(self.sessions), "limit": self.sessions.limit},
                 "upstreams": {name: {"failing_since": int(trouble[0]), "reason": trouble[1]} if trouble else {}
                               for name, trouble in troubles.items()}}
+
+    def openapi(self) -> dict[str, Any]:
+        return openapi(bool(self.settings.api_master_key))
+
+    def page(self) -> str:
+        set_headers(page_headers())
+        return PAGE
 
     # Before and after every route
 
@@ -1624,8 +2296,7 @@ class App:
         """Let a request in, or raise what to answer instead."""
         environ = bottle.request.environ  # also for headers: Bottle's own accessors fail on some bytes above 127
         environ["kimi2api.began"] = time.monotonic()
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        environ["kimi2api.id"] = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{uuid.uuid4().hex}"
+        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         host, origin = environ.get("HTTP_HOST"), environ.get("HTTP_ORIGIN")
         # Without a key the only wall is "this machine". A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
         # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
@@ -1641,7 +2312,7 @@ class App:
                 "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "600",
                 "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
                 "Access-Control-Allow-Private-Network": "true"})
-        environ["kimi2api.owner"] = "" if environ["PATH_INFO"] == "/health" else self._owner_of_key()
+        environ["kimi2api.owner"] = "" if environ["PATH_INFO"] in OPEN_PATHS else self._owner_of_key()
 
     def finish(self) -> None:
         """Headers that every response carries, and a line in the log."""
@@ -1671,7 +2342,7 @@ class App:
 
     def _is_welcome(self, origin: str, host: str | None) -> bool:
         allowed = self.settings.cors_origins
-        if host and urlsplit_safely(origin).netloc == host:  # the server's own pages
+        if host and origin.partition("://")[2] == host:  # the server's own pages
             return True
         if allowed:
             return origin in allowed or "*" in allowed
@@ -1683,6 +2354,10 @@ class App:
             raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
         body: bytes = bottle.request.environ["wsgi.input"].read(max(0, bottle.request.content_length))
         return body
+
+
+def request_id(given: str) -> str:
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{uuid.uuid4().hex}"
 
 
 def owner() -> str:
@@ -1700,16 +2375,12 @@ def no_session() -> APIError:
     return APIError(404, "Nothing is remembered of this user (any more).", code="session_not_found")
 
 
-def urlsplit_safely(address: str) -> Any:
-    try:
-        return urlsplit(address)
-    except ValueError:  # such as half an IPv6 address
-        return urlsplit("")
-
-
 def host_of(address: str) -> str | None:
-    host: str | None = urlsplit_safely(address).hostname
-    return host
+    try:
+        host: str | None = urlsplit(address).hostname
+        return host
+    except ValueError:  # such as half an IPv6 address
+        return None
 
 
 def as_response(error: APIError) -> bottle.HTTPResponse:
@@ -1722,12 +2393,12 @@ def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             result = route(*args, **kwargs)
+            if isinstance(result, dict):
+                result = dump_json(result)
+                bottle.response.content_type = "application/json"
+            return result
         except Exception as error:
             return as_response(as_api_error(error))
-        if isinstance(result, dict):
-            bottle.response.content_type = "application/json"
-            return dump_json(result)
-        return result
     return call
 
 
@@ -1742,11 +2413,6 @@ def bottles_error(error: bottle.HTTPError) -> bytes:
                               type="invalid_request_error" if error.status_code < 500 else "server_error").body())
 
 
-def log_end(environ: dict[str, Any]) -> None:
-    log.debug("%s stream over after %.0f ms", environ["kimi2api.id"],
-             (time.monotonic() - environ["kimi2api.began"]) * 1000)
-
-
 def create_app(settings: Settings, stopping: threading.Event | None = None) -> bottle.Bottle:
     """The WSGI application. Chats end with an error once `stopping` is set."""
     app, wsgi = App(settings, stopping or threading.Event()), bottle.Bottle()
@@ -1756,15 +2422,17 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi.add_hook("after_request", app.finish)
     wsgi.route("/v1/chat/completions", "POST", app.chat)
     wsgi.route("/v1/models", "GET", app.models)
-    wsgi.route("/v1/models/<name:path>", "GET", app.model)
-    wsgi.route("/v1/sessions/<user:path>", "GET", app.session)
-    wsgi.route("/v1/sessions/<user:path>", "DELETE", app.forget)
+    wsgi.route(r"/v1/models/<name:re:[\s\S]+>", "GET", app.model)
+    wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "GET", app.session)
+    wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "DELETE", app.forget)
     wsgi.route("/health", "GET", app.health)
+    wsgi.route("/openapi.json", "GET", app.openapi)
+    wsgi.route(["/", "/docs"], "GET", app.page)
     return wsgi
 
 
 # ======================================================================================================================
-# 8 Demo upstream
+# 9 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` goes the whole real way without internet.
@@ -1815,13 +2483,14 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
 
 # ======================================================================================================================
-# 9 Server
+# 10 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
 IDLE_CONNECTIONS = 4096
+STALLED_AFTER = 30.0  # seconds in which a client has taken nothing of what waits for it
 EXTRA_BODY_BYTES = 16 << 20  # read, to disk, above MAX_BODY_BYTES: a client still sending would miss our 413
 
 
@@ -1833,7 +2502,8 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         code = "request_too_large" if error.code == 413 else None
         body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", code=code).body())
         self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", "application/json"), ("X-Request-Id", f"req_{uuid.uuid4().hex}")]
+        self.response_headers += [("Content-Type", "application/json"),
+                                  ("X-Request-Id", request_id(self.request.headers.get("X_REQUEST_ID", "")))]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -1866,6 +2536,7 @@ class Server:
 
     def __init__(self, settings: Settings, app: bottle.Bottle, stopping: threading.Event) -> None:
         self._grace, self._stopping, self._signalled = settings.shutdown_grace, stopping, False
+        self._next_look = 0.0
         self._map: dict[int, Any] = {}  # waitress's own: listening sockets, connections, the pipe that wakes the loop
         host = f"[{settings.api_host}]" if ":" in settings.api_host else settings.api_host
         waitress.create_server(
@@ -1899,6 +2570,12 @@ class Server:
 
     def _turn(self) -> None:
         wasyncore.loop(timeout=0.5, use_poll=True, map=self._map, count=1)
+        now = time.time()
+        if now >= self._next_look:  # waitress closes connections without a request; this is for those with one
+            self._next_look = now + 5
+            for channel in self._channels():
+                if channel.total_outbufs_len and now - channel.last_activity > STALLED_AFTER:
+                    channel.handle_close()
 
     def _channels(self) -> list[Channel]:
         return [entry for entry in self._map.values() if isinstance(entry, Channel)]
@@ -1932,7 +2609,7 @@ def connection_limit(chats: int) -> int:
         wanted = min(wanted, hard - reserve)
     if soft != resource.RLIM_INFINITY and soft < wanted + reserve:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted + reserve, hard))
-    return max(wanted, 16)
+    return max(wanted, chats)
 
 
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str | None]]:
@@ -1958,6 +2635,8 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     host = settings.api_host if is_loopback(settings.api_host) else "127.0.0.1"
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = "${API_MASTER_KEY%%,*}" if len(settings.api_master_key) > 1 else "$API_MASTER_KEY"
+    if settings.api_master_key and sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
+        key = settings.api_master_key[0]
     header = f' -H "Authorization: Bearer {key}"' if settings.api_master_key else ""
     return "\n".join([
         f"kimi2api {__version__} listens on {settings.api_host} port {port}; base URL for clients: {address}/v1",
@@ -1968,7 +2647,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
         "  stop it:  Ctrl-C"])
 
 
-def check(settings: Settings) -> int:
+def run_check(settings: Settings) -> int:
     """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
     for upstream in Upstreams(settings).all:
@@ -1990,10 +2669,10 @@ def main(argv: list[str] | None = None) -> int:
         if options.demo:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
-        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("waitress").setLevel(logging.ERROR)  # its news are clients that left and full queues
         if options.check:
-            return check(settings)
+            return run_check(settings)
         stopping = threading.Event()
         server = Server(settings, create_app(settings, stopping), stopping)
     except SettingError as error:

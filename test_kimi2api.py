@@ -15,6 +15,7 @@ import http.client
 import json
 import logging
 import os
+import random
 import re
 import signal
 import socket
@@ -61,9 +62,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.page_script.popleft()(self) if self.server.page_script else page(self)
 
     def do_POST(self) -> None:
-        form = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode(), keep_blank_values=True))
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.form = dict(parse_qsl(body, keep_blank_values=True))
         with self.server.lock:
-            self.server.posts.append(form)
+            self.server.posts.append(self.form)
             self.server.heads.append(dict(self.headers))
             fault = self.server.script.popleft() if self.server.script else self.server.always
         fault(self)
@@ -128,7 +130,7 @@ def page(handler: Handler) -> None:
 
 
 def answer(handler: Handler) -> None:
-    if handler.server.posts[-1].get("nonce") != handler.server.nonce and handler.server.script is not None:
+    if handler.form.get("nonce") != handler.server.nonce:
         handler.reply(403, b"-1")
     else:
         says(handler.server.answer)(handler)
@@ -145,7 +147,7 @@ def sends(status: int, body: bytes | str = b"", kind: str = "text/html", **heade
 
 
 def echo(handler: Handler) -> None:
-    says(handler.server.posts[-1]["message"])(handler)
+    says(handler.form["message"])(handler)
 
 
 def at_the_gate(handler: Handler) -> None:
@@ -207,8 +209,11 @@ class Client(webtest.TestApp):
 
 
 @pytest.fixture
-def make(kimi: StandIn) -> Callable[..., Client]:
-    """make(SETTING="text", …): the program's WSGI application in front of the stand-in."""
+def make(kimi: StandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Client]:
+    """make(SETTING="text", …): the program's WSGI application in front of the stand-in, with short pauses."""
+    monkeypatch.setattr(kimi2api, "FIRST_BACK_OFF", 0.01)
+    monkeypatch.setattr(kimi2api.Provider, "FIRST_PAUSE", 0.3)
+
     def build(**settings: str) -> Client:
         loaded = kimi2api.Settings.load(settings, {**kimi.settings, "STREAM_INTERVAL_MS": "0", "MAX_RETRIES": "1"})
         return Client(kimi2api.create_app(loaded))
@@ -467,7 +472,7 @@ def test_check_goes_through_the_upstream_step_by_step(kimi: StandIn) -> None:
 
 @pytest.mark.parametrize(("body", "param"), [
     (b"", None), (b"{", None), (b"[]", None), (b'"x"', None), (b"\xff\xfe{}", None), (b"[" * 10_000, None),
-    (b'{"messages": NaN}', None), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
+    (b'{"messages": NaN}', None), (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', None), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
     (b'{"messages": ' + b"9" * 5000 + b"}", None if hasattr(sys, "set_int_max_str_digits") else "messages"),
     (b"{}", "messages"), (b'{"messages": []}', "messages"), (b'{"messages": "hi"}', "messages"),
     (b'{"messages": [1]}', "messages[0]"), (b'{"messages": [{"content": "x"}]}', "messages[0].role"),
@@ -609,9 +614,9 @@ def test_two_turns_of_one_user_in_flight_at_once_both_land_whole(app: Client, ki
 def test_sessions_belong_to_a_key_and_can_be_forgotten(make: Callable[..., Client]) -> None:
     app = make(API_MASTER_KEY="sk-one,sk-two")
     one, two = {"Authorization": "Bearer sk-one"}, {"Authorization": "Bearer sk-two"}
-    user = "ada/büro"
+    user = "ada/bü\nro"
     chat(app, user=user, headers=one)
-    path = "/v1/sessions/ada/b%C3%BCro"
+    path = "/v1/sessions/ada/b%C3%BC%0Aro"
     assert app.get(path, headers=one).json["user"] == user
     assert is_error(app.get(path, headers=two), 404, "session_not_found")
     assert is_error(app.delete(path, headers=two), 404, "session_not_found")
@@ -767,8 +772,11 @@ FAULTS: list[tuple[str, Fault, int, str, int]] = [
     ("challenge as 503", sends(503, JUST_A_MOMENT, **CLOUDFLARE), 503, "upstream_blocked", 1),
     ("1020", sends(403, FIREWALL, **CLOUDFLARE), 503, "upstream_blocked", 1),
     ("IUAM page", sends(503, IUAM, **CLOUDFLARE), 503, "upstream_blocked", 2),
+    ("a page with a stale nonce", sends(403, "-1"), 502, "upstream_refused", 2),
+    ("success: false", sends(200, '{"success": false}'), 502, "upstream_refused", 2),
     ("429", sends(429, "slow down"), 429, "upstream_rate_limited", 1),
     ("429 for long", sends(429, "slow down", Retry_After="77"), 429, "upstream_rate_limited", 1),
+    ("429 for ever", sends(429, "slow down", Retry_After="9" * 400), 429, "upstream_rate_limited", 1),
     ("429 for short", sends(429, "slow down", Retry_After="0"), 429, "upstream_rate_limited", 2),
     ("429 with nonsense", sends(429, "slow down", Retry_After="soon"), 429, "upstream_rate_limited", 1),
 ]
@@ -783,12 +791,14 @@ def test_a_fault_of_upstream_is_an_honest_error(make: Callable[..., Client], kim
     kimi.posts.clear()
     kimi.always = fault
     began = time.monotonic()
-    response = chat(app, user="ada", stream=stream)
-    assert time.monotonic() - began < PATIENCE
-    assert is_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
-    assert len(kimi.posts) == posts
-    assert response.headers.get("x-should-retry") == ("false" if posts > 1 else None)
-    assert "<" not in response.json["error"]["message"], "no HTML is passed on"
+    for session in ({"user": "ada"}, {}):
+        kimi.posts.clear()
+        response = chat(app, **session, stream=stream)
+        assert time.monotonic() - began < PATIENCE
+        assert is_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
+        assert len(kimi.posts) == posts
+        assert response.headers.get("x-should-retry") == ("false" if posts > 1 else None)
+        assert "<" not in response.json["error"]["message"], "no HTML is passed on"
     assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
     health = app.get("/health").json
     assert health["status"] == "degraded" and code in health["upstreams"]["kimi"]["reason"]
@@ -802,7 +812,8 @@ def test_a_fault_of_upstream_is_an_honest_error(make: Callable[..., Client], kim
 
 @pytest.mark.parametrize(("fault", "status", "code"), [
     (sends(200, "<html>a new design</html>"), 502, "upstream_changed"), (sends(404, "gone"), 502, "upstream_changed"),
-    (sends(302, Location="http://127.0.0.2:1/"), 502, "upstream_changed"),
+    *((sends(302, Location=address), 502, "upstream_changed") for address in (
+        "http://127.0.0.2:1/", "http://[::1", "ftp://127.0.0.1/x", "http://127.0.0.1:99999/", "http://127.0.0.1:abc/")),
     (sends(403, JUST_A_MOMENT, **CLOUDFLARE), 503, "upstream_blocked"), (sends(503, IUAM, **CLOUDFLARE), 503, "upstream_blocked"),
     (sends(403, FIREWALL, **CLOUDFLARE), 503, "upstream_blocked"), (sends(429), 429, "upstream_rate_limited"),
     (lambda handler: handler.server.gate.wait(PATIENCE), 504, "upstream_timeout")])
@@ -898,12 +909,48 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Callable[..., Client], kim
                                                 caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     app = make(API_MASTER_KEY="sk-secret")
-    kimi.script.extend([sends(403, "-1"), sends(500)])
+    kimi.script.extend([sends(200, '{"success": false, "data": "its words"}'), sends(500)])
     assert said(chat(app, "my prompt", user="ada", headers={"Authorization": "Bearer sk-secret"}))
     chat(app, "my prompt", headers={"Authorization": "Bearer sk-wrong"})
-    for secret in ("sk-secret", "sk-wrong", "my prompt", kimi.nonce, "ada"):
+    for secret in ("sk-secret", "sk-wrong", "my prompt", kimi.nonce, "ada", "its words"):
         assert secret not in caplog.text, secret
     assert "retry 1 of 1" in caplog.text and "401" in caplog.text
+
+
+def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(MAX_RETRIES="0")
+    kimi.always = sends(500)
+    for _ in range(5):
+        assert is_error(chat(app), 502, "upstream_unavailable")
+    posts = len(kimi.posts)
+    response = chat(app)
+    assert is_error(response, 502, "upstream_unavailable") and "after 5 failures" in response.json["error"]["message"]
+    assert int(response.headers["Retry-After"]) >= 1 and len(kimi.posts) == posts == 5, "it failed at once, without a call"
+    health = app.get("/health").json
+    assert health["status"] == "degraded" and health["upstreams"]["kimi"]["failing_since"] <= time.time()
+    wait_for(lambda: chat(app) and len(kimi.posts) > posts, "a trial call after the pause")
+    began = time.monotonic()
+    wait_for(lambda: chat(app) and len(kimi.posts) > posts + 1, "another one")
+    assert time.monotonic() - began > 0.5, "the pause has grown from 0.3 s to 0.6 s"
+    kimi.always, posts = at_the_gate, len(kimi.posts)
+    with ThreadPoolExecutor(1) as pool:
+        trial = wait_for(lambda: (future := pool.submit(chat, app)) and (
+            wait_for(lambda: future.done() or len(kimi.posts) > posts) and not future.done()) and future)
+        for _ in range(5):
+            assert is_error(chat(app), 502, "upstream_unavailable")
+        assert len(kimi.posts) == posts + 1, "only one call tries"
+        kimi.gate.set()
+        assert said(trial.result())
+    assert said(chat(app)) and app.get("/health").json["status"] == "ok"
+
+
+def test_refusals_and_rate_limits_are_no_reason_to_stop_asking(make: Callable[..., Client], kimi: StandIn) -> None:
+    app = make(MAX_RETRIES="0")
+    for fault, code in ((sends(429), "upstream_rate_limited"), (sends(403, "-1"), "upstream_refused")):
+        kimi.always = fault
+        for _ in range(7):
+            posts = len(kimi.posts)
+            assert chat(app).json["error"]["code"] == code and len(kimi.posts) > posts
 
 
 # ======================================================================================================================
@@ -1181,6 +1228,119 @@ def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Callable[..., Pr
     assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
 
 
+def steady(handler: ApiHandler) -> None:
+    """A chunk every 20 ms, for as long as anybody reads."""
+    handler.begin()
+    try:
+        while not handler.server.gate.wait(0.02):
+            handler.event(api_chunk({"content": "word "}))
+            handler.wfile.flush()
+    except OSError:
+        handler.server.hung_up.set()
+    else:
+        handler.event(api_chunk({}, "stop"))
+        handler.end()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_a_client_that_leaves_a_steady_answer_is_noticed(run: Callable[..., Program], both: dict[str, str], api: StandInApi, stream: bool) -> None:
+    api.always = steady
+    program = run(**both)
+    with program.open_chat(model="local/k2", stream=stream):
+        wait_for(lambda: api.asked)
+    assert api.hung_up.wait(PATIENCE)
+    wait_for(lambda: program.health()["chats"]["running"] == 0)
+
+
+def test_fifty_streams_end_with_done_at_a_stop_and_with_an_error_when_grace_is_over(run: Callable[..., Program], both: dict[str, str],
+                                                                                    api: StandInApi) -> None:
+    api.always = steady
+    for grace in ("60", "0.3"):
+        api.gate.clear()
+        program = run(**both, SHUTDOWN_GRACE=grace)
+        links = [program.open_chat(model="local/k2", stream=True) for _ in range(50)]
+        assert all(link.recv(1) for link in links)
+        program.signal(signal.SIGTERM)
+        wait_for(lambda program=program: any("stopping" in line for line in program.log))
+        if grace == "60":
+            api.gate.set()
+        bodies = [read_all(link) for link in links]
+        if grace == "60":
+            assert all(b"data: [DONE]" in body for body in bodies)
+        else:
+            assert all(b"server_stopping" in body and b"[DONE]" not in body for body in bodies)
+        assert program.wait() == 0
+
+
+def test_a_first_chunk_without_choices_holds_nothing_back(run: Callable[..., Program], both: dict[str, str], api: StandInApi) -> None:
+    def act(handler: ApiHandler) -> None:
+        handler.begin()
+        handler.event({"choices": [], "prompt_filter_results": [1]})
+        handler.event(api_chunk({"content": "now"}))
+        handler.wfile.flush()
+        handler.server.gate.wait(PATIENCE)
+        handler.event(api_chunk({}, "stop"))
+        handler.end()
+
+    api.always = act
+    with run(**both).open_chat(model="local/k2", stream=True) as link:
+        body = b""
+        while b"now" not in body:
+            body += link.recv(65536)
+        api.gate.set()
+        assert b"[DONE]" in read_all(link) and b"prompt_filter_results" in body
+
+
+def test_half_surrogates_of_an_api_are_replaced(make: Callable[..., Client], both: dict[str, str], api: StandInApi) -> None:
+    api.always = api_answers("a\ud83d", "\ude00b \U0001f600")
+    app = make(**both)
+    assert said(chat(app, model="local/k2", user="ada")) == "a\ufffd\ufffdb \U0001f600"
+    assert streamed(events(chat(app, model="local/k2", stream=True))) == "a\ufffd\ufffdb \U0001f600"
+    assert app.get("/v1/sessions/ada").status_int == 200
+
+
+def test_a_connection_to_an_api_is_used_again(make: Callable[..., Client], both: dict[str, str], api: StandInApi) -> None:
+    ports = set()
+    answers = api_answers("x")
+    api.always = lambda handler: (ports.add(handler.client_address), answers(handler))  # type: ignore[assignment]
+    app = make(**both)
+    for _ in range(4):
+        assert said(chat(app, model="local/k2")) == "x"
+    assert len(ports) == 1
+
+
+def test_an_api_that_breaks_off_before_anything_is_sent_is_replaced(make: Callable[..., Client], both: dict[str, str],
+                                                                    api: StandInApi) -> None:
+    api.gate.set()
+    app = make(**both, FALLBACK_MODELS="kimi")
+    api.always = cut_short
+    assert chat(app, model="local/k2").json["model"] == "kimi", "nothing of a JSON answer is sent before its end"
+    for act in (api_fails(200, {"choices": []}), lambda handler: (handler.begin(), handler.event(b"[DONE]"), handler.end()),
+                lambda handler: (handler.begin(), handler.event(api_chunk({"role": "assistant"})), handler.end())):
+        api.always = act
+        assert streamed(events(chat(app, model="local/k2", stream=True))) == "Hello from upstream."
+        assert chat(app, model="local/k2").headers["X-Kimi2api-Provider"] == "kimi"
+
+
+def test_an_error_that_several_wait_for_is_told_to_each_alone(make: Callable[..., Client], both: dict[str, str], api: StandInApi,
+                                                              kimi: StandIn) -> None:
+    app = make(**both, FALLBACK_MODELS="local/k2", MAX_RETRIES="0")
+    kimi.page_script.append(lambda handler: (handler.server.gate.wait(PATIENCE), handler.reply(200, b"no nonce")))
+    api.always = api_fails(402, {"error": {"message": "pay"}})
+    with ThreadPoolExecutor(5) as pool:
+        chats = [pool.submit(chat, app) for _ in range(5)]
+        wait_for(lambda: app.get("/health").json["chats"]["running"] == 5)
+        time.sleep(0.1)  # the five have taken their slots; now let them reach the fetch that they share
+        kimi.gate.set()
+        assert [done.result().text.count("pay") for done in chats] == [1] * 5
+
+
+def test_our_key_for_an_api_is_never_told(make: Callable[..., Client], both: dict[str, str], api: StandInApi) -> None:
+    for field in ("message", "type", "code", "param"):
+        api.always = api_fails(400, {"error": {"message": "m", field: "y" * 295 + " sk-theirs"}})
+        assert "sk-th" not in chat(make(**both), model="local/k2").text
+
+
 @pytest.mark.parametrize(("act", "status", "type", "code", "asked"), [
     (api_fails(400, {"error": {"message": "bad", "type": "invalid_request_error", "code": "x", "param": "n"}}), 400, "invalid_request_error", "x", 1),
     (api_fails(404, {"error": {"message": "no model", "type": "resource_not_found_error"}}), 404, "resource_not_found_error", None, 1),
@@ -1217,7 +1377,8 @@ def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(make: Cal
     assert listed == [{"id": "local/k2", "object": "model", "created": 7, "owned_by": "them"}]
     app.get("/v1/models")
     assert len(api.listed) == 1, "the list is kept"
-    assert app.get("/v1/models/local/other").json["id"] == "local/other"
+    assert app.get("/v1/models/local/k2").json == listed[0]
+    assert is_error(app.get("/v1/models/local/other"), 404, "model_not_found")
     api.list_script = lambda handler: api.gate.wait(PATIENCE)
     began = time.monotonic()
     assert len(make(**both).get("/v1/models").json["data"]) == 3
@@ -1369,6 +1530,7 @@ def test_a_stream_arrives_piece_by_piece_in_its_time(run: Callable[..., Program]
 
 def test_a_pace_that_the_machine_cannot_keep_makes_larger_pieces() -> None:
     whole = kimi2api.Delta.of({"content": "word " * 100}, whole=True)
+    whole.chunk["usage"] = {}
     looks = []
 
     def slow_look() -> None:
@@ -1376,7 +1538,7 @@ def test_a_pace_that_the_machine_cannot_keep_makes_larger_pieces() -> None:
         time.sleep(0.02)
 
     parts = [delta.text for delta in kimi2api.pace(iter([whole]), 0.002, 0.2, slow_look)]
-    assert "".join(parts) == "word " * 100 and len(parts) < 60
+    assert "".join(parts) == "word " * 100 and len(parts) < 60 and parts[0] == "", "the role goes first"
 
 
 def test_with_no_interval_an_answer_goes_out_at_once(run: Callable[..., Program], kimi: StandIn) -> None:
@@ -1456,7 +1618,251 @@ def test_chats_whose_clients_left_are_bounded_too(run: Callable[..., Program], k
 
 
 # ======================================================================================================================
-# 7 App: keys, browsers, limits, other routes
+# 5 Parameters, tools and JSON for the web chat, which has none of them
+# ======================================================================================================================
+
+
+def tool(name: str, description: str = "", **properties: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": {
+        "type": "object", "properties": properties, "required": list(properties)[:1]}}}
+
+
+WEATHER = tool("get_weather", "Weather of\n a city", city={"type": "string"}, unit={"type": "string", "enum": ["C", "F"]})
+CLOCK = tool("clock")
+
+
+def called(response: Any) -> list[tuple[str, Any]]:
+    """The calls of an answer; a stream's and a JSON answer's must agree in shape."""
+    assert response.status_int == 200, response.text
+    choice = response.json["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    for call in choice["message"]["tool_calls"]:
+        assert set(call) == {"id", "type", "function"} and call["type"] == "function" and call["id"].startswith("call_")
+    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in choice["message"]["tool_calls"]]
+
+
+@pytest.mark.parametrize(("request_", "content", "finish_reason"), [
+    ({"stop": "STOP"}, "one two ", "stop"), ({"stop": ["zzz", "two", "STOP"]}, "one ", "stop"), ({"stop": []}, None, "stop"),
+    ({"stop": ""}, None, "stop"), ({"max_tokens": 2}, "one two ", "length"), ({"max_completion_tokens": 1}, "one ", "length"),
+    ({"max_tokens": 999}, None, "stop"), ({"stop": "one"}, "", "stop"), ({"stop": "three", "max_tokens": 1}, "one ", "length")])
+def test_stop_and_max_tokens_cut_the_answer(app: Client, kimi: StandIn, request_: Any, content: str | None, finish_reason: str) -> None:
+    kimi.answer = "one two STOP three"
+    response = chat(app, **request_)
+    assert said(response) == (kimi.answer if content is None else content)
+    assert response.json["choices"][0]["finish_reason"] == finish_reason
+    assert response.json["usage"]["completion_tokens"] <= request_.get("max_tokens", 999)
+    chunks = events(chat(app, stream=True, **request_))
+    assert streamed(chunks) == (kimi.answer if content is None else content)
+    assert chunks[-2]["choices"][0]["finish_reason"] == finish_reason
+
+
+def test_a_cut_never_splits_what_is_read_as_one() -> None:
+    assert kimi2api.cut("ae\u0301\u0301\u0301b", [], 1) == ("a", "length")
+    assert kimi2api.cut("月" * 10, [], 3) == ("月" * 5, "length")
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("n", 2), ("logprobs", True), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]), ("tools[0].type", None)])
+def test_what_would_change_the_shape_of_the_answer_is_a_clear_400(app: Client, kimi: StandIn, field: str, value: Any) -> None:
+    request = {"tools": [{"type": "custom", "custom": {}}]} if value is None else {field: value}
+    assert is_error(chat(app, **request), 400, "unsupported_value", "invalid_request_error", field)
+    assert not kimi.posts
+
+
+def test_what_cannot_be_honoured_is_ignored_and_safety_identifier_opens_no_session(app: Client, kimi: StandIn) -> None:
+    ignored = {"temperature": 0, "top_p": 0.5, "seed": 7, "logit_bias": {"1": 2}, "presence_penalty": 1, "frequency_penalty": 1.5,
+               "n": 1, "logprobs": False, "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "reasoning_effort": "low",
+               "safety_identifier": "ada", "prompt_cache_key": "x", "modalities": ["text"], "tools": [], "response_format": {"type": "text"}}
+    assert said(chat(app, **ignored)) and said(chat(app, **ignored))
+    assert [post["message"] for post in kimi.posts] == ["Hello", "Hello"]
+
+
+@pytest.mark.parametrize(("request_", "param"), [
+    ({"stop": 5}, "stop"), ({"stop": ["a"] * 5}, "stop"), ({"stop": [1]}, "stop"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"), ({"max_completion_tokens": "9"}, "max_completion_tokens"), ({"temperature": "hot"}, "temperature"),
+    ({"tools": {}}, "tools"), ({"tools": [1]}, "tools[0]"), ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+    ({"tools": [CLOCK, {"type": "function", "function": {"name": 1}}]}, "tools[1].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+    ({"tool_choice": "maybe"}, "tool_choice"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice.function.name"),
+    ({"tools": [CLOCK], "tool_choice": {"function": []}}, "tool_choice.function.name"), ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"), ({"n": 0}, "n"), ({"logit_bias": []}, "logit_bias"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 5}]}, "messages[0].tool_call_id")])
+def test_wrong_types_of_parameters_name_the_field(app: Client, kimi: StandIn, request_: Any, param: str) -> None:
+    assert is_error(chat(app, **request_), 400, None, "invalid_request_error", param) and not kimi.posts
+
+
+@pytest.mark.parametrize(("text", "content", "calls"), [
+    ('<tool_call>{"name": "get_weather", "arguments": {"city": "北京"}}</tool_call>', None, [("get_weather", {"city": "北京"})]),
+    ('Let me look.\n<tool_call>\n{"name": "clock"}\n</tool_call>', "Let me look.", [("clock", {})]),
+    ('<tool_call>{"name": "clock", "arguments": {}}</tool_call> and <tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"x\\"}"}'
+     "</tool_call>", "and", [("clock", {}), ("get_weather", {"city": "x"})]),
+    ('<tool_call>{"name": "get_weather", "arguments": {"city": "a </tool_call> b"}}</tool_call>', None, [("get_weather", {"city": "a </tool_call> b"})]),
+    ('<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "x"}<|tool_call_end|>'
+     "<|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+     None, [("get_weather", {"city": "x"}), ("clock", {})]),
+    ('{"name": "clock", "arguments": {}}', None, [("clock", {})]),
+    ('```json\n{"name": "get_weather", "arguments": {"city": "x"}}\n```', None, [("get_weather", {"city": "x"})])])
+def test_tool_calls_are_read_in_every_form_that_kimi_writes(app: Client, kimi: StandIn, text: str, content: str | None, calls: Any) -> None:
+    kimi.answer = text
+    response = chat(app, tools=[WEATHER, CLOCK])
+    assert called(response) == calls and response.json["choices"][0]["message"]["content"] == content
+    chunks = events(chat(app, tools=[WEATHER, CLOCK], stream=True))
+    assert streamed([chunk for chunk in chunks if chunk == "[DONE]" or chunk["choices"][0]["delta"].get("content")]) == (content or "")
+    deltas = [delta for chunk in chunks[:-1] for delta in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    for index, (name, arguments) in enumerate(calls):
+        first, *rest = [delta for delta in deltas if delta["index"] == index]
+        assert first["type"] == "function" and first["id"] and first["function"] == {"name": name, "arguments": ""}
+        assert json.loads("".join(delta["function"]["arguments"] for delta in rest)) == arguments
+    assert chunks[-2]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("text", [
+    "Nothing to call.", '{"name": "other", "arguments": {}}', '{"name": "clock"}', 'Like {"name": "clock", "arguments": {}} say.', "[1]", "```\nx\n```"])
+def test_an_answer_without_a_call_is_text_and_no_call_is_invented(app: Client, kimi: StandIn, text: str) -> None:
+    kimi.answer = text
+    response = chat(app, tools=[CLOCK])
+    assert said(response) == text and "tool_calls" not in response.json["choices"][0]["message"] and len(kimi.posts) == 1
+
+
+@pytest.mark.parametrize("text", [
+    '<tool_call>{"name": "hammer", "arguments": {}}</tool_call>', '<tool_call>{"name": "clock", "arguments": {</tool_call>',
+    "<tool_call>clock</tool_call>", '<tool_call>{"name": "clock", "arguments": [1]}</tool_call>', "<tool_call>", '<tool_call>{"name": ["clock"]}',
+    '{"name": "clock", "arguments": 5}', "<tool_call>" + "[" * 100_000])
+def test_a_call_that_cannot_be_made_is_asked_for_once_again_then_given_as_text(app: Client, kimi: StandIn, text: str) -> None:
+    kimi.script.extend([says(text), says('<tool_call>{"name": "clock", "arguments": {}}</tool_call>')])
+    assert called(chat(app, tools=[CLOCK])) == [("clock", {})]
+    assert "could not be used" in kimi.posts[1]["message"] and kimi.posts[1]["message"].startswith(kimi.posts[0]["message"].split("\n\n")[0])
+    kimi.posts.clear()
+    kimi.always = says(text)
+    response = chat(app, tools=[CLOCK])
+    assert said(response) == text and response.json["choices"][0]["finish_reason"] == "stop" and len(kimi.posts) == 2
+
+
+def test_the_prompt_tells_of_tools_in_few_words(app: Client, kimi: StandIn) -> None:
+    nested = tool("plan", days={"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}, x={"$ref": "#/y"})
+    chat(app, tools=[WEATHER, CLOCK, nested])
+    message = kimi.posts[0]["message"]
+    assert '- get_weather{city: string, unit?: "C"|"F"}: Weather of a city\n- clock{}\n' in message
+    assert '- plan{days: [{n?: integer}], x?: {"$ref":"#/y"}}' in message and message.endswith("用户: Hello")
+    assert len(message) < 420
+
+
+def test_tool_choice_and_parallel_tool_calls_are_obeyed(app: Client, kimi: StandIn) -> None:
+    both = '<tool_call>{"name": "clock"}</tool_call><tool_call>{"name": "get_weather"}</tool_call>'
+    kimi.answer = both
+    assert said(chat(app, tools=[WEATHER, CLOCK], tool_choice="none")) == both and "clock" not in kimi.posts[-1]["message"]
+    assert [name for name, _ in called(chat(app, tools=[WEATHER, CLOCK], parallel_tool_calls=False))] == ["clock"]
+    assert "one tool" in kimi.posts[-1]["message"]
+    kimi.script.append(says("I would rather not."))
+    assert len(called(chat(app, tools=[WEATHER, CLOCK], tool_choice="required"))) == 2
+    assert "must contain a tool call" in kimi.posts[-1]["message"]
+    kimi.answer = '<tool_call>{"name": "clock"}</tool_call>'
+    assert called(chat(app, tools=[WEATHER, CLOCK], tool_choice={"type": "function", "function": {"name": "clock"}}))
+    assert "get_weather" not in kimi.posts[-1]["message"]
+
+
+def test_tool_results_go_into_the_prompt_and_a_user_keeps_the_session(app: Client, kimi: StandIn) -> None:
+    kimi.answer = '<tool_call>{"name": "get_weather", "arguments": {"city": "x"}}</tool_call>'
+    call = chat(app, "How is it?", tools=[WEATHER], user="ada").json["choices"][0]["message"]["tool_calls"][0]
+    kimi.answer = "Sunny."
+    result = {"role": "tool", "tool_call_id": call["id"], "content": [{"type": "text", "text": "18 degrees"}]}
+    assert said(chat(app, messages=[result], tools=[WEATHER], user="ada")) == "Sunny."
+    expected = '用户: How is it?\n模型: <tool_call>{"name": "get_weather", "arguments": {"city": "x"}}</tool_call>\n工具 get_weather: 18 degrees'
+    assert kimi.posts[-1]["message"].endswith(expected)
+    resent = [{"role": "user", "content": "How is it?"}, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    assert said(chat(app, messages=resent, tools=[WEATHER])) == "Sunny."
+    assert kimi.posts[-1]["message"].endswith(expected)
+    assert len(app.get("/v1/sessions/ada").json["turns"]) == 2
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "r", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
+
+
+@pytest.mark.parametrize("format_", [{"type": "json_object"}, SCHEMA], ids=["object", "schema"])
+@pytest.mark.parametrize("text", [
+    '{"a": 1}', '```json\n{"a": 1}\n```', 'Sure! Here it is:\n\n{"a": 1}\n\nAnything else?', '```\n{"a": 1}```', 'So {not json} but {"a": 1}.'])
+def test_a_json_answer_is_exactly_one_document(app: Client, kimi: StandIn, format_: Any, text: str) -> None:
+    kimi.answer = text
+    assert said(chat(app, response_format=format_)) == '{"a": 1}'
+    assert streamed(events(chat(app, response_format=format_, stream=True))) == '{"a": 1}'
+    assert ('{"type":"object"' in kimi.posts[0]["message"]) == (format_ is SCHEMA) and "JSON" in kimi.posts[0]["message"]
+
+
+def test_an_answer_that_is_not_json_is_asked_for_once_again_then_502(app: Client, kimi: StandIn) -> None:
+    kimi.script.extend([says('{"a": '), says('{"a": 2}')])
+    assert said(chat(app, response_format={"type": "json_object"})) == '{"a": 2}'
+    assert "could not be used" in kimi.posts[-1]["message"]
+    for text in ("no", '{"a": NaN}', "[1]", "{" * 5000, '{"a":' * 100_000):
+        kimi.answer = text
+        assert is_error(chat(app, response_format={"type": "json_object"}), 502, "invalid_json_answer", "upstream_error")
+    array = {"type": "json_schema", "json_schema": {"schema": {"type": "array"}}}
+    kimi.answer = "Here: [1, 2]"
+    assert said(chat(app, response_format=array)) == "[1, 2]"
+
+
+# ======================================================================================================================
+# 7 Documentation
+# ======================================================================================================================
+
+
+def test_every_route_is_described_and_every_description_is_a_route(app: Client) -> None:
+    described = {(method.upper(), re.sub(r"\{\w+\}", "{}", path)) for path, methods in app.get("/openapi.json").json["paths"].items() for method in methods}
+    routes = {(route.method, re.sub(r"<[^>]+>", "{}", route.rule)) for route in app.app.routes}
+    assert described == routes
+
+
+def test_real_answers_are_valid_by_the_description(make: Callable[..., Client], kimi: StandIn) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    app = make(API_MASTER_KEY="sk-1", MAX_RETRIES="0")
+    document = app.get("/openapi.json").json
+    pytest.importorskip("openapi_spec_validator").validate(document)
+    key = {"Authorization": "Bearer sk-1"}
+
+    def valid(body: Any, name: str) -> None:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+        jsonschema.Draft202012Validator(schema).validate(body)
+
+    def described(path: str, method: str, response: Any) -> None:
+        responses = document["paths"][path][method]["responses"]
+        content = responses["200" if response.status_int == 200 else "default"]["content"]
+        assert response.content_type in content
+        if response.content_type == "application/json":
+            valid(response.json, content["application/json"]["schema"]["$ref"].rpartition("/")[2])
+
+    chats = [{"user": "ada"}, {"model": "gpt-5"}, {"messages": []}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}},
+             {"tools": [CLOCK]}, {"n": 2}]
+    for request in chats:
+        kimi.answer = '<tool_call>{"name": "clock"}</tool_call>' if "tools" in request else "Hello."
+        response = chat(app, headers=key, **request)
+        described("/v1/chat/completions", "post", response)
+        if request.get("stream"):
+            for chunk in events(response)[:-1]:
+                valid(chunk, "Chunk")
+    described("/v1/chat/completions", "post", chat(app))
+    for path, template, method in (
+            ("/v1/models", "", "get"), ("/v1/models/kimi", "/v1/models/{id}", "get"), ("/v1/models/x", "/v1/models/{id}", "get"),
+            ("/v1/sessions/ada", "/v1/sessions/{user}", "get"), ("/v1/sessions/ada", "/v1/sessions/{user}", "delete"),
+            ("/v1/sessions/ada", "/v1/sessions/{user}", "get"), ("/health", "", "get"), ("/openapi.json", "", "get"), ("/docs", "", "get"), ("/", "", "get")):
+        described(template or path, method, app.request(path, method=method.upper(), headers=key))
+    kimi.always = sends(500)
+    described("/v1/chat/completions", "post", chat(app, headers=key))
+    described("/health", "get", app.get("/health"))
+
+
+def test_the_page_needs_no_key_and_nothing_from_elsewhere(make: Callable[..., Client]) -> None:
+    app = make(API_MASTER_KEY="sk-1")
+    for path in ("/", "/docs"):
+        response = app.get(path)
+        assert response.content_type == "text/html" and "default-src 'none'" in response.headers["Content-Security-Policy"]
+        assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", response.text) and "innerHTML" not in response.text
+    assert app.get("/health").json["key_required"] and app.get("/openapi.json").json["openapi"] == "3.1.0"
+
+
+# ======================================================================================================================
+# 8 App: keys, browsers, limits, other routes
 # ======================================================================================================================
 
 
@@ -1582,7 +1988,128 @@ def test_200_chats_at_once(run: Callable[..., Program], kimi: StandIn) -> None:
 
 
 # ======================================================================================================================
-# 9 Server: HTTP, signals
+# Bad input: no request of any shape is a 500, a hang or a broken connection
+# ======================================================================================================================
+
+
+def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, kimi: StandIn) -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    document = pytest.importorskip("json") and app.get("/openapi.json").json
+    scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+    anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
+    names = sorted(document["components"]["schemas"]["Request"]["properties"])
+    message = st.fixed_dictionaries({"role": st.sampled_from([*kimi2api.ROLES, "boss"]), "content": st.text(max_size=9) | anything},
+                                    optional={"tool_calls": anything, "tool_call_id": anything, "name": anything})
+    function = st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries(
+        {"name": st.text(max_size=5)}, optional={"description": anything, "parameters": anything})})
+    request = st.fixed_dictionaries({"messages": st.lists(message, max_size=3) | anything}, optional={
+        **{name: anything for name in names if name != "messages"}, "stream": st.booleans(), "tools": st.lists(function | anything, max_size=2),
+        "response_format": st.sampled_from([{"type": "json_object"}]) | anything, "zzz": anything})
+    tried = 0
+
+    @hypothesis.settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(request | anything)
+    def holds(body: Any) -> None:
+        nonlocal tried
+        tried += 1
+        response = app.post("/v1/chat/completions", json.dumps(body).encode(), content_type="application/json")
+        assert response.status_int in (200, 400, 404, 502), response.text
+        if response.status_int != 200:
+            assert is_error(response, response.status_int, response.json["error"]["code"])
+            assert response.status_int != 502 or response.json["error"]["code"] == "invalid_json_answer", response.text
+
+    holds()
+    assert tried >= 400
+
+
+def test_paths_and_headers_of_any_bytes_are_answered_in_openais_shape(run: Callable[..., Program]) -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    program = run()
+
+    @hypothesis.settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(st.sampled_from([b"GET", b"POST", b"DELETE", b"OPTIONS", b"HEAD", b"BREW"]), st.binary(max_size=30), st.binary(max_size=30),
+                      st.sampled_from([b"Host", b"Origin", b"Authorization", b"X-Request-Id", b"Content-Type", b"Accept"]), st.booleans())
+    def holds(method: bytes, path: bytes, value: bytes, name: bytes, escaped: bool) -> None:
+        path = b"".join(b"%%%02x" % byte for byte in path) if escaped else re.sub(rb"[\x00-\x20]", b"", path)
+        value = re.sub(rb"[\x00-\x1f\x7f]", b"", value)
+        with socket.create_connection((program.host, program.port), timeout=PATIENCE) as link:
+            link.sendall(method + b" /v1/" + path + b" HTTP/1.1\r\n" + name + b": " + value + b"\r\nConnection: close\r\n\r\n")
+            response = http.client.HTTPResponse(link, method=method.decode())
+            response.begin()
+            body = response.read()
+        assert response.status in (200, 204, 400, 401, 403, 404, 405), (response.status, body)
+        assert response.headers["X-Request-Id"]
+        if response.status >= 400 and method != b"HEAD":
+            assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+    holds()
+    assert program.chat()[0] == 200 and not [line for line in program.log if "Traceback" in line]
+
+
+def test_a_thousand_idle_connections_and_half_sent_bodies_hold_nobody_up(run: Callable[..., Program]) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("needs 4096 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    program = run()
+    links = [socket.create_connection((program.host, program.port), timeout=PATIENCE) for _ in range(1000)]
+    for number, link in enumerate(links[:300]):
+        link.sendall((b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{", b"POST /v1", b"\r\n")[number % 3])
+    began = time.monotonic()
+    program.health()
+    assert time.monotonic() - began < PATIENCE / 4
+    assert program.chat()[0] == 200
+    for link in links:
+        link.close()
+    assert program.chat()[0] == 200
+
+
+def test_a_body_shorter_than_its_length_and_pipelined_requests(run: Callable[..., Program], kimi: StandIn) -> None:
+    program = run()
+    with socket.create_connection((program.host, program.port), timeout=PATIENCE) as link:
+        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{}")
+        link.shutdown(socket.SHUT_WR)
+        assert link.recv(1) == b""
+    with socket.create_connection((program.host, program.port), timeout=PATIENCE) as link:
+        link.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
+        body = b""
+        while body.count(b"HTTP/1.1 200 OK") < 5:
+            body += link.recv(65536)
+    assert not kimi.posts
+
+
+def test_a_client_that_stops_reading_frees_its_slot(run: Callable[..., Program], kimi: StandIn) -> None:
+    kimi.answer = "word " * 600_000  # 3 MB: more than the system takes for a client that does not read
+    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0")
+    before = program.memory()
+    links = []
+    for stream in (True, False, True, True):
+        links.append(program.open_chat(stream=stream))
+        wait_for(lambda: len(kimi.posts) == len(links))
+        wait_for(lambda: program.health()["chats"]["running"] == 0)
+    assert program.memory() - before < 120
+    assert b"word" in program.chat()[1]
+
+
+def test_a_hard_kill_and_restart_cost_a_retrying_client_only_time(run: Callable[..., Program], kimi: StandIn) -> None:
+    openai = pytest.importorskip("openai")
+    kimi.script.append(at_the_gate)
+    program = run()
+    client = openai.OpenAI(base_url=program.base_url, api_key="none", max_retries=8)
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(client.chat.completions.create, model="kimi", messages=[{"role": "user", "content": "x"}])
+        wait_for(lambda: kimi.posts)
+        program.process.kill()
+        program.wait()
+        run("--api-port", str(program.port))
+        assert answered.result(PATIENCE * 2).choices[0].message.content == kimi.answer
+
+
+# ======================================================================================================================
+# 10 Server: HTTP, signals
 # ======================================================================================================================
 
 
@@ -1734,6 +2261,8 @@ def test_openai_python_raises_its_own_exception_for_each_error(client: Any, kimi
         for stream in (False, True):
             error = fails(openai.InternalServerError, code, stream=stream)
             assert error.status_code == status and error.request_id
+        kimi.always = answer
+        client.chat.completions.create(model="kimi", messages=HELLO)  # else the program would stop asking for a while
     kimi.always = sends(429, "", Retry_After="60")
     assert fails(openai.RateLimitError, "upstream_rate_limited").response.headers["Retry-After"] == "60"
     with pytest.raises(openai.AuthenticationError):
@@ -1762,6 +2291,144 @@ def test_openai_python_sees_an_error_in_the_middle_of_a_stream(kimi: StandIn, ru
     with pytest.raises(openai.APIError) as raised:
         list(client.chat.completions.create(model="kimi", messages=HELLO, stream=True))
     assert raised.value.code == "upstream_timeout"
+
+
+def plays_travel_agent(handler: Handler) -> None:
+    """A model that looks two things up, one after the other, and then answers."""
+    message = handler.form["message"]
+    if "工具 book" in message:
+        says("Booked Paris: 21 degrees, order 7.")(handler)
+    elif "工具 get_weather" in message:
+        says('Nice.\n<tool_call>{"name": "book", "arguments": {"city": "Paris"}}</tool_call>')(handler)
+    else:
+        says('<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>')(handler)
+
+
+def test_openai_python_calls_tools_and_parses_into_a_model(run: Callable[..., Program], kimi: StandIn) -> None:
+    openai, pydantic = pytest.importorskip("openai"), pytest.importorskip("pydantic")
+    client = openai.OpenAI(base_url=run().base_url, api_key="none", max_retries=0)
+    City = pydantic.create_model("City", name=(str, ...), people=(int, ...))
+    kimi.answer = 'Of course:\n```json\n{"name": "Paris", "people": 2100000}\n```'
+    parsed = client.chat.completions.parse(model="kimi", messages=HELLO, response_format=City).choices[0].message.parsed
+    assert parsed == City(name="Paris", people=2100000)
+    kimi.always = plays_travel_agent
+    with client.chat.completions.stream(model="kimi", messages=HELLO, tools=[WEATHER]) as stream:
+        kinds = [event.type for event in stream]
+        message = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds
+    assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Paris"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_langchain_runs_an_agent_loop_of_several_steps(run: Callable[..., Program], kimi: StandIn, streaming: bool) -> None:
+    langchain = pytest.importorskip("langchain_openai")
+    from langchain_core.messages import HumanMessage, ToolMessage
+    kimi.always = plays_travel_agent
+    model = langchain.ChatOpenAI(base_url=run().base_url, api_key="none", model="kimi", max_retries=0, streaming=streaming,
+                                 stream_usage=True, temperature=0).bind_tools([WEATHER, tool("book", "Book", city={"type": "string"})])
+    messages: list[Any] = [HumanMessage("Find out how Paris is and book it.")]
+    used = []
+    for _ in range(5):
+        messages.append(model.invoke(messages))
+        if not messages[-1].tool_calls:
+            break
+        for call in messages[-1].tool_calls:
+            used.append((call["name"], call["args"]))
+            messages.append(ToolMessage({"get_weather": "21 degrees", "book": "order 7"}[call["name"]], tool_call_id=call["id"]))
+    assert used == [("get_weather", {"city": "Paris"}), ("book", {"city": "Paris"})]
+    assert messages[-1].content == "Booked Paris: 21 degrees, order 7." and messages[-1].usage_metadata["total_tokens"] > 0
+
+
+def node(script: str, *arguments: str, needs: str) -> Any:
+    """Run .ci/SCRIPT with the packages that .ci/run has installed beside it; what it printed as JSON."""
+    if not (HERE / ".ci" / "node_modules" / needs).exists():
+        pytest.skip(f"needs npm's {needs}, which .ci/run installs")
+    done = subprocess.run(["node", str(HERE / ".ci" / script), *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_page_works_in_a_browser_on_a_phone_in_the_dark(run: Callable[..., Program], kimi: StandIn) -> None:
+    if not Path("/usr/bin/chromium").exists():
+        pytest.skip("needs Debian's chromium, which .ci/run installs")
+    program = run(API_MASTER_KEY="sk-1")
+    result = node("page.mjs", f"http://127.0.0.1:{program.port}", "sk-1", needs="playwright-core")
+    assert result == {"problems": [], "elsewhere": [], "wide": False, "asked": "Hello <b>browser</b>", "described": 1, "dark": True,
+                      "connect": True}
+    assert kimi.posts[-1]["message"] == "Hello <b>browser</b>"
+
+
+@pytest.mark.parametrize("client_name", ["openai", "ai"])
+def test_clients_of_node_chat_stream_and_call_tools(run: Callable[..., Program], kimi: StandIn, client_name: str) -> None:
+    kimi.always = plays_travel_agent
+    program = run(API_MASTER_KEY="sk-1")
+    result = node("clients.mjs", client_name, program.base_url, "sk-1", needs=client_name)
+    assert result == {"calls": ["get_weather", "book"], "text": "Booked Paris: 21 degrees, order 7.", "status": 401}
+
+
+# ======================================================================================================================
+# Soak: pytest -m soak -s (SOAK_SECONDS, ten minutes unless told)
+# ======================================================================================================================
+
+
+@pytest.mark.soak
+def test_soak(run: Callable[..., Program], kimi: StandIn) -> None:
+    seconds = float(os.environ.get("SOAK_SECONDS", "600"))
+    program = run(MAX_CONCURRENT_CHATS="16", MAX_SESSION_SIZE="50", STREAM_INTERVAL_MS="1", REQUEST_TIMEOUT="1", SSE_KEEPALIVE="0.2",
+                  MAX_RETRIES="1", LOG_LEVEL="ERROR")
+    kimi.posts, kimi.heads, kimi.pages = (deque(maxlen=9) for _ in range(3))  # type: ignore[assignment]
+    faults = [row[1] for row in FAULTS if row[0] not in ("20 MB", "endless body", "silence") and "drip" not in row[0]]
+    counts: dict[str, int] = {}
+    lock, end = threading.Lock(), time.monotonic() + seconds
+
+    def count(name: str) -> None:
+        with lock:
+            counts[name] = counts.get(name, 0) + 1
+
+    def traffic(seed: int) -> None:
+        choose = random.Random(seed)
+        while time.monotonic() < end:
+            kind = choose.random()
+            body = {"stream": choose.random() < 0.5, **({"user": f"u{choose.randrange(200)}"} if choose.random() < 0.5 else {})}
+            if kind < 0.15:
+                kimi.script.append(choose.choice(faults))
+                count("faults")
+            if kind < 0.1:  # a client that leaves
+                link = program.open_chat("Hello " * choose.randrange(1, 50), **body)
+                time.sleep(choose.random() * 0.05)
+                link.close()
+                count("left")
+            elif kind < 0.2:  # bad requests and other routes
+                method, path = choose.choice([("GET", "/health"), ("GET", "/v1/sessions/u1"), ("DELETE", "/v1/sessions/u2"), ("GET", "/x"), ("POST", "/v1/chat/completions")])
+                assert program.ask(method, path, b"{" if method == "POST" else None)[0] < 500
+                count("other")
+            else:
+                status, answer_ = program.chat("Hello " * choose.randrange(1, 50), **body)
+                if status == 200:
+                    last = events(answer_)[-1] if body["stream"] else json.loads(answer_)
+                    count("answered" if last == "[DONE]" or "choices" in last else "told to have failed" if "error" in last else "lost")
+                else:
+                    assert json.loads(answer_)["error"]["message"]
+                    count(f"status {status}")
+
+    def look() -> dict[str, float]:
+        wait_for(lambda: program.health()["chats"]["running"] == 0)
+        process = Path(f"/proc/{program.process.pid}")
+        return {"memory": program.memory(), "threads": len(list((process / "task").iterdir())),
+                "descriptors": len(list((process / "fd").iterdir())), "sessions": program.health()["sessions"]["kept"]}
+
+    with ThreadPoolExecutor(12) as pool:
+        work = [pool.submit(traffic, seed) for seed in range(12)]
+        time.sleep(seconds / 5)
+        middle = {"memory": program.memory()}
+        for done in work:
+            done.result()
+    last = look()
+    print(f"\n{counts}\nmemory after a fifth of the time {middle['memory']:.0f} MB, at the end {last}")
+    assert counts.get("lost", 0) == 0 and counts["answered"] > 100
+    assert last["memory"] - middle["memory"] < 30
+    assert last["threads"] <= 16 + 8 + 2 * 16 + 1 and last["descriptors"] < 100 and last["sessions"] <= 50
+    assert not [line for line in program.log if "Traceback" in line]
 
 
 # ======================================================================================================================
