@@ -302,10 +302,10 @@ class APIError(Exception):
         self.headers = dict(headers or {})
         self.retryable, self.retry_after, self.quotes = retryable, retry_after, quotes
 
-    def again(self, addition: str = "", **headers: str) -> APIError:
+    def again(self, addition: str = "") -> APIError:
         """The same error for another caller, with something added."""
-        return APIError(self.status, self.message + addition, self.type, self.code, self.param,
-                        {**self.headers, **headers}, self.retryable, self.retry_after, self.quotes)
+        return APIError(self.status, self.message + addition, self.type, self.code, self.param, self.headers,
+                        self.retryable, self.retry_after, self.quotes)
 
     @property
     def reason(self) -> str:
@@ -676,8 +676,9 @@ class Delta:
 
     @property
     def ends(self) -> bool:
-        """Whether it finishes a choice or tells the usage, so that it may be the last."""
-        return bool(self.chunk.get("usage")) or any(choice.get("finish_reason") for choice in self.chunk["choices"])
+        """Whether it finishes a choice, or tells the usage and nothing else, so that it may be the last."""
+        choices = self.chunk["choices"]
+        return any(choice.get("finish_reason") for choice in choices) or (not choices and bool(self.chunk.get("usage")))
 
     @property
     def says(self) -> bool:
@@ -758,8 +759,9 @@ class Provider:
             if not self._last_error or (left <= 0 and not self._on_trial):
                 self._on_trial = self._last_error is not None
                 return
-            raise self._last_error.again(f" Not asked again for now, after {self._failures} failures.",
-                                         **{"Retry-After": str(max(1, ceil(left)))})
+            error = self._last_error.again(f" Not asked again for now, after {self._failures} failures.")
+            error.headers = {"Retry-After": str(max(1, ceil(left)))}
+            raise error
 
     def _end(self, error: APIError | None, is_news: bool = True) -> None:
         with self._health_lock:
@@ -909,8 +911,9 @@ def read_calls(said: str, offered: list[str]) -> tuple[str, list[tuple[str, str]
     if calls:
         around.append(said[at:])
         return re.sub(r"<\|tool_calls_section_(?:begin|end)\|>", "", "".join(around)).strip(), calls
+    alone = re.fullmatch(r"```[\w-]*\s*(.*?)\s*```", said.strip(), re.S)
     try:
-        value = parse_strictly(fenced(said))
+        value = parse_strictly(alone[1] if alone else said)
     except (ValueError, RecursionError):
         return said, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
@@ -931,7 +934,9 @@ def as_call(value: Any, offered: list[str]) -> tuple[str, str]:
 
 def read_document(said: str, kind: type) -> str:
     """The one JSON document in what the model said, without fences and prose. Raises Misread."""
-    text, opening = fenced(said), "[" if kind is list else "{"
+    opening = "[" if kind is list else "{"
+    fenced = re.search(r"```[\w-]*\n(.*?)\n?```", said, re.S)
+    text = fenced[1] if fenced and not said.lstrip().startswith(opening) else said
     starts = itertools.islice((found.start() for found in re.finditer(re.escape(opening), text)), 20)
     reason = "there is no JSON in it."
     for start in starts:
@@ -941,12 +946,6 @@ def read_document(said: str, kind: type) -> str:
         except Misread as misread:
             reason = str(misread)
     raise Misread(reason, wants_json=True)
-
-
-def fenced(said: str) -> str:
-    """What stands in the first ```fence```, or all of it."""
-    found = re.search(r"```[\w-]*\n(.*?)\n?```", said, re.S)
-    return (found[1] if found else said).strip()
 
 
 def decode(text: str, start: int) -> tuple[Any, int]:
@@ -1117,13 +1116,17 @@ class KimiProvider(Provider):
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
         self._accept(request)
-        prompt = self._prompt(chat, instructions(request))
+        try:
+            prompt = self._prompt(chat, instructions(request))
+        except RecursionError:
+            raise bad_request("The schemas of 'tools' are nested too deep.", "tools") from None
         said = self._answer_to(prompt, chat)
         try:
             content, calls = read_answer(said, request)
         except Misread as misread:
             log.info("the answer cannot be used; asking once more")
-            prompt = self._prompt(chat, f"{instructions(request)}\nYour last answer could not be used: {misread}")
+            with suppress(APIError):  # where there is no room for the reason, the question is asked again as it was
+                prompt = self._prompt(chat, f"{instructions(request)}\nYour last answer could not be used: {misread}")
             said = self._answer_to(prompt, chat)
             try:
                 content, calls = read_answer(said, request)
@@ -1454,7 +1457,7 @@ class OpenAIProvider(Provider):
                 merge({}, {"choices": choices})  # fails if it is none that could be made a whole answer of
                 delta = Delta({**chunk, "choices": choices}, headers=headers)
                 text += delta.text
-            except (KeyError, TypeError, AttributeError):
+            except (KeyError, TypeError, AttributeError, RecursionError):
                 raise self._bad("a bad chunk") from None
             choices_seen, usage = choices_seen or bool(choices), usage or bool(chunk.get("usage"))
             finished = finished or any(choice["finish_reason"] for choice in choices)

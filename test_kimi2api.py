@@ -1720,7 +1720,8 @@ def test_tool_calls_are_read_in_every_form_that_kimi_writes(app: Client, kimi: S
 
 
 @pytest.mark.parametrize("text", [
-    "Nothing to call.", '{"name": "other", "arguments": {}}', '{"name": "clock"}', 'Like {"name": "clock", "arguments": {}} say.', "[1]", "```\nx\n```"])
+    "Nothing to call.", '{"name": "other", "arguments": {}}', '{"name": "clock"}', 'Like {"name": "clock", "arguments": {}} say.', "[1]", "```\nx\n```",
+    'For example:\n```json\n{"name": "clock", "arguments": {}}\n```'])
 def test_an_answer_without_a_call_is_text_and_no_call_is_invented(app: Client, kimi: StandIn, text: str) -> None:
     kimi.answer = text
     response = chat(app, tools=[CLOCK])
@@ -1801,6 +1802,17 @@ def test_an_answer_that_is_not_json_is_asked_for_once_again_then_502(app: Client
     array = {"type": "json_schema", "json_schema": {"schema": {"type": "array"}}}
     kimi.answer = "Here: [1, 2]"
     assert said(chat(app, response_format=array)) == "[1, 2]"
+    kimi.answer = '{"code": "```py\\n{}\\n```"}'
+    assert said(chat(app, response_format={"type": "json_object"})) == kimi.answer
+
+
+@pytest.mark.parametrize("depth", [100, 330, 400])
+def test_schemas_that_are_nested_deep_are_no_crash(make: Callable[..., Client], depth: int) -> None:
+    deep: Any = {"type": "string"}
+    for _ in range(depth):
+        deep = {"type": "object", "properties": {"a": deep}}
+    response = chat(make(CONTEXT_MAX_LENGTH="999999"), tools=[{"type": "function", "function": {"name": "f", "parameters": deep}}])
+    assert response.status_int == 200 if depth == 100 else response.status_int in (200, 400), response.text
 
 
 # ======================================================================================================================
