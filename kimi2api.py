@@ -1362,13 +1362,14 @@ class KimiProvider(Provider):
                 raise stale.error from None
             if not page.is_redirect:
                 break
-            with suppress(ValueError):  # of an address that is none
+            try:
                 address = http_url(urljoin(address, page.headers["Location"]))
-                if (urlsplit(address).hostname, address[:5]) in ((urlsplit(home).hostname, scheme) for scheme in
-                                                                 ("https", home[:5])):
-                    continue
-            raise upstream_error(502, "upstream_changed", "The chat page has moved to another host; CHAT_PAGE_URL and "
-                                 "UPSTREAM_URL say where it is.")
+            except ValueError:
+                address = ""
+            here, there = urlsplit(home), urlsplit(address)
+            if there.hostname != here.hostname or there.scheme not in ("https", here.scheme):
+                raise upstream_error(502, "upstream_changed", "The chat page has moved to another host; CHAT_PAGE_URL "
+                                     "and UPSTREAM_URL say where it is.")
         found = self.NONCE.search(page.content.decode("utf-8", "replace"))
         if page.status_code != 200 or not found:
             raise upstream_error(502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the "
