@@ -1896,7 +1896,8 @@ class Answer:
             choice.update(message=as_message(choice), logprobs=choice.get("logprobs"),
                           finish_reason=choice.get("finish_reason") or "stop")
             del choice["delta"]
-        return {**answer, **self._head, "object": "chat.completion"}
+        head = {**self._head, "object": "chat.completion"}
+        return {**head, **answer, **head}  # first in order, last in say
 
     def events(self, deltas: Iterable[Delta | None]) -> Iterator[bytes]:
         """Server-sent events. Raises what the deltas raise only before the first one; later it becomes an event."""
@@ -1908,7 +1909,8 @@ class Answer:
                     yield b": keep-alive\n\n"
                     continue
                 self.headers = self.headers or delta.headers
-                chunk = {**delta.chunk, **self._head, "object": "chat.completion.chunk", "model": delta.model}
+                head = {**self._head, "object": "chat.completion.chunk", "model": delta.model}
+                chunk = {**head, **delta.chunk, **head}
                 usage = chunk.pop("usage", None)
                 if self._include_usage:
                     chunk["usage"] = usage
@@ -2567,7 +2569,7 @@ class Server:
             listener.draining = True
             wasyncore.dispatcher.close(listener)  # its own close() would also close the pipe that wakes the loop
         running = sum(channel.busy for channel in self._channels())
-        log.info("stopping; %d requests have %g s to finish, a second signal ends at once", running, self._grace)
+        log.info("stopping; running: %d, with %g s to finish; a second signal ends at once", running, self._grace)
         self._drain(self._grace)
         self._stopping.set()  # what still runs ends with an error, which wants a moment to be sent
         self._drain(2.0)
@@ -2651,15 +2653,25 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
         "  stop it:  Ctrl-C"])
 
 
+ADVICE = {  # what to do about an error of a check, where its message does not say
+    "upstream_unavailable": "Check the internet connection, HTTPS_PROXY and the address; if it is down, try later.",
+    "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
+    "upstream_rate_limited": "Wait some minutes before the next try.",
+    "upstream_invalid_response": "Try later; if it stays so, look for a newer version of this program.",
+    "upstream_refused": "Try later, and the same question in a browser; if that works, look for a newer version."}
+
+
 def run_check(settings: Settings) -> int:
     """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
     for upstream in Upstreams(settings).all:
         print(f"{upstream.name}:")
         for step, error in upstream.check():
-            print(f"  ✗ {step}\n    {error} [{error.code}]" if error else f"  ✓ {step}", flush=True)
-            failed |= error is not None
-    return int(failed)
+            print(f"  {'✗' if error else '✓'} {step}", flush=True)
+            if error:
+                failed = 1
+                print(f"    {error} [{error.code}]\n    {ADVICE.get(error.code or '', '')}".rstrip(), flush=True)
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:
