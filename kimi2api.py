@@ -358,9 +358,21 @@ TYPE_NAMES = {list: "a list", dict: "an object", str: "a string", bool: "true or
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked request for a chat completion. `body` is the whole of it, unknown fields included."""
+    """A checked request for a chat completion. `body` is the whole of it, unknown fields included.
+
+    tools: the functions that may be called, by what the request's `tools` and `tool_choice` say; must_call: one must.
+    """
 
     body: dict[str, Any]
+    messages: list[Message]
+    model: str | None
+    user: str | None
+    stream: bool
+    include_usage: bool
+    stop: list[str]
+    max_tokens: int | None
+    tools: list[dict[str, Any]]
+    must_call: bool
 
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
@@ -388,45 +400,16 @@ class ChatRequest:
             schema = typed(answer, "json_schema", dict, param="response_format.json_schema") or {}
             check(answer["type"] != "json_schema" or isinstance(schema.get("schema"), dict), "must be an object",
                   "response_format.json_schema.schema")
-        return cls(body)
-
-    @property
-    def model(self) -> str | None:
-        return self.body.get("model") or None
-
-    @property
-    def user(self) -> str | None:
-        return self.body.get("user") or None
-
-    @property
-    def messages(self) -> list[Message]:
-        messages: list[Message] = self.body["messages"]
-        return messages
-
-    @property
-    def include_usage(self) -> bool:
-        return bool((self.body.get("stream_options") or {}).get("include_usage"))
-
-    @property
-    def stop(self) -> list[str]:
-        stop = self.body.get("stop") or []
-        return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
-
-    @property
-    def max_tokens(self) -> int | None:
-        return self.body.get("max_completion_tokens") or self.body.get("max_tokens")
-
-    @property
-    def tools(self) -> list[dict[str, Any]]:
-        """The functions that may be called, by what `tools` and `tool_choice` say."""
-        choice = self.body.get("tool_choice")
-        wanted = choice["function"]["name"] if isinstance(choice, dict) else None
-        functions = [tool["function"] for tool in self.body.get("tools") or () if tool["type"] == "function"]
-        return [] if choice == "none" else [f for f in functions if wanted in (None, f["name"])]
-
-    @property
-    def must_call(self) -> bool:
-        return self.body.get("tool_choice") not in (None, "none", "auto")
+        choice: Any = body.get("tool_choice")
+        wanted = choice["function"]["name"] if names_function(choice) else None
+        functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
+        return cls(
+            body, body["messages"], body.get("model") or None, body.get("user") or None, bool(body.get("stream")),
+            include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
+            stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
+            max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
+            tools=[] if choice == "none" else [f for f in functions if wanted in (None, f["name"])],
+            must_call=choice not in (None, "none", "auto"))
 
     @cached_property
     def system(self) -> list[Message]:
@@ -518,12 +501,16 @@ def check_tool(tool: Any, param: str) -> None:
         typed(function, "parameters", dict, param=f"{param}.function.parameters")
 
 
+def names_function(choice: Any) -> bool:
+    return isinstance(choice, dict) and choice.get("type", "function") == "function"
+
+
 def check_tool_choice(body: dict[str, Any]) -> None:
-    choice = body.get("tool_choice")
+    choice: Any = body.get("tool_choice")
     if isinstance(choice, str):
         check(choice in ("none", "auto", "required"), "must be none, auto, required or a function", "tool_choice")
         check(choice != "required" or body.get("tools"), "wants 'tools', of which there are none", "tool_choice")
-    elif choice is not None:
+    elif names_function(choice):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, dict) else None
         offered = [tool["function"]["name"] for tool in body.get("tools") or () if tool["type"] == "function"]
@@ -1108,10 +1095,14 @@ class KimiProvider(Provider):
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         super().__init__("kimi", settings, clock)
-        self._scraper = Scraper(connections=2 * settings.max_concurrent_chats)
         self._lock = threading.Lock()  # guards the two below; never held while upstream is asked
         self._nonce: Nonce | None = None
         self._renewal: Future[Nonce] | None = None  # a fetch under way, which everybody who needs a nonce waits for
+
+    @cached_property
+    def _scraper(self) -> Scraper:
+        """Made by the thread that fetches the first nonce; its certificates would slow the start and take 1 MB."""
+        return Scraper(connections=2 * self._settings.max_concurrent_chats)
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
@@ -1152,9 +1143,10 @@ class KimiProvider(Provider):
     @staticmethod
     def _accept(request: ChatRequest) -> None:
         """Raises APIError 400 for what would change the shape of the answer and cannot be had here."""
-        body = request.body
+        body, choice = request.body, request.body.get("tool_choice")
         wanted = {"n": (body.get("n") or 1) > 1, "logprobs": body.get("logprobs"), "audio": body.get("audio"),
-                  "modalities": set(map(str, body.get("modalities") or ())) - {"text"}}
+                  "modalities": set(map(str, body.get("modalities") or ())) - {"text"},
+                  "tool_choice.type": isinstance(choice, dict) and not names_function(choice)}
         wanted |= {f"tools[{index}].type": tool["type"] != "function"
                    for index, tool in enumerate(body.get("tools") or ())}
         wanted |= {f"messages[{index}].content[{at}].type": part["type"] not in ("text", "refusal")
@@ -1685,7 +1677,7 @@ class Upstreams:
             try:
                 for delta in deltas:  # all that the client will not see before it could still be somebody else's
                     begun.append(delta)
-                    if chat.request.body.get("stream") and delta.says:
+                    if chat.request.stream and delta.says:
                         break
             except APIError as error:
                 failed.append((name, error))
@@ -2250,7 +2242,7 @@ class App:
             done.callback(self.chats.free)
             conversation = converse(partial(self.upstreams.answer, model), chat, self.sessions, owner())
             deltas = relay(conversation, self.calls, self.settings.sse_keepalive, look, chat.cancel)
-            if not request.body.get("stream"):
+            if not request.stream:
                 completion = answer.completion(deltas)
                 set_headers(answer.headers)
                 return completion

@@ -1662,9 +1662,10 @@ def test_a_cut_never_splits_what_is_read_as_one() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("n", 2), ("logprobs", True), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]), ("tools[0].type", None)])
+    ("n", 2), ("logprobs", True), ("audio", {"voice": "x"}), ("modalities", ["text", "audio"]), ("tools[0].type", None),
+    ("tool_choice.type", {"type": "allowed_tools", "allowed_tools": {}})])
 def test_what_would_change_the_shape_of_the_answer_is_a_clear_400(app: Client, kimi: StandIn, field: str, value: Any) -> None:
-    request = {"tools": [{"type": "custom", "custom": {}}]} if value is None else {field: value}
+    request = {"tools": [{"type": "custom", "custom": {}}]} if value is None else {field.partition(".")[0]: value}
     assert is_error(chat(app, **request), 400, "unsupported_value", "invalid_request_error", field)
     assert not kimi.posts
 
