@@ -73,6 +73,7 @@ from urllib3.exceptions import HTTPError as UpstreamHTTPError
 from urllib3.exceptions import TimeoutError as UpstreamTimeout
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, WSGITask
 
@@ -488,6 +489,7 @@ def check_message(message: Any, param: str) -> None:
         where = f"{param}.tool_calls[{index}]"
         function = call.get("function") if isinstance(call, dict) else None
         check(isinstance(function, dict), "must be an object with a 'function'", where)
+        typed(call, "id", str, param=f"{where}.id")
         for name in ("name", "arguments"):
             check(isinstance((function or {}).get(name), str), "must be a string", f"{where}.function.{name}")
 
@@ -714,13 +716,16 @@ class Provider:
 
     def _call(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
         """What attempt() returns, with retries. in_vain: whether nobody waits for it any more."""
-        self._begin()
+        is_trial = self._begin()
         try:
             result = self._retrying(attempt, in_vain)
-        except Exception as error:
-            self._end(error if isinstance(error, APIError) else APIError(500, repr(error)), is_news=not in_vain())
+        except APIError as error:
+            self._end(error, is_trial, is_news=not in_vain())
             raise
-        self._end(None)
+        except BaseException:  # a mistake of ours says nothing of upstream
+            self._end(None, is_trial, is_news=False)
+            raise
+        self._end(None, is_trial)
         return result
 
     def _retrying(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
@@ -739,27 +744,27 @@ class Provider:
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def _begin(self) -> None:
-        """Raises the last failure again, with Retry-After, while calls are to fail at once."""
+    def _begin(self) -> bool:
+        """Whether this call is a trial. Raises the last failure again, with Retry-After, while calls fail at once."""
         with self._health_lock:
             left = self._paused_until - time.monotonic()
             if not self._last_error or (left <= 0 and not self._on_trial):
-                self._on_trial = self._last_error is not None
-                return
+                is_trial = self._on_trial = self._last_error is not None
+                return is_trial
             error = self._last_error.again(f" Not asked again for now, after {self._failures} failures.")
             error.headers = {"Retry-After": str(max(1, ceil(left)))}
             raise error
 
-    def _end(self, error: APIError | None, is_news: bool = True) -> None:
+    def _end(self, error: APIError | None, is_trial: bool = False, is_news: bool = True) -> None:
         with self._health_lock:
-            was_on_trial, self._on_trial = self._on_trial, False
+            self._on_trial = self._on_trial and not is_trial
             if not is_news:
                 return
             failed = error and (error.status >= 500 or error.status == 429)
             self.trouble = (self.trouble or (self._clock(), error.reason)) if error and failed else None
             if not error or error.status < 500 or error.code == "upstream_refused":  # it answers, be it with a no
                 self._failures, self._last_error = 0, None
-            elif was_on_trial or not self._last_error:  # else it was under way when the pause began, and is no news
+            elif is_trial or not self._last_error:  # else it was under way when the pause began, and is no news
                 self._failures += 1
                 if self._failures >= self.FAILURES:
                     pause = min(self.FIRST_PAUSE * 2 ** min(self._failures - self.FAILURES, 9), self.LAST_PAUSE)
@@ -844,7 +849,9 @@ def instructions(request: ChatRequest) -> str:
                   "arguments being JSON. You get the results and go on. Tools:"]
         for tool in request.tools:
             purpose = " ".join((tool.get("description") or "").split())
-            lines.append(f"- {tool['name']}{signature(tool.get('parameters') or {})}{purpose and ': '}{purpose}")
+            whole = dump_json(tool.get("parameters") or {}).decode()
+            form = whole if '"$ref"' in whole else signature(tool.get("parameters") or {})
+            lines.append(f"- {tool['name']}{form}{purpose and ': '}{purpose}")
     answer = request.body.get("response_format") or {}
     if answer.get("type") in ("json_object", "json_schema"):
         schema = (answer.get("json_schema") or {}).get("schema")
@@ -860,12 +867,13 @@ def signature(schema: Any) -> str:
     if isinstance(schema.get("enum"), list):
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     if isinstance(schema.get("properties"), dict):
-        required = schema.get("required") or ()
+        required = schema["required"] if isinstance(schema.get("required"), list) else []
         return "{" + ", ".join(f"{name}{'' if name in required else '?'}: {signature(part)}"
                                for name, part in schema["properties"].items()) + "}"
     if schema.get("type") == "array" and schema.get("items"):
         return f"[{signature(schema['items'])}]"
-    return str(schema.get("type", "{}"))
+    kinds = schema.get("type")
+    return "|".join(map(str, kinds)) if isinstance(kinds, list) else str(kinds)
 
 
 def read_answer(said: str, request: ChatRequest) -> tuple[str, list[tuple[str, str]]]:
@@ -877,14 +885,18 @@ def read_answer(said: str, request: ChatRequest) -> tuple[str, list[tuple[str, s
             return content, calls[:1] if request.body.get("parallel_tool_calls") is False else calls
         if request.must_call:
             raise Misread("it must contain a tool call.")
-    if answer.get("type") == "json_schema" and answer["json_schema"]["schema"].get("type") == "array":
-        return read_document(said, list), []
-    return read_document(said, dict) if answer.get("type") in ("json_object", "json_schema") else said, []
+    if answer.get("type") == "json_object":
+        return read_document(said, dict), []
+    if answer.get("type") == "json_schema":
+        root = str(answer["json_schema"]["schema"].get("type"))
+        return read_document(said, {"object": dict, "array": list}.get(root, object)), []
+    return said, []
 
 
-CALL = re.compile(r"""<tool_call>\s*  # the form that instructions() asks for, and the one that Kimi K2 was trained on:
+# The form that instructions() asks for, and the one that Kimi K2 was trained on
+CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*""", re.X)
-CALL_END = re.compile(r"\s*(?:</tool_call>|<\|tool_call_end\|>)?")
+CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 
 
 def read_calls(said: str, offered: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -897,7 +909,8 @@ def read_calls(said: str, offered: list[str]) -> tuple[str, list[tuple[str, str]
         at = CALL_END.match(said, at).end()  # type: ignore[union-attr]  # it matches the empty text too
     if calls:
         around.append(said[at:])
-        return re.sub(r"<\|tool_calls_section_(?:begin|end)\|>", "", "".join(around)).strip(), calls
+        text = re.sub(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```", "", "".join(around)).strip()
+        return text, calls
     alone = re.fullmatch(r"```[\w-]*\s*(.*?)\s*```", said.strip(), re.S)
     try:
         value = parse_strictly(alone[1] if alone else said)
@@ -909,30 +922,42 @@ def read_calls(said: str, offered: list[str]) -> tuple[str, list[tuple[str, str]
 
 
 def as_call(value: Any, offered: list[str]) -> tuple[str, str]:
-    name, arguments = (value.get("name"), value.get("arguments", {})) if isinstance(value, dict) else (None, None)
+    value = value if isinstance(value, dict) else {}
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
         arguments, _ = decode(arguments, 0)
     if name not in offered:
         raise Misread(f"there is no tool {name!r}; there are {', '.join(offered)}.")
     if not isinstance(arguments, dict):
         raise Misread(f"the arguments of {name} must be a JSON object.")
-    return name, json.dumps(arguments, ensure_ascii=False)
+    return name, without_half_characters(json.dumps(arguments, ensure_ascii=False))
+
+
+OPENING = re.compile(r"""[{\[](?=(\s*["'{\[])?)""")  # the group tells what looks like JSON from {x} and [see] in prose
 
 
 def read_document(said: str, kind: type) -> str:
-    """The one JSON document in what the model said, without fences and prose. Raises Misread."""
-    opening = "[" if kind is list else "{"
-    fenced = re.search(r"```[\w-]*\n(.*?)\n?```", said, re.S)
-    text = fenced[1] if fenced and not said.lstrip().startswith(opening) else said
-    starts = itertools.islice((found.start() for found in re.finditer(re.escape(opening), text)), 20)
-    reason = "there is no JSON in it."
-    for start in starts:
+    """The one JSON document of this type in what the model said: all of it, or the longest between prose and fences.
+
+    Raises Misread when there is none, or one that is broken: a part of it must not pass for the whole.
+    """
+    found, at = "", 0
+    with suppress(ValueError, RecursionError):
+        if isinstance(parse_strictly(said), kind):
+            return said.strip()
+    while begin := OPENING.search(said, at):
         try:
-            _, end = decode(text, start)
-            return text[start:end]
+            value, at = decode(said, begin.start())
         except Misread as misread:
-            reason = str(misread)
-    raise Misread(reason, wants_json=True)
+            if begin[1]:
+                raise Misread(str(misread), wants_json=True) from None
+            at = begin.end()
+            continue
+        if isinstance(value, kind) and at - begin.start() >= len(found):
+            found = said[begin.start():at]
+    if not found:
+        raise Misread("there is no JSON document of the right kind in it.", wants_json=True)
+    return found
 
 
 def decode(text: str, start: int) -> tuple[Any, int]:
@@ -1123,7 +1148,9 @@ class KimiProvider(Provider):
                 content, calls = read_answer(said, request)
             except Misread as again:
                 if again.wants_json:
-                    raise upstream_error(502, "invalid_json_answer", f"The web chat gave no JSON: {again}") from None
+                    error = upstream_error(502, "invalid_json_answer", f"The web chat gave no JSON: {again}")
+                    error.headers["x-should-retry"] = "false"
+                    raise error from None
                 content, calls = said, []
         content, finish_reason = cut(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
@@ -1183,8 +1210,10 @@ class KimiProvider(Provider):
         callers = {call.get("id"): call["function"]["name"]
                    for message in (*itertools.chain(*chat.history), *chat.request.messages)
                    for call in message.get("tool_calls") or ()}
-        *older, newest = [[self._line(message, callers) for message in turn]
-                          for turn in (*chat.history, *(chat.request.turns or [()]))]
+        turns = [*chat.history, *(chat.request.turns or [()])]
+        if chat.history and turns[len(chat.history)][:1] and turns[len(chat.history)][0]["role"] != "user":
+            turns[len(chat.history) - 1] += turns.pop(len(chat.history))  # a tool's result belongs to what asked for it
+        *older, newest = [[self._line(message, callers) for message in turn] for turn in turns]
         system = [text for text in (*map(text_of, chat.request.system), instruction) if text]
         limit = self._settings.context_max_length
         if system:
@@ -1241,7 +1270,8 @@ class KimiProvider(Provider):
                     "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
                     "Accept": "application/json, */*", "X-Requested-With": "XMLHttpRequest",
                     "Origin": f"{page.scheme}://{page.netloc}", "Referer": self._settings.chat_page_url}))
-        except StaleNonce:
+        except StaleNonce as stale:
+            stale.error.message = stale.error.message.replace(nonce.value, "…")
             with self._lock:
                 if self._nonce is nonce:  # else somebody has renewed it meanwhile
                     self._nonce = None
@@ -2305,6 +2335,10 @@ class App:
             raise as_response(APIError(403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS "
                                        "lists those that may.", code="origin_not_allowed"))
         environ["kimi2api.origin"] = origin
+        try:
+            environ["bottle.raw_path"].encode("latin-1").decode()
+        except UnicodeError:  # Bottle would drop the bytes that are none and go on to another's path
+            raise as_response(bad_request("The path is not UTF-8.")) from None
         if environ["REQUEST_METHOD"] == "OPTIONS":
             raise bottle.HTTPResponse(status=204, headers={
                 "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "600",
@@ -2515,7 +2549,16 @@ class Task(WSGITask):  # type: ignore[misc]
         return head
 
 
+class Parser(HTTPRequestParser):  # type: ignore[misc]
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # of a request target such as http://[/, which waitress lets pass
+            raise ParsingError(f"Bad request target: {error}") from None
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
+    parser_class = Parser
     task_class = Task
     error_task_class = JSONErrorTask
 

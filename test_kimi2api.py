@@ -1690,6 +1690,7 @@ def test_what_cannot_be_honoured_is_ignored_and_safety_identifier_opens_no_sessi
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"), ({"n": 0}, "n"), ({"logit_bias": []}, "logit_bias"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": [1], "function": {"name": "f", "arguments": ""}}]}]}, "messages[0].tool_calls[0].id"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 5}]}, "messages[0].tool_call_id")])
 def test_wrong_types_of_parameters_name_the_field(app: Client, kimi: StandIn, request_: Any, param: str) -> None:
     assert is_error(chat(app, **request_), 400, None, "invalid_request_error", param) and not kimi.posts
@@ -1705,6 +1706,9 @@ def test_wrong_types_of_parameters_name_the_field(app: Client, kimi: StandIn, re
      "<|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
      None, [("get_weather", {"city": "x"}), ("clock", {})]),
     ('{"name": "clock", "arguments": {}}', None, [("clock", {})]),
+    ('<tool_call>\n```json\n{"name": "get_weather", "parameters": {"city": "x"}}\n```\n</tool_call>', None, [("get_weather", {"city": "x"})]),
+    ('```json\n<tool_call>{"name": "clock"}</tool_call>\n```', None, [("clock", {})]),
+    ('<tool_call>{"name":"get_weather","arguments":{"city":"\\ud800"}}</tool_call>', None, [("get_weather", {"city": "\ufffd"})]),
     ('```json\n{"name": "get_weather", "arguments": {"city": "x"}}\n```', None, [("get_weather", {"city": "x"})])])
 def test_tool_calls_are_read_in_every_form_that_kimi_writes(app: Client, kimi: StandIn, text: str, content: str | None, calls: Any) -> None:
     kimi.answer = text
@@ -1744,12 +1748,13 @@ def test_a_call_that_cannot_be_made_is_asked_for_once_again_then_given_as_text(a
 
 
 def test_the_prompt_tells_of_tools_in_few_words(app: Client, kimi: StandIn) -> None:
-    nested = tool("plan", days={"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}, x={"$ref": "#/y"})
-    chat(app, tools=[WEATHER, CLOCK, nested])
+    nested = tool("plan", days={"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}, x={"type": ["string", "null"]})
+    referring = tool("ref", a={"$ref": "#/$defs/A"})
+    chat(app, tools=[WEATHER, CLOCK, nested, referring])
     message = kimi.posts[0]["message"]
     assert '- get_weather{city: string, unit?: "C"|"F"}: Weather of a city\n- clock{}\n' in message
-    assert '- plan{days: [{n?: integer}], x?: {"$ref":"#/y"}}' in message and message.endswith("用户: Hello")
-    assert len(message) < 420
+    assert "- plan{days: [{n?: integer}], x?: string|null}" in message and message.endswith("用户: Hello")
+    assert '- ref{"type":"object","properties":{"a":{"$ref":"#/$defs/A"}}' in message and len(message) < 520
 
 
 def test_tool_choice_and_parallel_tool_calls_are_obeyed(app: Client, kimi: StandIn) -> None:
@@ -1785,7 +1790,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "r", "schema": {"type":
 
 @pytest.mark.parametrize("format_", [{"type": "json_object"}, SCHEMA], ids=["object", "schema"])
 @pytest.mark.parametrize("text", [
-    '{"a": 1}', '```json\n{"a": 1}\n```', 'Sure! Here it is:\n\n{"a": 1}\n\nAnything else?', '```\n{"a": 1}```', 'So {not json} but {"a": 1}.'])
+    '{"a": 1}', '<think>{} or {"a":0}?</think> {"a": 1}', '```\nnothing\n```\n```json\n{"a": 1}\n```', 'See [1] and {x}: {"a": 1}',
+    '```json\n{"a": 1}\n```', 'Sure! Here it is:\n\n{"a": 1}\n\nAnything else?', '```\n{"a": 1}```', 'So {not json} but {"a": 1}.'])
 def test_a_json_answer_is_exactly_one_document(app: Client, kimi: StandIn, format_: Any, text: str) -> None:
     kimi.answer = text
     assert said(chat(app, response_format=format_)) == '{"a": 1}'
@@ -1797,14 +1803,42 @@ def test_an_answer_that_is_not_json_is_asked_for_once_again_then_502(app: Client
     kimi.script.extend([says('{"a": '), says('{"a": 2}')])
     assert said(chat(app, response_format={"type": "json_object"})) == '{"a": 2}'
     assert "could not be used" in kimi.posts[-1]["message"]
-    for text in ("no", '{"a": NaN}', "[1]", "{" * 5000, '{"a":' * 100_000):
+    for text in ("no", '{"a": NaN}', "[1]", '{"items":[{"a":1},{"a":2},]}', '{"r":{"x":1},"b":"', "{'a': {\"b\":1}}", '[{"a":1},{"a":2}]', "{" * 5000, '{"a":' * 100_000):
         kimi.answer = text
-        assert is_error(chat(app, response_format={"type": "json_object"}), 502, "invalid_json_answer", "upstream_error")
+        response = chat(app, response_format={"type": "json_object"})
+        assert is_error(response, 502, "invalid_json_answer", "upstream_error") and response.headers["x-should-retry"] == "false"
     array = {"type": "json_schema", "json_schema": {"schema": {"type": "array"}}}
     kimi.answer = "Here: [1, 2]"
     assert said(chat(app, response_format=array)) == "[1, 2]"
     kimi.answer = '{"code": "```py\\n{}\\n```"}'
-    assert said(chat(app, response_format={"type": "json_object"})) == kimi.answer
+    for text in (kimi.answer, f"Sure:\n```json\n{kimi.answer}\n```"):
+        document, kimi.answer = kimi.answer, text
+        assert said(chat(app, response_format={"type": "json_object"})) == document
+    for root, text in (({}, '"a"'), ({"anyOf": [{"type": "array"}]}, "[1]"), ({"type": ["array"]}, "[1]"), ({"type": "string"}, '"a"')):
+        kimi.answer = text
+        assert said(chat(app, response_format={"type": "json_schema", "json_schema": {"schema": root}})) == text
+
+
+def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_prompt(
+        make: Callable[..., Client], kimi: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(kimi2api.KimiProvider, "_post", lambda self, prompt, chat: {}[prompt])
+        for _ in range(7):
+            assert is_error(chat(app, "my prompt"), 500, "internal_error", "server_error")
+    assert app.get("/health").json["status"] == "ok"
+    assert said(chat(app))
+
+
+def test_a_nonce_in_upstreams_words_is_hidden(app: Client, kimi: StandIn) -> None:
+    kimi.always = sends(200, f'{{"success": false, "data": "bad nonce {kimi.nonce}"}}')
+    assert kimi.nonce not in chat(app).text
+
+
+@pytest.mark.parametrize("required", [True, 5, "a", None])
+def test_schemas_of_older_drafts_are_no_crash(app: Client, required: Any) -> None:
+    parameters = {"properties": {"a": {"type": "string"}}, "required": required}
+    assert said(chat(app, tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}]))
 
 
 @pytest.mark.parametrize("depth", [100, 330, 400])
@@ -2131,6 +2165,7 @@ def test_a_hard_kill_and_restart_cost_a_retrying_client_only_time(run: Callable[
     (b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000 + b"\r\n\r\n", 431),
     (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 413),
     (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+    (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400), (b"GET /v1/sessions/ada%ff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501)])
 def test_what_is_not_proper_http_is_refused_in_openais_shape(run: Callable[..., Program], request_bytes: bytes, status: int) -> None:
     program = run()
