@@ -146,10 +146,6 @@ def sends(status: int, body: bytes | str = b"", kind: str = "text/html", **heade
     return lambda handler: handler.reply(status, data, kind, **headers)
 
 
-def echo(handler: Handler) -> None:
-    says(handler.form["message"])(handler)
-
-
 def at_the_gate(handler: Handler) -> None:
     handler.server.gate.wait(PATIENCE * 2)
     says(handler.server.answer)(handler)
