@@ -1449,7 +1449,7 @@ class OpenAIProvider(Provider):
         except UpstreamHTTPError as error:  # of urllib3, whose reading of the body requests does not wrap here
             raise self._broken(self._unreachable(error), chat) from None
         except APIError as error:
-            raise self._broken(error, chat) if response else error from None
+            raise self._broken(error, chat) if response is not None else error from None
         finally:
             self._chat.cancel = None
             chat.cancel.set_action(None)  # from here on the connection may belong to somebody else's chat
@@ -1468,8 +1468,10 @@ class OpenAIProvider(Provider):
             if data == "[DONE]":
                 finished = True
                 with suppress(AttributeError, OSError):  # only a read to its end gives the connection back
-                    response.raw.connection.sock.settimeout(0.2)
+                    sock = response.raw.connection.sock
+                    sock.settimeout(0.2)
                     response.raw.drain_conn()
+                    sock.settimeout(self._settings.request_timeout)  # as the next request will want it
                 break
             chunk = self._parse(data)
             if isinstance(chunk, dict) and chunk.get("error"):
@@ -1678,18 +1680,18 @@ class Upstreams:
 
     def models(self) -> list[dict[str, Any]]:
         """MODELS, then what each API lists, as OpenAI's model objects; waits half a second for those not here yet."""
-        listed = [self.model(name) for name in self._settings.models if name != "*"]
         for api in self.apis.values():
             api.models(wait=0)  # all are asked before the first is waited for
         end = time.monotonic() + 0.5
-        return listed + [self.model(f"{api.name}/{model['id']}") for api in self.apis.values()
-                         for model in api.models(wait=max(0.0, end - time.monotonic()))]
+        theirs = [f"{api.name}/{model['id']}" for api in self.apis.values()
+                  for model in api.models(wait=max(0.0, end - time.monotonic()))]
+        return [self.model(name, wait=0) for name in (*self._settings.models, *theirs) if name != "*"]
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model(self, name: str, wait: float = 0.5) -> dict[str, Any]:
         """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
         provider, own_name = self.resolve(name)
         model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
-        known = provider.models(wait=0.5) if isinstance(provider, OpenAIProvider) else []
+        known = provider.models(wait) if isinstance(provider, OpenAIProvider) else []
         theirs = next((entry for entry in known if entry["id"] == own_name), None)
         if known and theirs is None and name not in self._settings.models:
             raise no_model(name)
@@ -2649,7 +2651,10 @@ def connection_limit(chats: int) -> int:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard - reserve)
     if soft != resource.RLIM_INFINITY and soft < wanted + reserve:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted + reserve, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted + reserve, hard))
+        except (OSError, ValueError):  # some systems allow less than they say
+            wanted = soft - reserve
     return max(wanted, chats)
 
 

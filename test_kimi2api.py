@@ -694,8 +694,7 @@ def test_a_failed_fetch_of_the_page_is_shared_by_all_who_wait(make: Callable[...
         chats = [pool.submit(chat, app) for _ in range(5)]
         provider = app.app.routes[0].callback.__self__.upstreams.web
         wait_for(lambda: started.is_set() and app.get("/health").json["chats"]["running"] == 5)
-        assert provider._renewal is not None
-        time.sleep(0.1)  # the five have taken their slots; now let them reach the fetch that they share
+        wait_for(lambda: len(provider._renewal._condition._waiters) == 4, "one fetches, four wait")
         kimi.gate.set()
         assert all(is_error(done.result(), 502, "upstream_unavailable") for done in chats)
     assert len(kimi.pages) == 1
@@ -1325,8 +1324,8 @@ def test_an_error_that_several_wait_for_is_told_to_each_alone(make: Callable[...
     api.always = api_fails(402, {"error": {"message": "pay"}})
     with ThreadPoolExecutor(5) as pool:
         chats = [pool.submit(chat, app) for _ in range(5)]
-        wait_for(lambda: app.get("/health").json["chats"]["running"] == 5)
-        time.sleep(0.1)  # the five have taken their slots; now let them reach the fetch that they share
+        provider = app.app.routes[0].callback.__self__.upstreams.web
+        wait_for(lambda: provider._renewal and len(provider._renewal._condition._waiters) == 4, "one fetches, four wait")
         kimi.gate.set()
         assert [done.result().text.count("pay") for done in chats] == [1] * 5
 
@@ -1377,8 +1376,9 @@ def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(make: Cal
     assert is_error(app.get("/v1/models/local/other"), 404, "model_not_found")
     api.list_script = lambda handler: api.gate.wait(PATIENCE)
     began = time.monotonic()
-    assert len(make(**both).get("/v1/models").json["data"]) == 3
-    assert time.monotonic() - began < PATIENCE / 2
+    aliases = ",".join(f"m{number}=local/k2" for number in range(30))
+    assert len(make(**both, MODELS=f"kimi=a/b,{aliases}").get("/v1/models").json["data"]) == 31
+    assert time.monotonic() - began < PATIENCE / 2, "one wait for all, not one for each"
 
 
 @pytest.mark.parametrize("fault", [
