@@ -13,13 +13,16 @@ The way of a chat through this file, and of the reader:
     HTTP -> App -> ChatRequest -> converse() -> Provider.stream() -> deltas -> relay() -> pace() -> Answer -> HTTP
                                   (Sessions)                         a thread    keep-alive, pauses   JSON or SSE
 
-    1 Settings    every setting, in one table        6 Answers        deltas to OpenAI's JSON or a stream of events
-    2 Errors      what goes wrong, in OpenAI's form  7 Documentation  the OpenAPI description and the page
-    3 Requests    checks the caller's JSON           8 App            routes, keys, browsers, limits
-    4 Sessions    remembers the turns of a `user`    9 Demo upstream  a small stand-in for the web chat
-    5 Providers   talk to an upstream               10 Server         waitress, signals, the command line
+    1 Settings         every setting, in one table           9 OpenAI-style APIs    Moonshot, DeepSeek, a local server
+    2 Errors and JSON  in OpenAI's form; strict reading     10 Models and fallback  which upstream answers for a model
+    3 Requests         checks the caller's JSON             11 Delivery             threads, keep-alive, pace, sessions
+    4 Stores           remembers the turns of a `user`      12 Formats              deltas to JSON or to events
+    5 Deltas           folding, tokens, graphemes           13 App                  routes, keys, browsers, limits
+    6 Upstreams        how any upstream is called           14 Demo upstream        a small stand-in for the web chat
+    7 Prompts          a request as plain text, and back    15 Server               waitress, signals, command line
+    8 Kimi's web chat  the nonce, the form, its answers     16 Description, page    the OpenAPI description, the page
 
-A section knows those above it and never one below.
+A section knows those above it and never one below; the last is constants that the App serves.
 """
 from __future__ import annotations
 
@@ -282,9 +285,10 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 
 
 # ======================================================================================================================
-# 2 Errors
+# 2 Errors and JSON
 #
 # Everything that goes wrong on purpose is an APIError; `body()` is the only place that knows OpenAI's shape for it.
+# JSON is read strictly and written as UTF-8.
 # ======================================================================================================================
 
 
@@ -330,10 +334,33 @@ def upstream_error(status: int, code: str, message: str, retryable: bool = False
     return APIError(status, message, "upstream_error", code, retryable=retryable, quotes=quotes)
 
 
+def as_api_error(error: Exception) -> APIError:
+    """The error itself, or, for one that nobody meant to happen, a 500 after its traceback is logged."""
+    if isinstance(error, APIError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return APIError(500, "The server met an unexpected error; see its log.", "server_error", "internal_error")
+
+
 def dump_json(value: Any) -> bytes:
     """JSON as UTF-8. U+0085, U+2028 and U+2029 stay escaped: some clients split a stream of events there."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(
         {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}).encode()
+
+
+def finite(text: str) -> float:
+    """A number, but not NaN and Infinity, which Python reads although they are not JSON, nor 1e999."""
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a number in JSON")
+    return value
+
+
+parse_strictly = partial(json.loads, parse_constant=finite, parse_float=finite)
+
+
+def without_half_characters(text: str) -> str:
+    """Text in which halves of surrogate pairs, which cannot be sent as UTF-8, have become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ======================================================================================================================
@@ -342,6 +369,7 @@ def dump_json(value: Any) -> bytes:
 # Every check of the caller's JSON. A message stays the dict that the client sent; what a provider cannot do with it
 # (images, say) is that provider's to refuse. Field names and meanings: OpenAI's chat completions reference.
 # ======================================================================================================================
+
 
 Message = dict[str, Any]
 Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
@@ -433,21 +461,6 @@ class ChatRequest:
         return any(message["role"] == "assistant" for message in self.messages)
 
 
-def finite(text: str) -> float:
-    """A number, but not NaN and Infinity, which Python reads although they are not JSON, nor 1e999."""
-    if not isfinite(value := float(text)):
-        raise ValueError(f"{text[:20]} is not a number in JSON")
-    return value
-
-
-parse_strictly = partial(json.loads, parse_constant=finite, parse_float=finite)
-
-
-def without_half_characters(text: str) -> str:
-    """Text in which halves of surrogate pairs, which cannot be sent as UTF-8, have become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def parse_json(raw: bytes) -> dict[str, Any]:
     try:
         source = raw.decode("utf-8-sig")
@@ -532,7 +545,7 @@ def text_of(message: Message) -> str:
 
 
 # ======================================================================================================================
-# 4 Sessions
+# 4 Stores
 #
 # A dict, an expiry, a lock. A session belongs to a key (`owner`) and a `user`; it remembers turns, never system
 # messages, which every request brings anew.
@@ -597,44 +610,10 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 5 Providers
+# 5 Deltas
 #
-# A provider turns a Chat into a stream of Deltas; every fault of its upstream leaves here as an APIError. Nothing
-# outside this section knows requests, cloudscraper or what an upstream looks like.
+# What every upstream says: a stream of deltas, and what can be done with one: folding, counting, cutting.
 # ======================================================================================================================
-
-
-class Cancel:
-    """How an upstream call learns that its client has gone: by a call to what it has named, from another thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the two below: an action is called while it is valid, or never
-        self.cancelled = False
-        self._action: Callable[[], None] | None = None
-
-    def set_action(self, action: Callable[[], None] | None) -> None:
-        """Name what ends the call, at once if it is cancelled already; None: there is nothing left to end."""
-        with self._lock:
-            self._action = action
-            if action and self.cancelled:
-                action()
-
-    def __call__(self) -> None:
-        with self._lock:
-            self.cancelled = True
-            if self._action:
-                self._action()
-
-
-@dataclass(frozen=True)
-class Chat:
-    """What a provider is asked: a request, the turns remembered before it, the model by the upstream's own name."""
-
-    request: ChatRequest
-    model: str
-    history: tuple[Turn, ...] = ()
-    session_id: str = ""
-    cancel: Cancel = field(default_factory=Cancel)
 
 
 @dataclass(slots=True)
@@ -674,6 +653,102 @@ class Delta:
         """Whether it has anything but the role."""
         return self.ends or any(value for choice in self.chunk["choices"] for name, value in choice["delta"].items()
                                 if name != "role")
+
+
+def as_message(choice: dict[str, Any]) -> Message:
+    """The message that the merged deltas of a choice make."""
+    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
+    if message.get("tool_calls"):  # whose index has done its work
+        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"}
+                                 for call in message["tool_calls"]]
+    return message
+
+
+def merge(whole: dict[str, Any], part: dict[str, Any], join: bool = False) -> None:
+    """Add a chunk to what came before. Lists grow, by `index` where their entries have one; within a delta texts are
+    joined, but for those that name something; else the later value stands."""
+    for name, value in part.items():
+        before = whole.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            merge(before, value, join or name == "delta")
+        elif isinstance(value, list) and isinstance(before or [], list):
+            known = whole[name] = before or []
+            for entry in value:
+                index = entry.get("index") if isinstance(entry, dict) else None
+                same = next((old for old in known if index is not None and old.get("index") == index), None)
+                if same is None:
+                    known.append(same := {} if isinstance(entry, dict) else entry)
+                if isinstance(entry, dict):
+                    merge(same, entry, join)
+        elif join and isinstance(before, str) and isinstance(value, str) and name not in ("role", "id", "type", "name"):
+            whole[name] = before + value
+        elif value is not None or name not in whole:
+            whole[name] = {} if isinstance(value, dict) else value
+            if isinstance(value, dict):
+                merge(whole[name], value, join or name == "delta")
+
+
+# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces.
+WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens by a rule of thumb: 0.6 a Chinese character (DeepSeek's documentation), else 0.25 (OpenAI's)."""
+    narrow = len(re.sub(f"[{WIDE}]", "", text))
+    return ceil((len(text) - narrow) * 0.6 + narrow * 0.25)
+
+
+def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
+    tokens = estimate_tokens(prompt), estimate_tokens(completion)
+    return {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
+
+
+def is_joined(text: str, at: int) -> bool:
+    """Whether a reader would see the characters on both sides of the index as one."""
+    before, after = text[at - 1:at], text[at:at + 1]
+    return bool(after) and (unicodedata.category(after).startswith("M") or "\u200d" in (before, after)
+                            or "\U0001f1e6" <= after <= "\U0001f1ff" or "\U0001f3fb" <= after <= "\U0001f3ff")
+
+
+# ======================================================================================================================
+# 6 Upstreams
+#
+# A provider turns a Chat into a stream of Deltas; every fault of its upstream leaves here as an APIError. Nothing
+# outside this section knows requests, cloudscraper or what an upstream looks like.
+# ======================================================================================================================
+
+
+class Cancel:
+    """How an upstream call learns that its client has gone: by a call to what it has named, from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the two below: an action is called while it is valid, or never
+        self.cancelled = False
+        self._action: Callable[[], None] | None = None
+
+    def set_action(self, action: Callable[[], None] | None) -> None:
+        """Name what ends the call, at once if it is cancelled already; None: there is nothing left to end."""
+        with self._lock:
+            self._action = action
+            if action and self.cancelled:
+                action()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self.cancelled = True
+            if self._action:
+                self._action()
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a provider is asked: a request, the turns remembered before it, the model by the upstream's own name."""
+
+    request: ChatRequest
+    model: str
+    history: tuple[Turn, ...] = ()
+    session_id: str = ""
+    cancel: Cancel = field(default_factory=Cancel)
 
 
 LONGEST_WAIT = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
@@ -806,29 +881,89 @@ def plain_words(said: Any) -> str:
     return words[:300].encode("utf-8", "replace").decode() or "(it gave no reason)"
 
 
-# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces.
-WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
+MAX_UPSTREAM_BYTES = 4 << 20  # of a page or an answer; the web chat's are a few KiB
 
 
-def estimate_tokens(text: str) -> int:
-    """Tokens by a rule of thumb: 0.6 a Chinese character (DeepSeek's documentation), else 0.25 (OpenAI's)."""
-    narrow = len(re.sub(f"[{WIDE}]", "", text))
-    return ceil((len(text) - narrow) * 0.6 + narrow * 0.25)
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket until its time-out, counted from now on, is used up by all reads together.
+
+    A socket's own time-out starts anew with every byte, so an upstream that drips could hold a thread for hours.
+    """
+
+    def __init__(self, source: Any, sock: Any) -> None:
+        self._source, self._sock, self._timeout = source, sock, sock.gettimeout()
+        self._deadline = time.monotonic() + (self._timeout or inf)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left if left < inf else None)
+        return self._source.readinto(buffer)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._sock.settimeout(self._timeout)  # as the next request over this connection will want it
+        self._source.close()
+        super().close()
 
 
-def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
-    tokens = estimate_tokens(prompt), estimate_tokens(completion)
-    return {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
+class DeadlineResponse(ClientResponse):
+    """What http.client makes of a socket, read by a deadline: head and body together."""
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(DeadlineReader(self.fp.detach(), sock))
 
 
-def is_joined(text: str, at: int) -> bool:
-    """Whether a reader would see the characters on both sides of the index as one."""
-    before, after = text[at - 1:at], text[at:at + 1]
-    return bool(after) and (unicodedata.category(after).startswith("M") or "\u200d" in (before, after)
-                            or "\U0001f1e6" <= after <= "\U0001f1ff" or "\U0001f3fb" <= after <= "\U0001f3ff")
+class CancellableAdapter(HTTPAdapter):
+    """Lets a chat's Cancel shut the socket down that it waits on, from the moment the request is sent."""
+
+    def __init__(self, chat: threading.local, **kwargs: Any) -> None:
+        self._chat = chat
+        super().__init__(**kwargs)
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool, chat = super().get_connection_with_tls_context(*args, **kwargs), self._chat
+        plain = pool.ConnectionCls
+        if not hasattr(plain, "is_cancellable"):
+            def getresponse(connection: Any) -> Any:
+                if cancel := getattr(chat, "cancel", None):
+                    cancel.set_action(partial(shut_down, connection.sock))
+                return plain.getresponse(connection)
+            pool.ConnectionCls = type("Connection", (plain,), {"getresponse": getresponse, "is_cancellable": True})
+        return pool
 
 
-# Tools, JSON, stop: what an upstream of plain text cannot do itself
+def shut_down(sock: Any) -> None:
+    with suppress(OSError):  # it is closed already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def server_sent_data(response: requests.Response) -> Iterator[str]:
+    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
+    rest, data = b"", []
+    while chunk := response.raw.read1(65536, decode_content=True):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MAX_UPSTREAM_BYTES:
+            raise DecodeError("an event without an end")
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
+            elif not line and data:
+                yield "\n".join(data)
+                data = []
+
+
+# ======================================================================================================================
+# 7 Prompts
+#
+# Tools, JSON, stop: what an upstream of plain text cannot do itself.
+# ======================================================================================================================
 
 
 class Misread(Exception):
@@ -981,44 +1116,11 @@ def cut(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
     return text[:end], "length"
 
 
-# Kimi's web chat
-
-MAX_UPSTREAM_BYTES = 4 << 20  # of a page or an answer; the web chat's are a few KiB
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket until its time-out, counted from now on, is used up by all reads together.
-
-    A socket's own time-out starts anew with every byte, so an upstream that drips could hold a thread for hours.
-    """
-
-    def __init__(self, source: Any, sock: Any) -> None:
-        self._source, self._sock, self._timeout = source, sock, sock.gettimeout()
-        self._deadline = time.monotonic() + (self._timeout or inf)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Any:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._sock.settimeout(left if left < inf else None)
-        return self._source.readinto(buffer)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._sock.settimeout(self._timeout)  # as the next request over this connection will want it
-        self._source.close()
-        super().close()
-
-
-class DeadlineResponse(ClientResponse):
-    """What http.client makes of a socket, read by a deadline: head and body together."""
-
-    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(self.fp.detach(), sock))
+# ======================================================================================================================
+# 8 Kimi's web chat
+#
+# The nonce, the form, and what the site's answers mean.
+# ======================================================================================================================
 
 
 class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
@@ -1400,7 +1502,11 @@ class KimiProvider(Provider):
         return Nonce(found[1], self._clock())
 
 
-# APIs that speak OpenAI's protocol
+# ======================================================================================================================
+# 9 OpenAI-style APIs
+#
+# Upstreams that speak OpenAI's protocol: requests and chunks pass through.
+# ======================================================================================================================
 
 
 class OpenAIProvider(Provider):
@@ -1600,47 +1706,11 @@ def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if "ratelimit" in name.lower()}
 
 
-class CancellableAdapter(HTTPAdapter):
-    """Lets a chat's Cancel shut the socket down that it waits on, from the moment the request is sent."""
-
-    def __init__(self, chat: threading.local, **kwargs: Any) -> None:
-        self._chat = chat
-        super().__init__(**kwargs)
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool, chat = super().get_connection_with_tls_context(*args, **kwargs), self._chat
-        plain = pool.ConnectionCls
-        if not hasattr(plain, "is_cancellable"):
-            def getresponse(connection: Any) -> Any:
-                if cancel := getattr(chat, "cancel", None):
-                    cancel.set_action(partial(shut_down, connection.sock))
-                return plain.getresponse(connection)
-            pool.ConnectionCls = type("Connection", (plain,), {"getresponse": getresponse, "is_cancellable": True})
-        return pool
-
-
-def shut_down(sock: Any) -> None:
-    with suppress(OSError):  # it is closed already
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def server_sent_data(response: requests.Response) -> Iterator[str]:
-    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
-    rest, data = b"", []
-    while chunk := response.raw.read1(65536, decode_content=True):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_UPSTREAM_BYTES:
-            raise DecodeError("an event without an end")
-        for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
-            elif not line and data:
-                yield "\n".join(data)
-                data = []
-
-
-# All of them
+# ======================================================================================================================
+# 10 Models and fallback
+#
+# Which provider answers for a model's id, and who answers when it cannot.
+# ======================================================================================================================
 
 
 CREATED = 1757030400  # of a model whose upstream tells no time: 2025-09-05, when Kimi-K2-Instruct-0905 came out
@@ -1727,7 +1797,7 @@ class Upstreams:
 
 
 # ======================================================================================================================
-# 6 Answers
+# 11 Delivery
 #
 # Deltas in, OpenAI's JSON or server-sent events out. relay() moves an upstream call to a thread of its own, pace()
 # replays what arrived whole, an Answer writes. A None among the deltas stands for silence.
@@ -1898,6 +1968,13 @@ def pace(deltas: Iterator[Delta | None], interval: float, longest: float,
         yield delta.with_chunk({"choices": [], "usage": delta.chunk["usage"]})
 
 
+# ======================================================================================================================
+# 12 Formats
+#
+# Deltas in, OpenAI's JSON or server-sent events out.
+# ======================================================================================================================
+
+
 class Answer:
     """One chat completion on its way out: an id and a time of creation, the same in every chunk.
 
@@ -1950,280 +2027,8 @@ class Answer:
         yield b"data: [DONE]\n\n"
 
 
-def as_message(choice: dict[str, Any]) -> Message:
-    """The message that the merged deltas of a choice make."""
-    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
-    if message.get("tool_calls"):  # whose index has done its work
-        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"}
-                                 for call in message["tool_calls"]]
-    return message
-
-
-def merge(whole: dict[str, Any], part: dict[str, Any], join: bool = False) -> None:
-    """Add a chunk to what came before. Lists grow, by `index` where their entries have one; within a delta texts are
-    joined, but for those that name something; else the later value stands."""
-    for name, value in part.items():
-        before = whole.get(name)
-        if isinstance(before, dict) and isinstance(value, dict):
-            merge(before, value, join or name == "delta")
-        elif isinstance(value, list) and isinstance(before or [], list):
-            known = whole[name] = before or []
-            for entry in value:
-                index = entry.get("index") if isinstance(entry, dict) else None
-                same = next((old for old in known if index is not None and old.get("index") == index), None)
-                if same is None:
-                    known.append(same := {} if isinstance(entry, dict) else entry)
-                if isinstance(entry, dict):
-                    merge(same, entry, join)
-        elif join and isinstance(before, str) and isinstance(value, str) and name not in ("role", "id", "type", "name"):
-            whole[name] = before + value
-        elif value is not None or name not in whole:
-            whole[name] = {} if isinstance(value, dict) else value
-            if isinstance(value, dict):
-                merge(whole[name], value, join or name == "delta")
-
-
-def as_api_error(error: Exception) -> APIError:
-    """The error itself, or, for one that nobody meant to happen, a 500 after its traceback is logged."""
-    if isinstance(error, APIError):
-        return error
-    log.error("unexpected error", exc_info=error)
-    return APIError(500, "The server met an unexpected error; see its log.", "server_error", "internal_error")
-
-
 # ======================================================================================================================
-# 7 Documentation
-#
-# The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
-# ======================================================================================================================
-
-Schema = dict[str, Any]
-
-
-def obj(properties: Schema, optional: str = "") -> Schema:
-    """An object whose properties are required but for the named ones."""
-    return {"type": "object", "properties": properties, "required": sorted(set(properties) - set(optional.split()))}
-
-
-def array(items: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": items, **more}
-
-
-def ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def const(value: str) -> Schema:
-    return {"type": "string", "const": value}
-
-
-STRING, INTEGER, BOOLEAN, OBJECT = ({"type": name} for name in ("string", "integer", "boolean", "object"))
-COUNT: Schema = {"type": "integer", "minimum": 0}
-MAYBE_STRING = or_null(STRING)
-CALL_SCHEMA = obj({"id": STRING, "type": const("function"), "function": obj({"name": STRING, "arguments": STRING})})
-FINISH_REASON = {"type": "string", "enum": ["stop", "length", "tool_calls", "content_filter", "function_call"]}
-SCHEMAS: dict[str, Schema] = {
-    "Error": obj({"error": obj({"message": STRING, "type": STRING, "param": MAYBE_STRING, "code": MAYBE_STRING})}),
-    "Message": obj({"role": {"type": "string", "enum": list(ROLES)},
-                    "content": or_null({"anyOf": [STRING, array(obj({"type": STRING, "text": STRING}, "text"))]}),
-                    "tool_calls": array(CALL_SCHEMA), "tool_call_id": STRING}, "content tool_calls tool_call_id"),
-    "Request": obj({
-        "messages": array(ref("Message"), minItems=1), "model": MAYBE_STRING, "stream": or_null(BOOLEAN),
-        "stream_options": or_null(obj({"include_usage": BOOLEAN}, "include_usage")), "user": MAYBE_STRING,
-        "stop": {"anyOf": [STRING, array(STRING, maxItems=4), {"type": "null"}]},
-        "max_tokens": or_null({**INTEGER, "minimum": 1}), "max_completion_tokens": or_null({**INTEGER, "minimum": 1}),
-        "tools": array(obj({"type": const("function"), "function": obj(
-            {"name": {**STRING, "minLength": 1}, "description": STRING, "parameters": OBJECT},
-            "description parameters")})),
-        "tool_choice": {"anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, obj(
-            {"type": const("function"), "function": obj({"name": STRING})})]},
-        "parallel_tool_calls": BOOLEAN,
-        "response_format": {"anyOf": [obj({"type": {"type": "string", "enum": ["text", "json_object"]}}), obj(
-            {"type": const("json_schema"), "json_schema": obj({"name": STRING, "schema": OBJECT}, "name")})]}},
-        "model stream stream_options user stop max_tokens max_completion_tokens tools tool_choice parallel_tool_calls "
-        "response_format"),
-    "Usage": obj({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}),
-    "Completion": obj({"id": STRING, "object": const("chat.completion"), "created": INTEGER, "model": STRING,
-                       "choices": array(obj({
-                           "index": COUNT, "finish_reason": FINISH_REASON, "logprobs": or_null(OBJECT), "message": obj(
-                               {"role": const("assistant"), "content": MAYBE_STRING, "refusal": MAYBE_STRING,
-                                "tool_calls": array(CALL_SCHEMA)}, "tool_calls")})), "usage": ref("Usage")}),
-    "Chunk": obj({"id": STRING, "object": const("chat.completion.chunk"), "created": INTEGER, "model": STRING,
-                  "choices": array(obj({"index": COUNT, "delta": OBJECT, "finish_reason": or_null(FINISH_REASON)})),
-                  "usage": or_null(ref("Usage"))}, "usage"),
-    "Model": obj({"id": STRING, "object": const("model"), "created": INTEGER, "owned_by": STRING}),
-    "Models": obj({"object": const("list"), "data": array(ref("Model"))}),
-    "Session": obj({"object": const("session"), "user": STRING, "created": INTEGER, "last_used": INTEGER,
-                    "expires_at": INTEGER, "turns": array(array(ref("Message")))}),
-    "Deleted": obj({"object": const("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
-    "OpenAPI": obj({"openapi": STRING, "info": OBJECT, "security": array(OBJECT), "components": OBJECT,
-                    "paths": OBJECT}),
-    "Health": obj({"status": {"type": "string", "enum": ["ok", "degraded"]}, "version": STRING, "uptime_seconds": COUNT,
-                   "key_required": BOOLEAN, "chats": obj({"running": COUNT, "limit": COUNT}),
-                   "sessions": obj({"kept": COUNT, "limit": COUNT}), "upstreams": {
-                       "type": "object", "additionalProperties": obj({"failing_since": INTEGER, "reason": STRING},
-                                                                     "failing_since reason")}}),
-}
-
-
-def openapi(key_required: bool) -> dict[str, Any]:
-    """The OpenAPI 3.1 description of the server."""
-    def operation(summary: str, answer: str, parameter: str = "", **more: Any) -> dict[str, Any]:
-        content = {"application/json": {"schema": ref(answer)}} if answer else {"text/html": {"schema": STRING}}
-        if answer == "Completion":
-            content["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
-        parameters = [{"name": parameter, "in": "path", "required": True, "schema": STRING}] if parameter else []
-        errors = {"description": "an error", "content": {"application/json": {"schema": ref("Error")}}}
-        return {"summary": summary, "parameters": parameters, **more,
-                "responses": {"200": {"description": summary, "content": content}, "default": errors}}
-
-    open_to_all: dict[str, Any] = {"security": []}
-    return {
-        "openapi": "3.1.0", "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
-        "security": [{"key": []}] if key_required else [],
-        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "paths": {
-            "/v1/chat/completions": {"post": operation("chat", "Completion", requestBody={
-                "required": True, "content": {"application/json": {"schema": ref("Request")}}})},
-            "/v1/models": {"get": operation("the models", "Models")},
-            "/v1/models/{id}": {"get": operation("one model", "Model", "id")},
-            "/v1/sessions/{user}": {"get": operation("the turns remembered of a user", "Session", "user"),
-                                    "delete": operation("forget a user's turns", "Deleted", "user")},
-            "/health": {"get": operation("how the server is", "Health", **open_to_all)},
-            "/openapi.json": {"get": operation("this description", "OpenAPI", **open_to_all)},
-            "/docs": {"get": operation("a page to read and to try", "", **open_to_all)},
-            "/": {"get": operation("the same page", "", **open_to_all)}}}
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
-.ok { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
-input, select, textarea, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8889; border-radius: 6px }
-label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
-#chat, pre { max-height: 60vh; overflow: auto } .user, pre { background: #8882 } .soft { font-size: .8em; opacity: .75 }
-#chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
-details { border-top: 1px solid #8886; padding: .4rem 0 } summary { cursor: pointer }
-details button { display: block; margin-left: auto; padding: 0 .6rem } .user::before { content: 'You: ' }</style>
-<h1>kimi2api</h1><div id="status">Asking the server…</div><noscript>This page needs JavaScript.</noscript><main>
-<label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label><h2>Try it</h2>
-<label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
-placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
-<button id="stop" disabled>Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
-<h2>Connect</h2><section id="connect"></section><h2>API</h2><section id="api"></section></main>
-<script type="module">
-const [status, lock, key, model, question, send, stop, chat, connect, api] = document.querySelectorAll('[id]');
-const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
-let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
-const make = (tag, parent, textContent, className = '') =>  // the only way texts get in, so that they are never HTML
-  parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
-function fold(parent, title, about, schema) {  // a <details> with a text to copy; returns the element of the text
-  const details = make('details', parent), summary = make('summary', details), button = make('button', details, 'Copy');
-  make('code', summary, title).after(' ', make('span', summary, about, 'soft'));
-  const pre = make('pre', details, JSON.stringify(schema, null, 2));
-  const copy = async () => { await navigator.clipboard.writeText(pre.textContent); button.textContent = 'Copied'; };
-  button.onclick = () => copy().catch(() => getSelection().selectAllChildren(pre));  // plain http has no clipboard
-  return Object.assign(pre, {tabIndex: 0});  // so that the keyboard can scroll it
-}
-function fail({message, code}) { throw Error(message + (code ? ` (${code})` : '')); }
-async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
-  const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
-  if (bytes.length && path.startsWith('/v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
-  const answer = await fetch(path, {headers, ...options}).catch(() => fail({message: 'The server cannot be reached.'}));
-  if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
-  return options?.method ? answer.body : answer.json();
-}
-async function watch() {
-  try {
-    const now = await call('/health', {signal: AbortSignal.timeout(4000)}), {chats, uptime_seconds: up} = now;
-    status.replaceChildren(make('b', status, now.status, now.status), ` · ${chats.running} of ${chats.limit} chats ` +
-      `running · ${now.sessions.kept} sessions kept · up ${Math.floor(up / 3600)} h ${Math.floor(up / 60) % 60} min`);
-    for (const [name, {reason}] of Object.entries(now.upstreams)) if (reason) make('div', status, `${name}: ${reason}`);
-    if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
-  } catch (error) { status.replaceChildren(make('b', status, error.message, 'degraded')); locked = null; }
-  setTimeout(watch, 5000);
-}
-async function fillModels() {
-  const chosen = model.value, {data} = await call('/v1/models').catch(({message}) => ({data: [{id: '', message}]}));
-  model.replaceChildren(...data.map(({id, message = id}) => new Option(message, id, false, id === chosen)));
-  fillConnect();
-}
-function fillConnect() {
-  const base = location.origin + '/v1', secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
-  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]', texts = {
-    curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${secret}' -H 'Content-Type: application/json' -d '
-{"model": ${name}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
-client = OpenAI(base_url="${base}", api_key="${secret}")
-print(client.chat.completions.create(model=${name}, messages=${hello}).choices[0].message.content)`,
-    'openai-node': `import OpenAI from "openai";
-const client = new OpenAI({baseURL: "${base}", apiKey: "${secret}"});
-const stream = await client.chat.completions.create({model: ${name}, stream: true, messages: ${hello}});
-for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");`,
-    LangChain: `from langchain_openai import ChatOpenAI
-print(ChatOpenAI(base_url="${base}", api_key="${secret}", model=${name}).invoke("Hello!").content)`,
-    'chat UIs': `Key ${secret}, model ${id}, and as base URL in
-Open WebUI (Settings, Connections, OpenAI API): ${base}
-Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${location.origin}`};
-  for (const title in texts) (examples[title] ??= fold(connect, title)).textContent = texts[title];
-}
-async function fillApi() {
-  const {paths = {}, components, message = ''} = await call('/openapi.json').catch(error => error);
-  api.textContent = message;
-  for (const [path, item] of Object.entries(paths))
-    for (const [method, {summary, parameters, requestBody, responses}] of Object.entries(item))
-      if (responses) fold(api, `${method.toUpperCase()} ${path}`, summary, {parameters, requestBody, responses});
-  for (const [name, schema] of Object.entries(components?.schemas ?? {})) fold(api, name, 'schema', schema);
-}
-async function ask() {
-  const said = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
-  if (running || !said.content) return;
-  const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, said]});
-  make('div', chat, said.content, 'user').scrollIntoView(near);
-  const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box, '…');
-  [running, send.disabled, stop.disabled, question.value] = [new AbortController(), true, false, ''];
-  try {
-    const stream = await call('/v1/chat/completions', {method: 'POST', body, signal: running.signal});
-    const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let whole = false;
-    for (let read, rest = ''; !(read = await reader.read()).done;) {
-      const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
-      rest = lines.pop();  // the beginning of a line
-      for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
-        if (whole ||= data === '[DONE]') break;
-        const {error, choices} = JSON.parse(data), delta = choices?.[0]?.delta ?? {}; if (error) fail(error);
-        thought.textContent += delta.reasoning_content ?? '';
-        text.textContent = (reply.content += delta.content ?? '') || '…';
-      }
-      if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
-    }
-    if (!whole || !reply.content) fail({message: whole ? 'The answer is empty.' : 'The answer broke off.'});
-  } catch ({message}) { make('div', chat, running.signal.aborted ? 'Stopped' : message, 'error').scrollIntoView(near); }
-  if (reply.content) turns.push(said, reply); else { box.remove(); question.value ||= said.content; }
-  [running, send.disabled, stop.disabled] = [null, false, true];
-}
-send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
-question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
-key.onchange = () => { sessionStorage.kimi2apiKey = key.value; fillModels(); };
-key.value = sessionStorage.kimi2apiKey ?? ''; watch();</script>"""
-
-
-def page_headers() -> dict[str, str]:
-    """The page may run and look like what is in it, ask this server, and nothing else."""
-    hashes = {}
-    for tag in ("style", "script"):
-        text = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
-        hashes[tag] = b64encode(sha256(text[1].encode()).digest()).decode() if text else ""
-    policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
-              "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    return {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": policy}
-
-# ======================================================================================================================
-# 8 App
+# 13 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
@@ -2466,7 +2271,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 9 Demo upstream
+# 14 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` goes the whole real way without internet.
@@ -2517,7 +2322,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
 
 # ======================================================================================================================
-# 10 Server
+# 15 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -2746,6 +2551,238 @@ def main(argv: list[str] | None = None) -> int:
     server.run()
     logging.shutdown()
     os._exit(0)  # a usual exit would wait for upstream calls that nobody waits for any more
+
+
+# ======================================================================================================================
+# 16 Description and page
+#
+# The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
+# ======================================================================================================================
+
+Schema = dict[str, Any]
+
+
+def obj(properties: Schema, optional: str = "") -> Schema:
+    """An object whose properties are required but for the named ones."""
+    return {"type": "object", "properties": properties, "required": sorted(set(properties) - set(optional.split()))}
+
+
+def array(items: Schema, **more: Any) -> Schema:
+    return {"type": "array", "items": items, **more}
+
+
+def ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def const(value: str) -> Schema:
+    return {"type": "string", "const": value}
+
+
+STRING, INTEGER, BOOLEAN, OBJECT = ({"type": name} for name in ("string", "integer", "boolean", "object"))
+COUNT: Schema = {"type": "integer", "minimum": 0}
+MAYBE_STRING = or_null(STRING)
+CALL_SCHEMA = obj({"id": STRING, "type": const("function"), "function": obj({"name": STRING, "arguments": STRING})})
+FINISH_REASON = {"type": "string", "enum": ["stop", "length", "tool_calls", "content_filter", "function_call"]}
+SCHEMAS: dict[str, Schema] = {
+    "Error": obj({"error": obj({"message": STRING, "type": STRING, "param": MAYBE_STRING, "code": MAYBE_STRING})}),
+    "Message": obj({"role": {"type": "string", "enum": list(ROLES)},
+                    "content": or_null({"anyOf": [STRING, array(obj({"type": STRING, "text": STRING}, "text"))]}),
+                    "tool_calls": array(CALL_SCHEMA), "tool_call_id": STRING}, "content tool_calls tool_call_id"),
+    "Request": obj({
+        "messages": array(ref("Message"), minItems=1), "model": MAYBE_STRING, "stream": or_null(BOOLEAN),
+        "stream_options": or_null(obj({"include_usage": BOOLEAN}, "include_usage")), "user": MAYBE_STRING,
+        "stop": {"anyOf": [STRING, array(STRING, maxItems=4), {"type": "null"}]},
+        "max_tokens": or_null({**INTEGER, "minimum": 1}), "max_completion_tokens": or_null({**INTEGER, "minimum": 1}),
+        "tools": array(obj({"type": const("function"), "function": obj(
+            {"name": {**STRING, "minLength": 1}, "description": STRING, "parameters": OBJECT},
+            "description parameters")})),
+        "tool_choice": {"anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, obj(
+            {"type": const("function"), "function": obj({"name": STRING})})]},
+        "parallel_tool_calls": BOOLEAN,
+        "response_format": {"anyOf": [obj({"type": {"type": "string", "enum": ["text", "json_object"]}}), obj(
+            {"type": const("json_schema"), "json_schema": obj({"name": STRING, "schema": OBJECT}, "name")})]}},
+        "model stream stream_options user stop max_tokens max_completion_tokens tools tool_choice parallel_tool_calls "
+        "response_format"),
+    "Usage": obj({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}),
+    "Completion": obj({"id": STRING, "object": const("chat.completion"), "created": INTEGER, "model": STRING,
+                       "choices": array(obj({
+                           "index": COUNT, "finish_reason": FINISH_REASON, "logprobs": or_null(OBJECT), "message": obj(
+                               {"role": const("assistant"), "content": MAYBE_STRING, "refusal": MAYBE_STRING,
+                                "tool_calls": array(CALL_SCHEMA)}, "tool_calls")})), "usage": ref("Usage")}),
+    "Chunk": obj({"id": STRING, "object": const("chat.completion.chunk"), "created": INTEGER, "model": STRING,
+                  "choices": array(obj({"index": COUNT, "delta": OBJECT, "finish_reason": or_null(FINISH_REASON)})),
+                  "usage": or_null(ref("Usage"))}, "usage"),
+    "Model": obj({"id": STRING, "object": const("model"), "created": INTEGER, "owned_by": STRING}),
+    "Models": obj({"object": const("list"), "data": array(ref("Model"))}),
+    "Session": obj({"object": const("session"), "user": STRING, "created": INTEGER, "last_used": INTEGER,
+                    "expires_at": INTEGER, "turns": array(array(ref("Message")))}),
+    "Deleted": obj({"object": const("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
+    "OpenAPI": obj({"openapi": STRING, "info": OBJECT, "security": array(OBJECT), "components": OBJECT,
+                    "paths": OBJECT}),
+    "Health": obj({"status": {"type": "string", "enum": ["ok", "degraded"]}, "version": STRING, "uptime_seconds": COUNT,
+                   "key_required": BOOLEAN, "chats": obj({"running": COUNT, "limit": COUNT}),
+                   "sessions": obj({"kept": COUNT, "limit": COUNT}), "upstreams": {
+                       "type": "object", "additionalProperties": obj({"failing_since": INTEGER, "reason": STRING},
+                                                                     "failing_since reason")}}),
+}
+
+
+def openapi(key_required: bool) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of the server."""
+    def operation(summary: str, answer: str, parameter: str = "", **more: Any) -> dict[str, Any]:
+        content = {"application/json": {"schema": ref(answer)}} if answer else {"text/html": {"schema": STRING}}
+        if answer == "Completion":
+            content["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
+        parameters = [{"name": parameter, "in": "path", "required": True, "schema": STRING}] if parameter else []
+        errors = {"description": "an error", "content": {"application/json": {"schema": ref("Error")}}}
+        return {"summary": summary, "parameters": parameters, **more,
+                "responses": {"200": {"description": summary, "content": content}, "default": errors}}
+
+    open_to_all: dict[str, Any] = {"security": []}
+    return {
+        "openapi": "3.1.0", "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "security": [{"key": []}] if key_required else [],
+        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "paths": {
+            "/v1/chat/completions": {"post": operation("chat", "Completion", requestBody={
+                "required": True, "content": {"application/json": {"schema": ref("Request")}}})},
+            "/v1/models": {"get": operation("the models", "Models")},
+            "/v1/models/{id}": {"get": operation("one model", "Model", "id")},
+            "/v1/sessions/{user}": {"get": operation("the turns remembered of a user", "Session", "user"),
+                                    "delete": operation("forget a user's turns", "Deleted", "user")},
+            "/health": {"get": operation("how the server is", "Health", **open_to_all)},
+            "/openapi.json": {"get": operation("this description", "OpenAPI", **open_to_all)},
+            "/docs": {"get": operation("a page to read and to try", "", **open_to_all)},
+            "/": {"get": operation("the same page", "", **open_to_all)}}}
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+.ok { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
+input, select, textarea, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8889; border-radius: 6px }
+label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
+#chat, pre { max-height: 60vh; overflow: auto } .user, pre { background: #8882 } .soft { font-size: .8em; opacity: .75 }
+#chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
+details { border-top: 1px solid #8886; padding: .4rem 0 } summary { cursor: pointer }
+details button { display: block; margin-left: auto; padding: 0 .6rem } .user::before { content: 'You: ' }</style>
+<h1>kimi2api</h1><div id="status">Asking the server…</div><noscript>This page needs JavaScript.</noscript><main>
+<label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label><h2>Try it</h2>
+<label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
+placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
+<button id="stop" disabled>Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
+<h2>Connect</h2><section id="connect"></section><h2>API</h2><section id="api"></section></main>
+<script type="module">
+const [status, lock, key, model, question, send, stop, chat, connect, api] = document.querySelectorAll('[id]');
+const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
+let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
+const make = (tag, parent, textContent, className = '') =>  // the only way texts get in, so that they are never HTML
+  parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
+function fold(parent, title, about, schema) {  // a <details> with a text to copy; returns the element of the text
+  const details = make('details', parent), summary = make('summary', details), button = make('button', details, 'Copy');
+  make('code', summary, title).after(' ', make('span', summary, about, 'soft'));
+  const pre = make('pre', details, JSON.stringify(schema, null, 2));
+  const copy = async () => { await navigator.clipboard.writeText(pre.textContent); button.textContent = 'Copied'; };
+  button.onclick = () => copy().catch(() => getSelection().selectAllChildren(pre));  // plain http has no clipboard
+  return Object.assign(pre, {tabIndex: 0});  // so that the keyboard can scroll it
+}
+function fail({message, code}) { throw Error(message + (code ? ` (${code})` : '')); }
+async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
+  const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
+  if (bytes.length && path.startsWith('/v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
+  const answer = await fetch(path, {headers, ...options}).catch(() => fail({message: 'The server cannot be reached.'}));
+  if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
+  return options?.method ? answer.body : answer.json();
+}
+async function watch() {
+  try {
+    const now = await call('/health', {signal: AbortSignal.timeout(4000)}), {chats, uptime_seconds: up} = now;
+    status.replaceChildren(make('b', status, now.status, now.status), ` · ${chats.running} of ${chats.limit} chats ` +
+      `running · ${now.sessions.kept} sessions kept · up ${Math.floor(up / 3600)} h ${Math.floor(up / 60) % 60} min`);
+    for (const [name, {reason}] of Object.entries(now.upstreams)) if (reason) make('div', status, `${name}: ${reason}`);
+    if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
+  } catch (error) { status.replaceChildren(make('b', status, error.message, 'degraded')); locked = null; }
+  setTimeout(watch, 5000);
+}
+async function fillModels() {
+  const chosen = model.value, {data} = await call('/v1/models').catch(({message}) => ({data: [{id: '', message}]}));
+  model.replaceChildren(...data.map(({id, message = id}) => new Option(message, id, false, id === chosen)));
+  fillConnect();
+}
+function fillConnect() {
+  const base = location.origin + '/v1', secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]', texts = {
+    curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${secret}' -H 'Content-Type: application/json' -d '
+{"model": ${name}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
+client = OpenAI(base_url="${base}", api_key="${secret}")
+print(client.chat.completions.create(model=${name}, messages=${hello}).choices[0].message.content)`,
+    'openai-node': `import OpenAI from "openai";
+const client = new OpenAI({baseURL: "${base}", apiKey: "${secret}"});
+const stream = await client.chat.completions.create({model: ${name}, stream: true, messages: ${hello}});
+for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");`,
+    LangChain: `from langchain_openai import ChatOpenAI
+print(ChatOpenAI(base_url="${base}", api_key="${secret}", model=${name}).invoke("Hello!").content)`,
+    'chat UIs': `Key ${secret}, model ${id}, and as base URL in
+Open WebUI (Settings, Connections, OpenAI API): ${base}
+Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${location.origin}`};
+  for (const title in texts) (examples[title] ??= fold(connect, title)).textContent = texts[title];
+}
+async function fillApi() {
+  const {paths = {}, components, message = ''} = await call('/openapi.json').catch(error => error);
+  api.textContent = message;
+  for (const [path, item] of Object.entries(paths))
+    for (const [method, {summary, parameters, requestBody, responses}] of Object.entries(item))
+      if (responses) fold(api, `${method.toUpperCase()} ${path}`, summary, {parameters, requestBody, responses});
+  for (const [name, schema] of Object.entries(components?.schemas ?? {})) fold(api, name, 'schema', schema);
+}
+async function ask() {
+  const said = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
+  if (running || !said.content) return;
+  const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, said]});
+  make('div', chat, said.content, 'user').scrollIntoView(near);
+  const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box, '…');
+  [running, send.disabled, stop.disabled, question.value] = [new AbortController(), true, false, ''];
+  try {
+    const stream = await call('/v1/chat/completions', {method: 'POST', body, signal: running.signal});
+    const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let whole = false;
+    for (let read, rest = ''; !(read = await reader.read()).done;) {
+      const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
+      rest = lines.pop();  // the beginning of a line
+      for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
+        if (whole ||= data === '[DONE]') break;
+        const {error, choices} = JSON.parse(data), delta = choices?.[0]?.delta ?? {}; if (error) fail(error);
+        thought.textContent += delta.reasoning_content ?? '';
+        text.textContent = (reply.content += delta.content ?? '') || '…';
+      }
+      if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
+    }
+    if (!whole || !reply.content) fail({message: whole ? 'The answer is empty.' : 'The answer broke off.'});
+  } catch ({message}) { make('div', chat, running.signal.aborted ? 'Stopped' : message, 'error').scrollIntoView(near); }
+  if (reply.content) turns.push(said, reply); else { box.remove(); question.value ||= said.content; }
+  [running, send.disabled, stop.disabled] = [null, false, true];
+}
+send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
+question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
+key.onchange = () => { sessionStorage.kimi2apiKey = key.value; fillModels(); };
+key.value = sessionStorage.kimi2apiKey ?? ''; watch();</script>"""
+
+
+def page_headers() -> dict[str, str]:
+    """The page may run and look like what is in it, ask this server, and nothing else."""
+    hashes = {}
+    for tag in ("style", "script"):
+        text = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
+        hashes[tag] = b64encode(sha256(text[1].encode()).digest()).decode() if text else ""
+    policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+              "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": policy}
 
 
 if __name__ == "__main__":
