@@ -8,21 +8,23 @@
     curl http://127.0.0.1:8088/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
 
-The way of a chat through this file, and of the reader:
+The way of a chat through this file:
 
-    HTTP -> App -> ChatRequest -> converse() -> Provider.stream() -> deltas -> relay() -> pace() -> Answer -> HTTP
-                                  (Sessions)                         a thread    keep-alive, pauses   JSON or SSE
+    App -> ChatRequest -> answer_in_session() -> Provider.stream() -> deltas -> ChatCompletion -> relay() -> client
+           (schemas)      (Sessions)             (web chat or API)              (JSON or SSE)     (a thread)
+
+and of its reader:
 
     1 Settings         every setting, in one table           9 OpenAI-style APIs    Moonshot, DeepSeek, a local server
     2 Errors and JSON  in OpenAI's form; strict reading     10 Models and fallback  which upstream answers for a model
-    3 Requests         checks the caller's JSON             11 Delivery             threads, keep-alive, pace, sessions
+    3 Requests         schemas of what a caller may send    11 Delivery             sessions, threads, keep-alive, pace
     4 Stores           remembers the turns of a `user`      12 Formats              deltas to JSON or to events
     5 Deltas           folding, tokens, graphemes           13 App                  routes, keys, browsers, limits
-    6 Upstreams        how any upstream is called           14 Demo upstream        a small stand-in for the web chat
+    6 Upstreams        transport, circuit breaker, retries  14 Demo upstream        a small stand-in for the web chat
     7 Prompts          a request as plain text, and back    15 Server               waitress, signals, command line
     8 Kimi's web chat  the nonce, the form, its answers     16 Description, page    the OpenAPI description, the page
 
-A section knows those above it and never one below; the last is constants that the App serves.
+A section knows those above it and never one below; the last holds constants that the App serves.
 """
 from __future__ import annotations
 
@@ -35,7 +37,6 @@ import itertools
 import json
 import logging
 import os
-import queue
 import random
 import re
 import signal
@@ -46,21 +47,21 @@ import time
 import unicodedata
 import uuid
 from base64 import b64encode
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
-from http.client import HTTPResponse as ClientResponse
-from http.cookiejar import DefaultCookiePolicy
+from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
@@ -70,9 +71,9 @@ import waitress
 from cloudscraper.cloudflare import Cloudflare
 from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
+from requests.utils import get_environ_proxies
 from urllib3 import Timeout
-from urllib3.exceptions import DecodeError, NewConnectionError
-from urllib3.exceptions import HTTPError as UpstreamHTTPError
+from urllib3.exceptions import DecodeError, HTTPError, NewConnectionError
 from urllib3.exceptions import TimeoutError as UpstreamTimeout
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
@@ -84,6 +85,8 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("kimi2api")
 T = TypeVar("T")
+Message = dict[str, Any]  # of a conversation, as OpenAI's API has it
+Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
 
 # ======================================================================================================================
 # 1 Settings
@@ -93,60 +96,103 @@ T = TypeVar("T")
 # ======================================================================================================================
 
 
-def number(low: float, high: float, kind: Callable[[str], float] = float) -> Callable[[str], float]:
+@dataclass(frozen=True)
+class Kind:
+    """What a setting accepts, in words, and how its text is read. `parse` raises ValueError."""
+
+    accepts: str
+    parse: Callable[[str], Any]
+
+
+def number(low: float, high: float) -> Kind:
     def parse(text: str) -> float:
-        if not low <= kind(text) <= high:  # NaN is refused too
+        value = float(text)
+        if not low <= value <= high:  # NaN is refused too
             raise ValueError
-        return kind(text)
-    parse.__doc__ = f"a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
-    return parse
+        return value
+
+    return Kind(f"a number from {low:g} to {high:g}", parse)
 
 
-def words(pattern: str, meaning: str) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        found = tuple(word.strip() for word in text.split(",") if word.strip())
-        if not all(re.fullmatch(pattern, word) for word in found):
+def integer(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
             raise ValueError
-        return found
-    parse.__doc__ = f"{meaning}; several are separated by commas"
-    return parse
+        return value
+
+    return Kind(f"a whole number from {low:g} to {high:g}", parse)
 
 
-def matching(pattern: str, meaning: str) -> Callable[[str], str]:
+def matching(pattern: str, accepts: str) -> Kind:
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise ValueError
         return text
-    parse.__doc__ = meaning
-    return parse
+
+    return Kind(accepts, parse)
 
 
-def pairs(text: str) -> dict[str, str]:
-    """`id=upstream name`, separated by commas"""
-    table = dict(re.split(r"\s*=\s*", entry, maxsplit=1) for entry in words(r"[^=]+=.+", "")(text))
+def comma_separated(pattern: str, accepts: str) -> Kind:
+    def parse(text: str) -> tuple[str, ...]:
+        entries = [entry.strip() for entry in text.split(",")]
+        entries = [entry for entry in entries if entry]
+        if not all(re.fullmatch(pattern, entry) for entry in entries):
+            raise ValueError
+        return tuple(entries)
+
+    return Kind(f"{accepts}; several are separated by commas", parse)
+
+
+def parse_model_table(text: str) -> dict[str, str]:
+    table = {}
+    for entry in text.split(","):
+        if entry.strip():
+            model, _, upstream_name = entry.partition("=")
+            if not (model.strip() and upstream_name.strip()):
+                raise ValueError
+            table[model.strip()] = upstream_name.strip()
     if not table:
         raise ValueError
     return table
 
 
-def http_url(text: str) -> str:
-    """an http:// or https:// address"""
+def parse_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError
     return text
 
 
-ascii_key = matching("[!-~]*", "printable ASCII without spaces")
+TEXT = Kind("any text", str)
+HOST = Kind("a host's name or address", lambda text: text.strip("[]"))
+URL = Kind("an http:// or https:// address", parse_url)
+ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
+ASCII_KEYS = comma_separated("[!-~]+", "printable ASCII without spaces")
+MODEL_TABLE = Kind("`id=upstream name`, separated by commas", parse_model_table)
+MODEL_IDS = comma_separated(r"\S+", "a model's id")
+ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
+API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
+LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
 class SettingError(Exception):
     """A setting that does not parse, or settings that do not go together: the start is refused."""
 
 
-def setting(default: str, meaning: str, parse: Callable[[str], Any] = str) -> Any:
-    return field(default_factory=lambda: parse(default),
-                 metadata={"default": default, "meaning": meaning, "parse": parse})
+def setting(default: str, meaning: str, kind: Kind = TEXT) -> Any:
+    return field(
+        default_factory=lambda: kind.parse(default),
+        metadata={"default": default, "meaning": meaning, "kind": kind},
+    )
+
+
+@dataclass(frozen=True)
+class API:
+    """Where an OpenAI-style API is, and this server's key for it."""
+
+    base_url: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -155,53 +201,62 @@ class Settings:
 
     api_master_key: tuple[str, ...] = setting(
         "", "key that clients send as `Authorization: Bearer …`; several are separated by commas. "
-        "Empty: no key is asked, and only this machine may call",
-        words(r"[!-~]+", "printable ASCII without spaces"))
-    api_host: str = setting("127.0.0.1", "address to listen on; one that is not loopback needs a key",
-                            lambda text: text.strip("[]"))
-    api_port: int = setting("8088", "port to listen on; 0 takes a free one", number(0, 65535, int))
-    max_concurrent_chats: int = setting("64", "chats running at once; one more is answered 429", number(1, 4096, int))
-    session_cache_ttl: float = setting("3600", "seconds a session lives after its last turn", number(1, 1e9))
-    max_session_size: int = setting("1000", "sessions kept; the least recently used goes first", number(1, 10**9, int))
-    request_timeout: float = setting("60", "seconds one upstream attempt may take", number(0.1, 86400))
-    max_retries: int = setting("3", "further attempts after a failure that is safe to retry", number(0, 100, int))
-    context_max_length: int = setting("1000", "characters the web chat takes in one message", number(1, 10**9, int))
+        "Empty: no key is asked, and only this machine may call", ASCII_KEYS)
+    api_host: str = setting(
+        "127.0.0.1", "address to listen on; one that is not loopback needs a key", HOST)
+    api_port: int = setting(
+        "8088", "port to listen on; 0 takes a free one", integer(0, 65535))
+    max_concurrent_chats: int = setting(
+        "64", "chats running at once; one more is answered 429", integer(1, 4096))
+    session_cache_ttl: float = setting(
+        "3600", "seconds a session lives after its last turn", number(1, 1e9))
+    max_session_size: int = setting(
+        "1000", "sessions kept; the least recently used goes first", integer(1, 10**9))
+    request_timeout: float = setting(
+        "60", "seconds one upstream attempt may take", number(0.1, 86400))
+    max_retries: int = setting(
+        "3", "further attempts after a failure that is safe to retry", integer(0, 100))
+    context_max_length: int = setting(
+        "1000", "characters the web chat takes in one message", integer(1, 10**9))
     default_model: str = setting("kimi", "model of a request that names none")
     models: dict[str, str] = setting(
         "kimi=moonshotai/Kimi-K2-Instruct-0905,kimi-k2-instruct-0905=moonshotai/Kimi-K2-Instruct-0905,"
         "kimi-k2-instruct=moonshotai/Kimi-K2-Instruct",
-        "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id", pairs)
+        "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id", MODEL_TABLE)
     stream_interval_ms: float = setting(
         "20", "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
         number(0, 1000))
-    stream_max_seconds: float = setting("2", "a replay never takes longer than this: pieces grow instead",
-                                        number(0, 3600))
-    sse_keepalive: float = setting("10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
-    shutdown_grace: float = setting("30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
-    max_body_bytes: int = setting("4194304", "largest request body", number(1, 2**30, int))
-    moonshot_api_key: str = setting("", "key of Moonshot's own API; its models are then `moonshot/…`", ascii_key)
-    moonshot_base_url: str = setting("https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`",
-                                     http_url)
-    deepseek_api_key: str = setting("", "key of DeepSeek's API; its models are then `deepseek/…`", ascii_key)
-    deepseek_base_url: str = setting("https://api.deepseek.com/v1", "where it is", http_url)
-    qianfan_api_key: str = setting("", "key of Baidu's Qianfan; its models are then `qianfan/…`", ascii_key)
-    qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "where it is", http_url)
+    stream_max_seconds: float = setting(
+        "2", "a replay never takes longer than this: pieces grow instead", number(0, 3600))
+    sse_keepalive: float = setting(
+        "10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
+    shutdown_grace: float = setting(
+        "30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
+    max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
+    moonshot_api_key: str = setting(
+        "", "key of Moonshot's own API; its models are then `moonshot/…`", ASCII_KEY)
+    moonshot_base_url: str = setting(
+        "https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`", URL)
+    deepseek_api_key: str = setting(
+        "", "key of DeepSeek's API; its models are then `deepseek/…`", ASCII_KEY)
+    deepseek_base_url: str = setting("https://api.deepseek.com/v1", "base URL of DeepSeek's API", URL)
+    qianfan_api_key: str = setting(
+        "", "key of Baidu's Qianfan; its models are then `qianfan/…`", ASCII_KEY)
+    qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "base URL of Qianfan", URL)
     providers: tuple[str, ...] = setting(
-        "", "names of more APIs of OpenAI's kind, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
-        "asks for one, `LOCAL_API_KEY`",
-        words("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi"))
+        "", "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
+        "asks for one, `LOCAL_API_KEY`", API_NAMES)
     fallback_models: tuple[str, ...] = setting(
-        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas",
-        words(r"\S+", "a model's id"))
+        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas", MODEL_IDS)
     cors_origins: tuple[str, ...] = setting(
         "", "origins that may call from a browser, separated by commas. "
-        "Empty: any when a key is set, else only those of this machine",
-        words(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example"))
-    upstream_url: str = setting("https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", http_url)
-    chat_page_url: str = setting("https://kimi-ai.chat/chat/", "the page that carries the nonce", http_url)
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", matching(
-        "(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
-    apis: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # no setting: base URL and key of each API in use
+        "Empty: any when a key is set, else only those of this machine", ORIGINS)
+    upstream_url: str = setting(
+        "https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", URL)
+    chat_page_url: str = setting(
+        "https://kimi-ai.chat/chat/", "the page that carries the nonce", URL)
+    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", LOG_LEVEL)
+    apis: Mapping[str, API] = field(default_factory=dict)  # no setting of its own: the APIs in use, by name
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
@@ -210,30 +265,32 @@ class Settings:
         An empty text counts as not set, because that is what `${NAME:-}` of a compose file leaves.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
-        def given(name: str) -> str:
-            return next((value.strip() for source in sources if (value := source.get(name))), "")
+        def lookup(name: str) -> str:
+            for source in sources:
+                text = source.get(name)
+                if text:
+                    return text.strip()
+            return ""
+
+        def parsed(name: str, kind: Kind, default: str = "") -> Any:
+            text = lookup(name) or default
+            try:
+                return kind.parse(text)
+            except ValueError:
+                shown = "the value" if name.endswith("_KEY") else repr(text)
+                raise SettingError(f"{name}: {shown} is not {kind.accepts}") from None
 
         values = {}
         for f in cls.table():
-            name, parse = f.name.upper(), f.metadata["parse"]
-            if given(name):
-                try:
-                    values[f.name] = parse(given(name))
-                except ValueError:
-                    shown = "the value" if name.endswith("_KEY") else repr(given(name))
-                    raise SettingError(f"{name}: {shown} is not {parse.__doc__}") from None
-        settings = cls(**values)
+            name = f.name.upper()
+            values[f.name] = parsed(name, f.metadata["kind"], f.metadata["default"])
         apis = {}
-        for name in ("moonshot", "deepseek", "qianfan", *settings.providers):
-            base_url = getattr(settings, f"{name}_base_url", None) or given(f"{name}_base_url".upper())
-            key = given(f"{name}_api_key".upper())
-            if key or name in settings.providers:
-                try:
-                    apis[name] = http_url(base_url), ascii_key(key)
-                except ValueError:
-                    raise SettingError(f"{name.upper()}_BASE_URL: {base_url!r} is not {http_url.__doc__}, or "
-                                       f"{name.upper()}_API_KEY is not {ascii_key.__doc__}") from None
-        settings = replace(settings, apis=apis)
+        for name in ("moonshot", "deepseek", "qianfan", *values["providers"]):
+            key = parsed(f"{name}_api_key".upper(), ASCII_KEY)
+            if key or name in values["providers"]:
+                base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
+                apis[name] = API(base_url, key)
+        settings = cls(**values, apis=apis)
         settings._check()
         return settings
 
@@ -243,21 +300,33 @@ class Settings:
 
     def _check(self) -> None:
         """Raises SettingError for settings that do not go together."""
-        for start in self.models:
-            seen = [start]
-            while (following := self.models.get(seen[-1], seen[-1])) != seen[-1]:
-                if following in seen:
-                    raise SettingError(f"MODELS: {' = '.join([*seen, following])} goes in a circle")
-                seen.append(following)
-        for name, models in (("DEFAULT_MODEL", (self.default_model,)), ("FALLBACK_MODELS", self.fallback_models)):
-            for model in models:
-                prefix, _, own_name = model.partition("/")
-                if not {model, "*"} & set(self.models) and not (prefix in self.apis and own_name):
-                    raise SettingError(f"{name}: {model!r} is neither one of MODELS ({', '.join(self.models)}) nor of "
-                                       f"an API that has its key ({', '.join(self.apis) or 'none has'})")
+        for model in self.models:
+            self._check_for_circle(model)
+        self._check_model("DEFAULT_MODEL", self.default_model)
+        for model in self.fallback_models:
+            self._check_model("FALLBACK_MODELS", model)
         if not self.api_master_key and not is_loopback(self.api_host):
-            raise SettingError(f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY "
-                               "must be set; without a key only a loopback host such as 127.0.0.1 is accepted")
+            raise SettingError(
+                f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
+                "without a key only a loopback host such as 127.0.0.1 is accepted")
+
+    def _check_for_circle(self, model: str) -> None:
+        seen = [model]
+        while self.models.get(seen[-1], seen[-1]) != seen[-1]:
+            following = self.models[seen[-1]]
+            if following in seen:
+                raise SettingError(f"MODELS: {' = '.join([*seen, following])} goes in a circle")
+            seen.append(following)
+
+    def _check_model(self, name: str, model: str) -> None:
+        prefix, _, own_name = model.partition("/")
+        if model in self.models or "*" in self.models:
+            return
+        if prefix in self.apis and own_name:
+            return
+        raise SettingError(
+            f"{name}: {model!r} is neither one of MODELS ({', '.join(self.models)}) nor of an API that has its key "
+            f"({', '.join(self.apis) or 'none has'})")
 
 
 @lru_cache(maxsize=256)
@@ -272,50 +341,76 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+ENV_LINE = re.compile(r"""
+    \s* (?:export\s+)? (?P<name>\w+) \s*=\s*
+    (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<bare>.*?) )
+    \s* (?:(?<=\s)\#.*)? $""", re.X)
+
+
 def read_env_file(path: str, required: bool) -> dict[str, str]:
     """`NAME=value` lines of a .env file; `export`, quotes, blank lines and # comments are understood."""
-    entry = re.compile(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$""")
+    values = {}
     try:
         with open(path, encoding="utf-8-sig") as lines:
-            return {found[1]: found[2] or found[3] or found[4] or "" for found in map(entry.match, lines) if found}
+            for line in lines:
+                entry = ENV_LINE.match(line)
+                if entry:
+                    values[entry["name"]] = entry["double"] or entry["single"] or entry["bare"] or ""
     except (OSError, UnicodeDecodeError) as error:
-        if not required and isinstance(error, FileNotFoundError):
-            return {}
-        raise SettingError(f"{path}: cannot be read: {error}") from None
+        if required or not isinstance(error, FileNotFoundError):
+            raise SettingError(f"{path}: cannot be read: {error}") from None
+    return values
 
 
 # ======================================================================================================================
 # 2 Errors and JSON
 #
 # Everything that goes wrong on purpose is an APIError; `body()` is the only place that knows OpenAI's shape for it.
-# JSON is read strictly and written as UTF-8.
+# JSON is read strictly, by one reader for the caller's and one for upstream's, and written as UTF-8.
 # ======================================================================================================================
 
 
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    retryable: the same call may succeed a moment later and cannot do harm twice; retry_after: seconds that upstream
-    asked us to wait, if it did; quotes: the message has words of upstream's, which may repeat the prompt.
+    An error may be told to several callers at once, so it is never changed: `copy` makes another.
     """
 
-    def __init__(self, status: int, message: str, type: str = "invalid_request_error", code: str | None = None,
-                 param: str | None = None, headers: Mapping[str, str] | None = None,
-                 retryable: bool = False, retry_after: float = 0.0, quotes: bool = False) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        retryable: bool = False,
+        retry_after: float = 0.0,
+        quotes_upstream: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
-        self.headers = dict(headers or {})
-        self.retryable, self.retry_after, self.quotes = retryable, retry_after, quotes
+        self.status = status
+        self.message = message
+        self.type = type
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+        self.retryable = retryable  # the same call may succeed a moment later, and cannot do harm twice
+        self.retry_after = retry_after  # seconds that upstream asked us to wait, 0 if it did not
+        self.quotes_upstream = quotes_upstream  # the message has words of upstream's, which may repeat the prompt
 
-    def again(self, addition: str = "") -> APIError:
-        """The same error for another caller, with something added."""
-        return APIError(self.status, self.message + addition, self.type, self.code, self.param, self.headers,
-                        self.retryable, self.retry_after, self.quotes)
+    def copy(self, **changes: Any) -> APIError:
+        """The same error, but for some of its fields."""
+        return APIError(**{**vars(self), **changes})
+
+    def with_headers(self, headers: Mapping[str, str]) -> APIError:
+        return self.copy(headers={**self.headers, **headers})
 
     @property
     def reason(self) -> str:
         """What the log and /health may say of it."""
-        return f"{self.code or self.type} ({self.status})" + ("" if self.quotes else f": {self.message}")
+        kind = f"{self.code or self.type} ({self.status})"
+        return kind if self.quotes_upstream else f"{kind}: {self.message}"
 
     @property
     def may_fall_back(self) -> bool:
@@ -326,12 +421,15 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+NO_SDK_RETRY = {"x-should-retry": "false"}  # obeyed by OpenAI's SDKs
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
     return APIError(400, message, param=param, code=code)
 
 
-def upstream_error(status: int, code: str, message: str, retryable: bool = False, quotes: bool = False) -> APIError:
-    return APIError(status, message, "upstream_error", code, retryable=retryable, quotes=quotes)
+def upstream_error(status: int, code: str, message: str, **more: Any) -> APIError:
+    return APIError(status, message, "upstream_error", code, **more)
 
 
 def as_api_error(error: Exception) -> APIError:
@@ -342,23 +440,44 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, "The server met an unexpected error; see its log.", "server_error", "internal_error")
 
 
-def dump_json(value: Any) -> bytes:
-    """JSON as UTF-8. U+0085, U+2028 and U+2029 stay escaped: some clients split a stream of events there."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(
-        {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}).encode()
-
-
 def finite(text: str) -> float:
     """A number, but not NaN and Infinity, which Python reads although they are not JSON, nor 1e999."""
-    if not isfinite(value := float(text)):
+    value = float(text)
+    if not isfinite(value):
         raise ValueError(f"{text[:20]} is not a number in JSON")
     return value
 
 
-parse_strictly = partial(json.loads, parse_constant=finite, parse_float=finite)
+STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
 
 
-def without_half_characters(text: str) -> str:
+def parse_json(source: str) -> Any:
+    """A value of JSON. Raises ValueError for what is none, or is nested too deep."""
+    try:
+        return STRICT_JSON.decode(source)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def parse_upstream_json(source: str) -> Any:
+    """What an upstream sent, with U+FFFD for lone surrogates, which cannot be sent on. Raises ValueError."""
+    value = parse_json(source)
+    if "\\ud" in source.lower():  # escapes are the only way that surrogates get in
+        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)))
+    return value
+
+
+def dump_json(value: Any) -> bytes:
+    text = COMPACT_JSON.encode(value)
+    if not text.isascii():
+        for separator, escape in LINE_SEPARATORS.items():
+            text = text.replace(separator, escape)
+    return text.encode()
+
+
+def replace_lone_surrogates(text: str) -> str:
     """Text in which halves of surrogate pairs, which cannot be sent as UTF-8, have become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -366,33 +485,226 @@ def without_half_characters(text: str) -> str:
 # ======================================================================================================================
 # 3 Requests
 #
-# Every check of the caller's JSON. A message stays the dict that the client sent; what a provider cannot do with it
-# (images, say) is that provider's to refuse. Field names and meanings: OpenAI's chat completions reference.
+# The schemas of what a caller may send: they check a request and are what /openapi.json shows. What they cannot say,
+# because it compares two fields, is code. A message stays the dict that the client sent; what an upstream cannot do
+# with it (images, say) is that upstream's to refuse. Fields and meanings: OpenAI's chat completions reference.
 # ======================================================================================================================
 
+Schema = dict[str, Any]
+ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
-Message = dict[str, Any]
-Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
+STRING: Schema = {"type": "string"}
+NUMBER: Schema = {"type": "number"}
+INTEGER: Schema = {"type": "integer"}
+BOOLEAN: Schema = {"type": "boolean"}
+OBJECT: Schema = {"type": "object"}
+NULL: Schema = {"type": "null"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+POSITIVE: Schema = {"type": "integer", "minimum": 1}
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-FIELDS: dict[str, tuple[type, ...]] = {  # types of what matters here or would confuse an upstream; the rest is not ours
-    "messages": (list,), "model": (str,), "user": (str,), "stream": (bool,), "stream_options": (dict,),
-    "stop": (str, list), "max_tokens": (int,), "max_completion_tokens": (int,), "n": (int,), "logprobs": (bool,),
-    "tools": (list,), "tool_choice": (str, dict), "parallel_tool_calls": (bool,), "response_format": (dict,),
-    "temperature": (int, float), "top_p": (int, float), "presence_penalty": (int, float),
-    "frequency_penalty": (int, float), "seed": (int,), "logit_bias": (dict,), "modalities": (list,), "audio": (dict,)}
-TYPE_NAMES = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a whole number",
-              float: "a number"}
+
+def array(items: Schema, **bounds: int) -> Schema:
+    return {"type": "array", "items": items, **bounds}
+
+
+def any_of(*options: Schema) -> Schema:
+    return {"anyOf": list(options)}
+
+
+def constant(value: str) -> Schema:
+    return {"type": "string", "const": value}
+
+
+def choice_of(*values: str) -> Schema:
+    return {"type": "string", "enum": list(values)}
+
+
+def object_of(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "properties": properties, "required": sorted(required), **more}
+
+
+def record(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
+    """An object in a request: a field that may be missing may be null as well, as OpenAI's server has it."""
+    nullable = {name: any_of(schema, NULL) for name, schema in (optional or {}).items()}
+    return object_of(required, nullable, **more)
+
+
+def when(name: str, values: list[Any], then: Schema) -> Schema:
+    """Keywords of an object schema: where the field has one of these values, or is missing, `then` holds too."""
+    return {"if": {"properties": {name: {"enum": values}}}, "then": then}
+
+
+CONTENT_PART = record({"type": STRING}, **when("type", ["text"], record({"text": STRING})))
+TOOL_CALL = record({"function": record({"name": STRING, "arguments": STRING})}, {"id": STRING})
+MESSAGE = record(
+    {"role": choice_of(*ROLES)},
+    {
+        "content": any_of(STRING, array(CONTENT_PART)),
+        "tool_calls": array(TOOL_CALL),
+        "tool_call_id": STRING,
+    },
+    # an assistant's message may consist of tool calls alone
+    **when("role", [role for role in ROLES if role != "assistant"], record({"content": any_of(STRING, array(OBJECT))})),
+)
+FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
+TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
+TOOL_CHOICE = any_of(
+    choice_of("none", "auto", "required"),
+    record({}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})}))),
+)
+RESPONSE_FORMAT = record(
+    {"type": choice_of("text", "json_object", "json_schema")},
+    {"json_schema": OBJECT},
+    **when("type", ["json_schema"], record({"json_schema": record({"schema": OBJECT})})),
+)
+CHAT_REQUEST = record(
+    {"messages": array(MESSAGE, minItems=1)},
+    {
+        "model": STRING,
+        "user": STRING,
+        "stream": BOOLEAN,
+        "stream_options": record({}, {"include_usage": BOOLEAN}),
+        "stop": any_of(STRING, array(STRING, maxItems=4)),
+        "max_tokens": POSITIVE,
+        "max_completion_tokens": POSITIVE,
+        "n": POSITIVE,
+        "tools": array(TOOL),
+        "tool_choice": TOOL_CHOICE,
+        "parallel_tool_calls": BOOLEAN,
+        "response_format": RESPONSE_FORMAT,
+        "temperature": NUMBER,
+        "top_p": NUMBER,
+        "presence_penalty": NUMBER,
+        "frequency_penalty": NUMBER,
+        "seed": INTEGER,
+        "logprobs": BOOLEAN,
+        "logit_bias": OBJECT,
+        "modalities": array(STRING),
+        "audio": OBJECT,
+    },
+)
+
+TYPE_NAMES = {
+    "object": "an object",
+    "array": "a list",
+    "string": "a string",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "null": "null",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Where a value breaks its schema: a path such as messages[0].role, how deep that is, and the schema there."""
+
+    path: str
+    depth: int
+    schema: Schema
+
+    @property
+    def demand(self) -> str:
+        return describe(self.schema)
+
+
+def find_fault(value: Any, schema: Schema, path: str = "", depth: int = 0) -> Fault | None:
+    """The first fault of a value by a JSON schema, or None. Knows the keywords that the schemas here use.
+
+    Of an anyOf, the deepest fault is told: it belongs to the form that was most likely meant.
+    """
+    if "anyOf" in schema:
+        deepest = Fault(path, depth, schema)
+        for option in schema["anyOf"]:
+            fault = find_fault(value, option, path, depth)
+            if fault is None:
+                return None
+            if fault.depth > deepest.depth:
+                deepest = fault
+        return deepest
+    if not is_within_bounds(value, schema):
+        return Fault(path, depth, schema)
+    if isinstance(value, dict):
+        return find_fault_of_fields(value, schema, path, depth)
+    if isinstance(value, list) and "items" in schema:
+        for index, item in enumerate(value):
+            fault = find_fault(item, schema["items"], f"{path}[{index}]", depth + 1)
+            if fault:
+                return fault
+    return None
+
+
+def find_fault_of_fields(value: dict[str, Any], schema: Schema, path: str, depth: int) -> Fault | None:
+    prefix = f"{path}." if path else ""
+    for name in schema.get("required", ()):
+        if name not in value:
+            return Fault(prefix + name, depth + 1, schema["properties"][name])
+    for name, field_schema in schema.get("properties", {}).items():
+        if name in value:
+            fault = find_fault(value[name], field_schema, prefix + name, depth + 1)
+            if fault:
+                return fault
+    if "if" in schema and find_fault(value, schema["if"]) is None:
+        return find_fault(value, schema["then"], path, depth)
+    return None
+
+
+def is_within_bounds(value: Any, schema: Schema) -> bool:
+    """Whether a value is of the schema's type, one of its values and within its bounds, whatever is inside."""
+    if "type" in schema and not is_of_type(value, schema["type"]):
+        return False
+    if "const" in schema and value != schema["const"]:
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if "minimum" in schema and value < schema["minimum"]:
+        return False
+    if "minLength" in schema and len(value) < schema["minLength"]:
+        return False
+    if "minItems" in schema and len(value) < schema["minItems"]:
+        return False
+    return "maxItems" not in schema or len(value) <= schema["maxItems"]
+
+
+def is_of_type(value: Any, name: str) -> bool:
+    if name == "null":
+        return value is None
+    if isinstance(value, bool):
+        return name == "boolean"
+    if name == "integer":
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if name == "number":
+        return isinstance(value, (int, float))
+    types = {"object": dict, "array": list, "string": str}
+    return name in types and isinstance(value, types[name])
+
+
+def describe(schema: Schema) -> str:
+    """What a value must be, in words."""
+    if "anyOf" in schema:
+        return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    words = TYPE_NAMES[schema["type"]]
+    if "minimum" in schema:
+        words += f" of at least {schema['minimum']}"
+    if "minLength" in schema:
+        words += " that is not empty"
+    if "minItems" in schema:
+        words += f" of at least {schema['minItems']}"
+    if "maxItems" in schema:
+        words += f" of at most {schema['maxItems']}"
+    return words
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked request for a chat completion. `body` is the whole of it, unknown fields included.
+    """A checked request for a chat completion."""
 
-    tools: the functions that may be called, by what the request's `tools` and `tool_choice` say; must_call: one must.
-    """
-
-    body: dict[str, Any]
+    body: dict[str, Any]  # the whole of it, unknown fields included
     messages: list[Message]
     model: str | None
     user: str | None
@@ -400,45 +712,38 @@ class ChatRequest:
     include_usage: bool
     stop: list[str]
     max_tokens: int | None
-    tools: list[dict[str, Any]]
-    must_call: bool
+    tools: list[dict[str, Any]]  # the functions that may be called, by `tools` and `tool_choice`
+    must_call: bool  # one of them has to be
 
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
         """Raises APIError 400 with `param` naming the field."""
-        body = parse_json(raw)
-        for name in FIELDS:
-            if name in body:
-                typed(body, name, *FIELDS[name])
-        check(body.get("messages"), "must be a list with at least one message", "messages")
-        for index, message in enumerate(body["messages"]):
-            check_message(message, f"messages[{index}]")
-        typed(body.get("stream_options") or {}, "include_usage", bool, param="stream_options.include_usage")
-        stop = body.get("stop") or []
-        check(isinstance(stop, str) or (len(stop) <= 4 and all(isinstance(text, str) for text in stop)),
-              "must be a string or a list of up to 4 strings", "stop")
-        for name in ("max_tokens", "max_completion_tokens", "n"):
-            check(body.get(name) is None or body[name] >= 1, "must be at least 1", name)
-        for index, tool in enumerate(body.get("tools") or ()):
-            check_tool(tool, f"tools[{index}]")
+        body = parse_body(raw)
+        fault = find_fault(body, CHAT_REQUEST)
+        if fault:
+            raise bad_request(f"'{fault.path}' must be {fault.demand}.", fault.path)
         check_tool_choice(body)
-        answer = body.get("response_format") or {}
-        if answer:
-            check(answer.get("type") in ("text", "json_object", "json_schema"),
-                  "must be 'text', 'json_object' or 'json_schema'", "response_format.type")
-            schema = typed(answer, "json_schema", dict, param="response_format.json_schema") or {}
-            check(answer["type"] != "json_schema" or isinstance(schema.get("schema"), dict), "must be an object",
-                  "response_format.json_schema.schema")
-        choice: Any = body.get("tool_choice")
-        wanted = choice["function"]["name"] if names_function(choice) else None
         functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
+        choice = body.get("tool_choice")
+        if names_function(choice):
+            functions = [function for function in functions if function["name"] == choice["function"]["name"]]
+        if choice == "none":
+            functions = []
+        stop = body.get("stop") or []
+        if isinstance(stop, str):
+            stop = [stop]
         return cls(
-            body, body["messages"], body.get("model") or None, body.get("user") or None, bool(body.get("stream")),
+            body=body,
+            messages=body["messages"],
+            model=body.get("model") or None,
+            user=body.get("user") or None,
+            stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
-            stop=[text for text in ([stop] if isinstance(stop, str) else stop) if text],
+            stop=[text for text in stop if text],
             max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
-            tools=[] if choice == "none" else [f for f in functions if wanted in (None, f["name"])],
-            must_call=choice not in (None, "none", "auto"))
+            tools=functions,
+            must_call=choice not in (None, "none", "auto"),
+        )
 
     @cached_property
     def system(self) -> list[Message]:
@@ -461,75 +766,45 @@ class ChatRequest:
         return any(message["role"] == "assistant" for message in self.messages)
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """The caller's JSON. Raises APIError 400, also for halves of surrogate pairs, which no later step could encode."""
     try:
         source = raw.decode("utf-8-sig")
-        body = parse_strictly(source)
-        if "\\u" in source:  # an escape can smuggle in half a surrogate pair, which no later step could encode
+        body = parse_json(source)
+        if "\\u" in source:
             dump_json(body)
     except (ValueError, RecursionError) as error:
-        raise bad_request(f"The body is not valid JSON in UTF-8: {type(error).__name__}: {error}"[:300]) from None
+        raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.")
     return body
 
 
-def check(holds: Any, demand: str, param: str) -> None:
-    if not holds:
-        raise bad_request(f"'{param}' {demand}.", param)
-
-
-def typed(body: dict[str, Any], name: str, *types: type, param: str = "") -> Any:
-    """The field's value, None if it is missing or null. Raises APIError 400 when it is of no such type."""
-    value = body.get(name)
-    if value is not None:
-        check(type(value) in types, f"must be {' or '.join(TYPE_NAMES[kind] for kind in types)}", param or name)
-    return value
-
-
-def check_message(message: Any, param: str) -> None:
-    check(isinstance(message, dict), "must be an object with 'role' and 'content'", param)
-    check(message.get("role") in ROLES, f"must be one of {', '.join(ROLES)}", f"{param}.role")
-    content = typed(message, "content", str, list, param=f"{param}.content")
-    # an assistant's message may consist of tool calls alone
-    check(content is not None or message["role"] == "assistant", "is missing", f"{param}.content")
-    for index, part in enumerate(content if isinstance(content, list) else ()):
-        where = f"{param}.content[{index}]"
-        check(isinstance(part, dict) and isinstance(part.get("type"), str), "must be an object with a 'type'", where)
-        check(part["type"] != "text" or isinstance(part.get("text"), str), "must be a string", f"{where}.text")
-    typed(message, "tool_call_id", str, param=f"{param}.tool_call_id")
-    for index, call in enumerate(typed(message, "tool_calls", list, param=f"{param}.tool_calls") or ()):
-        where = f"{param}.tool_calls[{index}]"
-        function = call.get("function") if isinstance(call, dict) else None
-        check(isinstance(function, dict), "must be an object with a 'function'", where)
-        typed(call, "id", str, param=f"{where}.id")
-        for name in ("name", "arguments"):
-            check(isinstance((function or {}).get(name), str), "must be a string", f"{where}.function.{name}")
-
-
-def check_tool(tool: Any, param: str) -> None:
-    check(isinstance(tool, dict) and isinstance(tool.get("type"), str), "must be an object with a 'type'", param)
-    if tool["type"] == "function":
-        function = typed(tool, "function", dict, param=f"{param}.function") or {}
-        check(function.get("name") and isinstance(function["name"], str), "must be a string", f"{param}.function.name")
-        typed(function, "description", str, param=f"{param}.function.description")
-        typed(function, "parameters", dict, param=f"{param}.function.parameters")
-
-
-def names_function(choice: Any) -> bool:
-    return isinstance(choice, dict) and choice.get("type", "function") == "function"
-
-
 def check_tool_choice(body: dict[str, Any]) -> None:
-    choice: Any = body.get("tool_choice")
-    if isinstance(choice, str):
-        check(choice in ("none", "auto", "required"), "must be none, auto, required or a function", "tool_choice")
-        check(choice != "required" or body.get("tools"), "wants 'tools', of which there are none", "tool_choice")
-    elif names_function(choice):
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        offered = [tool["function"]["name"] for tool in body.get("tools") or () if tool["type"] == "function"]
-        check(name in offered, "names no function that is among 'tools'", "tool_choice.function.name")
+    """Raises APIError 400 for a choice that the request's tools do not allow."""
+    choice = body.get("tool_choice")
+    tools = body.get("tools") or []
+    if choice == "required" and not tools:
+        raise bad_request("'tool_choice' wants 'tools', of which there are none.", "tool_choice")
+    if names_function(choice):
+        name = choice["function"]["name"]
+        if not any(tool["type"] == "function" and tool["function"]["name"] == name for tool in tools):
+            raise bad_request("'tool_choice' names no function that is among 'tools'.", "tool_choice.function.name")
+
+
+def names_function(choice: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(choice, dict) and choice.get("type") in (None, "function")
+
+
+def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """History, then turns; what does not begin with a user's message (a tool's result) belongs to the turn before."""
+    whole = list(history)
+    for turn in turns:
+        if whole and turn[0]["role"] != "user":
+            whole[-1] += turn
+        else:
+            whole.append(turn)
+    return tuple(whole)
 
 
 def is_system(message: Message) -> bool:
@@ -551,23 +826,31 @@ def text_of(message: Message) -> str:
 # messages, which every request brings anew.
 # ======================================================================================================================
 
+MAX_TURNS = 1000  # of one session; more than any prompt holds
+
 
 @dataclass(frozen=True)
 class Session:
     id: str
-    created: float
+    created: float  # seconds since the epoch, as is `used`
     used: float
     turns: tuple[Turn, ...] = ()
 
 
-class Sessions:
-    """Turns by owner and user, forgotten `ttl` seconds after the last. Times are seconds since the epoch."""
+def new_session_id(now: float) -> str:
+    """An id as the web chat's own page makes them."""
+    name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
+    return f"session_{int(now * 1000)}_{name}"
 
-    MOST_TURNS = 1000  # of one session; more than any prompt holds
+
+class Sessions:
+    """Turns by owner and user, forgotten `ttl` seconds after the last; at most `limit` sessions are kept."""
 
     def __init__(self, ttl: float, limit: int, clock: Callable[[], float] = time.time) -> None:
-        self.ttl, self.limit, self._clock = ttl, limit, clock
-        # Least recently used first, which is also the first to expire.
+        self.ttl = ttl
+        self.limit = limit
+        self._clock = clock
+        # Least recently used first, which is also the first to expire
         self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
         self._lock = threading.Lock()  # guards _sessions; held for dict work only
 
@@ -575,201 +858,674 @@ class Sessions:
         """The user's session, or a new one, which is kept only when a turn is recorded."""
         session = self.get(owner, user) if user else None
         now = self._clock()
-        name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
-        return session or Session(f"session_{int(now * 1000)}_{name}", now, now)  # as the web chat's page names them
+        return session or Session(new_session_id(now), now, now)
 
-    def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], anew: bool) -> None:
-        """Add turns, all as one, to the user's session; anew: in place of what was remembered."""
+    def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
+        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
         with self._lock:
-            session = self._find(owner, user) or replace(opened, turns=())
-            turns = ((() if anew else session.turns) + tuple(turns))[-self.MOST_TURNS:]
-            self._sessions[owner, user] = replace(session, used=self._clock(), turns=turns)
+            self._drop_expired()
+            session = self._sessions.get((owner, user))
+            if session is None:
+                session = replace(opened, turns=())
+            remembered = () if replace_turns else session.turns
+            self._sessions[owner, user] = replace(
+                session,
+                used=self._clock(),
+                turns=append_turns(remembered, turns)[-MAX_TURNS:],
+            )
             self._sessions.move_to_end((owner, user))
             while len(self._sessions) > self.limit:
                 self._sessions.popitem(last=False)
 
     def get(self, owner: str, user: str) -> Session | None:
         with self._lock:
-            return self._find(owner, user)
+            self._drop_expired()
+            return self._sessions.get((owner, user))
 
     def forget(self, owner: str, user: str) -> bool:
+        """Whether there was anything to forget."""
         with self._lock:
-            return self._find(owner, user) is not None and bool(self._sessions.pop((owner, user)))
+            self._drop_expired()
+            return self._sessions.pop((owner, user), None) is not None
 
     def __len__(self) -> int:
+        expired = 0
         with self._lock:
-            self._find("", "")
-            return len(self._sessions)
+            for session in self._sessions.values():
+                if not self._is_expired(session):
+                    break
+                expired += 1
+            return len(self._sessions) - expired
 
-    def _find(self, owner: str, user: str) -> Session | None:
-        """The live session; drops all that have expired. The caller holds the lock."""
-        oldest = self._clock() - self.ttl
-        while self._sessions and next(iter(self._sessions.values())).used <= oldest:
+    def _is_expired(self, session: Session) -> bool:
+        return session.used <= self._clock() - self.ttl
+
+    def _drop_expired(self) -> None:
+        """The caller holds the lock."""
+        while self._sessions:
+            oldest = next(iter(self._sessions.values()))
+            if not self._is_expired(oldest):
+                return
             self._sessions.popitem(last=False)
-        return self._sessions.get((owner, user))
 
 
 # ======================================================================================================================
 # 5 Deltas
 #
-# What every upstream says: a stream of deltas, and what can be done with one: folding, counting, cutting.
+# What every upstream says is a stream of deltas. Folding them into a whole answer, counting tokens, and telling where
+# a text may be cut.
 # ======================================================================================================================
 
 
 @dataclass(slots=True)
 class Delta:
-    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them.
-
-    whole: it is a whole answer, which arrived at once and may be paced; model: the id of the one that answers;
-    headers: for the response.
-    """
+    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them."""
 
     chunk: dict[str, Any]
-    whole: bool = False
-    model: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    is_complete: bool = False  # it is a whole answer, which arrived at once and may be paced
+    headers: Mapping[str, str] = field(default_factory=dict)  # for the response, in the first delta of an answer
 
     @classmethod
-    def of(cls, fields: dict[str, Any], finish_reason: str | None = None, whole: bool = False) -> Delta:
+    def of(cls, fields: dict[str, Any], finish_reason: str | None = None, is_complete: bool = False) -> Delta:
         choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
-        return cls({"choices": [choice]}, whole)
-
-    def with_chunk(self, chunk: dict[str, Any]) -> Delta:
-        return Delta(chunk, model=self.model, headers=self.headers)
+        return cls({"choices": [choice]}, is_complete)
 
     @property
     def text(self) -> str:
         """What it adds to the text of the first choice."""
-        return "".join(choice["delta"].get("content") or "" for choice in self.chunk["choices"] if not choice["index"])
+        for choice in self.chunk["choices"]:
+            if choice["index"] == 0:
+                return choice["delta"].get("content") or ""
+        return ""
 
     @property
-    def ends(self) -> bool:
+    def is_final(self) -> bool:
         """Whether it finishes a choice, or tells the usage and nothing else, so that it may be the last."""
         choices = self.chunk["choices"]
-        return any(choice.get("finish_reason") for choice in choices) or (not choices and bool(self.chunk.get("usage")))
+        if not choices:
+            return bool(self.chunk.get("usage"))
+        return any(choice["finish_reason"] for choice in choices)
 
     @property
-    def says(self) -> bool:
+    def has_content(self) -> bool:
         """Whether it has anything but the role."""
-        return self.ends or any(value for choice in self.chunk["choices"] for name, value in choice["delta"].items()
-                                if name != "role")
+        if self.is_final:
+            return True
+        for choice in self.chunk["choices"]:
+            for name, value in choice["delta"].items():
+                if value and name != "role":
+                    return True
+        return False
 
 
-def as_message(choice: dict[str, Any]) -> Message:
+class Pieces(list[str]):
+    """A text that grows, joined once, at the end."""
+
+
+class Entries(dict[int, Any]):
+    """A list whose entries are told apart by their `index`."""
+
+
+NAMES = ("role", "id", "type", "name")  # texts of a delta that name something, so that a later one replaces them
+
+
+def merge(whole: Any, part: Any, name: str = "", in_delta: bool = False) -> Any:
+    """`whole` with a later part of it added; read the sum with `unfold`.
+
+    Objects are merged field by field and lists by their entries' `index`; within a delta texts are joined. Whatever
+    else there is, the later value stands, but for null. Linear in the parts, however many there are.
+    """
+    if part is None:
+        return whole
+    if isinstance(part, dict):
+        if not isinstance(whole, dict) or isinstance(whole, Entries):
+            whole = {}
+        for field_name, value in part.items():
+            whole[field_name] = merge(whole.get(field_name), value, field_name, in_delta or name == "delta")
+        return whole
+    if isinstance(part, list):
+        return merge_list(whole, part, in_delta)
+    if isinstance(part, str) and in_delta and name not in NAMES:
+        if not isinstance(whole, Pieces):
+            whole = Pieces()
+        whole.append(part)
+        return whole
+    return part
+
+
+def merge_list(whole: Any, part: list[Any], in_delta: bool) -> Any:
+    for entry in part:
+        if isinstance(entry, dict) and isinstance(entry.get("index"), int):
+            if not isinstance(whole, Entries):
+                whole = Entries()
+            index = entry["index"]
+            whole[index] = merge(whole.get(index), entry, in_delta=in_delta)
+        else:
+            if type(whole) is not list:
+                whole = []
+            whole.append(entry)
+    return [] if whole is None else whole
+
+
+def unfold(whole: Any) -> Any:
+    """What `merge` has gathered, as plain JSON values."""
+    if isinstance(whole, Pieces):
+        return "".join(whole)
+    if isinstance(whole, Entries):
+        return [unfold(whole[index]) for index in sorted(whole)]
+    if isinstance(whole, dict):
+        return {name: unfold(value) for name, value in whole.items()}
+    return whole
+
+
+def message_of(choice: dict[str, Any]) -> Message:
     """The message that the merged deltas of a choice make."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
-    if message.get("tool_calls"):  # whose index has done its work
-        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"}
-                                 for call in message["tool_calls"]]
+    if message.get("tool_calls"):
+        calls = []
+        for call in message["tool_calls"]:
+            calls.append({name: value for name, value in call.items() if name != "index"})  # it has done its work
+        message["tool_calls"] = calls
     return message
 
 
-def merge(whole: dict[str, Any], part: dict[str, Any], join: bool = False) -> None:
-    """Add a chunk to what came before. Lists grow, by `index` where their entries have one; within a delta texts are
-    joined, but for those that name something; else the later value stands."""
-    for name, value in part.items():
-        before = whole.get(name)
-        if isinstance(before, dict) and isinstance(value, dict):
-            merge(before, value, join or name == "delta")
-        elif isinstance(value, list) and isinstance(before or [], list):
-            known = whole[name] = before or []
-            for entry in value:
-                index = entry.get("index") if isinstance(entry, dict) else None
-                same = next((old for old in known if index is not None and old.get("index") == index), None)
-                if same is None:
-                    known.append(same := {} if isinstance(entry, dict) else entry)
-                if isinstance(entry, dict):
-                    merge(same, entry, join)
-        elif join and isinstance(before, str) and isinstance(value, str) and name not in ("role", "id", "type", "name"):
-            whole[name] = before + value
-        elif value is not None or name not in whole:
-            whole[name] = {} if isinstance(value, dict) else value
-            if isinstance(value, dict):
-                merge(whole[name], value, join or name == "delta")
-
-
-# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces.
+# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
+NARROW_TEXT = re.compile(f"[^{WIDE}]+")
+WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
+NARROW_TOKENS = 0.25  # any other, by OpenAI's
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens by a rule of thumb: 0.6 a Chinese character (DeepSeek's documentation), else 0.25 (OpenAI's)."""
-    narrow = len(re.sub(f"[{WIDE}]", "", text))
-    return ceil((len(text) - narrow) * 0.6 + narrow * 0.25)
+    """Tokens by a rule of thumb."""
+    wide = 0 if text.isascii() else len(NARROW_TEXT.sub("", text))
+    return ceil(wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS)
 
 
 def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
-    tokens = estimate_tokens(prompt), estimate_tokens(completion)
-    return {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
+    prompt_tokens = estimate_tokens(prompt)
+    completion_tokens = estimate_tokens(completion)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
-def is_joined(text: str, at: int) -> bool:
+def continues_grapheme(text: str, at: int) -> bool:
     """Whether a reader would see the characters on both sides of the index as one."""
     before, after = text[at - 1:at], text[at:at + 1]
-    return bool(after) and (unicodedata.category(after).startswith("M") or "\u200d" in (before, after)
-                            or "\U0001f1e6" <= after <= "\U0001f1ff" or "\U0001f3fb" <= after <= "\U0001f3ff")
+    if not after:
+        return False
+    if "\u200d" in (before, after):  # the joiner of emoji
+        return True
+    if unicodedata.category(after).startswith("M"):
+        return True
+    is_flag = "\U0001f1e6" <= after <= "\U0001f1ff"
+    is_skin_tone = "\U0001f3fb" <= after <= "\U0001f3ff"
+    return is_flag or is_skin_tone
+
+
+def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
+    """The text up to the first stop sequence and up to so many tokens, by estimate, and the finish reason."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    text = text[:min(ends, default=len(text))]
+    if max_tokens is None or estimate_tokens(text) <= max_tokens:
+        return text, "stop"
+    end = 0
+    tokens = 0.0
+    for character in text:
+        tokens += NARROW_TOKENS if NARROW_TEXT.match(character) else WIDE_TOKENS
+        if tokens > max_tokens:
+            break
+        end += 1
+    while end and continues_grapheme(text, end):
+        end -= 1
+    return text[:end], "length"
 
 
 # ======================================================================================================================
 # 6 Upstreams
 #
-# A provider turns a Chat into a stream of Deltas; every fault of its upstream leaves here as an APIError. Nothing
-# outside this section knows requests, cloudscraper or what an upstream looks like.
+# How any upstream is called. A provider turns a Chat into a stream of Deltas; every fault of its upstream leaves here
+# as an APIError. Transport carries requests over pooled connections, a CircuitBreaker spares an upstream that is down.
 # ======================================================================================================================
 
 
 class Cancel:
-    """How an upstream call learns that its client has gone: by a call to what it has named, from another thread."""
+    """Ends the upstream call of a chat whose client has gone. Called from another thread than the call's own.
+
+    It reaches the one connection that the call is using at that moment, and none that has been given back.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the two below: an action is called while it is valid, or never
-        self.cancelled = False
-        self._action: Callable[[], None] | None = None
-
-    def set_action(self, action: Callable[[], None] | None) -> None:
-        """Name what ends the call, at once if it is cancelled already; None: there is nothing left to end."""
-        with self._lock:
-            self._action = action
-            if action and self.cancelled:
-                action()
+        self._lock = threading.Lock()  # guards _sock: it is shut down while it is this chat's, or not at all
+        self._sock: socket.socket | None = None
+        self._called = threading.Event()
 
     def __call__(self) -> None:
         with self._lock:
-            self.cancelled = True
-            if self._action:
-                self._action()
+            self._called.set()
+            if self._sock:
+                shut_down(self._sock)
+
+    def is_set(self) -> bool:
+        return self._called.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but no longer than until the client has gone; whether it has."""
+        return self._called.wait(seconds)
+
+    def attach(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sock = sock
+            if self._called.is_set():
+                shut_down(sock)
+
+    def detach(self, sock: socket.socket) -> None:
+        with self._lock:
+            if self._sock is sock:
+                self._sock = None
+
+
+def shut_down(sock: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a provider is asked: a request, the turns remembered before it, the model by the upstream's own name."""
+    """What a provider is asked."""
 
     request: ChatRequest
-    model: str
-    history: tuple[Turn, ...] = ()
+    model: str  # by the upstream's own name
+    history: tuple[Turn, ...] = ()  # remembered before it
     session_id: str = ""
     cancel: Cancel = field(default_factory=Cancel)
+    cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
 
 
-LONGEST_WAIT = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
-FIRST_BACK_OFF, LAST_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
+# Transport
+
+MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
+MAX_INTERIM_ANSWERS = 16
+DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
+DRAIN_BYTES = 65536
+
+
+class Call:
+    """One request under way: how long it may still take, and whose it is."""
+
+    def __init__(self, timeout: float, cancel: Cancel, deadline: float | None = None) -> None:
+        self.timeout = timeout  # seconds: REQUEST_TIMEOUT
+        self.cancel = cancel
+        self.deadline = deadline or time.monotonic() + timeout  # infinite: the time-out is for each read alone
+
+    def limit_reads(self) -> None:
+        """From now on the time-out is for each read alone."""
+        self.deadline = inf
+
+    def limit(self, seconds: float) -> None:
+        """From now on so many seconds are left for all of it."""
+        self.deadline = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds that the next read may take. Raises TimeoutError when there are none left."""
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("timed out")
+        return min(seconds, self.timeout)
+
+
+CURRENT_CALL: ContextVar[Call] = ContextVar("current_call")  # for the classes that http.client makes by itself
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket within what is left of a call's time.
+
+    A socket's own time-out starts anew with every byte, so an upstream that drips could hold a thread for hours.
+    """
+
+    def __init__(self, source: Any, sock: socket.socket, call: Call) -> None:
+        self._source = source
+        self._sock = sock
+        self._call = call
+        self._timeout = sock.gettimeout()
+        self.at_end = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        if self.at_end:
+            return 0
+        timeout = self._call.remaining()
+        if timeout != self._timeout:  # it is a system call
+            self._sock.settimeout(timeout)
+            self._timeout = timeout
+        return self._source.readinto(buffer)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+class AnswerReader(io.BufferedReader):
+    """What http.client reads an answer from. It closes it at the answer's end, before the connection is used again."""
+
+    def __init__(self, raw: DeadlineReader, sock: socket.socket, call: Call) -> None:
+        super().__init__(raw)
+        self._reader = raw
+        self._sock = sock
+        self._call = call
+
+    def close(self) -> None:
+        if not self.closed:
+            self._call.cancel.detach(self._sock)
+            self._reader.at_end = True
+            if self.peek(1):  # more than the answer came: nobody else may find it there
+                shut_down(self._sock)
+        super().close()
+
+
+class UpstreamAnswer(HTTPResponse):
+    """http.client's response, read by a deadline, head and body together, and past interim answers."""
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        call = CURRENT_CALL.get()
+        self.fp = AnswerReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
+        call.cancel.attach(sock)
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
+        for _ in range(MAX_INTERIM_ANSWERS):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status == 101:
+                raise HTTPException("it switches protocols, unasked")
+            if status >= 200:
+                return version, status, reason
+            parse_headers(self.fp)
+        raise HTTPException("it sends nothing but interim answers")
+
+
+class Response:
+    """An upstream's answer, of which the head has come. Raises APIError."""
+
+    def __init__(self, transport: Transport, raw: Any, call: Call) -> None:
+        self.status: int = raw.status
+        self.headers: Mapping[str, str] = raw.headers  # urllib3's, whose names are case-insensitive
+        self.raw = raw
+        self.call = call
+        self._transport = transport
+
+    def read(self) -> bytes:
+        """All of the body, at most MAX_UPSTREAM_BYTES, within the call's time."""
+        try:
+            body: bytes = self.raw.read(MAX_UPSTREAM_BYTES + 1, decode_content=True)
+        except HTTPError as error:
+            raise self._transport.failure(error, self.call) from None
+        finally:
+            self.close()
+        if len(body) > MAX_UPSTREAM_BYTES:
+            raise self._transport.invalid(f"more than {MAX_UPSTREAM_BYTES} bytes")
+        return body
+
+    def stream(self) -> Iterator[bytes]:
+        """The body as it comes."""
+        try:
+            while True:
+                data = self.raw.read1(65536, decode_content=True)
+                if not data:
+                    return
+                yield data
+        except HTTPError as error:
+            raise self._transport.failure(error, self.call) from None
+
+    def drain(self) -> None:
+        """Read the little that may follow a stream's end, so that the connection can be used again, else close it."""
+        self.call.limit(DRAIN_SECONDS)
+        size = 0
+        with suppress(APIError), closing(self):
+            for data in self.stream():
+                size += len(data)
+                if size > DRAIN_BYTES:
+                    return
+
+    def close(self) -> None:
+        """Close the connection, unless the body has been read to its end: then it is in the pool already."""
+        self.raw.close()
+
+
+class Transport:
+    """Requests to an upstream over pooled connections, for many threads. One way of failing: APIError.
+
+    Sending through requests.Session costs several times what the wire costs, in merging settings, cookies, proxies
+    and .netrc. Here that is done once for a host, and urllib3's pool is asked directly. Redirects are not followed.
+    """
+
+    def __init__(self, name: str, connections: int, adapter: HTTPAdapter | None = None) -> None:
+        self._name = name
+        self._adapter = adapter or HTTPAdapter()
+        self._adapter.init_poolmanager(10, connections)
+        self._pools: dict[str, tuple[Any, bool]] = {}
+
+    def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, call: Call) -> Response:
+        pool, absolute_form = self._pool(url)
+        parts = urlsplit(url)
+        target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        CURRENT_CALL.set(call)
+        try:
+            raw = pool.urlopen(
+                method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
+                assert_same_host=False, timeout=Timeout(total=max(0.01, call.remaining())))
+        except TimeoutError:
+            raise self.timed_out(call.timeout) from None
+        except HTTPError as error:
+            raise self.failure(error, call) from None
+        return Response(self, raw, call)
+
+    def _pool(self, url: str) -> tuple[Any, bool]:
+        """The connection pool for a URL's host, and whether its requests carry the whole URL, as plain proxies want it.
+
+        Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
+        """
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc}/"
+        if origin not in self._pools:
+            request = requests.Request("GET", origin).prepare()
+            local = is_loopback(parts.hostname)  # a proxy's loopback is not ours
+            proxies = {} if local else get_environ_proxies(origin)
+            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+            pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
+            pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": UpstreamAnswer})
+            self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
+        return self._pools[origin]
+
+    # Failures
+
+    def failure(self, error: HTTPError, call: Call) -> APIError:
+        if isinstance(error, UpstreamTimeout) and not isinstance(error, NewConnectionError):
+            return self.timed_out(call.timeout)
+        if isinstance(error, DecodeError):
+            return self.invalid("an answer that cannot be decoded")
+        return upstream_error(
+            502, "upstream_unavailable", f"{self._name} cannot be reached: {root_cause(error)}.", retryable=True)
+
+    def invalid(self, what: str) -> APIError:
+        return upstream_error(502, "upstream_invalid_response", f"{self._name} sent {what}.", retryable=True)
+
+    def timed_out(self, seconds: float) -> APIError:
+        message = f"{self._name} did not answer within {seconds:g} s."
+        return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)  # the prompt was taken
+
+
+MARKUP = re.compile(r"<[^<>]*>")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    reason = getattr(error, "strerror", None) or MARKUP.sub("", str(error)[:1000]).strip(" :.")
+    return CONTROL_CHARACTERS.sub(" ", reason)[:300] or type(error).__name__
+
+
+def plain_words(answer: Any, secret: str = "") -> str:
+    """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
+    if isinstance(answer, dict):
+        answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
+    if answer is not None and not isinstance(answer, str):
+        answer = json.dumps(answer, ensure_ascii=False)
+    text = unescape(MARKUP.sub(" ", (answer or "")[:10_000]))
+    words = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
+    if secret:
+        words = words.replace(secret, "…")
+    return replace_lone_surrogates(words[:300]) or "(it gave no reason)"
+
+
+def rate_limited(message: str, type: str, code: str, headers: Mapping[str, str], now: float) -> APIError:
+    """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
+    wait = parse_retry_after(headers.get("Retry-After"), now)
+    if wait is None:
+        return APIError(429, message, type, code)
+    passed_on = {"Retry-After": str(ceil(wait))}
+    is_short = wait <= MAX_RETRY_AFTER
+    return APIError(429, message, type, code, headers=passed_on, retryable=is_short, retry_after=wait)
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
+    if not value:
+        return None
+    try:
+        if value.strip().isdecimal():
+            return min(float(value), 1e9)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+class SharedFetch(Generic[T]):
+    """Fetches something once for all who ask meanwhile, on a thread of its own; they get its result, or its error."""
+
+    def __init__(self, name: str, fetch: Callable[[], T]) -> None:
+        self._name = name
+        self._fetch = fetch
+        self._lock = threading.Lock()  # guards _future
+        self._future: Future[T] | None = None  # of the fetch under way
+
+    def start(self) -> Future[T]:
+        """The fetch under way, or a new one."""
+        with self._lock:
+            if self._future is None:
+                self._future = Future()
+                threading.Thread(target=self._run, args=(self._future,), name=self._name, daemon=True).start()
+            return self._future
+
+    def _run(self, future: Future[T]) -> None:
+        error = result = None
+        try:
+            result = self._fetch()
+        except Exception as raised:
+            error = as_api_error(raised)
+        with self._lock:  # first, so that whoever has seen the outcome and asks again starts anew
+            self._future = None
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+
+# Circuit breaker and retries
+
+FAILURES_TO_OPEN = 5  # in a row
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
+FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
+MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
+
+
+class CircuitBreaker:
+    """Spares an upstream that keeps failing.
+
+    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
+    a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.time) -> None:
+        self._name = name
+        self._clock = clock
+        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
+        self._failures = 0
+        self._error: APIError | None = None  # the last one while the circuit is open or half-open
+        self._open_until = 0.0  # by the monotonic clock
+        self._probing = False
+        self.trouble: tuple[float, str] | None = None  # since when (seconds since the epoch) and why it fails
+
+    def allow(self) -> bool:
+        """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
+        with self._lock:
+            if self._error is None:
+                return False
+            pause = self._open_until - time.monotonic()
+            if pause <= 0 and not self._probing:
+                self._probing = True
+                return True
+            raise self._error.copy(
+                message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
+                headers={"Retry-After": str(max(1, ceil(pause)))})
+
+    def succeeded(self, probe: bool = False) -> None:
+        with self._lock:
+            self._end_probe(probe)
+            self._close()
+            self.trouble = None
+
+    def failed(self, error: APIError, probe: bool = False) -> None:
+        if error.status < 500 and error.status != 429:  # it is well, and says what is wrong with the request
+            self.succeeded(probe)
+            return
+        with self._lock:
+            self._end_probe(probe)
+            self.trouble = self.trouble or (self._clock(), error.reason)
+            if error.status == 429 or error.code == "upstream_refused":  # it answers, be it with a no
+                self._close()
+            elif probe or self._error is None:  # else the call began before the circuit opened
+                self._count(error)
+
+    def ignored(self, probe: bool = False) -> None:
+        """The call ended in a way that tells nothing of upstream."""
+        with self._lock:
+            self._end_probe(probe)
+
+    # The caller of these holds the lock
+
+    def _end_probe(self, probe: bool) -> None:
+        if probe:
+            self._probing = False
+
+    def _close(self) -> None:
+        self._failures = 0
+        self._error = None
+
+    def _count(self, error: APIError) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES_TO_OPEN:
+            pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
+            self._error = error
+            self._open_until = time.monotonic() + pause
+            log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
 
 
 class Provider:
-    """An upstream, and how it has been of late.
-
-    After FAILURES failures in a row calls fail at once, for a pause that doubles each time; then one call at a time may
-    try whether it is well again. `trouble` is when it began to fail (seconds since the epoch) and why, None while well.
-    """
-
-    FAILURES, FIRST_PAUSE, LAST_PAUSE = 5, 1.0, 60.0  # pauses in seconds
+    """An upstream: subclasses know its protocol."""
 
     def __init__(self, name: str, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        self.name, self._settings, self._clock = name, settings, clock
-        self.trouble: tuple[float, str] | None = None
-        self._health_lock = threading.Lock()  # guards trouble and the four below; never held while upstream is asked
-        self._failures, self._paused_until, self._on_trial = 0, 0.0, False
-        self._last_error: APIError | None = None
+        self.name = name
+        self.breaker = CircuitBreaker(name, clock)
+        self._settings = settings
+        self._clock = clock
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
@@ -782,196 +1538,118 @@ class Provider:
     def _check_answer(self, model: str) -> Iterator[tuple[str, APIError | None]]:
         began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
+        chat = Chat(question, model, session_id=new_session_id(time.time()))
         try:
-            for _ in self.stream(Chat(question, model, (), Sessions(1, 1).open("", None).id)):
-                pass
-            yield f"one question answered in {time.monotonic() - began:.1f} s", None
+            with chat.cleanup:
+                deque(self.stream(chat), maxlen=0)
         except APIError as error:
             yield "one question answered", error
+        else:
+            yield f"one question answered in {time.monotonic() - began:.1f} s", None
 
-    def _call(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
-        """What attempt() returns, with retries. in_vain: whether nobody waits for it any more."""
-        is_trial = self._begin()
+    def _call(self, attempt: Callable[[], T], cancel: Cancel) -> T:
+        """What attempt() returns, with retries, unless the circuit is open."""
+        probe = self.breaker.allow()
         try:
-            result = self._retrying(attempt, in_vain)
+            result = self._retry(attempt, cancel)
         except APIError as error:
-            self._end(error, is_trial, is_news=not in_vain())
+            if cancel.is_set():
+                self.breaker.ignored(probe)
+            else:
+                self.breaker.failed(error, probe)
             raise
-        except BaseException:  # a mistake of ours says nothing of upstream
-            self._end(None, is_trial, is_news=False)
+        except BaseException:  # our own bugs do not count against upstream
+            self.breaker.ignored(probe)
             raise
-        self._end(None, is_trial)
+        self.breaker.succeeded(probe)
         return result
 
-    def _retrying(self, attempt: Callable[[], T], in_vain: Callable[[], bool]) -> T:
+    def _retry(self, attempt: Callable[[], T], cancel: Cancel) -> T:
         """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it."""
-        for retries in itertools.count():
+        retries = 0
+        while True:
             try:
                 return attempt()
             except APIError as error:
-                if not error.retryable or retries >= self._settings.max_retries or in_vain():
-                    if retries:
-                        error.headers["x-should-retry"] = "false"  # obeyed by OpenAI's SDKs
+                if not error.retryable or retries >= self._settings.max_retries:
+                    raise error.with_headers(NO_SDK_RETRY) if retries else error from None
+                back_off = min(FIRST_BACK_OFF * 2 ** retries, MAX_BACK_OFF) * random.uniform(0.5, 1)
+                pause = error.retry_after or back_off
+                retries += 1
+                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
+                            self._settings.max_retries, pause)
+                if cancel.wait(pause):
                     raise
-                wait = error.retry_after or min(FIRST_BACK_OFF * 2 ** retries, LAST_BACK_OFF) * random.uniform(0.5, 1)
-                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries + 1,
-                            self._settings.max_retries, wait)
-                time.sleep(wait)
-        raise AssertionError("unreachable")
-
-    def _begin(self) -> bool:
-        """Whether this call is a trial. Raises the last failure again, with Retry-After, while calls fail at once."""
-        with self._health_lock:
-            left = self._paused_until - time.monotonic()
-            if not self._last_error or (left <= 0 and not self._on_trial):
-                is_trial = self._on_trial = self._last_error is not None
-                return is_trial
-            error = self._last_error.again(f" Not asked again for now, after {self._failures} failures.")
-            error.headers = {"Retry-After": str(max(1, ceil(left)))}
-            raise error
-
-    def _end(self, error: APIError | None, is_trial: bool = False, is_news: bool = True) -> None:
-        with self._health_lock:
-            self._on_trial = self._on_trial and not is_trial
-            if not is_news:
-                return
-            failed = error and (error.status >= 500 or error.status == 429)
-            self.trouble = (self.trouble or (self._clock(), error.reason)) if error and failed else None
-            if not error or error.status < 500 or error.code == "upstream_refused":  # it answers, be it with a no
-                self._failures, self._last_error = 0, None
-            elif is_trial or not self._last_error:  # else it was under way when the pause began, and is no news
-                self._failures += 1
-                if self._failures >= self.FAILURES:
-                    pause = min(self.FIRST_PAUSE * 2 ** min(self._failures - self.FAILURES, 9), self.LAST_PAUSE)
-                    self._last_error, self._paused_until = error, time.monotonic() + pause
-                    log.warning("%s failed %d times in a row; not asked for %g s", self.name, self._failures, pause)
-
-
-def rate_limited(message: str, type: str, code: str | None, headers: Mapping[str, str], now: float) -> APIError:
-    """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
-    wait = parse_retry_after(headers.get("Retry-After"), now)
-    return APIError(429, message, type, code, headers={} if wait is None else {"Retry-After": str(ceil(wait))},
-                    retryable=wait is not None and wait <= LONGEST_WAIT, retry_after=wait or 0.0)
-
-
-def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
-    try:
-        if value and value.strip().isdigit():
-            return min(float(value), 1e9)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now) if value else None
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return getattr(error, "strerror", None) or re.sub(r"<[^>]*>", "", str(error)).strip(" :.") or type(error).__name__
-
-
-def plain_words(said: Any) -> str:
-    """What upstream said (a string, an object or nothing) as one line without HTML, 300 characters at most."""
-    if isinstance(said, dict):
-        said = said.get("message") or said.get("error") or said.get("code") or said
-    if said is not None and not isinstance(said, str):
-        said = json.dumps(said, ensure_ascii=False)
-    words = " ".join(unescape(re.sub(r"<[^>]*>", " ", said or "")).split())
-    return words[:300].encode("utf-8", "replace").decode() or "(it gave no reason)"
-
-
-MAX_UPSTREAM_BYTES = 4 << 20  # of a page or an answer; the web chat's are a few KiB
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket until its time-out, counted from now on, is used up by all reads together.
-
-    A socket's own time-out starts anew with every byte, so an upstream that drips could hold a thread for hours.
-    """
-
-    def __init__(self, source: Any, sock: Any) -> None:
-        self._source, self._sock, self._timeout = source, sock, sock.gettimeout()
-        self._deadline = time.monotonic() + (self._timeout or inf)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Any:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._sock.settimeout(left if left < inf else None)
-        return self._source.readinto(buffer)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._sock.settimeout(self._timeout)  # as the next request over this connection will want it
-        self._source.close()
-        super().close()
-
-
-class DeadlineResponse(ClientResponse):
-    """What http.client makes of a socket, read by a deadline: head and body together."""
-
-    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(self.fp.detach(), sock))
-
-
-class CancellableAdapter(HTTPAdapter):
-    """Lets a chat's Cancel shut the socket down that it waits on, from the moment the request is sent."""
-
-    def __init__(self, chat: threading.local, **kwargs: Any) -> None:
-        self._chat = chat
-        super().__init__(**kwargs)
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool, chat = super().get_connection_with_tls_context(*args, **kwargs), self._chat
-        plain = pool.ConnectionCls
-        if not hasattr(plain, "is_cancellable"):
-            def getresponse(connection: Any) -> Any:
-                if cancel := getattr(chat, "cancel", None):
-                    cancel.set_action(partial(shut_down, connection.sock))
-                return plain.getresponse(connection)
-            pool.ConnectionCls = type("Connection", (plain,), {"getresponse": getresponse, "is_cancellable": True})
-        return pool
-
-
-def shut_down(sock: Any) -> None:
-    with suppress(OSError):  # it is closed already
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def server_sent_data(response: requests.Response) -> Iterator[str]:
-    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
-    rest, data = b"", []
-    while chunk := response.raw.read1(65536, decode_content=True):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_UPSTREAM_BYTES:
-            raise DecodeError("an event without an end")
-        for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
-            elif not line and data:
-                yield "\n".join(data)
-                data = []
 
 
 # ======================================================================================================================
 # 7 Prompts
 #
-# Tools, JSON, stop: what an upstream of plain text cannot do itself.
+# A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
+# read back from the answer. Pure functions of a request, linear in what they read.
 # ======================================================================================================================
 
+SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
 
-class Misread(Exception):
-    """An answer that is not what the request asked for; the message says to the model what was wrong."""
 
-    def __init__(self, reason: str, wants_json: bool = False) -> None:
-        super().__init__(reason)
-        self.wants_json = wants_json
+def write_prompt(request: ChatRequest, history: tuple[Turn, ...], limit: int, remark: str = "") -> str:
+    """System messages and instructions, as many of the latest turns as fit, and the newest turn.
+
+    remark: of an earlier answer that could not be used. Raises APIError 400 for what is too long even without older
+    turns, or has no text at all.
+    """
+    turns = append_turns(history, request.turns)
+    functions = called_functions(turns)
+    texts = ["\n".join(write_message(message, functions) for message in turn) for turn in turns]
+    parts = [*map(text_of, request.system), instructions(request), remark]
+    system = [part for part in parts if part]
+    if system:
+        system.append("")
+    elif len(turns) == 1 and len(turns[0]) == 1:
+        texts = [text_of(turns[0][0])]  # a question that stands alone needs no name before it
+    newest = texts[-1:]
+    room = limit - len("\n".join(system + newest))
+    if room < 0:
+        raise bad_request(
+            f"The newest message, the system messages and what is said of tools and JSON have {limit - room} "
+            f"characters; the web chat takes {limit} (CONTEXT_MAX_LENGTH).", "messages", "context_length_exceeded")
+    prompt = "\n".join(system + latest_that_fit(texts[:-1], room) + newest)
+    if not prompt.strip():
+        raise bad_request("'messages' contain no text.", "messages")
+    return prompt
+
+
+def latest_that_fit(texts: list[str], room: int) -> list[str]:
+    first = len(texts)
+    while first > 0:
+        room -= len(texts[first - 1]) + 1
+        if room < 0:
+            break
+        first -= 1
+    return texts[first:]
+
+
+def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
+    """The names of the functions that were called, by the ids of the calls."""
+    names = {}
+    for turn in turns:
+        for message in turn:
+            for call in message.get("tool_calls") or ():
+                if call.get("id"):
+                    names[call["id"]] = call["function"]["name"]
+    return names
+
+
+def write_message(message: Message, functions: Mapping[str, str]) -> str:
+    role: str = message["role"]
+    speaker = SPEAKERS.get(role, role)
+    if role == "tool" and message.get("tool_call_id") in functions:
+        speaker += f" {functions[message['tool_call_id']]}"
+    calls = ""
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        calls += f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
+    return f"{speaker}: {text_of(message)}{calls}"
 
 
 def instructions(request: ChatRequest) -> str:
@@ -979,222 +1657,261 @@ def instructions(request: ChatRequest) -> str:
     lines = []
     if request.tools:
         how = "You must call" if request.must_call else "You may call"
-        one = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
-        lines += [f'{how} {one} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
-                  "arguments being JSON. You get the results and go on. Tools:"]
-        for tool in request.tools:
-            purpose = " ".join((tool.get("description") or "").split())
-            whole = dump_json(tool.get("parameters") or {}).decode()
-            form = whole if '"$ref"' in whole else signature(tool.get("parameters") or {})
-            lines.append(f"- {tool['name']}{form}{purpose and ': '}{purpose}")
+        what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
+        lines.append(
+            f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
+            "arguments being JSON. You get the results and go on. Tools:")
+        lines += map(describe_tool, request.tools)
     answer = request.body.get("response_format") or {}
+    schema = (answer.get("json_schema") or {}).get("schema")
     if answer.get("type") in ("json_object", "json_schema"):
-        schema = (answer.get("json_schema") or {}).get("schema")
-        lines.append("Answer with one JSON document and nothing else" + (
-            f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."))
+        form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
+        lines.append(f"Answer with one JSON document and nothing else{form}")
     return "\n".join(lines)
+
+
+def describe_tool(tool: dict[str, Any]) -> str:
+    schema = tool.get("parameters") or {}
+    source = dump_json(schema).decode()
+    form = source if '"$ref"' in source else signature(schema)
+    purpose = " ".join((tool.get("description") or "").split())
+    return f"- {tool['name']}{form}: {purpose}" if purpose else f"- {tool['name']}{form}"
 
 
 def signature(schema: Any) -> str:
     """A JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
+    kind = schema.get("type")
     if isinstance(schema.get("enum"), list):
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     if isinstance(schema.get("properties"), dict):
-        required = schema["required"] if isinstance(schema.get("required"), list) else []
-        return "{" + ", ".join(f"{name}{'' if name in required else '?'}: {signature(part)}"
-                               for name, part in schema["properties"].items()) + "}"
-    if schema.get("type") == "array" and schema.get("items"):
+        required = schema.get("required")
+        names = {str(name) for name in required} if isinstance(required, list) else set()
+        fields = []
+        for name, field_schema in schema["properties"].items():
+            optional = "" if name in names else "?"
+            fields.append(f"{name}{optional}: {signature(field_schema)}")
+        return "{" + ", ".join(fields) + "}"
+    if kind == "array" and schema.get("items"):
         return f"[{signature(schema['items'])}]"
-    kinds = schema.get("type")
-    return "|".join(map(str, kinds)) if isinstance(kinds, list) else str(kinds)
+    if isinstance(kind, list):
+        return "|".join(map(str, kind))
+    return str(kind)
 
 
-def read_answer(said: str, request: ChatRequest) -> tuple[str, list[tuple[str, str]]]:
-    """The content and the tool calls (name, arguments as JSON) of what the model said. Raises Misread."""
-    answer = request.body.get("response_format") or {}
+# Reading the answer
+
+ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
+
+
+class UnusableAnswer(Exception):
+    """An answer that is not what the request asked for; the message says to the model what was wrong."""
+
+
+class NoDocument(UnusableAnswer):
+    """There is no JSON document in the answer, or a broken one."""
+
+
+def parse_answer(text: str, request: ChatRequest) -> tuple[str, list[ToolCall]]:
+    """The content and the tool calls of a model's answer. Raises UnusableAnswer."""
     if request.tools:
-        content, calls = read_calls(said, [tool["name"] for tool in request.tools])
+        content, calls = parse_tool_calls(text, request)
+        if calls and request.body.get("parallel_tool_calls") is False:
+            calls = calls[:1]
         if calls:
-            return content, calls[:1] if request.body.get("parallel_tool_calls") is False else calls
+            return content, calls
         if request.must_call:
-            raise Misread("it must contain a tool call.")
+            raise UnusableAnswer("it must contain a tool call.")
+    answer = request.body.get("response_format") or {}
     if answer.get("type") == "json_object":
-        return read_document(said, dict), []
+        return parse_document(text, dict), []
     if answer.get("type") == "json_schema":
-        root = str(answer["json_schema"]["schema"].get("type"))
-        return read_document(said, {"object": dict, "array": list}.get(root, object)), []
-    return said, []
+        kind = answer["json_schema"]["schema"].get("type")
+        if kind == "array":
+            return parse_document(text, list), []
+        return parse_document(text, dict if kind == "object" else object), []
+    return text, []
 
 
 # The form that instructions() asks for, and the one that Kimi K2 was trained on
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
-    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*""", re.X)
+    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*<\|tool_call_argument_begin\|>\s*
+    """, re.X)
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
+CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
 
 
-def read_calls(said: str, offered: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    """The text around the calls, and the calls. Raises Misread for a call that cannot be made."""
-    calls, around, at = [], [], 0
-    while begin := CALL.search(said, at):
-        around.append(said[at:begin.start()])
-        value, at = decode(said, begin.end())
-        calls.append(as_call({"name": begin["name"], "arguments": value} if begin["name"] else value, offered))
-        at = CALL_END.match(said, at).end()  # type: ignore[union-attr]  # it matches the empty text too
+def parse_tool_calls(text: str, request: ChatRequest) -> tuple[str, list[ToolCall]]:
+    """The text around the calls, and the calls. Raises UnusableAnswer for a call that cannot be made."""
+    offered = {tool["name"] for tool in request.tools}
+    calls = []
+    around = []
+    at = 0
+    while True:
+        begin = CALL.search(text, at)
+        if not begin:
+            break
+        around.append(text[at:begin.start()])
+        value, at = decode_json(text, begin.end())
+        if begin["name"]:
+            value = {"name": begin["name"], "arguments": value}
+        calls.append(parse_call(value, offered))
+        end = CALL_END.match(text, at)
+        at = end.end() if end else at
     if calls:
-        around.append(said[at:])
-        text = re.sub(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```", "", "".join(around)).strip()
-        return text, calls
-    alone = re.fullmatch(r"```[\w-]*\s*(.*?)\s*```", said.strip(), re.S)
+        around.append(text[at:])
+        return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
     try:
-        value = parse_strictly(alone[1] if alone else said)
-    except (ValueError, RecursionError):
-        return said, []
+        value = parse_json(without_fence(text))
+    except ValueError:
+        return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
-        return "", [as_call(value, offered)]
-    return said, []
+        return "", [parse_call(value, offered)]  # nothing but a call, without its marks
+    return text, []
 
 
-def as_call(value: Any, offered: list[str]) -> tuple[str, str]:
-    value = value if isinstance(value, dict) else {}
-    name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
+def parse_call(value: Any, offered: set[str]) -> ToolCall:
+    if not isinstance(value, dict):
+        value = {}
+    name = value.get("name")
+    arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
-        arguments, _ = decode(arguments, 0)
-    if name not in offered:
-        raise Misread(f"there is no tool {name!r}; there are {', '.join(offered)}.")
+        arguments, _ = decode_json(arguments, 0)
+    if not isinstance(name, str) or name not in offered:
+        raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
     if not isinstance(arguments, dict):
-        raise Misread(f"the arguments of {name} must be a JSON object.")
-    return name, without_half_characters(json.dumps(arguments, ensure_ascii=False))
+        raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
+    return name, replace_lone_surrogates(json.dumps(arguments, ensure_ascii=False))
 
 
-OPENING = re.compile(r"""[{\[](?=(\s*["'{\[])?)""")  # the group tells what looks like JSON from {x} and [see] in prose
+def without_fence(text: str) -> str:
+    """What stands between the ``` of a text that is one fenced block and nothing else, or the text itself."""
+    text = text.strip()
+    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
+        return text
+    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
 
 
-def read_document(said: str, kind: type) -> str:
-    """The one JSON document of this type in what the model said: all of it, or the longest between prose and fences.
+BRACKET = re.compile(r'\\.|["{}\[\]]', re.S)
+CLOSING = {"{": "}", "[": "]"}
 
-    Raises Misread when there is none, or one that is broken: a part of it must not pass for the whole.
+
+def parse_document(text: str, kind: type) -> str:
+    """The one JSON document of this type in an answer: all of it, or the longest between prose and fences.
+
+    A part of a document must not pass for the whole: what stands in a bracket that cannot be read does not count.
+    Raises NoDocument.
     """
-    found, at = "", 0
-    with suppress(ValueError, RecursionError):
-        if isinstance(parse_strictly(said), kind):
-            return said.strip()
-    while begin := OPENING.search(said, at):
-        try:
-            value, at = decode(said, begin.start())
-        except Misread as misread:
-            if begin[1]:
-                raise Misread(str(misread), wants_json=True) from None
-            at = begin.end()
-            continue
-        if isinstance(value, kind) and at - begin.start() >= len(found):
-            found = said[begin.start():at]
-    if not found:
-        raise Misread("there is no JSON document of the right kind in it.", wants_json=True)
-    return found
+    with suppress(ValueError):
+        if isinstance(parse_json(text), kind):
+            return text.strip()
+    longest = ""
+    fault = "there is no JSON document of the right kind in it."
+    unread: list[str] = []  # what closes the brackets around this place, the innermost last
+    in_string = False
+    at = 0
+    while True:
+        token = BRACKET.search(text, at)
+        if not token:
+            break
+        at = token.end()
+        start = at - 1
+        mark = text[start]
+        if in_string:
+            in_string = token[0] != '"'
+        elif mark == '"':
+            in_string = bool(unread)  # quotation marks in prose open nothing
+        elif mark in CLOSING and not unread:
+            try:
+                value, at = decode_json(text, start)
+            except UnusableAnswer as error:
+                fault = str(error)
+                unread.append(CLOSING[mark])
+            else:
+                if isinstance(value, kind) and at - start >= len(longest):
+                    longest = text[start:at]
+        elif mark in CLOSING:
+            unread.append(CLOSING[mark])
+        elif mark in "}]" and (not unread or unread.pop() != mark):
+            raise NoDocument("its brackets do not match.")
+    if not longest:
+        raise NoDocument(fault)
+    return longest
 
 
-def decode(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends. Raises Misread."""
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends. Raises UnusableAnswer."""
     try:
-        return json.JSONDecoder(parse_constant=finite, parse_float=finite).raw_decode(text, start)
+        return STRICT_JSON.raw_decode(text, start)
     except (ValueError, RecursionError) as error:
-        raise Misread(f"not valid JSON: {error}") from None
-
-
-def cut(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
-    """The text up to the first stop sequence and up to so many tokens (by estimate_tokens), and the finish reason."""
-    end = min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))
-    text = text[:end]
-    if max_tokens is None or estimate_tokens(text) <= max_tokens:
-        return text, "stop"
-    spent = itertools.accumulate(0.6 if re.match(f"[{WIDE}]", character) else 0.25 for character in text)
-    end = sum(1 for _ in itertools.takewhile(lambda tokens: tokens <= max_tokens, spent))
-    while end and is_joined(text, end):
-        end -= 1
-    return text[:end], "length"
+        raise UnusableAnswer(f"not valid JSON: {error}") from None
 
 
 # ======================================================================================================================
 # 8 Kimi's web chat
 #
-# The nonce, the form, and what the site's answers mean.
+# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
+# object. What the site's answers mean is known here and nowhere else.
 # ======================================================================================================================
 
 
 class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
-    """cloudscraper for many threads: little bookkeeping per request, bounded bodies, no redirects, whole tracebacks.
+    """cloudscraper over our transport, for many threads; cookies, ciphers and solving challenges stay cloudscraper's.
 
-    Sending a request through requests.Session costs several times what the wire costs, in merging settings, cookies,
-    proxies and .netrc. Here each is done once, or only when there is something to do, and urllib3's pool is asked
-    directly; cookies, ciphers and the solving of challenges stay cloudscraper's.
+    Raises APIError, and cloudscraper's CloudflareException for a challenge that it cannot solve.
     """
 
     USER_AGENT = ("Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
                   "Chrome/142.0.0.0 Safari/537.36")  # cloudscraper's own list ends with Chrome 76
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, name: str, connections: int, timeout: float) -> None:
         # delay: seconds before a challenge is answered; without it, the page could name any
         super().__init__(browser={"browser": "chrome", "platform": "windows", "mobile": False}, delay=4)
         self.headers["User-Agent"] = self.USER_AGENT
-        self._jar_lock = threading.Lock()  # guards cookies, whose iteration breaks when another thread adds one
-        self._pools: dict[str, tuple[Any, bool]] = {}
-        adapter = self.get_adapter("https://")
-        adapter.init_poolmanager(10, connections)
-        self.mount("http://", adapter)
+        self.transport = Transport(name, connections, self.get_adapter("https://"))
+        self._timeout = timeout
+        self._jar_lock = threading.Lock()  # guards cookies: cookie jars are not thread-safe
 
     def simpleException(self, exception: type[Exception], msg: str) -> NoReturn:
         """cloudscraper's also sets sys.tracebacklimit to 0, which empties every later traceback of the process."""
         self._solveDepthCnt = 0
         raise exception(msg)
 
-    def perform_request(self, method: str, url: str, *, data: bytes | dict[str, str] | None = None, headers: Any = None,
-                        timeout: float | None = None, **_: Any) -> requests.Response:
-        """Called by cloudscraper for every request. timeout: seconds that all of it may take.
-
-        Raises urllib3's HTTPError; DecodeError also for a body above MAX_UPSTREAM_BYTES.
-        """
+    def perform_request(
+        self, method: str, url: str, *, data: bytes | dict[str, str] | None = None, headers: Any = None,
+        timeout: float, **_: Any,
+    ) -> requests.Response:
+        """Called by cloudscraper for every request. timeout: seconds that are left for all of it."""
         request = requests.PreparedRequest()
-        request.method, request.url = method, url
-        request.headers = {**self.headers, **(headers or {})}  # type: ignore[assignment]  # a plain dict will do here
+        request.method = method
+        request.url = url
+        sent = {**self.headers, **(headers or {})}
+        request.headers = sent  # type: ignore[assignment]  # a plain dict will do here
         with self._jar_lock:
             cookies = get_cookie_header(self.cookies, request) if self.cookies else None
         if cookies:
-            request.headers["Cookie"] = cookies
-        pool, names_host = self._pool(url)
-        target = url if names_host else urlunsplit(("", "", *urlsplit(url)[2:4], "")) or "/"
-        raw = pool.urlopen(method, target, urlencode(data) if isinstance(data, dict) else data, request.headers,
-                           retries=False, redirect=False, preload_content=False, assert_same_host=False,
-                           timeout=Timeout(total=timeout))
-        response = requests.Response()
-        response.status_code, response.headers = raw.status, raw.headers  # urllib3's are case-insensitive too
-        response.url, response.request, response.encoding = url, request, "utf-8"
-        if "Set-Cookie" in response.headers:
+            sent["Cookie"] = cookies
+        body = urlencode(data).encode() if isinstance(data, dict) else data
+        call = Call(self._timeout, Cancel(), deadline=time.monotonic() + timeout)
+        answer = self.transport.request(method, url, sent, body, call)
+        if "Set-Cookie" in answer.headers:
             with self._jar_lock:
-                extract_cookies_to_jar(self.cookies, request, raw)
-        body = raw.read(MAX_UPSTREAM_BYTES + 1, decode_content=True)
-        if len(body) > MAX_UPSTREAM_BYTES:
-            raw.close()  # what is not read to its end must not go back to the pool
-            raise DecodeError(f"more than {MAX_UPSTREAM_BYTES} bytes")
-        raw.release_conn()
-        response._content = body  # what response.content and response.text go by
+                extract_cookies_to_jar(self.cookies, request, answer.raw)
+        response = requests.Response()
+        response.status_code = answer.status
+        response.headers = answer.headers  # type: ignore[assignment]  # urllib3's are case-insensitive too
+        response.url = url
+        response.request = request
+        response.encoding = "utf-8"
+        response._content = answer.read()  # what response.content and response.text go by
         return response
 
-    def _pool(self, url: str) -> tuple[Any, bool]:
-        """The connection pool for a URL's host, and whether its requests name the whole URL, as plain proxies want it.
-
-        Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
-        """
-        origin = "{0.scheme}://{0.netloc}/".format(urlsplit(url))
-        if origin not in self._pools:
-            request, adapter = requests.Request("GET", origin).prepare(), self.get_adapter(origin)
-            found = self.merge_environment_settings(origin, {}, True, None, None)
-            proxies = {} if is_loopback(urlsplit(url).hostname) else found["proxies"]  # a proxy's loopback is not ours
-            pool = adapter.get_connection_with_tls_context(request, found["verify"], proxies, found["cert"])
-            pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": DeadlineResponse})
-            self._pools[origin] = pool, adapter.request_url(request, proxies) != "/"
-        return self._pools[origin]
+    def is_challenge(self, response: requests.Response) -> bool:
+        """Whether cloudscraper could solve it. Raises CloudflareException for one that it knows and cannot solve."""
+        if response.status_code == 200:
+            return False
+        return bool(Cloudflare(self).is_Challenge_Request(response))
 
 
 @dataclass(frozen=True, eq=False)
@@ -1202,152 +1919,125 @@ class Nonce:
     """The token without which the web chat answers nothing. Each fetch makes a new object, equal text or not."""
 
     value: str
-    fetched: float
+    fetched: float  # seconds since the epoch
 
 
 class StaleNonce(Exception):
-    """Upstream said something that a new nonce may mend. `error` is for the caller if it does not."""
+    """Upstream answered something that a new nonce may mend. `error` is for the caller if it does not."""
 
     def __init__(self, error: APIError) -> None:
         super().__init__(error.message)
         self.error = error
 
 
-class KimiProvider(Provider):
-    """Kimi's web chat, a WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form."""
+NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
+NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
+CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
+CHALLENGE_SECONDS = 10.0  # that solving one may take beyond REQUEST_TIMEOUT, as cloudscraper waits before it answers
+MAX_REDIRECTS = 4
 
-    NONCE = re.compile(r"""kimi_ajax\b(?:(?!</script>).)*?["']?\bnonce["']?\s*:\s*["']([\w-]+)["']""", re.S)
-    NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
-    CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
+
+def find_nonce(html: str) -> str | None:
+    """The first nonce after a mention of kimi_ajax in the same script."""
+    for script in html.split("</script>"):
+        _, _, config = script.partition("kimi_ajax")
+        found = NONCE.search(config)
+        if found:
+            return found[1]
+    return None
+
+
+class KimiProvider(Provider):
+    """Kimi's web chat."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         super().__init__("kimi", settings, clock)
-        self._lock = threading.Lock()  # guards the two below; never held while upstream is asked
+        self._lock = threading.Lock()  # guards _nonce; never held while upstream is asked
         self._nonce: Nonce | None = None
-        self._renewal: Future[Nonce] | None = None  # a fetch under way, which everybody who needs a nonce waits for
+        self._nonce_fetch = SharedFetch("nonce", self._fetch_nonce)
 
     @cached_property
     def _scraper(self) -> Scraper:
-        """Made by the thread that fetches the first nonce; its certificates would slow the start and take 1 MB."""
-        return Scraper(connections=2 * self._settings.max_concurrent_chats)
+        """Made when it is first needed; its certificates would slow the start and take 1 MB."""
+        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats, self._settings.request_timeout)
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
-        self._accept(request)
+        reject_unsupported(request)
         try:
-            prompt = self._prompt(chat, instructions(request))
+            prompt, content, calls = self._answer(chat)
         except RecursionError:
             raise bad_request("The schemas of 'tools' are nested too deep.", "tools") from None
-        said = self._answer_to(prompt, chat)
-        try:
-            content, calls = read_answer(said, request)
-        except Misread as misread:
-            log.info("the answer cannot be used; asking once more")
-            with suppress(APIError):  # where there is no room for the reason, the question is asked again as it was
-                prompt = self._prompt(chat, f"{instructions(request)}\nYour last answer could not be used: {misread}")
-            said = self._answer_to(prompt, chat)
-            try:
-                content, calls = read_answer(said, request)
-            except Misread as again:
-                if again.wants_json:
-                    error = upstream_error(502, "invalid_json_answer", f"The web chat gave no JSON: {again}")
-                    error.headers["x-should-retry"] = "false"
-                    raise error from None
-                content, calls = said, []
-        content, finish_reason = cut(content, request.stop, request.max_tokens)
-        message: Message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        content, finish_reason = truncate(content, request.stop, request.max_tokens)
+        message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
-            message["tool_calls"], finish_reason = [
-                {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
-                 "function": {"name": name, "arguments": arguments}} for index, (name, arguments) in enumerate(calls)
-            ], "tool_calls"
-        whole = Delta.of(message, finish_reason, whole=True)
-        whole.chunk["usage"] = estimate_usage(prompt, content + "".join(itertools.chain(*calls)))
-        yield whole
+            finish_reason = "tool_calls"
+            message["content"] = content or None
+            message["tool_calls"] = [
+                {
+                    "index": index,
+                    "id": f"call_{uuid.uuid4().hex[:24]}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for index, (name, arguments) in enumerate(calls)
+            ]
+        delta = Delta.of(message, finish_reason, is_complete=True)
+        written = content + "".join(name + arguments for name, arguments in calls)
+        delta.chunk["usage"] = estimate_usage(prompt, written)
+        yield delta
 
-    def _answer_to(self, prompt: str, chat: Chat) -> str:
-        return self._call(lambda: self._ask(prompt, chat),
-                          in_vain=lambda: chat.cancel.cancelled and not chat.request.user)
-
-    @staticmethod
-    def _accept(request: ChatRequest) -> None:
-        """Raises APIError 400 for what would change the shape of the answer and cannot be had here."""
-        body, choice = request.body, request.body.get("tool_choice")
-        wanted = {"n": (body.get("n") or 1) > 1, "logprobs": body.get("logprobs"), "audio": body.get("audio"),
-                  "modalities": set(map(str, body.get("modalities") or ())) - {"text"},
-                  "tool_choice.type": isinstance(choice, dict) and not names_function(choice)}
-        wanted |= {f"tools[{index}].type": tool["type"] != "function"
-                   for index, tool in enumerate(body.get("tools") or ())}
-        wanted |= {f"messages[{index}].content[{at}].type": part["type"] not in ("text", "refusal")
-                   for index, message in enumerate(request.messages) if isinstance(message.get("content"), list)
-                   for at, part in enumerate(message["content"])}
-        for param, is_wanted in wanted.items():
-            if is_wanted:
-                raise bad_request(f"The web chat takes text and gives one text; it cannot do what '{param}' asks for.",
-                                  param, "unsupported_value")
+    def _answer(self, chat: Chat) -> tuple[str, str, list[ToolCall]]:
+        """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
+        request = chat.request
+        limit = self._settings.context_max_length
+        prompt = write_prompt(request, chat.history, limit)
+        text = self._ask(prompt, chat)
+        try:
+            return prompt, *parse_answer(text, request)
+        except UnusableAnswer as fault:
+            log.info("the answer cannot be used; asking once more")
+            remark = f"Your last answer could not be used: {fault}"
+        with suppress(APIError):  # where there is no room for the reason, the question is asked again as it was
+            prompt = write_prompt(request, chat.history, limit, remark)
+        text = self._ask(prompt, chat)
+        try:
+            return prompt, *parse_answer(text, request)
+        except NoDocument as fault:
+            raise upstream_error(
+                502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
+        except UnusableAnswer:
+            return prompt, text, []
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
-        names = (f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found")
+        steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
+        failed: APIError | None = None
         try:
-            self._renew(None, time.monotonic() + self._settings.request_timeout)
+            self._fetch_nonce()
         except APIError as error:
-            failed = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
-            yield from ((name, None) for name in names[:failed])
-            yield names[failed], error
-        else:
-            yield from ((name, None) for name in names)
-            own = [name for name in self._settings.models.values()
-                   if name not in self._settings.models and name.partition("/")[0] not in self._settings.apis]
-            yield from self._check_answer((own or ["moonshotai/Kimi-K2-Instruct-0905"])[0])
+            failed = error
+            reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
+            steps = steps[:reached + 1]
+        for step in steps[:-1]:
+            yield step, None
+        yield steps[-1], failed
+        if not failed:
+            yield from self._check_answer(self._model_to_check())
 
-    # The prompt
-
-    SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
-
-    def _prompt(self, chat: Chat, instruction: str) -> str:
-        """System messages and the instruction, as many of the latest turns as fit, and the newest turn, as one string.
-
-        Raises APIError 400 when this is too long even without older turns.
-        """
-        callers = {call.get("id"): call["function"]["name"]
-                   for message in (*itertools.chain(*chat.history), *chat.request.messages)
-                   for call in message.get("tool_calls") or ()}
-        turns = [*chat.history, *(chat.request.turns or [()])]
-        if chat.history and turns[len(chat.history)][:1] and turns[len(chat.history)][0]["role"] != "user":
-            turns[len(chat.history) - 1] += turns.pop(len(chat.history))  # a tool's result belongs to what asked for it
-        *older, newest = [[self._line(message, callers) for message in turn] for turn in turns]
-        system = [text for text in (*map(text_of, chat.request.system), instruction) if text]
-        limit = self._settings.context_max_length
-        if system:
-            system.append("")
-        elif not older and len(newest) == 1:
-            newest = [text_of(chat.request.turns[-1][0])]  # a question that stands alone needs no name before it
-        room = limit - len("\n".join(system + newest))
-        if room < 0:
-            raise bad_request(
-                f"The newest message, the system messages and what is said of tools and JSON have {limit - room} "
-                f"characters; the web chat takes {limit} (CONTEXT_MAX_LENGTH).", "messages", "context_length_exceeded")
-        kept: list[str] = []
-        for turn in reversed(older):
-            room -= len("\n".join(turn)) + 1
-            if room < 0:
-                break
-            kept = turn + kept
-        prompt = "\n".join(system + kept + newest)
-        if not prompt.strip():
-            raise bad_request("'messages' contain no text.", "messages")
-        return prompt
-
-    def _line(self, message: Message, callers: Mapping[str | None, str]) -> str:
-        role, functions = message["role"], [call["function"] for call in message.get("tool_calls") or ()]
-        speaker = f"{self.SPEAKERS.get(role, role)} {callers.get(message.get('tool_call_id'), '')}".rstrip()
-        calls = [f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
-                 for function in functions]
-        return f"{speaker}: {text_of(message)}{''.join(calls)}"
+    def _model_to_check(self) -> str:
+        for name in self._settings.models.values():
+            if name not in self._settings.models and name.partition("/")[0] not in self._settings.apis:
+                return name
+        return "moonshotai/Kimi-K2-Instruct-0905"
 
     # Asking
 
     def _ask(self, prompt: str, chat: Chat) -> str:
+        """The text of the answer. A chat with a `user` goes on when its client has left, for its turn is remembered."""
+        cancel = Cancel() if chat.request.user else chat.cancel
+        return self._call(lambda: self._attempt(prompt, chat), cancel)
+
+    def _attempt(self, prompt: str, chat: Chat) -> str:
         """One attempt; a nonce that is rejected is renewed, once."""
         try:
             return self._post(prompt, chat)
@@ -1356,83 +2046,63 @@ class KimiProvider(Provider):
         try:
             return self._post(prompt, chat)
         except StaleNonce as stale:
-            stale.error.headers["x-should-retry"] = "false"
-            raise stale.error from None
+            raise stale.error.with_headers(NO_SDK_RETRY) from None
 
     def _post(self, prompt: str, chat: Chat) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
         deadline = time.monotonic() + self._settings.request_timeout
-        nonce = self._current_nonce(deadline)
+        nonce = self._current_nonce()
         page = urlsplit(self._settings.chat_page_url)
-        form = urlencode({"action": "kimi_send_message", "nonce": nonce.value, "message": prompt, "model": chat.model,
-                          "session_id": chat.session_id}).encode()
+        form = {
+            "action": "kimi_send_message",
+            "nonce": nonce.value,
+            "message": prompt,
+            "model": chat.model,
+            "session_id": chat.session_id,
+        }
+        headers = {
+            "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
+            "Accept": "application/json, */*",
+            "X-Requested-With": "XMLHttpRequest",
+            "Origin": f"{page.scheme}://{page.netloc}",
+            "Referer": self._settings.chat_page_url,
+        }
+        send = self._scraper.perform_request
         try:
-            return self._answer(self._send(
-                self._scraper.perform_request, "POST", self._settings.upstream_url, deadline, form, {
-                    "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
-                    "Accept": "application/json, */*", "X-Requested-With": "XMLHttpRequest",
-                    "Origin": f"{page.scheme}://{page.netloc}", "Referer": self._settings.chat_page_url}))
+            return read_text(self._send(
+                send, "POST", self._settings.upstream_url, deadline, urlencode(form).encode(), headers))
         except StaleNonce as stale:
-            stale.error.message = stale.error.message.replace(nonce.value, "…")
             with self._lock:
                 if self._nonce is nonce:  # else somebody has renewed it meanwhile
                     self._nonce = None
-            raise
+            message = stale.error.message.replace(nonce.value, "…")
+            raise StaleNonce(stale.error.copy(message=message)) from None
 
-    def _answer(self, response: requests.Response) -> str:
-        """The text in upstream's JSON."""
-        body = response.content.strip()
-        if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
-            raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
-            data = None
-        if isinstance(data, dict) and data.get("success") is False:
-            words = plain_words(data.get("data"))
-            raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {words}",
-                                            quotes=True))
-        if response.status_code != 200:
-            raise upstream_error(502, "upstream_invalid_response", f"The web chat sent HTTP {response.status_code}.")
-        try:
-            answer = data["data"]["message"] if data["success"] else None
-        except (KeyError, TypeError):
-            answer = None
-        if not isinstance(answer, str) or not answer.strip():
-            what = ("an empty answer" if isinstance(answer, str) else "something that is not JSON" if data is None
-                    else "JSON of an unknown shape")
-            raise upstream_error(502, "upstream_invalid_response", f"The web chat sent {what}.", retryable=True)
-        return without_half_characters(answer)
-
-    def _send(self, send: Callable[..., requests.Response], method: str, url: str, deadline: float,
-              data: bytes | None, headers: dict[str, str]) -> requests.Response:
+    def _send(
+        self, send: Callable[..., requests.Response], method: str, url: str, deadline: float, data: bytes | None,
+        headers: dict[str, str],
+    ) -> requests.Response:
         """Send one request; what any answer of this site can mean, page or chat, is sorted out here."""
+        seconds = max(0.01, deadline - time.monotonic())
         try:
-            response = send(method, url, data=data, headers=headers, timeout=max(0.01, deadline - time.monotonic()))
-            solvable = response.status_code != 200 and Cloudflare(self._scraper).is_Challenge_Request(response)
-        except DecodeError as error:
-            raise upstream_error(502, "upstream_invalid_response", f"The answer cannot be read: {error}.",
-                                 retryable=True) from None
-        except UpstreamHTTPError as error:
-            if isinstance(error, UpstreamTimeout) and not isinstance(error, NewConnectionError):
-                raise upstream_error(504, "upstream_timeout", f"{urlsplit(url).hostname} did not answer within "
-                                     f"{self._settings.request_timeout:g} s.") from None
-            raise upstream_error(502, "upstream_unavailable", f"{urlsplit(url).hostname} cannot be reached: "
-                                 f"{root_cause(error)}.", retryable=True) from None
+            response = send(method, url, data=data, headers=headers, timeout=seconds)
+            solvable = self._scraper.is_challenge(response)
         except cloudscraper.exceptions.CloudflareException as error:
             raise self._blocked(str(error)) from None
-        status, html = response.status_code, response.content.lstrip()[:1] == b"<"
+        status = response.status_code
+        is_html = response.content.lstrip()[:1] == b"<"
         if solvable:
             raise StaleNonce(self._blocked("a challenge that came again after it was solved"))
         if response.headers.get("cf-mitigated") == "challenge":
             raise self._blocked("a managed challenge")
-        if html and (status == 403 or (status in (429, 503) and self.CHALLENGE.search(response.content))):
+        if is_html and (status == 403 or (status in (429, 503) and CHALLENGE.search(response.content))):
             raise self._blocked(f"HTTP {status} with a web page")
         if status == 429:
             raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
                                "upstream_rate_limited", response.headers, self._clock())
         if status >= 500:
-            raise upstream_error(502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", True)
+            raise upstream_error(
+                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
         return response
 
     def _blocked(self, reason: str) -> APIError:
@@ -1442,268 +2112,432 @@ class KimiProvider(Provider):
 
     # The nonce
 
-    def _current_nonce(self, deadline: float) -> Nonce:
+    def _current_nonce(self) -> Nonce:
+        """The nonce, fetched anew when there is none or it is old: once for all chats that want one meanwhile."""
         with self._lock:
             nonce = self._nonce
-        if nonce and self._clock() - nonce.fetched < self.NONCE_MAX_AGE:
-            return nonce
-        return self._renew(nonce, deadline)
-
-    def _renew(self, old: Nonce | None, deadline: float) -> Nonce:
-        """A new nonce. However many threads ask, one fetches the page; all get its nonce, or its error."""
-        with self._lock:
-            if self._nonce is not old and self._nonce:
-                return self._nonce
-            mine = self._renewal is None
-            renewal = self._renewal = self._renewal or Future()
-        if not mine:
-            try:
-                return renewal.result(max(0.0, deadline - time.monotonic()))
-            except APIError as error:
-                raise error.again() from None
-            except FutureTimeout:
-                raise upstream_error(504, "upstream_timeout", "The chat page did not answer in time.") from None
+            if nonce and self._clock() - nonce.fetched < NONCE_MAX_AGE:
+                return nonce
+            fetch = self._nonce_fetch.start()
         try:
-            nonce = self._fetch_nonce(deadline)
-        except BaseException as error:
-            with self._lock:
-                self._renewal = None
-            renewal.set_exception(error)
-            raise
-        with self._lock:
-            self._nonce, self._renewal = nonce, None
-        renewal.set_result(nonce)
-        return nonce
+            return fetch.result(self._settings.request_timeout + CHALLENGE_SECONDS)
+        except APIError as error:
+            raise error.copy() from None
+        except FutureTimeout:
+            raise self._scraper.transport.timed_out(self._settings.request_timeout) from None
 
-    def _fetch_nonce(self, deadline: float) -> Nonce:
+    def _fetch_nonce(self) -> Nonce:
         """Fetch the chat page, solving an old-style challenge on the way if there is one, and find its nonce."""
         home = self._settings.chat_page_url
-        address = f"{home}{'&' if '?' in home else '?'}_={int(self._clock() * 1000)}"  # no cache has seen it yet
-        for _ in range(5):
+        page = self._fetch_page(time.monotonic() + self._settings.request_timeout)
+        found = find_nonce(page.content.decode("utf-8", "replace"))
+        if page.status_code != 200 or not found:
+            raise upstream_error(
+                502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the site has changed. "
+                "Look for a newer version of this program.")
+        log.info("nonce renewed")
+        nonce = Nonce(found, self._clock())
+        with self._lock:
+            self._nonce = nonce
+        return nonce
+
+    def _fetch_page(self, deadline: float) -> requests.Response:
+        """The chat page, after redirects on its own host."""
+        home = self._settings.chat_page_url
+        url = f"{home}{'&' if '?' in home else '?'}_={int(self._clock() * 1000)}"  # no cache has seen it yet
+        for _ in range(MAX_REDIRECTS + 1):
             try:
-                page = self._send(self._scraper.request, "GET", address, deadline, None, {"Cache-Control": "no-cache"})
+                page = self._send(self._scraper.request, "GET", url, deadline, None, {"Cache-Control": "no-cache"})
             except StaleNonce as stale:
                 raise stale.error from None
             if not page.is_redirect:
                 break
-            try:
-                address = http_url(urljoin(address, page.headers["Location"]))
-            except ValueError:
-                address = ""
-            here, there = urlsplit(home), urlsplit(address)
-            if there.hostname != here.hostname or there.scheme not in ("https", here.scheme):
-                raise upstream_error(502, "upstream_changed", "The chat page has moved to another host; CHAT_PAGE_URL "
-                                     "and UPSTREAM_URL say where it is.")
-        found = self.NONCE.search(page.content.decode("utf-8", "replace"))
-        if page.status_code != 200 or not found:
-            raise upstream_error(502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the "
-                                 "site has changed. Look for a newer version of this program.")
-        log.info("nonce renewed")
-        return Nonce(found[1], self._clock())
+            url = self._redirected(url, page.headers["Location"])
+        return page
+
+    def _redirected(self, url: str, location: str) -> str:
+        """Where a redirect leads. Raises APIError for another host."""
+        here = urlsplit(self._settings.chat_page_url)
+        with suppress(ValueError):
+            target = parse_url(urljoin(url, location))
+            there = urlsplit(target)
+            if there.hostname == here.hostname and there.scheme in ("https", here.scheme):
+                return target
+        raise upstream_error(
+            502, "upstream_changed",
+            "The chat page has moved to another host; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
+
+
+def reject_unsupported(request: ChatRequest) -> None:
+    """Raises APIError 400 for what would change the shape of the answer and cannot be had here."""
+    for param in unsupported_fields(request):
+        raise bad_request(
+            f"The web chat takes text and gives one text; it cannot do what '{param}' asks for.", param,
+            "unsupported_value")
+
+
+def unsupported_fields(request: ChatRequest) -> Iterator[str]:
+    body = request.body
+    if (body.get("n") or 1) > 1:
+        yield "n"
+    for name in ("logprobs", "audio"):
+        if body.get(name):
+            yield name
+    if set(body.get("modalities") or ()) - {"text"}:
+        yield "modalities"
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and not names_function(choice):
+        yield "tool_choice.type"
+    for index, tool in enumerate(body.get("tools") or ()):
+        if tool["type"] != "function":
+            yield f"tools[{index}].type"
+    for index, message in enumerate(request.messages):
+        content = message.get("content")
+        for at, part in enumerate(content if isinstance(content, list) else ()):
+            if part["type"] not in ("text", "refusal"):
+                yield f"messages[{index}].content[{at}].type"
+
+
+def read_text(response: requests.Response) -> str:
+    """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
+    body = response.content.strip()
+    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+        raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
+    try:
+        answer = parse_upstream_json(body.decode("utf-8-sig", "replace"))
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {}
+    data = answer.get("data")
+    if answer.get("success") is False:
+        raise StaleNonce(upstream_error(
+            502, "upstream_refused", f"The web chat refused: {plain_words(data)}", quotes_upstream=True))
+    if response.status_code != 200:
+        raise upstream_error(502, "upstream_invalid_response", f"The web chat sent HTTP {response.status_code}.")
+    text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
+    if isinstance(text, str) and text.strip():
+        return text
+    what = "something that is not JSON"
+    if answer:
+        what = "an empty answer" if isinstance(text, str) else "JSON of an unknown shape"
+    raise upstream_error(502, "upstream_invalid_response", f"The web chat sent {what}.", retryable=True)
 
 
 # ======================================================================================================================
 # 9 OpenAI-style APIs
 #
-# Upstreams that speak OpenAI's protocol: requests and chunks pass through.
+# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
+# Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
+# and the streaming are ours.
 # ======================================================================================================================
+
+MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
+MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
+
+TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
+CHUNK_CHOICE = object_of({
+    "index": COUNT,
+    "finish_reason": any_of(STRING, NULL),
+    "delta": record({}, {
+        **dict.fromkeys(sorted(TEXT_FIELDS), STRING),
+        "tool_calls": array(record({}, {
+            "index": COUNT,
+            "id": STRING,
+            "type": STRING,
+            "function": record({}, {"name": STRING, "arguments": STRING}),
+        })),
+    }),
+})
 
 
 class OpenAIProvider(Provider):
-    """Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
+    """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
-    Requests and chunks pass through as they are; only the model's name, the messages (the session's turns are put in
-    front) and the streaming are ours. When the client leaves, the connection is closed at once: answers cost money.
-    """
-
-    MODELS_AGE, MODELS_RETRY = 600.0, 60.0  # seconds to keep the list, and before it is asked again after a failure
-
-    def __init__(self, name: str, base_url: str, key: str, settings: Settings,
-                 clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, name: str, api: API, settings: Settings, clock: Callable[[], float] = time.time,
+    ) -> None:
         super().__init__(name, settings, clock)
-        self._base_url, self._key = base_url.rstrip("/"), key
-        self._chat = threading.local()  # .cancel: of the chat that this thread sends
-        self._session = requests.Session()
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # a jar is not for many threads
-        self._session.auth = self._sign  # as a function, so that .netrc cannot put another in its place
-        adapter = CancellableAdapter(self._chat, pool_maxsize=2 * settings.max_concurrent_chats)
-        self._session.mount("https://", adapter)
-        self._session.mount("http://", adapter)
-        if is_loopback(urlsplit(base_url).hostname):
-            self._session.trust_env = False  # a proxy's loopback is not ours
-        self._lock = threading.Lock()  # guards the two below
-        self._models: list[dict[str, Any]] = []
-        self._models_due, self._models_here = 0.0, threading.Event()
-
-    def _sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._key:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-        return request
+        self._base_url = api.base_url.rstrip("/")
+        self._key = api.key
+        self._transport = Transport(name, connections=2 * settings.max_concurrent_chats)
+        self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
+        if api.key:
+            self._headers["Authorization"] = f"Bearer {api.key}"
+        self._lock = threading.Lock()  # guards the three below
+        self._models: dict[str, dict[str, Any]] = {}
+        self._models_due = 0.0  # when the list is to be fetched again, seconds since the epoch
+        self._models_coming: Future[None] | None = None
+        self._models_fetch = SharedFetch(f"{name} models", self._refresh_models)
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
-        messages = [*request.system, *itertools.chain(*chat.history), *itertools.chain(*request.turns)]
-        body = {**request.body, "model": chat.model, "stream": True,
-                "messages": messages if chat.history else request.messages,
-                "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True}}
-        self._chat.cancel = chat.cancel
-        response = None
+        turns = (*chat.history, *request.turns)
+        messages = request.messages
+        if chat.history:
+            messages = [*request.system, *itertools.chain.from_iterable(turns)]
+        body = {
+            **request.body,
+            "model": chat.model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
+        }
         try:
-            response = self._call(lambda: self._send("POST", "/chat/completions", json=body),
-                                  in_vain=lambda: chat.cancel.cancelled)
-            yield from self._deltas(response, messages)
-        except UpstreamHTTPError as error:  # of urllib3, whose reading of the body requests does not wrap here
-            raise self._broken(self._unreachable(error), chat) from None
-        except APIError as error:
-            raise self._broken(error, chat) if response is not None else error from None
+            data = dump_json(body)
+        except RecursionError:
+            raise bad_request("The request is nested too deep.") from None
+        response = self._call(lambda: self._send("POST", "/chat/completions", data, chat.cancel), chat.cancel)
+        answer = APIAnswer(self, response, request)
+        try:
+            yield from answer.deltas()
+        except APIError as error:  # of an answer that had begun
+            if not chat.cancel.is_set():
+                self.breaker.failed(error)
+            raise
         finally:
-            self._chat.cancel = None
-            chat.cancel.set_action(None)  # from here on the connection may belong to somebody else's chat
-            if response is not None:
+            if answer.is_done:
+                chat.cleanup.callback(response.drain)  # after the client has the end, for it may take its time
+            else:
                 response.close()
 
-    def _broken(self, error: APIError, chat: Chat) -> APIError:
-        """The error of an answer that had begun."""
-        self._end(error, is_news=not chat.cancel.cancelled)
-        return error
-
-    def _deltas(self, response: requests.Response, messages: list[Message]) -> Iterator[Delta]:
-        headers = rate_limits(response.headers)
-        text, choices_seen, finished, usage = "", False, False, False
-        for data in server_sent_data(response):
-            if data == "[DONE]":
-                finished = True
-                with suppress(AttributeError, OSError):  # only a read to its end gives the connection back
-                    sock = response.raw.connection.sock
-                    sock.settimeout(0.2)
-                    response.raw.drain_conn()
-                    sock.settimeout(self._settings.request_timeout)  # as the next request will want it
-                break
-            chunk = self._parse(data)
-            if isinstance(chunk, dict) and chunk.get("error"):
-                raise self._their_error(500, chunk, {})
-            try:
-                choices = [{"index": 0, "finish_reason": None, **choice, "delta": choice.get("delta") or {}}
-                           for choice in chunk["choices"]]
-                merge({}, {"choices": choices})  # fails if it is none that could be made a whole answer of
-                delta = Delta({**chunk, "choices": choices}, headers=headers)
-                text += delta.text
-            except (KeyError, TypeError, AttributeError, RecursionError):
-                raise self._bad("a bad chunk") from None
-            choices_seen, usage = choices_seen or bool(choices), usage or bool(chunk.get("usage"))
-            finished = finished or any(choice["finish_reason"] for choice in choices)
-            yield delta
-        if not finished:
-            raise upstream_error(502, "upstream_unavailable", f"{self.name} broke off in the middle.")
-        if not choices_seen:
-            raise self._bad("an empty answer")
-        if not usage:
-            yield Delta({"choices": [], "usage": estimate_usage("\n".join(map(text_of, messages)), text)})
-
-    def _parse(self, data: str) -> Any:
-        try:
-            chunk = json.loads(data)
-            if "\\ud" in data.lower():  # an escaped half of a surrogate pair, perhaps without its other half
-                chunk = json.loads(without_half_characters(json.dumps(chunk, ensure_ascii=False)))
-            return chunk
-        except (ValueError, RecursionError):
-            raise self._bad("something that is not JSON") from None
-
-    def _bad(self, what: str) -> APIError:
+    def invalid(self, what: str) -> APIError:
         return upstream_error(502, "upstream_invalid_response", f"{self.name} sent {what}.")
 
-    def _send(self, method: str, path: str, **kwargs: Any) -> requests.Response:
-        """An answer with status 200, its body still to be read; REQUEST_TIMEOUT is for silence, not for all of it."""
+    def _send(self, method: str, path: str, body: bytes | None, cancel: Cancel) -> Response:
+        """A response with status 200; for a POST, a stream still to be read. Its time-out is for all before that."""
+        headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
+        call = Call(self._settings.request_timeout, cancel)
+        response = self._transport.request(method, self._base_url + path, headers, body, call)
+        is_json = "json" in response.headers.get("Content-Type", "")
+        if response.status == 200 and (method == "GET" or not is_json):
+            return response
+        text = response.read().decode("utf-8", "replace")
         try:
-            response = self._session.request(method, self._base_url + path, stream=True, allow_redirects=False,
-                                             timeout=self._settings.request_timeout, **kwargs)
-            is_json = "json" in response.headers.get("Content-Type", "")
-            if response.status_code == 200 and (method == "GET" or not is_json):
-                return response
-            with response:
-                said = b"".join(itertools.islice(response.iter_content(8192), 8)).decode("utf-8", "replace")
-        except requests.RequestException as error:
-            raise self._unreachable(error) from None
-        try:
-            body = json.loads(said)
-        except (ValueError, RecursionError):
-            body = said
-        if response.status_code == 200 and not (isinstance(body, dict) and body.get("error")):
-            raise self._bad("a whole answer where a stream was asked for")
-        raise self._their_error(response.status_code, body, response.headers)
+            answer = parse_upstream_json(text)
+        except ValueError:
+            answer = text
+        if response.status == 200 and not (isinstance(answer, dict) and answer.get("error")):
+            raise self.invalid("a whole answer where a stream was asked for")
+        raise self.upstream_error(response.status, answer, response.headers)
 
-    def _their_error(self, status: int, body: Any, headers: Mapping[str, str]) -> APIError:
+    def upstream_error(self, status: int, answer: Any, headers: Mapping[str, str]) -> APIError:
         """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
         if status in (401, 403):
-            return upstream_error(502, "upstream_auth", f"{self.name} does not accept the key that this server has for "
-                                  f"it (HTTP {status}); see {self.name.upper()}_API_KEY.")
-        hidden = without_half_characters(json.dumps(body, ensure_ascii=False))
-        error = json.loads(hidden.replace(self._key, "…") if self._key else hidden)
-        error = error.get("error", error) if isinstance(error, dict) else error
+            return upstream_error(
+                502, "upstream_auth", f"{self.name} does not accept the key that this server has for it "
+                f"(HTTP {status}); see {self.name.upper()}_API_KEY.")
+        error = answer.get("error", answer) if isinstance(answer, dict) else answer
         fields = error if isinstance(error, dict) else {}
-        type, code, param = (str(fields[name]) if fields.get(name) else None for name in ("type", "code", "param"))
-        message = f"{self.name}: {plain_words(error)}"
+
+        def told(name: str) -> str | None:
+            return plain_words(fields[name], self._key) if fields.get(name) else None
+
+        message = f"{self.name}: {plain_words(error, self._key)}"
+        type, code, param = told("type"), told("code"), told("param")
         if status == 429:
-            ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers,
-                                self._clock())
+            ours = rate_limited(
+                message, type or "rate_limit_error", code or "upstream_rate_limited", headers, self._clock())
         elif 400 <= status < 500:
             ours = APIError(status, message, type or "invalid_request_error", code, param)
         else:
-            ours = APIError(status if status >= 500 else 502, message, type or "upstream_error",
-                            code or "upstream_unavailable", param, retryable=status >= 500)
-            ours.headers.update({"Retry-After": headers["Retry-After"]} if "Retry-After" in headers else {})
-        ours.quotes = True
-        ours.headers.update(rate_limits(headers))
-        return ours
+            wait = parse_retry_after(headers.get("Retry-After"), self._clock())
+            ours = APIError(
+                max(status, 502) if status < 500 else status, message, type or "upstream_error",
+                code or "upstream_unavailable", param, retryable=status >= 500,
+                headers={} if wait is None else {"Retry-After": str(ceil(wait))})
+        return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
-    def _unreachable(self, error: Exception) -> APIError:
-        if isinstance(error, (requests.Timeout, UpstreamTimeout)):
-            return upstream_error(504, "upstream_timeout", f"{self.name} was silent for "
-                                  f"{self._settings.request_timeout:g} s.")
-        return upstream_error(502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.",
-                              retryable=True)
+    # Models
 
-    def models(self, wait: float) -> list[dict[str, Any]]:
-        """Fetched on a thread of its own when the list is old; waits for it no longer than so many seconds."""
+    def models(self, wait: float) -> Mapping[str, dict[str, Any]]:
+        """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
         with self._lock:
             if self._clock() >= self._models_due:
-                self._models_due = self._clock() + self.MODELS_RETRY
-                self._models_here.clear()
-                threading.Thread(target=self._fetch_models, name=f"{self.name} models", daemon=True).start()
-        self._models_here.wait(wait)
-        return self._models
+                self._models_due = self._clock() + MODELS_RETRY
+                self._models_coming = self._models_fetch.start()
+            coming = self._models_coming
+        if coming:
+            with suppress(FutureTimeout, APIError):
+                coming.result(wait)
+        with self._lock:
+            return self._models
 
-    def _fetch_models(self) -> None:
+    def _refresh_models(self) -> None:
         try:
-            self._models = self._list_models()
-            self._models_due = self._clock() + self.MODELS_AGE
+            models = self._list_models()
         except APIError as error:
             log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
-        finally:
-            self._models_here.set()
+            return
+        with self._lock:
+            self._models = models
+            self._models_due = self._clock() + MODELS_MAX_AGE
 
-    def _list_models(self) -> list[dict[str, Any]]:
-        with self._send("GET", "/models") as response:
-            try:
-                listed = json.loads(without_half_characters(response.text))["data"]
-                return [model for model in listed if isinstance(model["id"], str)]
-            except (requests.RequestException, ValueError, KeyError, TypeError, RecursionError):
-                raise self._bad("no list of models") from None
+    def _list_models(self) -> dict[str, dict[str, Any]]:
+        response = self._send("GET", "/models", None, Cancel())
+        try:
+            answer = parse_upstream_json(response.read().decode("utf-8-sig", "replace"))
+            listed = answer["data"]
+            return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
+        except (ValueError, KeyError, TypeError):
+            raise self.invalid("no list of models") from None
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
+        step = f"{self._base_url} reached, key accepted"
         try:
-            listed = [f"{self.name}/{model['id']}" for model in self._list_models()]
+            listed = [f"{self.name}/{model}" for model in self._list_models()]
         except APIError as error:
-            yield f"{self._base_url} reached, key accepted", error
+            yield step, error
             return
-        yield f"{self._base_url} reached, key accepted", None
-        named = (*self._settings.fallback_models, *self._settings.models.values(), *listed)
-        model = next((model for model in named if model.startswith(f"{self.name}/")), f"{self.name}/default")
+        yield step, None
+        for model in (*self._settings.fallback_models, *self._settings.models.values(), *listed):
+            if model.startswith(f"{self.name}/"):
+                break
+        else:
+            model = f"{self.name}/default"
         yield from self._check_answer(model.partition("/")[2])
 
 
+class APIAnswer:
+    """The stream of an API's answer, read. Once every choice has its finish reason, the answer is whole: what fails
+    after that is no failure."""
+
+    def __init__(self, provider: OpenAIProvider, response: Response, request: ChatRequest) -> None:
+        self.is_done = False  # [DONE] has come
+        self._provider = provider
+        self._response = response
+        self._request = request
+        self._wanted = request.body.get("n") or 1
+        self._seen: set[int] = set()  # choices
+        self._finished: set[int] = set()
+        self._last_calls: dict[int, int] = {}  # the index of the last tool call, by choice
+        self._text: list[str] = []
+        self._is_whole = False
+        self._has_usage = False
+
+    def deltas(self) -> Iterator[Delta]:
+        headers: Mapping[str, str] = rate_limits(self._response.headers)
+        call = self._response.call
+        try:
+            for data in server_sent_data(self._response.stream(), self._provider):
+                if not self._seen:  # the answer begins, and may take as long as it likes, if it is not silent
+                    call.limit_reads()
+                if data == "[DONE]":
+                    self.is_done = True
+                    break
+                chunk = self._parse_chunk(data)
+                if not self._is_whole and len(self._finished) >= max(len(self._seen), self._wanted):
+                    self._is_whole = True
+                    call.limit(FINISHED_SILENCE)
+                yield Delta(chunk, headers=headers)
+                headers = {}
+        except APIError:
+            if not self._is_whole:
+                raise
+        if not (self.is_done or self._is_whole):
+            raise upstream_error(502, "upstream_unavailable", f"{self._provider.name} broke off in the middle.")
+        if not self._seen:
+            raise self._provider.invalid("an empty answer")
+        if not self._has_usage:
+            prompt = "\n".join(map(text_of, self._request.messages))
+            yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
+
+    def _parse_chunk(self, data: str) -> dict[str, Any]:
+        """A chunk whose choices all have an index, a delta and a finish reason or null."""
+        try:
+            chunk = parse_upstream_json(data)
+        except ValueError:
+            raise self._provider.invalid("something that is not JSON") from None
+        if not isinstance(chunk, dict):
+            raise self._provider.invalid("a bad chunk")
+        if chunk.get("error"):
+            raise self._provider.upstream_error(500, chunk, {})
+        choices = chunk.get("choices")
+        if choices is None:
+            choices = chunk["choices"] = []
+        if not isinstance(choices, list):
+            raise self._provider.invalid("a bad chunk")
+        for choice in choices:
+            self._check_choice(choice)
+        if chunk.get("usage"):
+            self._has_usage = True
+        return chunk
+
+    def _check_choice(self, choice: Any) -> None:
+        if not isinstance(choice, dict):
+            raise self._provider.invalid("a bad chunk")
+        choice.setdefault("index", 0)
+        choice.setdefault("finish_reason", None)
+        delta = choice["delta"] = choice.get("delta") or {}
+        if not is_plain_text(choice) and find_fault(choice, CHUNK_CHOICE):
+            raise self._provider.invalid("a bad chunk")
+        index = choice["index"]
+        self._seen.add(index)
+        if choice["finish_reason"]:
+            self._finished.add(index)
+        if delta.get("tool_calls"):
+            self._number_calls(index, delta["tool_calls"])
+        if index == 0 and delta.get("content"):
+            self._text.append(delta["content"])
+
+    def _number_calls(self, index: int, calls: list[dict[str, Any]]) -> None:
+        """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
+        last = self._last_calls.get(index, -1)
+        for call in calls:
+            if not isinstance(call.get("index"), int):
+                call["index"] = last + 1 if last < 0 or call.get("id") else last
+            last = call["index"]
+        self._last_calls[index] = last
+
+
+def is_plain_text(choice: dict[str, Any]) -> bool:
+    """Whether a choice is what nearly all are, so that its fields need no closer look."""
+    delta = choice["delta"]
+    if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
+        return False
+    if choice["finish_reason"] is not None:
+        return False
+    return all(value is None or type(value) is str for value in delta.values())
+
+
 def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if "ratelimit" in name.lower()}
+    """The rate-limit headers that may be passed on."""
+    limits = {}
+    for name, value in headers.items():
+        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {value}", re.A):
+            limits[name] = value
+    return limits
+
+
+def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Iterator[str]:
+    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
+    line: list[bytes] = []  # the pieces of a line whose end has not come
+    line_size = 0
+    data: list[bytes] = []
+    data_size = 0
+    is_first = True
+    for chunk in itertools.chain(chunks, [b"\n\n"]):  # the end of the stream ends the last event too
+        line.append(chunk)
+        line_size += len(chunk)
+        if b"\n" in chunk:
+            *lines, rest = b"".join(line).split(b"\n")
+            line = [rest]
+            line_size = len(rest)
+            if is_first:
+                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                is_first = False
+            for text in lines:
+                text = text.rstrip(b"\r")
+                if text.startswith(b"data:"):
+                    data.append(text[5:].removeprefix(b" "))
+                    data_size += len(text)
+                elif not text and data:
+                    yield b"\n".join(data).decode("utf-8", "replace")
+                    data = []
+                    data_size = 0
+        if line_size + data_size > MAX_UPSTREAM_BYTES:
+            raise provider.invalid(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
 
 
 # ======================================================================================================================
@@ -1712,22 +2546,23 @@ def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
 
-
 CREATED = 1757030400  # of a model whose upstream tells no time: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
 
 
-def no_model(name: str) -> APIError:
-    return APIError(404, f"The model {name[:100]!r} does not exist; /v1/models lists those that do.",
-                    code="model_not_found", param="model")
+def model_not_found(name: str) -> APIError:
+    return APIError(
+        404, f"The model {name[:100]!r} does not exist; /v1/models lists those that do.", code="model_not_found",
+        param="model")
 
 
-class Upstreams:
+class Providers:
     """Every configured provider, and which of them a model's id means."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.web = KimiProvider(settings)
-        self.apis = {name: OpenAIProvider(name, *api, settings) for name, api in settings.apis.items()}
+        self.apis = {name: OpenAIProvider(name, api, settings) for name, api in settings.apis.items()}
 
     @property
     def all(self) -> list[Provider]:
@@ -1736,71 +2571,89 @@ class Upstreams:
     def resolve(self, model: str) -> tuple[Provider, str]:
         """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
         table = self._settings.models
-        name = table.get(model) or (model if self._api_of(model) else table.get("*"))
+        name = table.get(model)
         if name is None:
-            raise no_model(model)
+            name = model if self._api_of(model) else table.get("*")
+        if name is None:
+            raise model_not_found(model)
         while table.get(name, name) != name:
             name = table[name]
         api = self._api_of(name)
-        return (api, name.partition("/")[2]) if api else (self.web, name)
+        if api:
+            return api, name.partition("/")[2]
+        return self.web, name
 
     def _api_of(self, model: str) -> OpenAIProvider | None:
         prefix, _, name = model.partition("/")
         return self.apis.get(prefix) if name else None
 
     def models(self) -> list[dict[str, Any]]:
-        """MODELS, then what each API lists, as OpenAI's model objects; waits half a second for those not here yet."""
+        """MODELS, then what each API lists, as OpenAI's model objects."""
         for api in self.apis.values():
             api.models(wait=0)  # all are asked before the first is waited for
-        end = time.monotonic() + 0.5
-        theirs = [f"{api.name}/{model['id']}" for api in self.apis.values()
-                  for model in api.models(wait=max(0.0, end - time.monotonic()))]
-        return [self.model(name, wait=0) for name in (*self._settings.models, *theirs) if name != "*"]
+        end = time.monotonic() + LISTING_WAIT
+        names = [name for name in self._settings.models if name != "*"]
+        for api in self.apis.values():
+            listed = api.models(wait=max(0.0, end - time.monotonic()))
+            names += [f"{api.name}/{model}" for model in listed]
+        return [self.model(name, wait=0) for name in names]
 
-    def model(self, name: str, wait: float = 0.5) -> dict[str, Any]:
+    def model(self, name: str, wait: float = LISTING_WAIT) -> dict[str, Any]:
         """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
         provider, own_name = self.resolve(name)
         model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
-        known = provider.models(wait) if isinstance(provider, OpenAIProvider) else []
-        theirs = next((entry for entry in known if entry["id"] == own_name), None)
-        if known and theirs is None and name not in self._settings.models:
-            raise no_model(name)
-        for field_name, kind in (("created", int), ("owned_by", str)):
-            if theirs and isinstance(theirs.get(field_name), kind):
-                model[field_name] = theirs[field_name]
+        if not isinstance(provider, OpenAIProvider):
+            return model
+        listed = provider.models(wait)
+        if listed and own_name not in listed and name not in self._settings.models:
+            raise model_not_found(name)
+        theirs = listed.get(own_name, {})
+        if isinstance(theirs.get("created"), int):
+            model["created"] = theirs["created"]
+        if isinstance(theirs.get("owned_by"), str):
+            model["owned_by"] = theirs["owned_by"]
         return model
 
     def answer(self, model: str, chat: Chat) -> Iterator[Delta]:
-        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can."""
-        failed: list[tuple[str, APIError]] = []
+        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can.
+
+        What the client must not see before it could still be another model's is held back: of a stream the role, of
+        an answer in one piece everything.
+        """
+        failed: dict[str, APIError] = {}
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            deltas, begun = provider.stream(replace(chat, model=upstream_model)), []
+            deltas = provider.stream(replace(chat, model=upstream_model))
+            begun: list[Delta] = []
             try:
-                for delta in deltas:  # all that the client will not see before it could still be somebody else's
+                for delta in deltas:
                     begun.append(delta)
-                    if chat.request.stream and delta.says:
+                    if chat.request.stream and delta.has_content:
                         break
             except APIError as error:
-                failed.append((name, error))
-                if not error.may_fall_back or chat.cancel.cancelled:
+                failed[name] = error
+                if not error.may_fall_back or chat.cancel.is_set():
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if failed:
                 log.warning("%s answers instead of %s", name, model)
+            begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
             for delta in itertools.chain(begun, deltas):
-                delta.model, delta.headers = name, {**delta.headers, "X-Kimi2api-Provider": provider.name}
+                delta.chunk["model"] = name
                 yield delta
             return
-        raise failed[0][1].again("".join(f" Fallback {name}: {error.message}" for name, error in failed[1:]))
+        first, *others = failed.values()
+        names = list(failed)[1:]
+        told = "".join(f" Fallback {name}: {error.message}" for name, error in zip(names, others, strict=True))
+        raise first.copy(message=first.message + told)
 
 
 # ======================================================================================================================
 # 11 Delivery
 #
-# Deltas in, OpenAI's JSON or server-sent events out. relay() moves an upstream call to a thread of its own, pace()
-# replays what arrived whole, an Answer writes. A None among the deltas stands for silence.
+# How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
+# came whole, with signs of life while there is silence.
 # ======================================================================================================================
 
 
@@ -1808,14 +2661,16 @@ class Slots:
     """At most `limit` of something at once; one more is an APIError 429."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
+        self.limit = limit
+        self.used = 0
         self._lock = threading.Lock()  # guards used
 
     def take(self) -> None:
         with self._lock:
             if self.used >= self.limit:
-                raise APIError(429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
-                               "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
+                raise APIError(
+                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
             self.used += 1
 
     def free(self) -> None:
@@ -1835,196 +2690,285 @@ class Calls(Slots):
         self._threads.submit(work).add_done_callback(lambda _: self.free())
 
 
-def converse(deltas_of: Callable[[Chat], Iterator[Delta]], chat: Chat, sessions: Sessions,
-             owner: str) -> Iterator[Delta]:
+def answer_in_session(
+    ask: Callable[[Chat], Iterator[Delta]], chat: Chat, sessions: Sessions, owner: str,
+) -> Iterator[Delta]:
     """An answer with the user's session before it. The turn is recorded before the last delta is handed on, so a
     client that has seen the end finds it remembered."""
-    request, session = chat.request, sessions.open(owner, chat.request.user)
+    request = chat.request
+    session = sessions.open(owner, request.user)
     history = () if request.brings_history else session.turns
-    whole: dict[str, Any] = {}
-    last: list[Delta] = []
-    for delta in deltas_of(replace(chat, history=history, session_id=session.id)):
-        if request.user:
-            merge(whole, delta.chunk)
-        if not delta.ends:
-            yield from last
-            last = []
-            yield delta
-        else:
-            last.append(delta)
-    if request.user and request.turns:
-        said = next((as_message(choice) for choice in whole["choices"] if choice["index"] == 0), {})
-        message = {"role": "assistant", "content": said.get("content"),
-                   **({"tool_calls": said["tool_calls"]} if said.get("tool_calls") else {})}
+    deltas = ask(replace(chat, history=history, session_id=session.id))
+    if not request.user:
+        yield from deltas
+        return
+    whole: Any = None
+    held: list[Delta] = []
+    for delta in deltas:
+        whole = merge(whole, delta.chunk)
+        if delta.is_final:
+            held.append(delta)
+            continue
+        yield from held
+        held = []
+        yield delta
+    if request.turns:
         *older, newest = request.turns
-        sessions.record(owner, request.user, session, (*older, (*newest, message)), anew=request.brings_history)
-    yield from last
+        turns = [*older, (*newest, answer_to_remember(unfold(whole)))]
+        sessions.record(owner, request.user, session, turns, replace_turns=request.brings_history)
+    yield from held
 
 
-LOOK_EVERY = 0.5  # seconds between looks at whether a chat's client is still there
-MOST_WAITING = 256  # deltas between an upstream and its client
+def answer_to_remember(completion: dict[str, Any]) -> Message:
+    """The assistant's message that goes into a session."""
+    for choice in completion["choices"]:
+        if choice["index"] == 0:
+            message = message_of(choice)
+            if message.get("tool_calls"):
+                return {"role": "assistant", "content": message["content"], "tool_calls": message["tool_calls"]}
+            return {"role": "assistant", "content": message["content"] or ""}  # APIs refuse null without tool calls
+    return {"role": "assistant", "content": ""}
 
 
-def relay(deltas: Iterator[Delta], calls: Calls, silence: float, look: Callable[[], None],
-          cancel: Callable[[], None]) -> Iterator[Delta | None]:
-    """Run the deltas on a thread of their own and hand them on, with a None after every `silence` seconds without one.
+class Mailbox:
+    """Bytes on their way from one thread to another, which takes all that wait at once. Holds the writer back while
+    the reader is slow."""
 
-    look() is called about twice a second; it raises when the chat has lost its client. Then, and at every other end,
-    cancel() tells the upstream call; one that goes on all the same, so that its turn is recorded, holds one of `calls`
-    until it ends. Raises what the deltas raise.
+    LIMIT = 1 << 18  # bytes that may wait
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards all below
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._is_abandoned = False
+        self._error: APIError | None = None
+        self.is_finished = False
+
+    def put(self, data: bytes) -> None:
+        with self._changed:
+            while self._size >= self.LIMIT and not self._is_abandoned:
+                self._changed.wait()
+            self._waiting.append(data)
+            self._size += len(data)
+            if len(self._waiting) == 1:
+                self._changed.notify()
+
+    def finish(self, error: APIError | None = None) -> None:
+        """There is no more, or an error instead."""
+        with self._changed:
+            self._error = error
+            self.is_finished = True
+            self._changed.notify()
+
+    def take(self, timeout: float) -> bytes:
+        """All that waits; nothing after so many seconds, or at the end. Raises the error, after what came before it."""
+        with self._changed:
+            if not self._waiting and not self.is_finished:
+                self._changed.wait(timeout)
+            data = b"".join(self._waiting)
+            self._waiting.clear()
+            if self._size >= self.LIMIT:
+                self._changed.notify()
+            self._size = 0
+            if not data and self._error:
+                raise self._error
+            return data
+
+    def abandon(self) -> None:
+        """Nobody reads any more."""
+        with self._changed:
+            self._is_abandoned = True
+            self._changed.notify()
+
+
+CLIENT_CHECK_INTERVAL = 0.5  # seconds
+
+
+def relay(
+    parts: Iterator[bytes], chat: Chat, calls: Calls, keepalive_interval: float, check_client: Callable[[], None],
+) -> Generator[bytes, None, None]:
+    """Make the parts on a thread of their own and hand them on, joined where several wait; b"" after an interval of
+    silence (seconds).
+
+    check_client() is called about twice a second; it raises when the chat has lost its client. Then, and at every
+    other end, the chat is cancelled; a call that goes on all the same, so that its turn is recorded, holds one of
+    `calls` until it ends. Raises what the parts raise.
     """
-    box: queue.SimpleQueue[Delta | APIError | None] = queue.SimpleQueue()
-    left = threading.Event()
-
-    def put(item: Delta | APIError | None) -> None:
-        while box.qsize() >= MOST_WAITING and not left.is_set():
-            time.sleep(0.01)  # a client that reads slowly holds its upstream back
-        if not left.is_set():
-            box.put(item)
+    mailbox = Mailbox()
 
     def work() -> None:
-        try:
-            for delta in deltas:
-                put(delta)
-            put(None)
-        except Exception as error:  # handed to the chat's own thread, which answers for it
-            put(as_api_error(error))
+        with chat.cleanup:
+            try:
+                for part in parts:
+                    mailbox.put(part)
+                mailbox.finish()
+            except Exception as error:  # told by the thread that waits
+                mailbox.finish(as_api_error(error))
 
     calls.start(work)
-    quiet_until = next_look = time.monotonic()
-    quiet_until += silence
+    last_sign = time.monotonic()
     try:
         while True:
-            now = time.monotonic()
-            if now >= next_look:
-                look()
-                next_look = now + LOOK_EVERY
-            try:
-                item = box.get(timeout=max(0.0, min(next_look, quiet_until) - now))
-            except queue.Empty:
-                if time.monotonic() >= quiet_until:
-                    quiet_until += silence
-                    yield None
-                continue
-            if item is None:
+            data = mailbox.take(min(CLIENT_CHECK_INTERVAL, keepalive_interval))
+            if data:
+                yield data
+                last_sign = time.monotonic()
+            elif mailbox.is_finished:
                 return
-            if isinstance(item, APIError):
-                raise item
-            yield item
-            quiet_until = time.monotonic() + silence
+            elif time.monotonic() - last_sign >= keepalive_interval:
+                yield b""
+                last_sign = time.monotonic()
+            check_client()
     finally:
-        left.set()
-        cancel()
+        mailbox.abandon()
+        chat.cancel()
 
 
 PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
 
 
-def pieces(text: str, most: int) -> Iterator[str]:
-    """Word-like pieces (of Chinese: one or two characters), joined until there are no more than `most`.
+def pieces(text: str, max_pieces: int) -> Iterator[str]:
+    """Word-like pieces (of Chinese: one or two characters), joined until there are no more than so many.
 
     None ends inside a combining sequence, an emoji that is joined from several, or a flag.
     """
-    start, size = 0, len(text) / most
+    start = 0
+    size = len(text) / max_pieces
     for match in PIECE.finditer(text):
         end = match.end()
-        if end - start >= size and end > start and not is_joined(text, end):
+        if end > start and end - start >= size and not continues_grapheme(text, end):
             yield text[start:end]
             start = end
     if start < len(text):
         yield text[start:]
 
 
-def pace(deltas: Iterator[Delta | None], interval: float, longest: float,
-         look: Callable[[], None]) -> Iterator[Delta | None]:
-    """Replay an answer that arrived whole as OpenAI streams one: the role, the text in pieces, one every `interval`
-    seconds and in `longest` seconds at most, each tool call's name and arguments, the finish reason, the usage."""
-    most = max(1, int(longest / interval)) if interval else 1
+def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, cancel: Cancel) -> Iterator[Delta]:
+    """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
+    all. Stops when the client has gone."""
+    max_pieces = max(1, int(max_seconds / interval)) if interval else 1
     for delta in deltas:
-        if delta is None or not delta.whole:
+        if not delta.is_complete:
             yield delta
             continue
-        choice = delta.chunk["choices"][0]
-        calls = choice["delta"].pop("tool_calls", ())
-        yield delta.with_chunk(Delta.of({**choice["delta"], "content": choice["delta"]["content"] and ""}).chunk)
-        began, held = time.monotonic(), ""
-        for count, piece in enumerate(pieces(delta.text, most)):
-            held += piece
-            wait = began + count * interval - time.monotonic()
-            if wait < -interval:  # the machine is too busy for this pace: pieces grow
-                continue
-            time.sleep(max(0.0, wait))
-            look()
-            yield delta.with_chunk(Delta.of({"content": held}).chunk)
-            held = ""
-        if held:
-            yield delta.with_chunk(Delta.of({"content": held}).chunk)
-        for call in calls:
-            head = {**call, "function": {**call["function"], "arguments": ""}}
-            rest = {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
-            for part in (head, rest):
-                yield delta.with_chunk(Delta.of({"tool_calls": [part]}).chunk)
-        yield delta.with_chunk(Delta.of({}, choice["finish_reason"]).chunk)
-        yield delta.with_chunk({"choices": [], "usage": delta.chunk["usage"]})
+        began = time.monotonic()
+        late = ""  # pieces whose time has passed: the machine is too busy for this pace, so they go out as one
+        count = 0
+        for step in steps_of(delta, max_pieces):
+            ahead = began + count * interval - time.monotonic()
+            text = step.text
+            if text:
+                count += 1
+                if ahead < -interval:
+                    late += text
+                    continue
+                if cancel.wait(max(0.0, ahead)):
+                    return
+                step = Delta.of({"content": late + text})
+                late = ""
+            elif late:
+                yield Delta.of({"content": late})
+                late = ""
+            yield step
+
+
+def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
+    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, each tool call's name, then its
+    arguments, the finish reason, the usage."""
+    choice = delta.chunk["choices"][0]
+    message = dict(choice["delta"])
+    calls = message.pop("tool_calls", ())
+    content = message["content"]
+    message["content"] = None if content is None else ""
+    first = Delta.of(message)
+    first.chunk["model"] = delta.chunk["model"]
+    first.headers = delta.headers
+    yield first
+    for piece in pieces(content or "", max_pieces):
+        yield Delta.of({"content": piece})
+    for call in calls:
+        name = {**call, "function": {**call["function"], "arguments": ""}}
+        arguments = {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
+        yield Delta.of({"tool_calls": [name]})
+        yield Delta.of({"tool_calls": [arguments]})
+    yield Delta.of({}, choice["finish_reason"])
+    yield Delta({"choices": [], "usage": delta.chunk["usage"]})
 
 
 # ======================================================================================================================
 # 12 Formats
 #
-# Deltas in, OpenAI's JSON or server-sent events out.
+# Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
 
+KEEPALIVE = b": keep-alive\n\n"
 
-class Answer:
+
+class ChatCompletion:
     """One chat completion on its way out: an id and a time of creation, the same in every chunk.
 
     Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
-    `headers` are known once the first delta is there.
     """
 
     def __init__(self, include_usage: bool = False) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.headers: Mapping[str, str] = {}  # for the response, known once the first delta is there
+        self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self._include_usage = include_usage
-        self.headers: Mapping[str, str] = {}
 
-    def completion(self, deltas: Iterable[Delta | None]) -> dict[str, Any]:
-        """The fold of all deltas into one object."""
-        answer: dict[str, Any] = {}
-        for delta in filter(None, deltas):
-            self.headers = self.headers or delta.headers
-            merge(answer, {**delta.chunk, "model": delta.model})
-        for choice in answer.get("choices", ()):
-            choice.update(message=as_message(choice), logprobs=choice.get("logprobs"),
-                          finish_reason=choice.get("finish_reason") or "stop")
+    def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
+        """The fold of all deltas into one object, in one piece."""
+        whole: Any = None
+        for delta in deltas:
+            self._note(delta)
+            whole = merge(whole, delta.chunk)
+        completion = unfold(whole)
+        for choice in completion["choices"]:
+            choice["message"] = message_of(choice)
+            choice["logprobs"] = choice.get("logprobs")
+            choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
-        head = {**self._head, "object": "chat.completion"}
-        return {**head, **answer, **head}  # first in order, last in say
+        yield dump_json(self._with_head(completion, "chat.completion"))
 
-    def events(self, deltas: Iterable[Delta | None]) -> Iterator[bytes]:
-        """Server-sent events. Raises what the deltas raise only before the first one; later it becomes an event."""
-        begun = False
-        try:
-            for delta in deltas:
-                if delta is None:
-                    begun = True
-                    yield b": keep-alive\n\n"
-                    continue
-                self.headers = self.headers or delta.headers
-                head = {**self._head, "object": "chat.completion.chunk", "model": delta.model}
-                chunk = {**head, **delta.chunk, **head}
-                usage = chunk.pop("usage", None)
-                if self._include_usage:
-                    chunk["usage"] = usage
-                elif not chunk["choices"] and usage:
-                    continue
-                begun = True
-                yield b"data: " + dump_json(chunk) + b"\n\n"
-        except Exception as error:
-            if not begun:
-                raise
-            yield b"data: " + dump_json(as_api_error(error).body()) + b"\n\n"
-            return  # without [DONE]: half an answer must not look whole
+    def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
+        """Server-sent events, [DONE] at the end."""
+        for delta in deltas:
+            self._note(delta)
+            chunk = self._with_head(delta.chunk, "chat.completion.chunk")
+            usage = chunk.pop("usage", None)
+            if self._include_usage:
+                chunk["usage"] = usage
+            elif usage and not chunk["choices"]:
+                continue
+            yield b"data: " + dump_json(chunk) + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+    def _note(self, delta: Delta) -> None:
+        if delta.headers:
+            self.headers = delta.headers
+        if "model" in delta.chunk:
+            self._head["model"] = delta.chunk["model"]
+
+    def _with_head(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
+        """The fields with ours, listed first for readers; ours override upstream's."""
+        head = {**self._head, "object": kind}
+        return {**head, **fields, **head}
+
+
+def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
+    """What is relayed, as a stream: keep-alive comments where there was silence.
+
+    Raises what the relay raises only before the first bytes; later it becomes an event, without [DONE] after it: half
+    an answer must not look whole.
+    """
+    begun = False
+    try:
+        for part in data:
+            begun = True
+            yield part or KEEPALIVE
+    except Exception as error:
+        if not begun:
+            raise
+        yield b"data: " + dump_json(as_api_error(error).body()) + b"\n\n"
 
 
 # ======================================================================================================================
@@ -2035,13 +2979,15 @@ class Answer:
 # ======================================================================================================================
 
 OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # that ask for no key, for they tell nothing of anybody
+EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, Retry-After, x-should-retry"
 
 
 class EventStream:
     """A WSGI body: events of which the first has been made already, and what to do when it is over or given up."""
 
     def __init__(self, events: Iterator[bytes], done: ExitStack) -> None:
-        self._events, self.close = events, done.close
+        self._events = events
+        self.close = done.close
 
     def __iter__(self) -> Iterator[bytes]:
         return self._events
@@ -2051,72 +2997,105 @@ class App:
     """The program's state while it runs, and its routes."""
 
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
-        self.settings, self.stopping = settings, stopping
-        self.upstreams = Upstreams(settings)
+        self.settings = settings
+        self.stopping = stopping
+        self.providers = Providers(settings)
         self.sessions = Sessions(settings.session_cache_ttl, settings.max_session_size)
         self.chats = Slots(settings.max_concurrent_chats)
-        # Upstream calls, those included whose client has left: they may be as many again, and no more.
+        # Upstream calls, those included whose client has left: they may be as many again, and no more
         self.calls = Calls(2 * settings.max_concurrent_chats)
         self.started = time.time()
 
     # Routes
 
-    def chat(self) -> dict[str, Any] | EventStream:
+    def chat(self) -> bytes | EventStream:
         request = ChatRequest.parse(self._read_body())
         model = request.model or self.settings.default_model
-        self.upstreams.resolve(model)  # an unknown model is refused before it takes a slot
-        gone = bottle.request.environ.get("waitress.client_disconnected", bool)
-        answer, chat = Answer(request.include_usage), Chat(request, model)
+        self.providers.resolve(model)  # an unknown model is refused before it takes a slot
+        chat = Chat(request, model)
+        completion = ChatCompletion(request.include_usage)
+        with ExitStack() as done:
+            self.chats.take()
+            done.callback(self.chats.free)
+            ask = partial(self.providers.answer, model)
+            deltas = answer_in_session(ask, chat, self.sessions, owner())
+            if request.stream:
+                interval = self.settings.stream_interval_ms / 1000
+                parts = completion.events(pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel))
+            else:
+                parts = completion.json(deltas)
+            data = relay(parts, chat, self.calls, self.settings.sse_keepalive, self._client_check())
+            done.enter_context(closing(data))
+            if not request.stream:
+                body = b"".join(data)
+                set_headers({"Content-Type": "application/json", **completion.headers})
+                return body
+            events = event_stream(data)
+            first = next(events)  # what goes wrong before the first event is a real status
+            set_headers({
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",  # nginx would hold a stream back
+                **completion.headers,
+            })
+            return EventStream(itertools.chain([first], events), done.pop_all())
+        raise AssertionError("unreachable")
 
-        def look() -> None:
-            if gone():
+    def _client_check(self) -> Callable[[], None]:
+        """A function that raises when the current request's client has gone, or the server stops."""
+        has_gone = bottle.request.environ.get("waitress.client_disconnected", bool)
+
+        def check() -> None:
+            if has_gone():
                 raise APIError(499, "The client has gone.", code="client_closed_request")
             if self.stopping.is_set():
                 raise APIError(503, "The server is stopping.", "server_error", "server_stopping")
 
-        with ExitStack() as done:
-            self.chats.take()
-            done.callback(self.chats.free)
-            conversation = converse(partial(self.upstreams.answer, model), chat, self.sessions, owner())
-            deltas = relay(conversation, self.calls, self.settings.sse_keepalive, look, chat.cancel)
-            if not request.stream:
-                completion = answer.completion(deltas)
-                set_headers(answer.headers)
-                return completion
-            paced = pace(deltas, self.settings.stream_interval_ms / 1000, self.settings.stream_max_seconds, look)
-            events = answer.events(paced)
-            first = next(events)  # what goes wrong before the first event is a real status
-            set_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
-                         "X-Accel-Buffering": "no", **answer.headers})  # "no": nginx would hold a stream back
-            return EventStream(itertools.chain([first], events), done.pop_all())
-        raise AssertionError("unreachable")
+        return check
 
     def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": self.upstreams.models()}
+        return {"object": "list", "data": self.providers.models()}
 
     def model(self, name: str) -> dict[str, Any]:
-        return self.upstreams.model(name)
+        return self.providers.model(name)
 
     def session(self, user: str) -> dict[str, Any]:
         session = self.sessions.get(owner(), user)
         if session is None:
-            raise no_session()
-        return {"object": "session", "user": user, "created": int(session.created), "last_used": int(session.used),
-                "expires_at": int(session.used + self.sessions.ttl), "turns": session.turns}
+            raise session_not_found()
+        return {
+            "object": "session",
+            "user": user,
+            "created": int(session.created),
+            "last_used": int(session.used),
+            "expires_at": int(session.used + self.sessions.ttl),
+            "turns": session.turns,
+        }
 
     def forget(self, user: str) -> dict[str, Any]:
         if not self.sessions.forget(owner(), user):
-            raise no_session()
+            raise session_not_found()
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def health(self) -> dict[str, Any]:
-        troubles = {upstream.name: upstream.trouble for upstream in self.upstreams.all}
-        return {"status": "degraded" if any(troubles.values()) else "ok", "version": __version__,
-                "key_required": bool(self.settings.api_master_key), "uptime_seconds": int(time.time() - self.started),
-                "chats": {"running": self.chats.used, "limit": self.chats.limit},
-                "sessions": {"kept": len(self.sessions), "limit": self.sessions.limit},
-                "upstreams": {name: {"failing_since": int(trouble[0]), "reason": trouble[1]} if trouble else {}
-                              for name, trouble in troubles.items()}}
+        upstreams: dict[str, dict[str, Any]] = {}
+        status = "ok"
+        for provider in self.providers.all:
+            upstreams[provider.name] = {}
+            trouble = provider.breaker.trouble
+            if trouble:
+                status = "degraded"
+                since, reason = trouble
+                upstreams[provider.name] = {"failing_since": int(since), "reason": reason}
+        return {
+            "status": status,
+            "version": __version__,
+            "key_required": bool(self.settings.api_master_key),
+            "uptime_seconds": int(time.time() - self.started),
+            "chats": {"running": self.chats.used, "limit": self.chats.limit},
+            "sessions": {"kept": len(self.sessions), "limit": self.sessions.limit},
+            "upstreams": upstreams,
+        }
 
     def openapi(self) -> dict[str, Any]:
         return openapi(bool(self.settings.api_master_key))
@@ -2125,6 +3104,14 @@ class App:
         set_headers(page_headers())
         return PAGE
 
+    def _read_body(self) -> bytes:
+        limit = self.settings.max_body_bytes
+        length = bottle.request.content_length
+        if length > limit:
+            raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
+        body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
+        return body
+
     # Before and after every route
 
     def admit(self) -> None:
@@ -2132,54 +3119,37 @@ class App:
         environ = bottle.request.environ  # also for headers: Bottle's own accessors fail on some bytes above 127
         environ["kimi2api.began"] = time.monotonic()
         environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
-        host, origin = environ.get("HTTP_HOST"), environ.get("HTTP_ORIGIN")
+        try:
+            self._check_caller(environ)
+        except APIError as error:
+            raise as_response(error) from None
+        if environ["REQUEST_METHOD"] == "OPTIONS":
+            raise preflight(environ)
+        try:
+            environ["kimi2api.owner"] = "" if environ["PATH_INFO"] in OPEN_PATHS else self._owner_of_key(environ)
+        except APIError as error:
+            raise as_response(error) from None
+
+    def _check_caller(self, environ: dict[str, Any]) -> None:
+        host = environ.get("HTTP_HOST")
+        origin = environ.get("HTTP_ORIGIN")
         # Without a key the only wall is "this machine". A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
         # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
         if not self.settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
-            raise as_response(APIError(403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY the "
-                                       "server answers to localhost only.", code="host_not_allowed"))
-        if origin and not self._is_welcome(origin, host):
-            raise as_response(APIError(403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS "
-                                       "lists those that may.", code="origin_not_allowed"))
+            raise APIError(
+                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY the server answers to "
+                "localhost only.", code="host_not_allowed")
+        if origin and not self._origin_allowed(origin, host):
+            raise APIError(
+                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
+                code="origin_not_allowed")
         environ["kimi2api.origin"] = origin
         try:
             environ["bottle.raw_path"].encode("latin-1").decode()
         except UnicodeError:  # Bottle would drop the bytes that are none and go on to another's path
-            raise as_response(bad_request("The path is not UTF-8.")) from None
-        if environ["REQUEST_METHOD"] == "OPTIONS":
-            raise bottle.HTTPResponse(status=204, headers={
-                "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "600",
-                "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
-                "Access-Control-Allow-Private-Network": "true"})
-        environ["kimi2api.owner"] = "" if environ["PATH_INFO"] in OPEN_PATHS else self._owner_of_key()
+            raise bad_request("The path is not UTF-8.") from None
 
-    def finish(self) -> None:
-        """Headers that every response carries, and a line in the log."""
-        environ, response = bottle.request.environ, bottle.response
-        response.set_header("X-Request-Id", environ["kimi2api.id"])
-        if origin := environ.get("kimi2api.origin"):
-            response.set_header("Access-Control-Allow-Origin", origin)
-            response.set_header("Access-Control-Expose-Headers",
-                                "X-Request-Id, X-Kimi2api-Provider, Retry-After, x-should-retry")
-            response.add_header("Vary", "Origin")
-        route = environ.get("bottle.route")
-        log.log(logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s %s %d %.0f ms",
-                environ["kimi2api.id"], environ["REQUEST_METHOD"], route.rule if route else "(no route)",
-                response.status_code, (time.monotonic() - environ["kimi2api.began"]) * 1000)
-
-    def _owner_of_key(self) -> str:
-        """The key that the request carries, "" when none is asked."""
-        if not self.settings.api_master_key:
-            return ""
-        scheme, _, token = bottle.request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        given = token.strip().encode("latin-1", "replace")
-        matches = [key for key in self.settings.api_master_key if hmac.compare_digest(key.encode(), given)]
-        if scheme.lower() != "bearer" or not matches:
-            what = "Incorrect API key." if token else "No API key: send it as 'Authorization: Bearer …'."
-            raise as_response(APIError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}))
-        return matches[0]
-
-    def _is_welcome(self, origin: str, host: str | None) -> bool:
+    def _origin_allowed(self, origin: str, host: str | None) -> bool:
         allowed = self.settings.cors_origins
         if host and origin.partition("://")[2] == host:  # the server's own pages
             return True
@@ -2187,12 +3157,34 @@ class App:
             return origin in allowed or "*" in allowed
         return bool(self.settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _read_body(self) -> bytes:
-        limit = self.settings.max_body_bytes
-        if bottle.request.content_length > limit:
-            raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
-        body: bytes = bottle.request.environ["wsgi.input"].read(max(0, bottle.request.content_length))
-        return body
+    def _owner_of_key(self, environ: dict[str, Any]) -> str:
+        """The key that the request carries, "" when none is asked."""
+        keys = self.settings.api_master_key
+        if not keys:
+            return ""
+        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        given = token.strip().encode("latin-1", "replace")
+        matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all, so that time tells nothing
+        if scheme.lower() == "bearer" and matches:
+            return matches[0]
+        message = "Incorrect API key." if token else "No API key: send it as 'Authorization: Bearer …'."
+        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def finish(self) -> None:
+        """Headers that every response carries, and a line in the log."""
+        environ = bottle.request.environ
+        response = bottle.response
+        response.set_header("X-Request-Id", environ["kimi2api.id"])
+        origin = environ.get("kimi2api.origin")
+        if origin:
+            response.set_header("Access-Control-Allow-Origin", origin)
+            response.set_header("Access-Control-Expose-Headers", EXPOSED_HEADERS)
+            response.add_header("Vary", "Origin")
+        route = environ.get("bottle.route")
+        log.log(
+            logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s %s %d %.0f ms",
+            environ["kimi2api.id"], environ["REQUEST_METHOD"], route.rule if route else "(no route)",
+            response.status_code, (time.monotonic() - environ["kimi2api.began"]) * 1000)
 
 
 def request_id(given: str) -> str:
@@ -2210,7 +3202,7 @@ def set_headers(headers: Mapping[str, str]) -> None:
         bottle.response.set_header(name, value)
 
 
-def no_session() -> APIError:
+def session_not_found() -> APIError:
     return APIError(404, "Nothing is remembered of this user (any more).", code="session_not_found")
 
 
@@ -2222,9 +3214,19 @@ def host_of(address: str) -> str | None:
         return None
 
 
+def preflight(environ: dict[str, Any]) -> bottle.HTTPResponse:
+    """The answer to a browser that asks whether a page may send a request; it carries no key yet."""
+    return bottle.HTTPResponse(status=204, headers={
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
+        "Access-Control-Allow-Private-Network": "true",
+        "Access-Control-Max-Age": "600",
+    })
+
+
 def as_response(error: APIError) -> bottle.HTTPResponse:
-    return bottle.HTTPResponse(dump_json(error.body()), error.status,
-                               headers={**error.headers, "Content-Type": "application/json"})
+    headers = {**error.headers, "Content-Type": "application/json"}
+    return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
 
 
 def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
@@ -2238,25 +3240,30 @@ def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
             return result
         except Exception as error:
             return as_response(as_api_error(error))
+
     return call
 
 
-def bottles_error(error: bottle.HTTPError) -> bytes:
+def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
-    codes = {404: "not_found", 405: "method_not_allowed"}
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
-    message = {404: f"There is no {path!r} here. Clients want the base URL to end in /v1.",
-               405: f"{path!r}: no such method."}.get(error.status_code, "An unexpected error; see the log.")
+    if error.status_code == 404:
+        message = f"There is no {path!r} here. Clients want the base URL to end in /v1."
+        ours = APIError(404, message, code="not_found")
+    elif error.status_code == 405:
+        ours = APIError(405, f"{path!r}: no such method.", code="method_not_allowed")
+    else:
+        ours = APIError(error.status_code, "An unexpected error; see the log.", "server_error", "internal_error")
     bottle.response.content_type = "application/json"
-    return dump_json(APIError(error.status_code, message, code=codes.get(error.status_code, "internal_error"),
-                              type="invalid_request_error" if error.status_code < 500 else "server_error").body())
+    return dump_json(ours.body())
 
 
 def create_app(settings: Settings, stopping: threading.Event | None = None) -> bottle.Bottle:
     """The WSGI application. Chats end with an error once `stopping` is set."""
-    app, wsgi = App(settings, stopping or threading.Event()), bottle.Bottle()
+    app = App(settings, stopping or threading.Event())
+    wsgi = bottle.Bottle()
     wsgi.install(json_plugin)
-    wsgi.default_error_handler = bottles_error
+    wsgi.default_error_handler = routing_error
     wsgi.add_hook("before_request", app.admit)
     wsgi.add_hook("after_request", app.finish)
     wsgi.route("/v1/chat/completions", "POST", app.chat)
@@ -2509,7 +3516,7 @@ ADVICE = {  # what to do about an error of a check, where its message does not s
 def run_check(settings: Settings) -> int:
     """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
-    for upstream in Upstreams(settings).all:
+    for upstream in Providers(settings).all:
         print(f"{upstream.name}:")
         for step, error in upstream.check():
             print(f"  {'✗' if error else '✓'} {step}", flush=True)
@@ -2559,106 +3566,126 @@ def main(argv: list[str] | None = None) -> int:
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
 
-Schema = dict[str, Any]
-
-
-def obj(properties: Schema, optional: str = "") -> Schema:
-    """An object whose properties are required but for the named ones."""
-    return {"type": "object", "properties": properties, "required": sorted(set(properties) - set(optional.split()))}
-
-
-def array(items: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": items, **more}
-
-
-def ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def const(value: str) -> Schema:
-    return {"type": "string", "const": value}
-
-
-STRING, INTEGER, BOOLEAN, OBJECT = ({"type": name} for name in ("string", "integer", "boolean", "object"))
-COUNT: Schema = {"type": "integer", "minimum": 0}
-MAYBE_STRING = or_null(STRING)
-CALL_SCHEMA = obj({"id": STRING, "type": const("function"), "function": obj({"name": STRING, "arguments": STRING})})
-FINISH_REASON = {"type": "string", "enum": ["stop", "length", "tool_calls", "content_filter", "function_call"]}
+FINISH_REASON = choice_of("stop", "length", "tool_calls", "content_filter", "function_call")
+OR_NULL_STRING = any_of(STRING, NULL)
+USAGE = object_of({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT})
+ANSWERED_CALL = object_of({
+    "id": STRING,
+    "type": constant("function"),
+    "function": object_of({"name": STRING, "arguments": STRING}),
+})
+ANSWERED_MESSAGE = object_of(
+    {"role": constant("assistant"), "content": OR_NULL_STRING, "refusal": OR_NULL_STRING},
+    {"tool_calls": array(ANSWERED_CALL)},
+)
+COMPLETION_CHOICE = object_of({
+    "index": COUNT,
+    "finish_reason": FINISH_REASON,
+    "logprobs": any_of(OBJECT, NULL),
+    "message": ANSWERED_MESSAGE,
+})
+ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
+TROUBLE = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 SCHEMAS: dict[str, Schema] = {
-    "Error": obj({"error": obj({"message": STRING, "type": STRING, "param": MAYBE_STRING, "code": MAYBE_STRING})}),
-    "Message": obj({"role": {"type": "string", "enum": list(ROLES)},
-                    "content": or_null({"anyOf": [STRING, array(obj({"type": STRING, "text": STRING}, "text"))]}),
-                    "tool_calls": array(CALL_SCHEMA), "tool_call_id": STRING}, "content tool_calls tool_call_id"),
-    "Request": obj({
-        "messages": array(ref("Message"), minItems=1), "model": MAYBE_STRING, "stream": or_null(BOOLEAN),
-        "stream_options": or_null(obj({"include_usage": BOOLEAN}, "include_usage")), "user": MAYBE_STRING,
-        "stop": {"anyOf": [STRING, array(STRING, maxItems=4), {"type": "null"}]},
-        "max_tokens": or_null({**INTEGER, "minimum": 1}), "max_completion_tokens": or_null({**INTEGER, "minimum": 1}),
-        "tools": array(obj({"type": const("function"), "function": obj(
-            {"name": {**STRING, "minLength": 1}, "description": STRING, "parameters": OBJECT},
-            "description parameters")})),
-        "tool_choice": {"anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, obj(
-            {"type": const("function"), "function": obj({"name": STRING})})]},
-        "parallel_tool_calls": BOOLEAN,
-        "response_format": {"anyOf": [obj({"type": {"type": "string", "enum": ["text", "json_object"]}}), obj(
-            {"type": const("json_schema"), "json_schema": obj({"name": STRING, "schema": OBJECT}, "name")})]}},
-        "model stream stream_options user stop max_tokens max_completion_tokens tools tool_choice parallel_tool_calls "
-        "response_format"),
-    "Usage": obj({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}),
-    "Completion": obj({"id": STRING, "object": const("chat.completion"), "created": INTEGER, "model": STRING,
-                       "choices": array(obj({
-                           "index": COUNT, "finish_reason": FINISH_REASON, "logprobs": or_null(OBJECT), "message": obj(
-                               {"role": const("assistant"), "content": MAYBE_STRING, "refusal": MAYBE_STRING,
-                                "tool_calls": array(CALL_SCHEMA)}, "tool_calls")})), "usage": ref("Usage")}),
-    "Chunk": obj({"id": STRING, "object": const("chat.completion.chunk"), "created": INTEGER, "model": STRING,
-                  "choices": array(obj({"index": COUNT, "delta": OBJECT, "finish_reason": or_null(FINISH_REASON)})),
-                  "usage": or_null(ref("Usage"))}, "usage"),
-    "Model": obj({"id": STRING, "object": const("model"), "created": INTEGER, "owned_by": STRING}),
-    "Models": obj({"object": const("list"), "data": array(ref("Model"))}),
-    "Session": obj({"object": const("session"), "user": STRING, "created": INTEGER, "last_used": INTEGER,
-                    "expires_at": INTEGER, "turns": array(array(ref("Message")))}),
-    "Deleted": obj({"object": const("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
-    "OpenAPI": obj({"openapi": STRING, "info": OBJECT, "security": array(OBJECT), "components": OBJECT,
-                    "paths": OBJECT}),
-    "Health": obj({"status": {"type": "string", "enum": ["ok", "degraded"]}, "version": STRING, "uptime_seconds": COUNT,
-                   "key_required": BOOLEAN, "chats": obj({"running": COUNT, "limit": COUNT}),
-                   "sessions": obj({"kept": COUNT, "limit": COUNT}), "upstreams": {
-                       "type": "object", "additionalProperties": obj({"failing_since": INTEGER, "reason": STRING},
-                                                                     "failing_since reason")}}),
+    "Request": CHAT_REQUEST,
+    "Message": MESSAGE,
+    "Completion": object_of({
+        "id": STRING,
+        "object": constant("chat.completion"),
+        "created": INTEGER,
+        "model": STRING,
+        "choices": array(COMPLETION_CHOICE),
+        "usage": USAGE,
+    }),
+    "Chunk": object_of(
+        {
+            "id": STRING,
+            "object": constant("chat.completion.chunk"),
+            "created": INTEGER,
+            "model": STRING,
+            "choices": array(object_of({
+                "index": COUNT, "delta": OBJECT, "finish_reason": any_of(FINISH_REASON, NULL),
+            })),
+        },
+        {"usage": any_of(USAGE, NULL)},
+    ),
+    "Model": object_of({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING}),
+    "Models": object_of({
+        "object": constant("list"),
+        "data": array({"$ref": "#/components/schemas/Model"}),
+    }),
+    "Session": object_of({
+        "object": constant("session"),
+        "user": STRING,
+        "created": INTEGER,
+        "last_used": INTEGER,
+        "expires_at": INTEGER,
+        "turns": array(array({"$ref": "#/components/schemas/Message"})),
+    }),
+    "Deleted": object_of({"object": constant("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
+    "Health": object_of({
+        "status": choice_of("ok", "degraded"),
+        "version": STRING,
+        "uptime_seconds": COUNT,
+        "key_required": BOOLEAN,
+        "chats": object_of({"running": COUNT, "limit": COUNT}),
+        "sessions": object_of({"kept": COUNT, "limit": COUNT}),
+        "upstreams": {"type": "object", "additionalProperties": TROUBLE},
+    }),
+    "OpenAPI": object_of({
+        "openapi": STRING, "info": OBJECT, "security": array(OBJECT), "components": OBJECT, "paths": OBJECT,
+    }),
+    "Error": object_of({"error": ERROR}),
 }
+
+
+def content_of(schema: str) -> dict[str, Any]:
+    """The content of a body in JSON, by the name of its schema."""
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+
+
+def operation(summary: str, answer: dict[str, Any], parameter: str = "") -> dict[str, Any]:
+    """A route's description: what it answers with 200, and the parameter in its path."""
+    described: dict[str, Any] = {
+        "summary": summary,
+        "responses": {
+            "200": {"description": summary, "content": answer},
+            "default": {"description": "an error", "content": content_of("Error")},
+        },
+    }
+    if parameter:
+        described["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": STRING}]
+    return described
 
 
 def openapi(key_required: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 description of the server."""
-    def operation(summary: str, answer: str, parameter: str = "", **more: Any) -> dict[str, Any]:
-        content = {"application/json": {"schema": ref(answer)}} if answer else {"text/html": {"schema": STRING}}
-        if answer == "Completion":
-            content["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
-        parameters = [{"name": parameter, "in": "path", "required": True, "schema": STRING}] if parameter else []
-        errors = {"description": "an error", "content": {"application/json": {"schema": ref("Error")}}}
-        return {"summary": summary, "parameters": parameters, **more,
-                "responses": {"200": {"description": summary, "content": content}, "default": errors}}
-
-    open_to_all: dict[str, Any] = {"security": []}
+    completion = content_of("Completion")
+    completion["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
+    page = {"text/html": {"schema": STRING}}
+    paths: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"post": operation("chat", completion)},
+        "/v1/models": {"get": operation("the models", content_of("Models"))},
+        "/v1/models/{id}": {"get": operation("one model", content_of("Model"), "id")},
+        "/v1/sessions/{user}": {
+            "get": operation("the turns remembered of a user", content_of("Session"), "user"),
+            "delete": operation("forget a user's turns", content_of("Deleted"), "user"),
+        },
+        "/health": {"get": operation("how the server is", content_of("Health"))},
+        "/openapi.json": {"get": operation("this description", content_of("OpenAPI"))},
+        "/docs": {"get": operation("a page to read and to try", page)},
+        "/": {"get": operation("the same page", page)},
+    }
+    paths["/v1/chat/completions"]["post"]["requestBody"] = {"required": True, "content": content_of("Request")}
+    for path in OPEN_PATHS:
+        paths[path]["get"]["security"] = []
     return {
-        "openapi": "3.1.0", "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "openapi": "3.1.0",
+        "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
         "security": [{"key": []}] if key_required else [],
         "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "paths": {
-            "/v1/chat/completions": {"post": operation("chat", "Completion", requestBody={
-                "required": True, "content": {"application/json": {"schema": ref("Request")}}})},
-            "/v1/models": {"get": operation("the models", "Models")},
-            "/v1/models/{id}": {"get": operation("one model", "Model", "id")},
-            "/v1/sessions/{user}": {"get": operation("the turns remembered of a user", "Session", "user"),
-                                    "delete": operation("forget a user's turns", "Deleted", "user")},
-            "/health": {"get": operation("how the server is", "Health", **open_to_all)},
-            "/openapi.json": {"get": operation("this description", "OpenAPI", **open_to_all)},
-            "/docs": {"get": operation("a page to read and to try", "", **open_to_all)},
-            "/": {"get": operation("the same page", "", **open_to_all)}}}
+        "paths": paths,
+    }
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
