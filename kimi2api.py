@@ -39,6 +39,7 @@ import logging
 import os
 import random
 import re
+import selectors
 import signal
 import socket
 import sys
@@ -432,6 +433,11 @@ def upstream_error(status: int, code: str, message: str, **more: Any) -> APIErro
     return APIError(status, message, "upstream_error", code, **more)
 
 
+def client_has_gone() -> APIError:
+    """Nobody will read it; the status is nginx's for the log."""
+    return APIError(499, "The client has gone.", code="client_closed_request")
+
+
 def as_api_error(error: Exception) -> APIError:
     """The error itself, or, for one that nobody meant to happen, a 500 after its traceback is logged."""
     if isinstance(error, APIError):
@@ -511,10 +517,6 @@ def any_of(*options: Schema) -> Schema:
     return {"anyOf": list(options)}
 
 
-def constant(value: str) -> Schema:
-    return {"type": "string", "const": value}
-
-
 def choice_of(*values: str) -> Schema:
     return {"type": "string", "enum": list(values)}
 
@@ -585,14 +587,14 @@ CHAT_REQUEST = record(
     },
 )
 
-TYPE_NAMES = {
-    "object": "an object",
-    "array": "a list",
-    "string": "a string",
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "number": "a number",
-    "null": "null",
+TYPES: dict[str, tuple[Any, str]] = {
+    "object": (dict, "an object"),
+    "array": (list, "a list"),
+    "string": (str, "a string"),
+    "boolean": (bool, "true or false"),
+    "integer": (int, "a whole number"),
+    "number": ((int, float), "a number"),
+    "null": (type(None), "null"),
 }
 
 
@@ -654,47 +656,38 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
     """Whether a value is of the schema's type, one of its values and within its bounds, whatever is inside."""
     if "type" in schema and not is_of_type(value, schema["type"]):
         return False
-    if "const" in schema and value != schema["const"]:
-        return False
     if "enum" in schema and value not in schema["enum"]:
         return False
-    if "minimum" in schema and value < schema["minimum"]:
-        return False
-    if "minLength" in schema and len(value) < schema["minLength"]:
-        return False
-    if "minItems" in schema and len(value) < schema["minItems"]:
-        return False
+    for keyword in ("minimum", "minLength", "minItems"):
+        if keyword in schema and size_of(value) < schema[keyword]:
+            return False
     return "maxItems" not in schema or len(value) <= schema["maxItems"]
 
 
 def is_of_type(value: Any, name: str) -> bool:
-    if name == "null":
-        return value is None
     if isinstance(value, bool):
-        return name == "boolean"
-    if name == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if name == "number":
-        return isinstance(value, (int, float))
-    types = {"object": dict, "array": list, "string": str}
-    return name in types and isinstance(value, types[name])
+        return name == "boolean"  # Python's is an int, too
+    if name == "integer" and isinstance(value, float):
+        return value.is_integer()  # 1.0 is an integer of JSON
+    return isinstance(value, TYPES[name][0])
+
+
+def size_of(value: Any) -> float:
+    return len(value) if isinstance(value, (str, list)) else value
 
 
 def describe(schema: Schema) -> str:
     """What a value must be, in words."""
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
-    if "const" in schema:
-        return repr(schema["const"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
-    words = TYPE_NAMES[schema["type"]]
-    if "minimum" in schema:
-        words += f" of at least {schema['minimum']}"
+    words = TYPES[schema["type"]][1]
     if "minLength" in schema:
         words += " that is not empty"
-    if "minItems" in schema:
-        words += f" of at least {schema['minItems']}"
+    for keyword in ("minimum", "minItems"):
+        if keyword in schema:
+            words += f" of at least {schema[keyword]}"
     if "maxItems" in schema:
         words += f" of at most {schema['maxItems']}"
     return words
@@ -1159,6 +1152,7 @@ class Call:
     def __init__(self, timeout: float, cancel: Cancel, deadline: float | None = None) -> None:
         self.timeout = timeout  # seconds: REQUEST_TIMEOUT
         self.cancel = cancel
+        self.reader: AnswerReader | None = None  # of the answer, once it begins
         self.deadline = deadline or time.monotonic() + timeout  # infinite: the time-out is for each read alone
 
     def limit_reads(self) -> None:
@@ -1191,13 +1185,13 @@ class DeadlineReader(io.RawIOBase):
         self._sock = sock
         self._call = call
         self._timeout = sock.gettimeout()
-        self.at_end = False
+        self.is_paused = False  # it gives nothing, so that what has come already can be told from what has not
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Any:
-        if self.at_end:
+        if self.is_paused:
             return 0
         timeout = self._call.remaining()
         if timeout != self._timeout:  # it is a system call
@@ -1219,11 +1213,18 @@ class AnswerReader(io.BufferedReader):
         self._sock = sock
         self._call = call
 
+    def has_more(self) -> bool:
+        """Whether something has come that is not read yet."""
+        self._reader.is_paused = True
+        try:
+            return bool(self.peek(1))
+        finally:
+            self._reader.is_paused = False
+
     def close(self) -> None:
         if not self.closed:
             self._call.cancel.detach(self._sock)
-            self._reader.at_end = True
-            if self.peek(1):  # more than the answer came: nobody else may find it there
+            if self.has_more():  # more than the answer: nobody else may find it there
                 shut_down(self._sock)
         super().close()
 
@@ -1234,7 +1235,7 @@ class UpstreamAnswer(HTTPResponse):
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         call = CURRENT_CALL.get()
-        self.fp = AnswerReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
+        self.fp = call.reader = AnswerReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
         call.cancel.attach(sock)
 
     def _read_status(self) -> tuple[str, int, str]:
@@ -1282,9 +1283,17 @@ class Response:
         except HTTPError as error:
             raise self._transport.failure(error, self.call) from None
 
-    def drain(self) -> None:
+    def finish(self, cleanup: ExitStack) -> None:
+        """The stream's own end has come. What follows it is read now if it is here, else when the client has all."""
+        reader = self.call.reader
+        if reader and not reader.closed and reader.has_more():
+            self._drain(0.01)
+        else:
+            cleanup.callback(self._drain, DRAIN_SECONDS)
+
+    def _drain(self, seconds: float) -> None:
         """Read the little that may follow a stream's end, so that the connection can be used again, else close it."""
-        self.call.limit(DRAIN_SECONDS)
+        self.call.limit(seconds)
         size = 0
         with suppress(APIError), closing(self):
             for data in self.stream():
@@ -1311,17 +1320,17 @@ class Transport:
         self._pools: dict[str, tuple[Any, bool]] = {}
 
     def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, call: Call) -> Response:
-        pool, absolute_form = self._pool(url)
         parts = urlsplit(url)
-        target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
         CURRENT_CALL.set(call)
         try:
+            pool, absolute_form = self._pool(url)
+            target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
             raw = pool.urlopen(
                 method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
                 assert_same_host=False, timeout=Timeout(total=max(0.01, call.remaining())))
         except TimeoutError:
             raise self.timed_out(call.timeout) from None
-        except HTTPError as error:
+        except (HTTPError, requests.RequestException) as error:  # the latter of a proxy's URL that makes no sense
             raise self.failure(error, call) from None
         return Response(self, raw, call)
 
@@ -1344,7 +1353,7 @@ class Transport:
 
     # Failures
 
-    def failure(self, error: HTTPError, call: Call) -> APIError:
+    def failure(self, error: Exception, call: Call) -> APIError:
         if isinstance(error, UpstreamTimeout) and not isinstance(error, NewConnectionError):
             return self.timed_out(call.timeout)
         if isinstance(error, DecodeError):
@@ -1425,17 +1434,17 @@ class SharedFetch(Generic[T]):
             return self._future
 
     def _run(self, future: Future[T]) -> None:
-        error = result = None
+        error: Exception | None = None
         try:
             result = self._fetch()
-        except Exception as raised:
-            error = as_api_error(raised)
+        except Exception as raised:  # told to those who wait
+            error = raised
         with self._lock:  # first, so that whoever has seen the outcome and asks again starts anew
             self._future = None
         if error:
             future.set_exception(error)
         else:
-            future.set_result(result)  # type: ignore[arg-type]
+            future.set_result(result)
 
 
 # Circuit breaker and retries
@@ -1568,6 +1577,8 @@ class Provider:
         """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it."""
         retries = 0
         while True:
+            if cancel.is_set():
+                raise client_has_gone()
             try:
                 return attempt()
             except APIError as error:
@@ -1578,8 +1589,7 @@ class Provider:
                 retries += 1
                 log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
                             self._settings.max_retries, pause)
-                if cancel.wait(pause):
-                    raise
+                cancel.wait(pause)
 
 
 # ======================================================================================================================
@@ -2298,7 +2308,7 @@ class OpenAIProvider(Provider):
             raise
         finally:
             if answer.is_done:
-                chat.cleanup.callback(response.drain)  # after the client has the end, for it may take its time
+                response.finish(chat.cleanup)
             else:
                 response.close()
 
@@ -2809,6 +2819,7 @@ def relay(
     last_sign = time.monotonic()
     try:
         while True:
+            check_client()
             data = mailbox.take(min(CLIENT_CHECK_INTERVAL, keepalive_interval))
             if data:
                 yield data
@@ -2818,7 +2829,6 @@ def relay(
             elif time.monotonic() - last_sign >= keepalive_interval:
                 yield b""
                 last_sign = time.monotonic()
-            check_client()
     finally:
         mailbox.abandon()
         chat.cancel()
@@ -3047,7 +3057,7 @@ class App:
 
         def check() -> None:
             if has_gone():
-                raise APIError(499, "The client has gone.", code="client_closed_request")
+                raise client_has_gone()
             if self.stopping.is_set():
                 raise APIError(503, "The server is stopping.", "server_error", "server_stopping")
 
@@ -3121,11 +3131,8 @@ class App:
         environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         try:
             self._check_caller(environ)
-        except APIError as error:
-            raise as_response(error) from None
-        if environ["REQUEST_METHOD"] == "OPTIONS":
-            raise preflight(environ)
-        try:
+            if environ["REQUEST_METHOD"] == "OPTIONS":
+                raise preflight(environ)
             environ["kimi2api.owner"] = "" if environ["PATH_INFO"] in OPEN_PATHS else self._owner_of_key(environ)
         except APIError as error:
             raise as_response(error) from None
@@ -3304,18 +3311,13 @@ class DemoUpstream(BaseHTTPRequestHandler):
         self.reply(200, "text/html", f"<html><script>var kimi_ajax = {config};</script></html>".encode())
 
     def do_POST(self) -> None:
-        form = dict(parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        form = dict(parse_qsl(body.decode()))
         if form.get("nonce") != self.nonce:
             self.reply(403, "text/html", b"-1")
-        else:
-            self.reply(200, "application/json", dump_json({"success": True, "data": {"message": self.say(**form)}}))
-
-    def say(self, message: str, model: str, **_: str) -> str:
-        *before, newest = re.split(r"^(?:用户|模型): ", message, flags=re.M)
-        earlier = [" ".join(part.split())[:60] for part in before if part.strip()]
-        heard = "".join(f"\n- {part}" for part in earlier) or " none."
-        return (f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. You said: “{newest.strip()}”\n"
-                f"Earlier messages that reached {model} with it:{heard}")
+            return
+        answer = answer_of_demo(form["message"], form["model"])
+        self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
 
     def reply(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -3326,6 +3328,17 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("demo upstream: " + format, *args)
+
+
+def answer_of_demo(prompt: str, model: str) -> str:
+    *before, newest = re.split(r"^(?:用户|模型): ", prompt, flags=re.M)
+    earlier = ""
+    for part in before:
+        if part.strip():
+            earlier += f"\n- {' '.join(part.split())[:60]}"
+    return (
+        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. You said: “{newest.strip()}”\n"
+        f"Earlier messages that reached {model} with it:{earlier or ' none.'}")
 
 
 # ======================================================================================================================
@@ -3347,9 +3360,10 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         error = self.request.error
         code = "request_too_large" if error.code == 413 else None
         body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", code=code).body())
+        given_id = self.request.headers.get("X_REQUEST_ID", "")
         self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", "application/json"),
-                                  ("X-Request-Id", request_id(self.request.headers.get("X_REQUEST_ID", "")))]
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers.append(("X-Request-Id", request_id(given_id)))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -3372,14 +3386,102 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
+    """A client's connection."""
+
     parser_class = Parser
     task_class = Task
     error_task_class = JSONErrorTask
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a request is being answered or its answer is not sent yet."""
         return bool(self.requests or self.total_outbufs_len)
+
+    def is_stalled(self, now: float) -> bool:
+        return bool(self.total_outbufs_len) and now - self.last_activity > STALLED_AFTER
+
+    def handle_write(self) -> None:
+        # waitress does not wait for a thread that is sending: its loop turns without a pause until the thread is done
+        # (for that needs Python's lock again), and a thread's 100 Continue may be sent twice
+        with self.outbuf_lock:
+            super().handle_write()
+
+    # These run in the thread of a request. What they leave to be done is for the loop, which must hear of it.
+
+    def write_soon(self, data: bytes) -> int:
+        written: int = super().write_soon(data)
+        self._tell_loop()
+        return written
+
+    def service(self) -> None:
+        super().service()
+        self._tell_loop()
+
+    def _tell_loop(self) -> None:
+        if self.writable():  # output is left over, or the connection is to be closed
+            self._map.changed.append(self._fileno)  # None if the loop has closed it just now, which does no harm
+            self.server.pull_trigger()
+
+
+class SocketMap(dict[int, Any]):
+    """waitress's map of what it waits for (listening sockets, connections, pipes that wake the loop), and a loop.
+
+    wasyncore.loop asks every one of them what it waits for, at every turn; beside 3,500 idle connections that is most
+    of a chat's time. Here a selector keeps the answers, and only those in `changed` are asked again: what came or went
+    (waitress enters and deletes it here), what had an event, and what a request's thread has changed. Such a thread may
+    append to `changed` and nothing else; the selector is the loop's alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: deque[int] = deque()
+        self._selector = selectors.DefaultSelector()
+        self._keys: dict[int, selectors.SelectorKey] = {}  # what the selector has, by descriptor
+
+    def __setitem__(self, fd: int, entry: Any) -> None:
+        super().__setitem__(fd, entry)
+        self.changed.append(fd)
+
+    def __delitem__(self, fd: int) -> None:
+        super().__delitem__(fd)
+        self.changed.append(fd)
+
+    def turn(self, timeout: float) -> None:
+        """Wait for events, no longer than so many seconds, and handle them."""
+        changed = set()
+        while self.changed:
+            changed.add(self.changed.popleft())
+        for fd in changed:
+            self._ask(fd)
+        for key, events in self._selector.select(timeout):
+            if events & selectors.EVENT_READ and self.get(key.fd) is key.data:  # else closed earlier in this turn
+                wasyncore.read(key.data)
+            if events & selectors.EVENT_WRITE and self.get(key.fd) is key.data:
+                wasyncore.write(key.data)
+            self.changed.append(key.fd)
+
+    def ask_all(self) -> None:
+        self.changed.extend(list(self))
+
+    def _ask(self, fd: int) -> None:
+        """Keep the selector up to what is waited for on a descriptor."""
+        entry = self.get(fd)
+        key = self._keys.get(fd)
+        events = 0
+        if entry is not None:
+            if entry.readable():
+                events |= selectors.EVENT_READ
+            if entry.writable():
+                events |= selectors.EVENT_WRITE
+            if not events:  # no event will tell when that ends: a full server, a connection whose thread was writing
+                self.changed.append(fd)  # so it is asked at the next turn
+        if key and (key.data is not entry or key.events != events):  # not entry: closed, its descriptor perhaps reused
+            self._selector.unregister(fd)
+            del self._keys[fd]
+            key = None
+        if events and not key:
+            with suppress(OSError):  # a request's thread has closed it just now
+                self._keys[fd] = self._selector.register(fd, events, entry)
 
 
 class Server:
@@ -3390,21 +3492,28 @@ class Server:
     """
 
     def __init__(self, settings: Settings, app: bottle.Bottle, stopping: threading.Event) -> None:
-        self._grace, self._stopping, self._signalled = settings.shutdown_grace, stopping, False
-        self._next_look = 0.0
-        self._map: dict[int, Any] = {}  # waitress's own: listening sockets, connections, the pipe that wakes the loop
+        self._grace = settings.shutdown_grace
+        self._stopping = stopping
+        self._signalled = False
+        self._next_look = 0.0  # at connections that nothing happens to, seconds since the epoch
+        self._map = SocketMap()
         host = f"[{settings.api_host}]" if ":" in settings.api_host else settings.api_host
         waitress.create_server(
-            app, map=self._map, listen=f"{host}:{settings.api_port}", ident="kimi2api",
+            app,
+            map=self._map,
+            listen=f"{host}:{settings.api_port}",
+            ident="kimi2api",
             threads=settings.max_concurrent_chats + SPARE_THREADS,
             connection_limit=connection_limit(settings.max_concurrent_chats),
             channel_request_lookahead=1,  # else a client that leaves is noticed only when something is sent
-            asyncore_use_poll=True,  # select() ends at 1,024 descriptors
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
-            recv_bytes=65536, clear_untrusted_proxy_headers=False)
+            recv_bytes=65536,
+            clear_untrusted_proxy_headers=False,
+        )
         self._listeners = [entry for entry in self._map.values() if isinstance(entry, BaseWSGIServer)]
         for listener in self._listeners:
-            listener.channel_class, listener.draining = Channel, False
+            listener.channel_class = Channel
+            listener.draining = False
         self.port = int(self._listeners[0].effective_port)
 
     def handle_signals(self) -> None:
@@ -3417,31 +3526,32 @@ class Server:
         for listener in self._listeners:
             listener.draining = True
             wasyncore.dispatcher.close(listener)  # its own close() would also close the pipe that wakes the loop
-        running = sum(channel.busy for channel in self._channels())
+        running = sum(channel.is_busy for channel in self._channels())
         log.info("stopping; running: %d, with %g s to finish; a second signal ends at once", running, self._grace)
         self._drain(self._grace)
         self._stopping.set()  # what still runs ends with an error, which wants a moment to be sent
         self._drain(2.0)
 
     def _turn(self) -> None:
-        wasyncore.loop(timeout=0.5, use_poll=True, map=self._map, count=1)
+        self._map.turn(timeout=0.5)
         now = time.time()
-        if now >= self._next_look:  # waitress closes connections without a request; this is for those with one
-            self._next_look = now + 5
+        if now >= self._next_look:  # waitress closes idle connections; this is for those with an answer to send
+            self._next_look = now + 1
             for channel in self._channels():
-                if channel.total_outbufs_len and now - channel.last_activity > STALLED_AFTER:
+                if channel.is_stalled(now):
                     channel.handle_close()
+            self._map.ask_all()  # a listening socket, when asked, also marks those that were idle for long
 
     def _channels(self) -> list[Channel]:
         return [entry for entry in self._map.values() if isinstance(entry, Channel)]
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while channels := self._channels():
-            if time.monotonic() >= deadline:
-                return
-            for channel in channels:
-                channel.will_close |= not channel.busy
+        while self._channels() and time.monotonic() < deadline:
+            for channel in self._channels():
+                if not channel.is_busy:
+                    channel.will_close = True
+            self._map.ask_all()
             self._turn()
 
     def _on_signal(self, number: int, _: Any) -> None:
@@ -3470,39 +3580,47 @@ def connection_limit(chats: int) -> int:
     return max(wanted, chats)
 
 
+# The command line
+
+
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str | None]]:
     """The options that are no settings, and the settings given as flags."""
-    cli = argparse.ArgumentParser("kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.",
-                                  epilog="Every setting may also stand in the environment or in .env, under its flag's "
-                                  "name in capitals with underscores (API_PORT). Flags go first, then the environment.",
-                                  allow_abbrev=False)
+    cli = argparse.ArgumentParser(
+        "kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.", allow_abbrev=False,
+        epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
+        "underscores (API_PORT). Flags go first, then the environment.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
     cli.add_argument("--check", action="store_true", help="try the upstream step by step, say what is wrong, and exit")
     cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
-    table = cli.add_argument_group("settings")
+    settings = cli.add_argument_group("settings")
     for f in Settings.table():
-        default = f.metadata["default"] or "(empty)"
-        table.add_argument(f"--{f.name.replace('_', '-')}", metavar="…", dest=f.name.upper(),
-                           help=f"{f.metadata['meaning']}. Default: {default}".replace("%", "%%"))
+        text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
+        flag = f"--{f.name.replace('_', '-')}"
+        settings.add_argument(flag, metavar="…", dest=f.name.upper(), help=text.replace("%", "%%"))
     options = cli.parse_args(argv)
-    return options, {f.name.upper(): getattr(options, f.name.upper()) for f in Settings.table()}
+    names = [f.name.upper() for f in Settings.table()]
+    return options, {name: getattr(options, name) for name in names}
 
 
 def greeting(settings: Settings, port: int, demo: bool) -> str:
     host = settings.api_host if is_loopback(settings.api_host) else "127.0.0.1"
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    key = "${API_MASTER_KEY%%,*}" if len(settings.api_master_key) > 1 else "$API_MASTER_KEY"
-    if settings.api_master_key and sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
-        key = settings.api_master_key[0]
-    header = f' -H "Authorization: Bearer {key}"' if settings.api_master_key else ""
+    keys = settings.api_master_key
+    header = ""
+    if keys:
+        key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
+        if sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
+            key = keys[0]
+        header = f' -H "Authorization: Bearer {key}"'
     return "\n".join([
         f"kimi2api {__version__} listens on {settings.api_host} port {port}; base URL for clients: {address}/v1",
-        f"  key:      {'API_MASTER_KEY' if settings.api_master_key else 'none asked; only this machine may call'}",
+        f"  key:      {'API_MASTER_KEY' if keys else 'none asked; only this machine may call'}",
         f"  upstream: {'the built-in demo' if demo else settings.upstream_url}",
-        "  try it:   curl " + f"{address}/v1/chat/completions{header} -H 'Content-Type: application/json'"
+        f"  try it:   curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json'"
         " -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello!\"}]}'",
-        "  stop it:  Ctrl-C"])
+        "  stop it:  Ctrl-C",
+    ])
 
 
 ADVICE = {  # what to do about an error of a check, where its message does not say
@@ -3510,20 +3628,27 @@ ADVICE = {  # what to do about an error of a check, where its message does not s
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait some minutes before the next try.",
     "upstream_invalid_response": "Try later; if it stays so, look for a newer version of this program.",
-    "upstream_refused": "Try later, and the same question in a browser; if that works, look for a newer version."}
+    "upstream_refused": "Try later, and the same question in a browser; if that works, look for a newer version.",
+}
 
 
 def run_check(settings: Settings) -> int:
     """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
-    for upstream in Providers(settings).all:
-        print(f"{upstream.name}:")
-        for step, error in upstream.check():
+    for provider in Providers(settings).all:
+        print(f"{provider.name}:")
+        for step, error in provider.check():
             print(f"  {'✗' if error else '✓'} {step}", flush=True)
             if error:
                 failed = 1
-                print(f"    {error} [{error.code}]\n    {ADVICE.get(error.code or '', '')}".rstrip(), flush=True)
+                advice = ADVICE.get(error.code or "", "")
+                print(f"    {error} [{error.code}]\n    {advice}".rstrip(), flush=True)
     return failed
+
+
+def refuse_start(reason: str) -> int:
+    print(f"kimi2api: {reason}", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3534,25 +3659,30 @@ def main(argv: list[str] | None = None) -> int:
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(flags, os.environ, env_file)
+    except SettingError as error:
+        return refuse_start(str(error))
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # it logs only disconnects and queue depth
+    try:
         if options.demo:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-        logging.getLogger("waitress").setLevel(logging.ERROR)  # its news are clients that left and full queues
         if options.check:
             return run_check(settings)
-        stopping = threading.Event()
-        server = Server(settings, create_app(settings, stopping), stopping)
-    except SettingError as error:
-        print(f"kimi2api: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:  # of waitress: the port is in use, the host has no address
-        print(f"kimi2api: cannot listen on {settings.api_host} port {settings.api_port}: {error}", file=sys.stderr)
-        return 2
+        return serve(settings, options.demo)
     except KeyboardInterrupt:
         return 130
+
+
+def serve(settings: Settings, demo: bool) -> int:
+    stopping = threading.Event()
+    app = create_app(settings, stopping)
+    try:
+        server = Server(settings, app, stopping)
+    except (OSError, ValueError) as error:  # the port is in use, or the host has no address
+        return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
     server.handle_signals()
-    print(greeting(settings, server.port, options.demo), flush=True)
+    print(greeting(settings, server.port, demo), flush=True)
     gc.freeze()
     gc.set_threshold(50_000)  # of objects made; the default, 700, collects several times a chat (10 % of the time)
     server.run()
@@ -3565,6 +3695,11 @@ def main(argv: list[str] | None = None) -> int:
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
+
+
+def constant(value: str) -> Schema:
+    return {"type": "string", "const": value}
+
 
 FINISH_REASON = choice_of("stop", "length", "tool_calls", "content_filter", "function_call")
 OR_NULL_STRING = any_of(STRING, NULL)
