@@ -28,6 +28,12 @@ A section knows those above it and never one below; the last holds constants tha
 """
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # as process 1 of a container, a signal without a handler is lost; the imports take a while
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+
 import argparse
 import gc
 import hmac
@@ -36,18 +42,16 @@ import ipaddress
 import itertools
 import json
 import logging
-import os
 import random
 import re
 import selectors
-import signal
 import socket
 import sys
 import threading
 import time
 import unicodedata
 from base64 import b64encode
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -70,6 +74,7 @@ import cloudscraper
 import requests
 import waitress
 from cloudscraper.cloudflare import Cloudflare
+from cloudscraper.exceptions import CloudflareException, CloudflareLoopProtection
 from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
 from requests.utils import get_environ_proxies
@@ -77,6 +82,7 @@ from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError, NewConnectionError
 from urllib3.exceptions import TimeoutError as UpstreamTimeout
 from waitress import wasyncore
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
@@ -805,6 +811,26 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> tuple[Turn, 
     return tuple(whole)
 
 
+def slimmed(message: Message) -> Message:
+    """What is remembered of a message: a client may put megabytes into fields that nobody asks for."""
+    slim: Message = {"role": message["role"], "content": text_of(message)}
+    if message.get("tool_call_id"):
+        slim["tool_call_id"] = message["tool_call_id"]
+    if message.get("tool_calls"):
+        slim["content"] = slim["content"] or None
+        slim["tool_calls"] = [
+            {
+                "id": call.get("id"),
+                "type": "function",
+                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
+            }
+            for call in message["tool_calls"]
+        ]
+        if isinstance(message.get("reasoning_content"), str):  # Moonshot and DeepSeek want it back
+            slim["reasoning_content"] = message["reasoning_content"]
+    return slim
+
+
 def is_system(message: Message) -> bool:
     return message["role"] in ("system", "developer")
 
@@ -825,6 +851,9 @@ def text_of(message: Message) -> str:
 # ======================================================================================================================
 
 MAX_TURNS = 1000  # of one session; more than any prompt holds
+MAX_SESSION_BYTES = 1 << 20  # of one session's turns, as JSON
+MAX_STORE_BYTES = 64 << 20  # of all sessions
+MESSAGE_BYTES = 500  # that a message takes beside its text
 
 
 @dataclass(frozen=True)
@@ -833,6 +862,23 @@ class Session:
     created: float  # seconds since the epoch, as is `used`
     used: float
     turns: tuple[Turn, ...] = ()
+    size: int = 0  # bytes, about
+
+
+def size_of_turn(turn: Turn) -> int:
+    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
+
+
+def latest_turns(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:
+    """As many of the latest turns as a session may keep, and their size."""
+    kept: list[Turn] = []
+    size = 0
+    for turn in reversed(turns[-MAX_TURNS:]):
+        if size + size_of_turn(turn) > MAX_SESSION_BYTES:
+            break
+        size += size_of_turn(turn)
+        kept.append(turn)
+    return tuple(reversed(kept)), size
 
 
 def new_session_id(now: float) -> str:
@@ -842,15 +888,17 @@ def new_session_id(now: float) -> str:
 
 
 class Sessions:
-    """Turns by owner and user, forgotten `ttl` seconds after the last; at most `limit` sessions are kept."""
+    """Turns by owner and user, forgotten `ttl` seconds after the last. At most `limit` sessions are kept, and
+    MAX_STORE_BYTES of them; the least recently used goes first."""
 
     def __init__(self, ttl: float, limit: int, clock: Callable[[], float] = time.time) -> None:
         self.ttl = ttl
         self.limit = limit
         self._clock = clock
         # Least recently used first, which is also the first to expire
-        self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
-        self._lock = threading.Lock()  # guards _sessions; held for dict work only
+        self._sessions: dict[tuple[str, str], Session] = {}
+        self._size = 0  # bytes of all sessions, about
+        self._lock = threading.Lock()  # guards both; held for little work only
 
     def open(self, owner: str, user: str | None) -> Session:
         """The user's session, or a new one, which is kept only when a turn is recorded."""
@@ -860,20 +908,16 @@ class Sessions:
 
     def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
         """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
+        slim = [tuple(slimmed(message) for message in turn) for turn in turns]
         with self._lock:
             self._drop_expired()
-            session = self._sessions.get((owner, user))
-            if session is None:
-                session = replace(opened, turns=())
+            session = self._forget(owner, user) or replace(opened, turns=())
             remembered = () if replace_turns else session.turns
-            self._sessions[owner, user] = replace(
-                session,
-                used=self._clock(),
-                turns=append_turns(remembered, turns)[-MAX_TURNS:],
-            )
-            self._sessions.move_to_end((owner, user))
-            while len(self._sessions) > self.limit:
-                self._sessions.popitem(last=False)
+            kept, size = latest_turns(append_turns(remembered, slim))
+            self._sessions[owner, user] = replace(session, used=self._clock(), turns=kept, size=size)
+            self._size += size
+            while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
+                self._forget(*next(iter(self._sessions)))
 
     def get(self, owner: str, user: str) -> Session | None:
         with self._lock:
@@ -884,7 +928,7 @@ class Sessions:
         """Whether there was anything to forget."""
         with self._lock:
             self._drop_expired()
-            return self._sessions.pop((owner, user), None) is not None
+            return self._forget(owner, user) is not None
 
     def __len__(self) -> int:
         expired = 0
@@ -898,13 +942,20 @@ class Sessions:
     def _is_expired(self, session: Session) -> bool:
         return session.used <= self._clock() - self.ttl
 
+    # The caller of these holds the lock
+
+    def _forget(self, owner: str, user: str) -> Session | None:
+        session = self._sessions.pop((owner, user), None)
+        if session:
+            self._size -= session.size
+        return session
+
     def _drop_expired(self) -> None:
-        """The caller holds the lock."""
         while self._sessions:
-            oldest = next(iter(self._sessions.values()))
-            if not self._is_expired(oldest):
+            oldest = next(iter(self._sessions))
+            if not self._is_expired(self._sessions[oldest]):
                 return
-            self._sessions.popitem(last=False)
+            self._forget(*oldest)
 
 
 # ======================================================================================================================
@@ -1416,8 +1467,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return None
     try:
         if value.strip().isdecimal():
-            return min(float(value), 1e9)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+            return min(float(value[:20]), 1e9)
+        return max(0.0, parsedate_to_datetime(value[:100]).timestamp() - now)
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -1872,6 +1923,12 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 # ======================================================================================================================
 
 
+MAX_CHALLENGE_BYTES = 24 << 10  # of a page that may be a challenge
+MAX_CHALLENGE_WORD = 8 << 10
+MAX_COOKIES = 20
+MAX_COOKIE_BYTES = 8 << 10  # of all that one answer sets
+
+
 class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
     """cloudscraper over our transport, for many threads; cookies, ciphers and solving challenges stay cloudscraper's.
 
@@ -1894,6 +1951,18 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         self._solveDepthCnt = 0
         raise exception(msg)
 
+    def request(self, method: str, url: str, **kwargs: Any) -> requests.Response:
+        """cloudscraper's own, but for what its expressions may see; see is_challenge."""
+        response = self.perform_request(method, url, **kwargs)
+        if not self.is_challenge(response):
+            self._solveDepthCnt = 0
+            return response
+        if self._solveDepthCnt >= self.solveDepth:
+            self.simpleException(CloudflareLoopProtection, "a challenge that comes again after it is solved")
+        self._solveDepthCnt += 1
+        solved: requests.Response = Cloudflare(self).Challenge_Response(response, **kwargs)
+        return solved
+
     def perform_request(
         self, method: str, url: str, *, data: bytes | dict[str, str] | None = None, headers: Any = None,
         timeout: float, **_: Any,
@@ -1912,8 +1981,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         call = Call(self._timeout, Cancel(), deadline=time.monotonic() + timeout)
         answer = self.transport.request(method, url, sent, body, call)
         if "Set-Cookie" in answer.headers:
-            with self._jar_lock:
-                extract_cookies_to_jar(self.cookies, request, answer.raw)
+            self._keep_cookies(request, answer)
         response = requests.Response()
         response.status_code = answer.status
         response.headers = answer.headers  # type: ignore[assignment]  # urllib3's are case-insensitive too
@@ -1924,10 +1992,28 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         return response
 
     def is_challenge(self, response: requests.Response) -> bool:
-        """Whether cloudscraper could solve it. Raises CloudflareException for one that it knows and cannot solve."""
-        if response.status_code == 200:
+        """Whether cloudscraper could solve it. Raises CloudflareException for one that it knows and cannot solve.
+
+        Its expressions are quadratic in the page, and a regular expression holds every thread up; so they see nothing
+        that no challenge is like.
+        """
+        page = response.content
+        if response.status_code == 200 or len(page) > MAX_CHALLENGE_BYTES:
+            return False
+        if page.count(b"<form") > 4 or page.count(b"challenge-form") > 4:
+            return False
+        if max(map(len, page.split()), default=0) > MAX_CHALLENGE_WORD:
             return False
         return bool(Cloudflare(self).is_Challenge_Request(response))
+
+    def _keep_cookies(self, request: requests.PreparedRequest, answer: Response) -> None:
+        """Keep the cookies of an answer; the oldest go when there are more than a browser would send."""
+        if sum(map(len, answer.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
+            return
+        with self._jar_lock:
+            extract_cookies_to_jar(self.cookies, request, answer.raw)
+            for cookie in list(self.cookies)[:-MAX_COOKIES]:
+                self.cookies.clear(cookie.domain, cookie.path, cookie.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -2103,7 +2189,7 @@ class KimiProvider(Provider):
         try:
             response = send(method, url, data=data, headers=headers, timeout=seconds)
             solvable = self._scraper.is_challenge(response)
-        except cloudscraper.exceptions.CloudflareException as error:
+        except CloudflareException as error:
             raise self._blocked(str(error)) from None
         status = response.status_code
         is_html = response.content.lstrip()[:1] == b"<"
@@ -2674,24 +2760,25 @@ class Providers:
 
 
 class Slots:
-    """At most `limit` of something at once; one more is an APIError 429."""
+    """At most `limit` of something at once; one more is an APIError 429, unless it is alone."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, what: str = "chats are running already (MAX_CONCURRENT_CHATS)") -> None:
         self.limit = limit
         self.used = 0
+        self._what = what
         self._lock = threading.Lock()  # guards used
 
-    def take(self) -> None:
+    def take(self, count: int = 1) -> None:
         with self._lock:
-            if self.used >= self.limit:
+            if self.used and self.used + count > self.limit:
                 raise APIError(
-                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
-                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
-            self.used += 1
+                    429, f"Too many {self._what}. Try again soon.", "rate_limit_error", "server_busy",
+                    headers={"Retry-After": "1"})
+            self.used += count
 
-    def free(self) -> None:
+    def free(self, count: int = 1) -> None:
         with self._lock:
-            self.used -= 1
+            self.used -= count
 
 
 class Calls(Slots):
@@ -2746,9 +2833,13 @@ def answer_in_session(
         yield from held
         held = []
         yield delta
-    if request.turns:
+    message = answer_to_remember(unfold(whole))
+    fault = find_fault(message, MESSAGE)
+    if fault:  # every later request would be refused for it
+        log.warning("an answer is not remembered: '%s' must be %s", fault.path, fault.demand)
+    elif request.turns:
         *older, newest = request.turns
-        turns = [*older, (*newest, answer_to_remember(unfold(whole)))]
+        turns = [*older, (*newest, message)]
         sessions.record(owner, request.user, session, turns, replace_turns=request.brings_history)
     yield from held
 
@@ -2758,9 +2849,9 @@ def answer_to_remember(completion: dict[str, Any]) -> Message:
     for choice in completion["choices"]:
         if choice["index"] == 0:
             message = message_of(choice)
-            if message.get("tool_calls"):
-                return {"role": "assistant", "content": message["content"], "tool_calls": message["tool_calls"]}
-            return {"role": "assistant", "content": message["content"] or ""}  # APIs refuse null without tool calls
+            if not message.get("tool_calls"):
+                message["content"] = message["content"] or ""  # APIs refuse null without tool calls
+            return message
     return {"role": "assistant", "content": ""}
 
 
@@ -3013,6 +3104,8 @@ def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
 # ======================================================================================================================
 
 OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # that ask for no key, for they tell nothing of anybody
+MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
+VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
 EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, Retry-After, x-should-retry"
 
 
@@ -3036,6 +3129,7 @@ class App:
         self.providers = Providers(settings)
         self.sessions = Sessions(settings.session_cache_ttl, settings.max_session_size)
         self.chats = Slots(settings.max_concurrent_chats)
+        self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
         # Upstream calls, those included whose client has left: they may be as many again, and no more
         self.calls = Calls(2 * settings.max_concurrent_chats)
         self.started = time.time()
@@ -3043,12 +3137,16 @@ class App:
     # Routes
 
     def chat(self) -> bytes | EventStream:
-        request = ChatRequest.parse(self._read_body())
-        model = request.model or self.settings.default_model
-        self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-        chat = Chat(request, model)
-        completion = ChatCompletion(request.include_usage)
+        body = self._read_body()
         with ExitStack() as done:
+            size = parsed_size(body)
+            self.memory.take(size)
+            done.callback(self.memory.free, size)
+            request = ChatRequest.parse(body)
+            model = request.model or self.settings.default_model
+            self.providers.resolve(model)  # an unknown model is refused before it takes a slot
+            chat = Chat(request, model)
+            completion = ChatCompletion(request.include_usage)
             self.chats.take()
             done.callback(self.chats.free)
             ask = partial(self.providers.answer, model)
@@ -3190,15 +3288,11 @@ class App:
 
     def _owner_of_key(self, environ: dict[str, Any]) -> str:
         """The key that the request carries, "" when none is asked."""
-        keys = self.settings.api_master_key
-        if not keys:
-            return ""
-        scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        given = token.strip().encode("latin-1", "replace")
-        matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all, so that time tells nothing
-        if scheme.lower() == "bearer" and matches:
-            return matches[0]
-        message = "Incorrect API key." if token else "No API key: send it as 'Authorization: Bearer …'."
+        authorization = environ.get("HTTP_AUTHORIZATION", "")
+        key = matching_key(self.settings.api_master_key, authorization)
+        if key is not None:
+            return key
+        message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
         raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def finish(self) -> None:
@@ -3216,6 +3310,21 @@ class App:
             logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s %s %d %.0f ms",
             environ["kimi2api.id"], environ["REQUEST_METHOD"], route.rule if route else "(no route)",
             response.status_code, (time.monotonic() - environ["kimi2api.began"]) * 1000)
+
+
+def matching_key(keys: Iterable[str], authorization: str) -> str | None:
+    """The key that an Authorization header carries, "" when none is asked, None when it is not one of ours."""
+    if not keys:
+        return ""
+    scheme, _, token = authorization.partition(" ")
+    given = token.strip().encode("latin-1", "replace")
+    matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all, so that time tells nothing
+    return matches[0] if matches and scheme.lower() == "bearer" else None
+
+
+def parsed_size(body: bytes) -> int:
+    """Bytes that a body takes when it is read, about: one of 4 MB of brackets takes 90."""
+    return len(body) + VALUE_BYTES * (body.count(b",") + body.count(b"[") + body.count(b"{"))
 
 
 def request_id(given: str) -> str:
@@ -3373,8 +3482,9 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
 IDLE_CONNECTIONS = 4096
+HEAD_TIMEOUT = 10.0  # seconds that a client may take to send the head of a request
 STALLED_AFTER = 30.0  # seconds in which a client has taken nothing of what waits for it
-EXTRA_BODY_BYTES = 16 << 20  # read, to disk, above MAX_BODY_BYTES: a client still sending would miss our 413
+EXTRA_BODY_BYTES = 16 << 20  # received above MAX_BODY_BYTES: a client still sending would miss our 413
 
 
 class JSONErrorTask(ErrorTask):  # type: ignore[misc]
@@ -3401,12 +3511,37 @@ class Task(WSGITask):  # type: ignore[misc]
         return head
 
 
+class Discarded(OverflowableBuffer):  # type: ignore[misc]
+    """Where a body goes that nobody will read. It is received all the same, so that its client reads our answer."""
+
+    def append(self, data: bytes) -> None:
+        pass
+
+
 class Parser(HTTPRequestParser):  # type: ignore[misc]
+    path = ""  # waitress wants one even of a request that it could not parse
+    body_rcv: Any
+    expect_continue: bool
+
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # of a request target such as http://[/, which waitress lets pass
             raise ParsingError(f"Bad request target: {error}") from None
+        if self.body_rcv is None or self._is_body_wanted():
+            return
+        if self.expect_continue:  # it has not been sent yet
+            self.expect_continue = False
+            self.connection_close = True
+            self.body_rcv = None
+        else:
+            self.body_rcv.buf = Discarded(0)
+
+    def _is_body_wanted(self) -> bool:
+        """False for a request that will be refused by its head, so that its body need not be kept."""
+        if self.content_length > self.adj.max_wanted_body:
+            return False
+        return matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", "")) is not None
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
@@ -3415,6 +3550,26 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = Parser
     task_class = Task
     error_task_class = JSONErrorTask
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        heads: dict[Channel, float] = self._map.heads
+        heads[self] = time.time()
+        if len(self._map) >= self.adj.connection_limit:
+            oldest = next(iter(heads))
+            oldest.handle_close()
+
+    def received(self, data: bytes) -> bool:
+        received: bool = super().received(data)
+        if self.request is None or self.request.headers_finished:
+            self._map.heads.pop(self, None)
+        else:
+            self._map.heads.setdefault(self, time.time())
+        return received
+
+    def del_channel(self, map: Any = None) -> None:
+        super().del_channel(map)
+        self._map.heads.pop(self, None)
 
     @property
     def is_busy(self) -> bool:
@@ -3459,6 +3614,7 @@ class SocketMap(dict[int, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.changed: deque[int] = deque()
+        self.heads: dict[Channel, float] = {}  # connections that owe us a request's head, and since when; oldest first
         self._selector = selectors.DefaultSelector()
         self._keys: dict[int, selectors.SelectorKey] = {}  # what the selector has, by descriptor
 
@@ -3538,11 +3694,15 @@ class Server:
         for listener in self._listeners:
             listener.channel_class = Channel
             listener.draining = False
+            listener.adj.api_keys = settings.api_master_key
+            listener.adj.max_wanted_body = settings.max_body_bytes
         self.port = int(self._listeners[0].effective_port)
 
     def handle_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is nohup's
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     def run(self) -> None:
         while not self._signalled:
@@ -3564,6 +3724,10 @@ class Server:
             for channel in self._channels():
                 if channel.is_stalled(now):
                     channel.handle_close()
+            for channel, since in list(self._map.heads.items()):
+                if now - since < HEAD_TIMEOUT:
+                    break
+                channel.handle_close()
             self._map.ask_all()  # a listening socket, when asked, also marks those that were idle for long
 
     def _channels(self) -> list[Channel]:
@@ -3670,6 +3834,22 @@ def run_check(settings: Settings) -> int:
     return failed
 
 
+class LogFormatter(logging.Formatter):
+    """Lines without what others could forge lines with."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return CONTROL_CHARACTERS.sub(" ", super().formatMessage(record))[:2000]
+
+
+def start_logging(level: str) -> None:
+    """Our lines from this level on, and other libraries' errors."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
+    logging.raiseExceptions = False  # a full disk below stderr is no reason for a traceback
+    log.setLevel(level)
+
+
 def refuse_start(reason: str) -> int:
     print(f"kimi2api: {reason}", file=sys.stderr)
     return 2
@@ -3678,15 +3858,15 @@ def refuse_start(reason: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the program. The exit status: 0 after a stop, 1 when a check failed, 2 when the start was refused."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that has no ✓ must not stop us
+        if stream:  # none when it was closed at the start
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that has no ✓ must not stop us
     options, flags = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(flags, os.environ, env_file)
     except SettingError as error:
         return refuse_start(str(error))
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("waitress").setLevel(logging.ERROR)  # it logs only disconnects and queue depth
+    start_logging(settings.log_level.upper())
     try:
         if options.demo:
             origin = DemoUpstream.start()
@@ -3706,7 +3886,8 @@ def serve(settings: Settings, demo: bool) -> int:
     except (OSError, ValueError) as error:  # the port is in use, or the host has no address
         return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
     server.handle_signals()
-    print(greeting(settings, server.port, demo), flush=True)
+    with suppress(OSError):  # nobody has to read it
+        print(greeting(settings, server.port, demo), flush=True)
     gc.freeze()
     gc.set_threshold(50_000)  # of objects made; the default, 700, collects several times a chat (10 % of the time)
     server.run()
@@ -3903,9 +4084,10 @@ async function fillModels() {
 }
 function fillConnect() {
   const base = location.origin + '/v1', secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
-  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]', texts = {
+  const name = JSON.stringify(id), quoted = name.replaceAll("'", "'\\\\''");
+  const hello = '[{"role": "user", "content": "Hello!"}]', texts = {
     curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${secret}' -H 'Content-Type: application/json' -d '
-{"model": ${name}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
+{"model": ${quoted}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
 client = OpenAI(base_url="${base}", api_key="${secret}")
 print(client.chat.completions.create(model=${name}, messages=${hello}).choices[0].message.content)`,
     'openai-node': `import OpenAI from "openai";

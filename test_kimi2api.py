@@ -592,9 +592,14 @@ def wait_until_still() -> None:
 class Program:
     """`python kimi2api.py` as a process of its own."""
 
-    def __init__(self, *flags: str, **settings: str) -> None:
+    def __init__(self, *flags: str, before: str = "", **settings: str) -> None:
+        """before: Python that runs before the program does."""
+        program = [str(HERE / "kimi2api.py")]
+        if before:
+            path = f"import sys; sys.path.insert(0, {str(HERE)!r}); import kimi2api\n"
+            program = ["-c", f"{path}{before}\nsys.exit(kimi2api.main())"]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "kimi2api.py"), "--api-port", "0", *flags],
+            [sys.executable, *program, "--api-port", "0", *flags],
             env={**os.environ, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -1148,6 +1153,39 @@ def test_a_session_expires_after_its_last_turn_and_the_least_recently_used_goes_
     for user in ("ada", "bob", "ada", "eve"):
         assert said(chat(app, user=user))
     assert [bool(turns(user)) for user in ("ada", "bob", "eve")] == [True, False, True]
+
+
+def test_a_session_keeps_what_later_requests_need_and_nothing_else(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}, "junk": [1]}
+    delta = {"reasoning_content": "Hm.", "content": None, "tool_calls": [{"index": 0, **call}]}
+    api.always = api_answers(deltas=[delta])
+    question = {"role": "user", "content": [{"type": "text", "text": "What time?"}, {"type": "x", "x": [[]] * 9}]}
+    chat(app, messages=[{**question, "name": "ada", "junk": {"a": [1]}}], model="local/k2", user="ada")
+    [turn] = app.get("/v1/sessions/ada").json["turns"]
+    del call["junk"]
+    assert turn == [
+        {"role": "user", "content": "What time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Hm."},
+    ]
+
+
+def test_sessions_are_bounded_in_bytes_each_and_all(
+    make: Make, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_SESSION_BYTES", 5_000)
+    monkeypatch.setattr(kimi2api, "MAX_STORE_BYTES", 9_000)
+    app = make(CONTEXT_MAX_LENGTH="99999")
+    for number in range(5):
+        chat(app, f"{number}" + "x" * 1_000, user="ada")
+    turns = app.get("/v1/sessions/ada").json["turns"]
+    assert [turn[0]["content"][0] for turn in turns] == ["3", "4"], "the oldest turns go first"
+    for user in ("bob", "eve"):
+        chat(app, "y" * 2_000, user=user)
+    assert app.get("/v1/sessions/ada").status_int == 404, "the least recently used session goes first"
+    assert app.get("/v1/sessions/eve").status_int == 200
+    chat(app, "z" * 9_000, user="eve")
+    assert app.get("/v1/sessions/eve").json["turns"] == [], "a turn that is too large is not kept"
 
 
 # ======================================================================================================================
@@ -1855,6 +1893,13 @@ def test_an_answer_that_is_not_json_is_asked_for_once_again(app: Client, kimi: W
         pytest.param('[{"a":1},{"a":2}]', id="list of objects"),
         pytest.param("{" * 5000, id="5,000 braces"),
         pytest.param('{"a":' * 100_000, id="nested 100,000 deep"),
+        pytest.param('{"a": 1, // one\n "b": {"c": 2}}', id="comment inside"),
+        pytest.param('{a: {"c": 2}}', id="bare keys"),
+        pytest.param("{“a”: {\"c\": 2}}", id="typographic quotes"),
+        pytest.param("{“a}”: {\"c\": 2}}", id="typographic quotes around a brace"),
+        pytest.param('[1, {"a": 1}', id="number first, open outer bracket"),
+        pytest.param('{"x": "}", y: {"a": 1}}', id="brace in a string of a broken document"),
+        pytest.param('"b": 2}, {"a": 1}', id="start cut off"),
     ],
 )
 def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text: str) -> None:
@@ -2294,6 +2339,51 @@ def test_a_rate_limit_of_an_api_passes_through_with_its_headers(
 def test_an_api_that_cannot_be_reached_is_unavailable(make: Make) -> None:
     response = chat(make(PROVIDERS="local", LOCAL_BASE_URL="http://127.0.0.1:9/v1"), model="local/k2")
     assert is_error(response, 502, "upstream_unavailable") and response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(
+    "dripped",
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\nX-Slow: ", id="head"),
+        pytest.param(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\n\r\n", id="error body"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n: ", id="before the first event"),
+        pytest.param(EARLY_HINTS + b"HTTP/1.1 103 X\r\nLink: ", id="interim answer"),
+    ],
+)
+def test_what_comes_before_the_first_event_has_a_deadline(
+    make: Make, both: dict[str, str], api: Api, dripped: bytes
+) -> None:
+    api.always = drips(dripped)
+    app = make(**both, REQUEST_TIMEOUT="0.6")
+    assert is_error(chat(app, model="local/k2"), 504, "upstream_timeout")
+
+
+def test_a_list_of_models_and_trailers_have_a_deadline(
+    make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.list_act = drips(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+    app = make(**both, REQUEST_TIMEOUT="0.6")
+    assert app.get("/v1/models").status_int == 200
+    wait_for(lambda: "cannot be listed" in caplog.text)
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (as_events(HALF, REST), b"data: [DONE]\n\n")]
+    stream = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    api.always = drips(stream + b"".join(chunks) + b"0\r\nX-Trailer: ")
+    assert said(chat(app, model="local/k2")) == "half and half"
+
+
+@pytest.mark.parametrize("size", [b"-5", b"+5", b"0x5", b"5_0", b"FFFFFFFFFFFFFFFFFF", b""], ids=repr)
+def test_a_chunk_of_a_size_that_is_none_is_an_error(make: Make, both: dict[str, str], api: Api, size: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    api.always = raw(head + size + b"\r\nabcde\r\n0\r\n\r\n")
+    response = chat(make(**both), model="local/k2")
+    assert response.status_int == 502, response.text
+
+
+def test_a_control_character_in_a_header_of_an_api_is_no_crash(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_answers("Hi", x_ratelimit_limit_requests="5\x00", x_ratelimit_remaining_requests="4")
+    response = chat(make(**both), model="local/k2")
+    assert said(response) == "Hi" and response.headers["x-ratelimit-remaining-requests"] == "4"
+    assert "x-ratelimit-limit-requests" not in response.headers
 
 
 HALF = api_chunk({"content": "half"})
@@ -3277,6 +3367,125 @@ def test_a_descriptor_that_is_closed_and_used_again_is_waited_for() -> None:
     assert (first.got, second.got) == (b"", b"z")
 
 
+def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
+    program = run(API_MASTER_KEY="sk-1", MAX_BODY_BYTES=str(32 << 20))
+    before = program.memory()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nContent-Length: %d\r\n\r\n"
+    links = [program.open(head % (20 << 20) + b"x" * (10 << 20)) for _ in range(8)]
+    assert program.memory() - before < 30
+    for link in links:
+        link.sendall(b"x" * (10 << 20))
+        response, body = read_response(link)
+        assert response.status == 401 and b"invalid_api_key" in body
+        link.close()
+    link = program.open(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % 1000)
+    assert read_response(link)[0].status == 401, "without waiting for the body"
+    link.close()
+
+
+def test_many_large_bodies_at_once_do_not_take_all_memory(run: Run, kimi: WebChat) -> None:
+    program = run()
+    body = b'{"messages": [{"role": "user", "content": "x"}], "x": [' + b"[]," * 1_300_000 + b"1]}"
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: program.ask("POST", "/v1/chat/completions", body), range(16)))
+    assert {status for status, _ in answers} <= {200, 429} and 200 in {status for status, _ in answers}
+    assert program.memory() < 1000
+    assert program.chat()[0] == 200 and program.running() == 0
+
+
+def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None:
+    program = run(before="kimi2api.HEAD_TIMEOUT = 0.5")
+    with program.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as idle:
+        assert read_response(idle)[0].status == 200
+        for start in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "):
+            with program.open(start) as slow:
+                assert slow.recv(100) == b"", "closed without an answer"
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_response(idle)[0].status == 200, "one that has asked before may be idle for longer"
+
+
+def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
+    pytest.importorskip("resource")
+    allow_descriptors(2000)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))"
+    program = run(before=limit, MAX_CONCURRENT_CHATS="4")
+    with ExitStack() as links:
+        for _ in range(600):
+            links.enter_context(program.open(b"GET /health HTTP/1.1\r\nHost: "))
+        assert program.health()["status"] == "ok"
+        assert program.chat()[0] == 200
+
+
+def test_a_client_that_leaves_while_its_bad_request_is_refused_leaves_no_traceback(run: Run) -> None:
+    program = run()
+    for _ in range(50):
+        link = program.open(b"GET /\x00 bad\r\n\r\n" * 20)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        link.close()
+    program.health()
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 0
+    assert "Traceback" not in "".join(program.log)
+
+
+@pytest.mark.parametrize("where", [">&-", ">/dev/full", "2>&-", "2>/dev/full", "| true"])
+def test_nobody_has_to_read_what_the_program_prints(kimi: WebChat, where: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = f"{sys.executable} {HERE / 'kimi2api.py'} --api-port {port} {where}"
+    process = subprocess.Popen(
+        ["sh", "-c", line], env={**os.environ, **kimi.settings}, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+    def answers() -> bool:
+        with suppress(OSError), closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request("POST", "/v1/chat/completions", '{"messages": [{"role": "user", "content": "x"}]}')
+            return connection.getresponse().status == 200
+        return False
+
+    wait_for(answers)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert b"Traceback" not in errors and b"Error" not in errors, errors
+
+
+def test_a_hangup_is_a_stop(run: Run) -> None:
+    program = run()
+    program.signal(signal.SIGHUP)
+    assert program.wait() == 0
+
+
+def test_a_stop_reaches_process_1_while_it_still_starts(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-pf", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a process namespace")
+    process = subprocess.Popen(
+        ["unshare", "-pf", "--kill-child", sys.executable, str(HERE / "kimi2api.py"), "--api-port", "0"],
+        stdout=subprocess.PIPE,
+    )
+    time.sleep(0.08)  # Python itself has begun, the imports have not ended
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    child = int(wait_for(lambda: children.read_text().split())[0])
+    os.kill(child, signal.SIGTERM)
+    assert process.wait(PATIENCE) in (143, 0, 241)
+    assert process.stdout
+    process.stdout.close()
+
+
+def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: Api) -> None:
+    forged = "x\n2026-01-01 00:00:00,000 ERROR forged\x1b[31m"
+    api.always = api_sends(500, {"error": {"message": forged, "code": forged, "type": forged}})
+    models = "*=local/k2,kimi=moonshotai/Kimi-K2-Instruct"
+    program = run(**both, FALLBACK_MODELS="kimi", MODELS=models, LOG_LEVEL="DEBUG")
+    assert program.chat(model=forged)[0] == 200
+    assert "forged\x1b" not in json.dumps(program.health()) and "\\n" not in json.dumps(program.health())
+    program.signal(signal.SIGTERM)
+    program.wait()
+    lines = "".join(program.log)
+    assert "forged" in lines and "\x1b" not in lines
+    assert all(re.match(r"20\d\d-[\d-]+ [\d:,]+ (DEBUG|INFO|WARNING|ERROR) ", line) for line in program.log)
+    assert not re.search(r"^2026-01-01", lines, re.M) and "Starting new HTTP" not in lines
+
+
 # ======================================================================================================================
 # 16 Description and page
 # ======================================================================================================================
@@ -3660,6 +3869,156 @@ def test_a_body_shorter_than_its_length_and_pipelined_requests(run: Run, kimi: W
     with program.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5) as link:
         assert read_until(link, b"HTTP/1.1 200 OK", 5)
     assert not kimi.posts
+
+
+def many(text: str, size: int) -> str:
+    return text * (size // len(text))
+
+
+MB = 1 << 20
+HOSTILE_ANSWERS = {
+    "fence, spaces": "```" + " " * (3 * MB) + "x",
+    "fences": many("``` ", 3 * MB),
+    "tool call marks": many("<tool_call>", 3 * MB),
+    "K2's marks": many("<|tool_call_begin|>a", 3 * MB),
+    "K2's mark, a long name": "<|tool_call_begin|>" + "a" * (3 * MB),
+    "K2's mark, digits": "<|tool_call_begin|>a:" + "1" * (3 * MB),
+    "braces and letters": many("{x", 3 * MB),
+    "lists and numbers": many("[1,", 3 * MB),
+    "lists, empty": many("[],", 3 * MB),
+    "open strings": many('{"', 3 * MB),
+    "escapes": '{"' + many("\\\\\"", MB) + "x",
+    "angle brackets": many("<", 3 * MB),
+    "joined emoji": many("\U0001f468\u200d", MB),
+    "combining marks": "a" + many("\u0301", MB),
+    "spaces": many(" ", 3 * MB) + "x",
+}
+
+
+def hostile_web_chats() -> Iterator[Any]:
+    for name, text in HOSTILE_ANSWERS.items():
+        yield pytest.param("post", says(text), id=f"answer: {name}")
+    refusals = {"<": "<" * (3 * MB), "&": "&" * (3 * MB), "objects": many('{"a":', 3 * MB)}
+    for name, text in refusals.items():
+        refusal = json.dumps({"success": False, "data": text})
+        yield pytest.param("post", sends(200, refusal, "application/json"), id=f"refusal of {name}")
+    for text in ("kimi_ajax ", "</script>", "kimi_ajax nonce: ", "kimi_ajax 'nonce' "):
+        yield pytest.param("page", sends(200, many(text, 3 * MB)), id=f"page of {text}")
+    trace = "/cdn-cgi/images/trace/jsch/ "
+    for text in ("<form ", '<form ="challenge-form" action="/', "<input "):
+        html = "<html>" + trace + many(text, 3 * MB)
+        yield pytest.param("post", sends(503, html, **CLOUDFLARE), id=f"503 of {text}")
+        yield pytest.param("page", sends(503, html[:90_000], **CLOUDFLARE), id=f"503 page of {text}")
+    yield pytest.param("post", raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
+    yield pytest.param("post", raw(b"<" * MB), id="no HTTP")
+    cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
+    yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
+
+
+def hostile_requests() -> Iterator[Any]:
+    def offering(parameters: Any) -> dict[str, Any]:
+        return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
+
+    names = [str(number) for number in range(100_000)]
+    yield pytest.param(offering({"properties": {name: {} for name in names}, "required": names}), id="required")
+    yield pytest.param(offering({"enum": names}), id="enum")
+    yield pytest.param({"tools": [tool(name) for name in names[:20_000]]}, id="tools")
+    yield pytest.param({"messages": [{"role": "user", "content": "x"}] * 40_000}, id="messages")
+    yield pytest.param({"messages": [{"role": "tool", "content": "x"}] * 40_000, "user": "ada"}, id="tool results")
+    parts = [{"type": "text", "text": "x"}] * 60_000
+    yield pytest.param({"messages": [{"role": "user", "content": parts}]}, id="parts")
+    yield pytest.param({"stop": ["\u0301" * 1000] * 4, "max_tokens": 1}, id="stop")
+
+
+@pytest.fixture(scope="module")
+def beside() -> Iterator[tuple[Program, WebChat]]:
+    """One program for all hostile texts, which none of them may hold up."""
+    kimi = WebChat()
+    settings = {**kimi.settings, "MAX_RETRIES": "0", "CONTEXT_MAX_LENGTH": "99999999", "STREAM_INTERVAL_MS": "1"}
+    with closing(Program(**settings, before="kimi2api.FAILURES_TO_OPEN = 10**9", LOG_LEVEL="ERROR")) as program:
+        yield program, kimi
+    kimi.stop()
+
+
+def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
+    """The status of a chat, and the longest that a neighbour's /health took meanwhile, in seconds."""
+    longest = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(program.chat, **body)
+        while not asked.done():
+            began = time.monotonic()
+            program.health()
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(0.01)
+    return asked.result()[0], longest
+
+
+STALL = 3.0  # seconds for which nothing may hold up a neighbour, on a machine that is busy with other things too
+
+
+@pytest.mark.parametrize(("where", "act"), hostile_web_chats())
+def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebChat], where: str, act: Act) -> None:
+    program, kimi = beside
+    kimi.always = act if where == "post" else answer
+    kimi.script.clear()
+    if where == "page":
+        kimi.nonce += "0"  # so that the page is fetched
+        kimi.page_script.extend([act] * 3)
+    forms: list[dict[str, Any]] = [{"tools": [tool("f")]}]
+    if where == "post":
+        forms += [{"response_format": JSON_OBJECT}, {"stream": True, "max_tokens": 100_000, "stop": ["\0"]}]
+    for form in forms:
+        status, longest = answers_beside(program, **form)
+        assert status in (200, 502, 503, 504) and longest < STALL
+    kimi.page_script.clear()
+
+
+@pytest.mark.parametrize("request_", hostile_requests())
+def test_no_request_holds_up_a_neighbour(beside: tuple[Program, WebChat], request_: dict[str, Any]) -> None:
+    program, kimi = beside
+    kimi.always = answer
+    body = {"messages": [{"role": "user", "content": "x"}], **request_}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(program.ask, "POST", "/v1/chat/completions", body)
+        longest = 0.0
+        while not asked.done():
+            began = time.monotonic()
+            program.health()
+            longest = max(longest, time.monotonic() - began)
+    assert asked.result()[0] in (200, 400) and longest < STALL, asked.result()
+
+
+def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: dict[str, str], api: Api) -> None:
+    program = run(**both, MAX_RETRIES="0")
+
+    def pieces_of_a_line(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        handler.wfile.write((b"40\r\n" + b"x" * 64 + b"\r\n") * 80_000)
+        handler.end()
+
+    def lines_without_end(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        for _ in range(3000):
+            handler.send(b"data:\n" * 1000)
+        handler.end()
+
+    def small_chunks(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        piece = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "x" * 20}}
+        event = b"data: " + json.dumps(api_chunk({"content": "x" * 20, "tool_calls": [piece]})).encode() + b"\n\n"
+        handler.send(event * 20_000)
+        handler.event(api_chunk({}, "stop"))
+        handler.end()
+
+    for act in (pieces_of_a_line, lines_without_end, small_chunks):
+        api.always = act
+        status, longest = answers_beside(program, model="local/k2", user="ada")
+        assert status in (200, 502) and longest < STALL
+    api.list_act = api_sends(200, {"data": [{"id": f"model-{number}"} for number in range(20_000)]})
+    began = time.monotonic()
+    wait_for(lambda: len(json.loads(program.ask("GET", "/v1/models")[1])["data"]) > 20_000)
+    assert time.monotonic() - began < STALL * 2
+    assert program.memory() < 400
 
 
 # ======================================================================================================================
