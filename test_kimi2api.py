@@ -3956,7 +3956,7 @@ def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
 STALL = 3.0  # seconds for which nothing may hold up a neighbour, on a machine that is busy with other things too
 
 
-@pytest.mark.parametrize(("where", "act"), hostile_web_chats())
+@pytest.mark.parametrize(("where", "act"), list(hostile_web_chats()))
 def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebChat], where: str, act: Act) -> None:
     program, kimi = beside
     kimi.always = act if where == "post" else answer
@@ -3973,7 +3973,7 @@ def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebC
     kimi.page_script.clear()
 
 
-@pytest.mark.parametrize("request_", hostile_requests())
+@pytest.mark.parametrize("request_", list(hostile_requests()))
 def test_no_request_holds_up_a_neighbour(beside: tuple[Program, WebChat], request_: dict[str, Any]) -> None:
     program, kimi = beside
     kimi.always = answer
