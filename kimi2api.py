@@ -51,7 +51,7 @@ import threading
 import time
 import unicodedata
 from base64 import b64encode
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -853,6 +853,7 @@ def text_of(message: Message) -> str:
 MAX_TURNS = 1000  # of one session; more than any prompt holds
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns, as JSON
 MAX_STORE_BYTES = 64 << 20  # of all sessions
+MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls
 MESSAGE_BYTES = 500  # that a message takes beside its text
 
 
@@ -889,7 +890,11 @@ def new_session_id(now: float) -> str:
 
 class Sessions:
     """Turns by owner and user, forgotten `ttl` seconds after the last. At most `limit` sessions are kept, and
-    MAX_STORE_BYTES of them; the least recently used goes first."""
+    MAX_STORE_BYTES of them; the least recently used goes first.
+
+    The reasoning behind tool calls is kept beside them, by owner, provider and call id: Moonshot and DeepSeek want it
+    back, and clients of OpenAI's protocol drop it.
+    """
 
     def __init__(self, ttl: float, limit: int, clock: Callable[[], float] = time.time) -> None:
         self.ttl = ttl
@@ -898,7 +903,9 @@ class Sessions:
         # Least recently used first, which is also the first to expire
         self._sessions: dict[tuple[str, str], Session] = {}
         self._size = 0  # bytes of all sessions, about
-        self._lock = threading.Lock()  # guards both; held for little work only
+        self._reasoning: dict[tuple[str, str, str], tuple[float, str]] = {}  # when it was kept, and the text
+        self._reasoning_size = 0
+        self._lock = threading.Lock()  # guards all four; held for little work only
 
     def open(self, owner: str, user: str | None) -> Session:
         """The user's session, or a new one, which is kept only when a turn is recorded."""
@@ -930,6 +937,25 @@ class Sessions:
             self._drop_expired()
             return self._forget(owner, user) is not None
 
+    def keep_reasoning(self, owner: str, provider: str, call_ids: Iterable[str], text: str) -> None:
+        now = self._clock()
+        with self._lock:
+            for call_id in call_ids:
+                self._drop_reasoning((owner, provider, call_id))
+                self._reasoning[owner, provider, call_id] = now, text
+                self._reasoning_size += len(text) + MESSAGE_BYTES
+            while self._reasoning:
+                oldest = next(iter(self._reasoning))
+                is_expired = self._reasoning[oldest][0] <= now - self.ttl
+                if not is_expired and self._reasoning_size <= MAX_REASONING_BYTES:
+                    return
+                self._drop_reasoning(oldest)
+
+    def find_reasoning(self, owner: str, provider: str, call_id: str) -> str | None:
+        with self._lock:
+            kept, text = self._reasoning.get((owner, provider, call_id), (0.0, None))
+            return text if kept > self._clock() - self.ttl else None
+
     def __len__(self) -> int:
         expired = 0
         with self._lock:
@@ -949,6 +975,11 @@ class Sessions:
         if session:
             self._size -= session.size
         return session
+
+    def _drop_reasoning(self, key: tuple[str, str, str]) -> None:
+        _, text = self._reasoning.pop(key, (0.0, None))
+        if text is not None:
+            self._reasoning_size -= len(text) + MESSAGE_BYTES
 
     def _drop_expired(self) -> None:
         while self._sessions:
@@ -1190,6 +1221,8 @@ class Chat:
     model: str  # by the upstream's own name
     history: tuple[Turn, ...] = ()  # remembered before it
     session_id: str = ""
+    owner: str = ""  # whose it is
+    store: Sessions | None = None
     cancel: Cancel = field(default_factory=Cancel)
     cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
 
@@ -2354,6 +2387,82 @@ CHUNK_CHOICE = object_of({
 })
 
 
+# Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
+OPTIONAL_PARAMETERS = (
+    "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
+    "logprobs", "stream_options",
+)
+NOTES_MAX_AGE = 3600.0  # seconds
+MAX_NOTES = 1000  # models
+
+# How a forced tool is asked for: as the client does; as the only one of the tools; without thinking
+AS_ASKED, ONLY_TOOL, NO_THINKING = range(3)
+
+
+@dataclass(frozen=True)
+class ModelNotes:
+    """What an API's refusals (400) have taught about one of its models. The facts are in `after`."""
+
+    refused: Mapping[str, float] = field(default_factory=dict)  # parameters, and until when they are left out
+    wants_reasoning: bool = False  # every assistant message must have reasoning_content, if only an empty one
+    forcing: int = AS_ASKED
+    forcing_until: float = 0.0  # seconds since the epoch, as are the times in `refused`
+
+    def adapt(self, body: dict[str, Any], now: float) -> dict[str, Any]:
+        """A request as the model takes it."""
+        adapted = {name: value for name, value in body.items() if self.refused.get(name, 0.0) <= now}
+        if self.wants_reasoning:
+            adapted["messages"] = without_reasoning_gaps(body["messages"])
+        choice = body.get("tool_choice")
+        forcing = self.forcing if now < self.forcing_until else AS_ASKED
+        if forcing == ONLY_TOOL and names_function(choice):
+            adapted["tool_choice"] = "required"
+            adapted["tools"] = [tool for tool in body["tools"] if is_tool(tool, choice["function"]["name"])]
+        elif forcing == NO_THINKING and forces_tool(choice) and "thinking" not in body:
+            adapted["thinking"] = {"type": "disabled"}
+        return adapted
+
+    def after(self, refusal: APIError, sent: dict[str, Any], now: float) -> ModelNotes | None:
+        """The notes once this request has been refused, None when there is nothing else to try.
+
+        Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
+        missing …"; "tool_choice 'specified' is incompatible with thinking enabled". DeepSeek: "The reasoning_content in
+        the thinking mode must be passed back to the API."
+        """
+        named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
+        until = now + NOTES_MAX_AGE
+        refused = {name: until for name in OPTIONAL_PARAMETERS if name in named and name in sent}
+        if sent.get("logprobs"):
+            refused.pop("logprobs", None)  # they were really asked for
+        if refused:
+            return replace(self, refused={**self.refused, **refused})
+        if "reasoning_content" in named and without_reasoning_gaps(sent["messages"]) != sent["messages"]:
+            return replace(self, wants_reasoning=True)
+        choice = sent.get("tool_choice")
+        if "tool_choice" in named and forces_tool(choice) and "thinking" not in sent:
+            forcing = ONLY_TOOL if names_function(choice) else NO_THINKING
+            return replace(self, forcing=forcing, forcing_until=until)
+        return None
+
+
+def forces_tool(choice: Any) -> bool:
+    return choice == "required" or names_function(choice)
+
+
+def is_tool(tool: dict[str, Any], name: str) -> bool:
+    return tool["type"] == "function" and bool(tool["function"]["name"] == name)
+
+
+def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
+    """Messages in which each of the assistant's has reasoning_content, empty where there is none."""
+    filled = []
+    for message in messages:
+        if message["role"] == "assistant" and message.get("reasoning_content") is None:
+            message = {**message, "reasoning_content": ""}
+        filled.append(message)
+    return filled
+
+
 class OpenAIProvider(Provider):
     """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
@@ -2367,7 +2476,8 @@ class OpenAIProvider(Provider):
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards all below
+        self._notes: dict[str, ModelNotes] = {}
         self._models: dict[str, dict[str, Any]] = {}
         self._models_due = 0.0  # when the list is to be fetched again, seconds since the epoch
         self._models_coming: Future[None] | None = None
@@ -2375,23 +2485,23 @@ class OpenAIProvider(Provider):
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
-        turns = (*chat.history, *request.turns)
         messages = request.messages
         if chat.history:
+            turns = (*chat.history, *request.turns)
             messages = [*request.system, *itertools.chain.from_iterable(turns)]
         body = {
             **request.body,
             "model": chat.model,
-            "messages": messages,
+            "messages": self._with_reasoning(messages, chat),
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }
-        try:
-            data = dump_json(body)
-        except RecursionError:
-            raise bad_request("The request is nested too deep.") from None
-        response = self._call(lambda: self._send("POST", "/chat/completions", data, chat.cancel), chat.cancel)
-        answer = APIAnswer(self, response, request)
+        response, sent = self._ask(body, chat)
+        headers = rate_limits(response.headers)
+        ignored = [name for name in request.body if name not in sent]
+        if ignored:
+            headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
+        answer = APIAnswer(self, response, chat, headers)
         try:
             yield from answer.deltas()
         except APIError as error:  # of an answer that had begun
@@ -2403,6 +2513,58 @@ class OpenAIProvider(Provider):
                 response.finish(chat.cleanup)
             else:
                 response.close()
+
+    def _ask(self, body: dict[str, Any], chat: Chat) -> tuple[Response, dict[str, Any]]:
+        """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
+        again. What has helped is remembered; what has not is forgotten, and the first refusal of a forced tool told."""
+        notes = self._notes.get(chat.model, ModelNotes())
+        forced: APIError | None = None
+        while True:
+            sent = notes.adapt(body, self._clock())
+            try:
+                data = dump_json(sent)
+            except RecursionError:
+                raise bad_request("The request is nested too deep.") from None
+            try:
+                response = self._call(partial(self._send, "POST", "/chat/completions", data, chat.cancel), chat.cancel)
+            except APIError as error:
+                better = notes.after(error, sent, self._clock()) if error.status == 400 else None
+                if better is None:
+                    raise forced or error from None
+                if better.forcing != notes.forcing:
+                    forced = forced or error
+                log.info("%s/%s: %s; asking again in another way", self.name, chat.model, error.reason)
+                notes = better
+            else:
+                self._note(chat.model, notes)
+                return response, sent
+
+    def _note(self, model: str, notes: ModelNotes) -> None:
+        if notes == self._notes.get(model, ModelNotes()):
+            return
+        with self._lock:
+            self._notes[model] = notes
+            if len(self._notes) > MAX_NOTES:
+                del self._notes[next(iter(self._notes))]
+
+    def _with_reasoning(self, messages: list[Message], chat: Chat) -> list[Message]:
+        """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
+        store = chat.store
+        ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
+        if store is None or not ids:
+            return messages
+        restored = []
+        for message in messages:
+            if message.get("tool_calls") and message.get("reasoning_content") is None:
+                for call in message["tool_calls"]:
+                    call_id = call.get("id")
+                    known = call_id and ids[call_id] == 1  # one that occurs twice could be another answer's
+                    text = store.find_reasoning(chat.owner, self.name, call_id) if known else None
+                    if text:
+                        message = {**message, "reasoning_content": text}
+                        break
+            restored.append(message)
+        return restored
 
     def invalid(self, what: str) -> APIError:
         return upstream_error(502, "upstream_invalid_response", f"{self.name} sent {what}.")
@@ -2505,21 +2667,26 @@ class APIAnswer:
     """The stream of an API's answer, read. Once every choice has its finish reason, the answer is whole: what fails
     after that is no failure."""
 
-    def __init__(self, provider: OpenAIProvider, response: Response, request: ChatRequest) -> None:
+    def __init__(
+        self, provider: OpenAIProvider, response: Response, chat: Chat, headers: Mapping[str, str],
+    ) -> None:
         self.is_done = False  # [DONE] has come
         self._provider = provider
         self._response = response
-        self._request = request
-        self._wanted = request.body.get("n") or 1
+        self._chat = chat
+        self._headers = headers
+        self._wanted = chat.request.body.get("n") or 1
         self._seen: set[int] = set()  # choices
         self._finished: set[int] = set()
         self._last_calls: dict[int, int] = {}  # the index of the last tool call, by choice
         self._text: list[str] = []
+        self._reasoning: dict[int, list[str]] = {}  # by choice, as are the ids of its tool calls
+        self._call_ids: dict[int, list[str]] = {}
         self._is_whole = False
         self._has_usage = False
 
     def deltas(self) -> Iterator[Delta]:
-        headers: Mapping[str, str] = rate_limits(self._response.headers)
+        headers = self._headers
         call = self._response.call
         try:
             for data in server_sent_data(self._response.stream(), self._provider):
@@ -2542,7 +2709,7 @@ class APIAnswer:
         if not self._seen:
             raise self._provider.invalid("an empty answer")
         if not self._has_usage:
-            prompt = "\n".join(map(text_of, self._request.messages))
+            prompt = "\n".join(map(text_of, self._chat.request.messages))
             yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
 
     def _parse_chunk(self, data: str) -> dict[str, Any]:
@@ -2576,12 +2743,15 @@ class APIAnswer:
             raise self._provider.invalid("a bad chunk")
         index = choice["index"]
         self._seen.add(index)
-        if choice["finish_reason"]:
-            self._finished.add(index)
         if delta.get("tool_calls"):
             self._number_calls(index, delta["tool_calls"])
+        if delta.get("reasoning_content"):
+            self._reasoning.setdefault(index, []).append(delta["reasoning_content"])
         if index == 0 and delta.get("content"):
             self._text.append(delta["content"])
+        if choice["finish_reason"]:
+            self._finished.add(index)
+            self._keep_reasoning(index)  # before the client can ask with the results of its calls
 
     def _number_calls(self, index: int, calls: list[dict[str, Any]]) -> None:
         """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
@@ -2590,7 +2760,15 @@ class APIAnswer:
             if not isinstance(call.get("index"), int):
                 call["index"] = last + 1 if last < 0 or call.get("id") else last
             last = call["index"]
+            if call.get("id"):
+                self._call_ids.setdefault(index, []).append(call["id"])
         self._last_calls[index] = last
+
+    def _keep_reasoning(self, index: int) -> None:
+        text = "".join(self._reasoning.get(index, ()))
+        ids = self._call_ids.get(index)
+        if text and ids and self._chat.store is not None:
+            self._chat.store.keep_reasoning(self._chat.owner, self._provider.name, ids, text)
 
 
 def is_plain_text(choice: dict[str, Any]) -> bool:
@@ -2819,7 +2997,7 @@ def answer_in_session(
     request = chat.request
     session = sessions.open(owner, request.user)
     history = () if request.brings_history else session.turns
-    deltas = ask(replace(chat, history=history, session_id=session.id))
+    deltas = ask(replace(chat, history=history, session_id=session.id, owner=owner, store=sessions))
     if not request.user:
         yield from deltas
         return
@@ -3106,7 +3284,7 @@ def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
 OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # that ask for no key, for they tell nothing of anybody
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
-EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, Retry-After, x-should-retry"
+EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, Retry-After, x-should-retry"
 
 
 class EventStream:
