@@ -3947,6 +3947,85 @@ def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat, 
     assert messages[-1].usage_metadata["total_tokens"] > 0
 
 
+TRAVEL = ([("get_weather", '{"city": "Paris"}')], [("book", '{"city": "Paris"}')])
+
+
+def assert_thinking_was_served(api: Api) -> None:
+    """Of all requests only the first was refused, for its temperature; then reasoning went back with every call."""
+    bodies = [body for _, _, body in api.asked]
+    assert len(bodies) == 4 and "temperature" in bodies[0] and "temperature" not in bodies[1]
+    calls = [message for message in bodies[-1]["messages"] if message["role"] == "assistant"]
+    assert [message["reasoning_content"] for message in calls] == ["I think of step 0.", "I think of step 1."]
+
+
+@json_and_stream
+def test_langchains_agent_works_with_a_thinking_model(run: Run, both: dict[str, str], api: Api, stream: bool) -> None:
+    agents, langchain = pytest.importorskip("langchain.agents"), pytest.importorskip("langchain_openai")
+    used = []
+
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        used.append(city)
+        return "21 degrees"
+
+    def book(city: str) -> str:
+        """Book a city."""
+        used.append(city)
+        return "order 7"
+
+    api.always = thinks(*TRAVEL)
+    model = langchain.ChatOpenAI(
+        base_url=run(**both).base_url,
+        api_key="none",
+        model="local/k3",
+        temperature=0.7,
+        max_retries=0,
+        streaming=stream,
+        use_responses_api=False,
+    )
+    agent = agents.create_agent(model, [get_weather, book])
+    answer = agent.invoke({"messages": [{"role": "user", "content": "Find out how Paris is and book it."}]})
+    assert answer["messages"][-1].content == "Done." and used == ["Paris", "Paris"]
+    assert_thinking_was_served(api)
+
+
+@json_and_stream
+def test_the_agents_sdk_works_with_a_thinking_model(run: Run, both: dict[str, str], api: Api, stream: bool) -> None:
+    agents, openai = pytest.importorskip("agents"), pytest.importorskip("openai")
+    agents.set_tracing_disabled(True)
+    used = []
+
+    @agents.function_tool  # type: ignore[misc]
+    def get_weather(city: str) -> str:
+        used.append(city)
+        return "21 degrees"
+
+    @agents.function_tool  # type: ignore[misc]
+    def book(city: str) -> str:
+        used.append(city)
+        return "order 7"
+
+    async def ask() -> Any:
+        client = openai.AsyncOpenAI(base_url=program.base_url, api_key="none", max_retries=0)
+        agent = agents.Agent(
+            name="travel",
+            tools=[get_weather, book],
+            model=agents.OpenAIChatCompletionsModel(model="local/k3", openai_client=client),
+            model_settings=agents.ModelSettings(temperature=0.7),
+        )
+        if not stream:
+            return (await agents.Runner.run(agent, "Find out how Paris is and book it.")).final_output
+        result = agents.Runner.run_streamed(agent, "Find out how Paris is and book it.")
+        async for _ in result.stream_events():
+            pass
+        return result.final_output
+
+    api.always = thinks(*TRAVEL)
+    program = run(**both)
+    assert asyncio.run(ask()) == "Done." and used == ["Paris", "Paris"]
+    assert_thinking_was_served(api)
+
+
 def test_a_hard_kill_and_restart_cost_a_retrying_client_only_time(run: Run, kimi: WebChat) -> None:
     openai = pytest.importorskip("openai")
     kimi.script.append(at_the_gate)
@@ -3992,8 +4071,19 @@ def test_the_page_works_in_a_browser_on_a_phone_in_the_dark(run: Run, kimi: WebC
 def test_clients_of_node_chat_stream_and_call_tools(run: Run, kimi: WebChat, client_name: str) -> None:
     kimi.always = plays_travel_agent
     program = run(API_MASTER_KEY="sk-1")
-    result = node("clients.mjs", client_name, program.base_url, "sk-1", needs=client_name)
+    result = node("clients.mjs", client_name, program.base_url, "sk-1", "kimi", needs=client_name)
     assert result == {"calls": ["get_weather", "book"], "text": "Booked Paris: 21 degrees, order 7.", "status": 401}
+
+
+@pytest.mark.parametrize("client_name", ["openai", "ai"])
+def test_clients_of_node_work_with_a_thinking_model(
+    run: Run, both: dict[str, str], api: Api, client_name: str
+) -> None:
+    api.always = thinks(*TRAVEL)
+    program = run(**both, API_MASTER_KEY="sk-1")
+    result = node("clients.mjs", client_name, program.base_url, "sk-1", "local/k3", needs=client_name)
+    assert result == {"calls": ["get_weather", "book"], "text": "Done.", "status": 401}
+    assert_thinking_was_served(api)
 
 
 # ======================================================================================================================

@@ -1,6 +1,6 @@
 // A job for two clients of Node: an agent loop of several steps, streamed, and a wrong key.
-// node clients.mjs openai|ai BASE_URL KEY
-const [client, baseURL, apiKey] = process.argv.slice(2);
+// node clients.mjs openai|ai BASE_URL KEY MODEL
+const [client, baseURL, apiKey, model] = process.argv.slice(2);
 const question = "Find out how Paris is and book it.";
 const results = { get_weather: "21 degrees", book: "order 7" };
 
@@ -14,7 +14,7 @@ async function withOpenAI() {
   const messages = [{ role: "user", content: question }];
   const calls = [];
   for (;;) {
-    const stream = api.chat.completions.stream({ model: "kimi", messages, tools });
+    const stream = api.chat.completions.stream({ model, messages, tools, temperature: 0.7 });
     const message = await stream.finalMessage();
     messages.push(message);
     if (!message.tool_calls?.length) break;
@@ -43,11 +43,11 @@ async function withAISDK() {
     },
   })]));
   const { textStream } = streamText({
-    model: provider(apiKey)("kimi"), prompt: question, tools, stopWhen: stepCountIs(5), maxRetries: 0,
+    model: provider(apiKey)(model), prompt: question, tools, stopWhen: stepCountIs(5), maxRetries: 0, temperature: 0.7,
   });
   let text = "";
   for await (const part of textStream) text += part;
-  const status = await generateText({ model: provider("wrong")("kimi"), prompt: "x", maxRetries: 0 })
+  const status = await generateText({ model: provider("wrong")(model), prompt: "x", maxRetries: 0 })
     .then(() => 200, (error) => error.statusCode);
   return { calls, text: text.replace("Nice.", ""), status };
 }
