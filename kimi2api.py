@@ -46,6 +46,7 @@ import random
 import re
 import selectors
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -55,7 +56,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
@@ -79,8 +80,7 @@ from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
 from requests.utils import get_environ_proxies
 from urllib3 import Timeout
-from urllib3.exceptions import DecodeError, HTTPError, NewConnectionError
-from urllib3.exceptions import TimeoutError as UpstreamTimeout
+from urllib3.exceptions import DecodeError, HTTPError
 from waitress import wasyncore
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
@@ -470,12 +470,34 @@ COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
 
 
+MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
+
+
 def parse_json(source: str) -> Any:
     """A value of JSON. Raises ValueError for what is none, or is nested too deep."""
     try:
-        return STRICT_JSON.decode(source)
+        value = STRICT_JSON.decode(source)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    if source.count("{") + source.count("[") > MAX_DEPTH:
+        check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError for a value that is nested deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for outer in level:
+            if isinstance(outer, dict):
+                inner.extend(outer.values())
+            elif isinstance(outer, list):
+                inner.extend(outer)
+        if not inner:
+            return
+        level = inner
+    raise ValueError("nested too deep")
 
 
 def parse_upstream_json(source: str) -> Any:
@@ -777,7 +799,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         body = parse_json(source)
         if "\\u" in source:
             dump_json(body)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.")
@@ -801,14 +823,24 @@ def names_function(choice: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> tuple[Turn, ...]:
-    """History, then turns; what does not begin with a user's message (a tool's result) belongs to the turn before."""
+    """History, then turns. One that begins with a tool's result goes on with the turn of its call, which becomes the
+    newest, or else with the turn before."""
     whole = list(history)
     for turn in turns:
         if whole and turn[0]["role"] != "user":
-            whole[-1] += turn
-        else:
-            whole.append(turn)
+            turn = whole.pop(place_of_call(whole, turn[0])) + turn
+        whole.append(turn)
     return tuple(whole)
+
+
+def place_of_call(turns: list[Turn], result: Message) -> int:
+    """The index of the turn in which the tool was called, else of the last."""
+    call_id = result.get("tool_call_id")
+    for index in reversed(range(len(turns))):
+        for message in turns[index]:
+            if call_id and any(call.get("id") == call_id for call in message.get("tool_calls") or ()):
+                return index
+    return len(turns) - 1
 
 
 def slimmed(message: Message) -> Message:
@@ -919,8 +951,11 @@ class Sessions:
         with self._lock:
             self._drop_expired()
             session = self._forget(owner, user) or replace(opened, turns=())
-            remembered = () if replace_turns else session.turns
-            kept, size = latest_turns(append_turns(remembered, slim))
+            if replace_turns:  # but for those that others have recorded meanwhile
+                turns = (*slim, *(turn for turn in session.turns if not any(turn is old for old in opened.turns)))
+            else:
+                turns = append_turns(session.turns, slim)
+            kept, size = latest_turns(turns)
             self._sessions[owner, user] = replace(session, used=self._clock(), turns=kept, size=size)
             self._size += size
             while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
@@ -1098,13 +1133,25 @@ def unfold(whole: Any) -> Any:
     return whole
 
 
+def folded(deltas: Iterable[Delta]) -> Delta:
+    """All deltas of an answer as one."""
+    whole: Any = None
+    headers: Mapping[str, str] = {}
+    for delta in deltas:
+        whole = merge(whole, delta.chunk)
+        headers = headers or delta.headers
+    return Delta(unfold(whole), headers=headers)
+
+
 def message_of(choice: dict[str, Any]) -> Message:
     """The message that the merged deltas of a choice make."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     if message.get("tool_calls"):
         calls = []
         for call in message["tool_calls"]:
-            calls.append({name: value for name, value in call.items() if name != "index"})  # it has done its work
+            call = {**call, "function": {"arguments": "", **(call.get("function") or {})}}
+            call.pop("index", None)  # it has done its work
+            calls.append(call)
         message["tool_calls"] = calls
     return message
 
@@ -1231,6 +1278,9 @@ class Chat:
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
 MAX_INTERIM_ANSWERS = 16
+MAX_CHUNK_LINE = 4096
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+LAST_CHUNK = b"0\r\n\r\n"
 TIMEOUT_PRECISION = 0.1  # seconds; setting a socket's time-out is a system call
 DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
 DRAIN_BYTES = 65536
@@ -1299,34 +1349,56 @@ class AnswerReader(io.BufferedReader):
 
     def __init__(self, raw: DeadlineReader, sock: socket.socket, call: Call) -> None:
         super().__init__(raw)
+        self.is_cut_off = False  # a line was wanted, and the connection has ended
         self._reader = raw
         self._sock = sock
         self._call = call
 
-    def has_more(self) -> bool:
-        """Whether something has come that is not read yet."""
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        if not line:
+            self.is_cut_off = True
+        return line
+
+    def waiting(self) -> bytes:
+        """What has come and is not read yet."""
         self._reader.is_paused = True
         try:
-            return bool(self.peek(1))
+            return self.peek(1)
         finally:
             self._reader.is_paused = False
 
     def close(self) -> None:
         if not self.closed:
             self._call.cancel.detach(self._sock)
-            if self.has_more():  # more than the answer: nobody else may find it there
+            decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
+            if self.waiting() or decrypted:  # more than the answer: nobody else may find it there
                 shut_down(self._sock)
         super().close()
 
 
 class UpstreamAnswer(HTTPResponse):
-    """http.client's response, read by a deadline, head and body together, and past interim answers."""
+    """http.client's response, read by a deadline, head and body together, past interim answers, and more strictly."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         call = CURRENT_CALL.get()
         self.fp = call.reader = AnswerReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
         call.cancel.attach(sock)
+
+    def begin(self) -> None:
+        super().begin()
+        reader = CURRENT_CALL.get().reader
+        if reader and reader.is_cut_off:
+            raise HTTPException("its answer is cut off in the head")
+
+    def _read_next_chunk_size(self) -> int:
+        """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
+        line = self.fp.readline(MAX_CHUNK_LINE)
+        size = line.partition(b";")[0].strip()
+        if not CHUNK_SIZE.fullmatch(size):
+            raise ValueError("no size of a chunk")
+        return int(size, 16)
 
     def _read_status(self) -> tuple[str, int, str]:
         """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
@@ -1338,6 +1410,18 @@ class UpstreamAnswer(HTTPResponse):
                 return version, status, reason
             parse_headers(self.fp)
         raise HTTPException("it sends nothing but interim answers")
+
+
+class UpstreamConnection:
+    """Put before urllib3's class of a connection. Sending has the deadline that reading has."""
+
+    response_class = UpstreamAnswer
+    sock: socket.socket | None
+
+    def send(self, data: Any) -> None:
+        if self.sock is not None:
+            self.sock.settimeout(CURRENT_CALL.get().remaining())
+        super().send(data)  # type: ignore[misc]
 
 
 class Response:
@@ -1376,7 +1460,7 @@ class Response:
     def finish(self, cleanup: ExitStack) -> None:
         """The stream's own end has come. What follows it is read now if it is here, else when the client has all."""
         reader = self.call.reader
-        if reader and not reader.closed and reader.has_more():
+        if reader and not reader.closed and reader.waiting().endswith(LAST_CHUNK):
             self._drain(0.01)
         else:
             cleanup.callback(self._drain, DRAIN_SECONDS)
@@ -1437,14 +1521,14 @@ class Transport:
             proxies = {} if local else get_environ_proxies(origin)
             verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
             pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
-            pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": UpstreamAnswer})
+            pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
             self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
         return self._pools[origin]
 
     # Failures
 
     def failure(self, error: Exception, call: Call) -> APIError:
-        if isinstance(error, UpstreamTimeout) and not isinstance(error, NewConnectionError):
+        if isinstance(innermost(error), TimeoutError):
             return self.timed_out(call.timeout)
         if isinstance(error, DecodeError):
             return self.invalid("an answer that cannot be decoded")
@@ -1463,10 +1547,15 @@ MARKUP = re.compile(r"<[^<>]*>")
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
+def innermost(error: BaseException) -> BaseException:
+    """The error that the layers above have wrapped."""
+    cause = error.__cause__ or error.__context__
+    return innermost(cause) if cause else error
+
+
 def root_cause(error: BaseException) -> str:
     """The innermost reason, without the URLs and object names that the layers above wrap around it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    error = innermost(error)
     reason = getattr(error, "strerror", None) or MARKUP.sub("", str(error)[:1000]).strip(" :.")
     return CONTROL_CHARACTERS.sub(" ", reason)[:300] or type(error).__name__
 
@@ -1519,8 +1608,9 @@ class SharedFetch(Generic[T]):
         """The fetch under way, or a new one."""
         with self._lock:
             if self._future is None:
-                self._future = Future()
-                threading.Thread(target=self._run, args=(self._future,), name=self._name, daemon=True).start()
+                future: Future[T] = Future()
+                threading.Thread(target=self._run, args=(future,), name=self._name, daemon=True).start()
+                self._future = future
             return self._future
 
     def _run(self, future: Future[T]) -> None:
@@ -1646,22 +1736,22 @@ class Provider:
         else:
             yield f"one question answered in {time.monotonic() - began:.1f} s", None
 
-    def _call(self, attempt: Callable[[], T], cancel: Cancel) -> T:
-        """What attempt() returns, with retries, unless the circuit is open."""
+    @contextmanager
+    def _watched(self, cancel: Cancel) -> Iterator[None]:
+        """Around a whole call: the circuit breaker may refuse it, and learns how it ends."""
         probe = self.breaker.allow()
         try:
-            result = self._retry(attempt, cancel)
+            yield
         except APIError as error:
             if cancel.is_set():
                 self.breaker.ignored(probe)
             else:
                 self.breaker.failed(error, probe)
             raise
-        except BaseException:  # our own bugs do not count against upstream
+        except BaseException:  # our own bugs do not count against upstream, nor does a client that leaves
             self.breaker.ignored(probe)
             raise
         self.breaker.succeeded(probe)
-        return result
 
     def _retry(self, attempt: Callable[[], T], cancel: Cancel) -> T:
         """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it."""
@@ -1877,7 +1967,10 @@ def parse_call(value: Any, offered: set[str]) -> ToolCall:
     name = value.get("name")
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
-        arguments, _ = decode_json(arguments, 0)
+        try:
+            arguments = parse_json(arguments.strip() or "{}")
+        except ValueError as error:
+            raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
     if not isinstance(name, str) or name not in offered:
         raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
     if not isinstance(arguments, dict):
@@ -1895,6 +1988,9 @@ def without_fence(text: str) -> str:
 
 BRACKET = re.compile(r'\\.|["{}\[\]]', re.S)
 CLOSING = {"{": "}", "[": "]"}
+BEGINS_JSON = re.compile(r'{\s*["}]|\[\s*["{\[\]\d\-tfn]')  # else it is a bracket of prose: {x}, [see]
+LOOKS_LIKE_JSON = re.compile(r"""[{\[]\s*["'{\[]""")
+MAX_BROKEN = 100  # brackets such as [1st]; each costs Python a look through all the text before it
 
 
 def parse_document(text: str, kind: type) -> str:
@@ -1907,7 +2003,7 @@ def parse_document(text: str, kind: type) -> str:
         if isinstance(parse_json(text), kind):
             return text.strip()
     longest = ""
-    fault = "there is no JSON document of the right kind in it."
+    broken = 0
     unread: list[str] = []  # what closes the brackets around this place, the innermost last
     in_string = False
     at = 0
@@ -1922,11 +2018,13 @@ def parse_document(text: str, kind: type) -> str:
             in_string = token[0] != '"'
         elif mark == '"':
             in_string = bool(unread)  # quotation marks in prose open nothing
-        elif mark in CLOSING and not unread:
+        elif mark in CLOSING and not unread and BEGINS_JSON.match(text, start):
             try:
                 value, at = decode_json(text, start)
             except UnusableAnswer as error:
-                fault = str(error)
+                broken += 1
+                if LOOKS_LIKE_JSON.match(text, start) or broken > MAX_BROKEN:
+                    raise NoDocument(str(error)) from None
                 unread.append(CLOSING[mark])
             else:
                 if isinstance(value, kind) and at - start >= len(longest):
@@ -1936,7 +2034,7 @@ def parse_document(text: str, kind: type) -> str:
         elif mark in "}]" and (not unread or unread.pop() != mark):
             raise NoDocument("its brackets do not match.")
     if not longest:
-        raise NoDocument(fault)
+        raise NoDocument("there is no JSON document of the right kind in it.")
     return longest
 
 
@@ -1998,7 +2096,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
     def perform_request(
         self, method: str, url: str, *, data: bytes | dict[str, str] | None = None, headers: Any = None,
-        timeout: float, **_: Any,
+        timeout: float, cancel: Cancel | None = None, **_: Any,
     ) -> requests.Response:
         """Called by cloudscraper for every request. timeout: seconds that are left for all of it."""
         request = requests.PreparedRequest()
@@ -2011,7 +2109,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         if cookies:
             sent["Cookie"] = cookies
         body = urlencode(data).encode() if isinstance(data, dict) else data
-        call = Call(self._timeout, Cancel(), deadline=time.monotonic() + timeout)
+        call = Call(self._timeout, cancel or Cancel(), deadline=time.monotonic() + timeout)
         answer = self.transport.request(method, url, sent, body, call)
         if "Set-Cookie" in answer.headers:
             self._keep_cookies(request, answer)
@@ -2099,10 +2197,7 @@ class KimiProvider(Provider):
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
         reject_unsupported(request)
-        try:
-            prompt, content, calls = self._answer(chat)
-        except RecursionError:
-            raise bad_request("The schemas of 'tools' are nested too deep.", "tools") from None
+        prompt, content, calls = self._answer(chat)
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -2170,20 +2265,21 @@ class KimiProvider(Provider):
     def _ask(self, prompt: str, chat: Chat) -> str:
         """The text of the answer. A chat with a `user` goes on when its client has left, for its turn is remembered."""
         cancel = Cancel() if chat.request.user else chat.cancel
-        return self._call(lambda: self._attempt(prompt, chat), cancel)
+        with self._watched(cancel):
+            return self._retry(lambda: self._attempt(prompt, chat, cancel), cancel)
 
-    def _attempt(self, prompt: str, chat: Chat) -> str:
+    def _attempt(self, prompt: str, chat: Chat, cancel: Cancel) -> str:
         """One attempt; a nonce that is rejected is renewed, once."""
         try:
-            return self._post(prompt, chat)
+            return self._post(prompt, chat, cancel)
         except StaleNonce as stale:
             log.info("refused (%s); trying once more with a new nonce", stale.error.code)
         try:
-            return self._post(prompt, chat)
+            return self._post(prompt, chat, cancel)
         except StaleNonce as stale:
             raise stale.error.with_headers(NO_SDK_RETRY) from None
 
-    def _post(self, prompt: str, chat: Chat) -> str:
+    def _post(self, prompt: str, chat: Chat, cancel: Cancel) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
         deadline = time.monotonic() + self._settings.request_timeout
         nonce = self._current_nonce()
@@ -2202,7 +2298,7 @@ class KimiProvider(Provider):
             "Origin": f"{page.scheme}://{page.netloc}",
             "Referer": self._settings.chat_page_url,
         }
-        send = self._scraper.perform_request
+        send = partial(self._scraper.perform_request, cancel=cancel)
         try:
             return read_text(self._send(
                 send, "POST", self._settings.upstream_url, deadline, urlencode(form).encode(), headers))
@@ -2369,6 +2465,7 @@ def read_text(response: requests.Response) -> str:
 
 MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
 MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
 
 TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
@@ -2487,7 +2584,7 @@ class OpenAIProvider(Provider):
         request = chat.request
         messages = request.messages
         if chat.history:
-            turns = (*chat.history, *request.turns)
+            turns = append_turns(chat.history, request.turns)
             messages = [*request.system, *itertools.chain.from_iterable(turns)]
         body = {
             **request.body,
@@ -2496,23 +2593,20 @@ class OpenAIProvider(Provider):
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }
-        response, sent = self._ask(body, chat)
-        headers = rate_limits(response.headers)
-        ignored = [name for name in request.body if name not in sent]
-        if ignored:
-            headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-        answer = APIAnswer(self, response, chat, headers)
-        try:
-            yield from answer.deltas()
-        except APIError as error:  # of an answer that had begun
-            if not chat.cancel.is_set():
-                self.breaker.failed(error)
-            raise
-        finally:
-            if answer.is_done:
-                response.finish(chat.cleanup)
-            else:
-                response.close()
+        with self._watched(chat.cancel):
+            response, sent = self._ask(body, chat)
+            headers = rate_limits(response.headers)
+            ignored = [name for name in request.body if name not in sent]
+            if ignored:
+                headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
+            answer = APIAnswer(self, response, chat, headers)
+            try:
+                yield from answer.deltas()
+            finally:
+                if answer.is_done:
+                    response.finish(chat.cleanup)
+                else:
+                    response.close()
 
     def _ask(self, body: dict[str, Any], chat: Chat) -> tuple[Response, dict[str, Any]]:
         """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
@@ -2521,12 +2615,9 @@ class OpenAIProvider(Provider):
         forced: APIError | None = None
         while True:
             sent = notes.adapt(body, self._clock())
+            attempt = partial(self._send, "POST", "/chat/completions", dump_json(sent), chat.cancel)
             try:
-                data = dump_json(sent)
-            except RecursionError:
-                raise bad_request("The request is nested too deep.") from None
-            try:
-                response = self._call(partial(self._send, "POST", "/chat/completions", data, chat.cancel), chat.cancel)
+                response = self._retry(attempt, chat.cancel)
             except APIError as error:
                 better = notes.after(error, sent, self._clock()) if error.status == 400 else None
                 if better is None:
@@ -2608,8 +2699,8 @@ class OpenAIProvider(Provider):
         else:
             wait = parse_retry_after(headers.get("Retry-After"), self._clock())
             ours = APIError(
-                max(status, 502) if status < 500 else status, message, type or "upstream_error",
-                code or "upstream_unavailable", param, retryable=status >= 500,
+                status if 500 <= status < 600 else 502, message, type or "upstream_error",
+                code or "upstream_unavailable", param, retryable=500 <= status < 600,
                 headers={} if wait is None else {"Retry-After": str(ceil(wait))})
         return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
@@ -2690,12 +2781,13 @@ class APIAnswer:
         call = self._response.call
         try:
             for data in server_sent_data(self._response.stream(), self._provider):
-                if not self._seen:  # the answer begins, and may take as long as it likes, if it is not silent
-                    call.limit_reads()
                 if data == "[DONE]":
                     self.is_done = True
                     break
+                had_begun = bool(self._seen)
                 chunk = self._parse_chunk(data)
+                if self._seen and not had_begun:  # now it may take as long as it likes, if it is not silent
+                    call.limit_reads()
                 if not self._is_whole and len(self._finished) >= max(len(self._seen), self._wanted):
                     self._is_whole = True
                     call.limit(FINISHED_SILENCE)
@@ -2738,10 +2830,10 @@ class APIAnswer:
             raise self._provider.invalid("a bad chunk")
         choice.setdefault("index", 0)
         choice.setdefault("finish_reason", None)
-        delta = choice["delta"] = choice.get("delta") or {}
+        delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
         if not is_plain_text(choice) and find_fault(choice, CHUNK_CHOICE):
             raise self._provider.invalid("a bad chunk")
-        index = choice["index"]
+        index = choice["index"] = int(choice["index"])
         self._seen.add(index)
         if delta.get("tool_calls"):
             self._number_calls(index, delta["tool_calls"])
@@ -2794,12 +2886,14 @@ def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Itera
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line: list[bytes] = []  # the pieces of a line whose end has not come
     line_size = 0
+    total = 0
     data: list[bytes] = []
     data_size = 0
     is_first = True
     for chunk in itertools.chain(chunks, [b"\n\n"]):  # the end of the stream ends the last event too
         line.append(chunk)
         line_size += len(chunk)
+        total += len(chunk)
         if b"\n" in chunk:
             *lines, rest = b"".join(line).split(b"\n")
             line = [rest]
@@ -2818,6 +2912,8 @@ def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Itera
                     data_size = 0
         if line_size + data_size > MAX_UPSTREAM_BYTES:
             raise provider.invalid(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
+        if total > MAX_STREAM_BYTES:
+            raise provider.invalid(f"an answer of more than {MAX_STREAM_BYTES} bytes")
 
 
 # ======================================================================================================================
@@ -2827,6 +2923,7 @@ def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Itera
 # ======================================================================================================================
 
 CREATED = 1757030400  # of a model whose upstream tells no time: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+MAX_HELD_BACK = 50  # deltas without content
 LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
 
 
@@ -2906,10 +3003,13 @@ class Providers:
             deltas = provider.stream(replace(chat, model=upstream_model))
             begun: list[Delta] = []
             try:
-                for delta in deltas:
-                    begun.append(delta)
-                    if chat.request.stream and delta.has_content:
-                        break
+                if chat.request.stream:
+                    for delta in deltas:
+                        begun.append(delta)
+                        if delta.has_content or len(begun) > MAX_HELD_BACK:
+                            break
+                else:
+                    begun.append(folded(deltas))
             except APIError as error:
                 failed[name] = error
                 if not error.may_fall_back or chat.cancel.is_set():
@@ -2971,12 +3071,15 @@ class Calls(Slots):
     def start(self, work: Callable[[], None]) -> None:
         """Raises APIError 429."""
         self.take()
+        try:
+            with self._lock:
+                if self.used > self._threads:
+                    threading.Thread(target=self._run, name="upstream", daemon=True).start()
+                    self._threads += 1
+        except RuntimeError:  # the system has no thread for us
+            self.free()
+            raise
         self._waiting.put(work)
-        with self._lock:
-            if self.used <= self._threads:
-                return
-            self._threads += 1
-        threading.Thread(target=self._run, name="upstream", daemon=True).start()
 
     def _run(self) -> None:
         while True:
@@ -3094,8 +3197,8 @@ def relay(
     silence (seconds).
 
     check_client() is called about twice a second; it raises when the chat has lost its client. Then, and at every
-    other end, the chat is cancelled; a call that goes on all the same, so that its turn is recorded, holds one of
-    `calls` until it ends. Raises what the parts raise.
+    other end but its own, the chat is cancelled; a call that goes on all the same, so that its turn is recorded, holds
+    one of `calls` until it ends. Raises what the parts raise.
     """
     mailbox = Mailbox()
 
@@ -3124,7 +3227,8 @@ def relay(
                 last_sign = time.monotonic()
     finally:
         mailbox.abandon()
-        chat.cancel()
+        if not mailbox.is_finished:  # else the connection may still be read to its end, for the next to use
+            chat.cancel()
 
 
 PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")

@@ -1155,6 +1155,36 @@ def test_a_session_expires_after_its_last_turn_and_the_least_recently_used_goes_
     assert [bool(turns(user)) for user in ("ada", "bob", "eve")] == [True, False, True]
 
 
+def test_a_request_that_brings_its_history_keeps_what_lands_meanwhile(app: Client, kimi: WebChat) -> None:
+    chat(app, "forgotten", user="ada")
+    kimi.always = at_the_gate
+    mine = [{"role": role, "content": text} for role, text in (("user", "u1"), ("assistant", "a1"), ("user", "u2"))]
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(chat, app, messages=mine, user="ada")
+        wait_for(lambda: len(kimi.posts) == 2)
+        kimi.always = answer
+        chat(app, "quick", user="ada")
+        kimi.gate.set()
+        assert said(slow.result())
+    turns = app.get("/v1/sessions/ada").json["turns"]
+    assert sorted(turn[0]["content"] for turn in turns) == ["quick", "u1", "u2"]
+
+
+def test_a_tools_result_goes_to_the_turn_of_its_call(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
+    chat(app, "what time?", model="local/k2", user="ada")
+    api.always = api_answers("ok")
+    chat(app, "something else", model="local/k2", user="ada")
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "noon"}
+    chat(app, messages=[result], model="local/k2", user="ada")
+    roles = ["user", "assistant", "user", "assistant", "tool"]
+    assert [message["role"] for message in api.asked[-1][2]["messages"]] == roles
+    assert api.asked[-1][2]["messages"][2]["content"] == "what time?"
+    assert [len(turn) for turn in app.get("/v1/sessions/ada").json["turns"]] == [2, 4]
+
+
 def test_a_session_keeps_what_later_requests_need_and_nothing_else(make: Make, both: dict[str, str], api: Api) -> None:
     app = make(**both)
     call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}, "junk": [1]}
@@ -1364,6 +1394,43 @@ def test_what_comes_after_an_answer_is_nobodys(app: Client, kimi: WebChat) -> No
         assert said(chat(app, question)) == question
 
 
+def test_what_comes_after_an_answer_in_one_tls_record_is_nobodys(
+    make: Make, both: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = self_signed(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    api.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    api.tls.load_cert_chain(certificate, key)
+
+    def whole(text: str, size: int = 0) -> bytes:
+        body = as_events(api_chunk({"content": text}), api_chunk({}, "stop"))
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX: %s\r\nContent-Length: %d\r\n\r\n"
+        padding = b"" if not size else b"x" * (size - len(head % (b"", len(body))) - len(body))
+        return head % (padding, len(body)) + body
+
+    def act(handler: ApiHandler) -> None:
+        question = json.loads(handler.body)["messages"][-1]["content"]
+        handler.wfile.write(whole(question, 8192) + whole("stray"))
+        handler.wfile.flush()
+
+    api.always = act
+    app = make(**{**both, "LOCAL_BASE_URL": f"https://localhost:{api.port}/v1"})
+    for question in ("one", "two", "three"):
+        assert said(chat(app, question, model="local/k2")) == question
+
+
+def test_a_request_that_the_upstream_does_not_read_is_a_timeout(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never reads
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        app = make(**{**both, "LOCAL_BASE_URL": url}, REQUEST_TIMEOUT="0.6", MAX_BODY_BYTES="99999999")
+        began = time.monotonic()
+        response = chat(app, "x" * 20_000_000, model="local/k2")
+        assert is_error(response, 504, "upstream_timeout") and response.headers["x-should-retry"] == "false"
+        assert time.monotonic() - began < PATIENCE
+
+
 def test_under_stress_every_answer_reaches_the_one_who_asked(
     run: Run, both: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
@@ -1448,16 +1515,22 @@ def test_proxies_of_the_environment_are_honoured(kimi: WebChat, monkeypatch: pyt
         proxy.stop()
 
 
-def test_https_upstreams_are_verified(
-    kimi: WebChat, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for localhost, and its key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
     request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
     try:
         subprocess.run(["openssl", *request.split(), *files], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the openssl command")
+    return certificate, key
+
+
+def test_https_upstreams_are_verified(
+    kimi: WebChat, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = self_signed(tmp_path)
     kimi.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     kimi.tls.load_cert_chain(certificate, key)
     urls = {name: value.replace("http://127.0.0.1", "https://localhost") for name, value in kimi.settings.items()}
@@ -1900,6 +1973,8 @@ def test_an_answer_that_is_not_json_is_asked_for_once_again(app: Client, kimi: W
         pytest.param('[1, {"a": 1}', id="number first, open outer bracket"),
         pytest.param('{"x": "}", y: {"a": 1}}', id="brace in a string of a broken document"),
         pytest.param('"b": 2}, {"a": 1}', id="start cut off"),
+        pytest.param('Example: {"a": 1}\nAnswer: {"a": 2, "b": [3', id="example whole, answer cut off"),
+        pytest.param('{"a": 1}\n{"a": 2, "b": 3', id="second one cut off"),
     ],
 )
 def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text: str) -> None:
@@ -2076,7 +2151,7 @@ CHANGED = (502, "upstream_changed")
 FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
     *((f"{status}", sends(status, DOWN, **CLOUDFLARE), UNAVAILABLE, 2) for status in (500, 502, 503, *range(520, 528))),
     ("reset", resets, UNAVAILABLE, 2),
-    ("reset in the head", raw(b"HTTP/1.1 200 OK\r\nContent-"), INVALID, 2),
+    ("reset in the head", raw(b"HTTP/1.1 200 OK\r\nContent-"), UNAVAILABLE, 2),
     ("not HTTP", raw(b"SSH-2.0-OpenSSH_9.6\r\n"), UNAVAILABLE, 2),
     ("body cut off", raw(b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"succ'), UNAVAILABLE, 2),
     ("chunks cut off", raw(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"su'), UNAVAILABLE, 2),
@@ -2475,6 +2550,91 @@ def api_plays_open(*chunks: Any) -> Act:
             handler.event(chunk)
 
     return act
+
+
+def test_a_connection_is_used_again_though_the_end_of_its_body_comes_late(
+    run: Run, both: dict[str, str], api: Api
+) -> None:
+    connections, ended = set(), []
+
+    def act(handler: ApiHandler) -> None:
+        connections.add(handler.client_address)
+        api_plays_open(HALF, REST, b"[DONE]")(handler)
+        handler.server.gate.wait(0.01)
+        handler.end()
+        ended.append(1)
+
+    api.always = act
+    program = run(**both)
+    for count in range(1, 13):
+        assert program.chat(model="local/k2", stream=True)[0] == 200
+        wait_for(lambda count=count: len(ended) == count)
+    assert len(connections) <= 4
+
+
+@json_and_stream
+def test_the_circuit_opens_for_an_api_whose_answers_break_off(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = then_is_cut(HALF)
+    app = make(**both, MAX_RETRIES="0")
+    for _ in range(8):
+        chat(app, model="local/k2", stream=stream)
+    assert len(api.asked) == 5
+    assert app.get("/health").json["status"] == "degraded"
+    api.always = api_answers("Hi")
+    wait_for(lambda: chat(app, model="local/k2").status_int == 200)
+    assert app.get("/health").json["status"] == "ok"
+
+
+def test_chunks_without_choices_neither_pile_up_nor_lift_the_deadline(
+    make: Make, both: dict[str, str], api: Api, run: Run
+) -> None:
+    def empty_then_drips(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        handler.event({"choices": []})
+        while not handler.server.gate.wait(0.05):
+            handler.send(b": wait\n\n")
+
+    api.always = empty_then_drips
+    assert is_error(chat(make(**both, REQUEST_TIMEOUT="0.6"), model="local/k2"), 504, "upstream_timeout")
+
+    def empties(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        for _ in range(400):
+            handler.send(b'data: {"choices": []}\n\n' * 1000)
+        handler.event(REST)
+        handler.end()
+
+    api.always = empties
+    program = run(**both)
+    for stream in (True, False):
+        assert program.chat(model="local/k2", stream=stream)[0] == 200
+    assert program.memory() < 150
+
+
+def test_an_answer_nested_deep_is_an_invalid_response(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    for depth in (200, 310, 600, 950):
+        deep: Any = 1
+        for _ in range(depth):
+            deep = {"a": deep}
+        api.always = api_answers(deltas=[{"content": "x", "deep": deep}])
+        response = chat(app, model="local/k2", user="ada")
+        assert response.status_int == (200 if depth == 200 else 502), response.text
+
+
+NO_ARGUMENTS = {"id": "c", "function": {"name": "clock"}}
+
+
+@pytest.mark.parametrize("call", [{"id": "c"}, NO_ARGUMENTS], ids=["bare", "no arguments"])
+def test_a_tool_call_without_all_its_parts_breaks_no_session(
+    make: Make, both: dict[str, str], api: Api, call: dict[str, Any]
+) -> None:
+    api.always = api_answers(deltas=[{"tool_calls": [{"index": 0, **call}]}], finish="tool_calls")
+    app = make(**both)
+    assert chat(app, model="local/k2", user="ada").status_int == 200
+    assert said(chat(app, user="ada")) == "Hello from upstream."
 
 
 @json_and_stream
@@ -3068,11 +3228,22 @@ def test_chats_whose_clients_left_are_bounded_too(run: Run, kimi: WebChat) -> No
     kimi.always = at_the_gate
     program = run(MAX_CONCURRENT_CHATS="2")
     for count in (2, 4):
-        with program.open_chat(), program.open_chat():
+        with program.open_chat(user="ada"), program.open_chat(user="bob"):
             wait_for(lambda count=count: len(kimi.posts) == count)
         wait_for(lambda: program.running() == 0)
     assert program.chat()[0] == 429 and len(kimi.posts) == 4
     kimi.gate.set()
+    wait_for(lambda: program.chat()[0] == 200)
+
+
+def test_a_chat_that_nobody_waits_for_is_ended(run: Run, kimi: WebChat) -> None:
+    kimi.always = at_the_gate
+    program = run(MAX_CONCURRENT_CHATS="1")
+    for count in range(1, 6):
+        with program.open_chat():
+            wait_for(lambda count=count: len(kimi.posts) == count)
+        wait_for(lambda: program.running() == 0)
+    kimi.always = answer
     wait_for(lambda: program.chat()[0] == 200)
 
 
@@ -4215,6 +4386,8 @@ HOSTILE_ANSWERS = {
     "open strings": many('{"', 3 * MB),
     "escapes": '{"' + many("\\\\\"", MB) + "x",
     "angle brackets": many("<", 3 * MB),
+    "braces that are none": many("{x}", 3 * MB),
+    "ordinals": many("[1st]", 3 * MB),
     "joined emoji": many("\U0001f468\u200d", MB),
     "combining marks": "a" + many("\u0301", MB),
     "spaces": many(" ", 3 * MB) + "x",
