@@ -3144,20 +3144,17 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards all below
-        self._waiting: list[bytes] = []
-        self._size = 0
+        self._waiting = bytearray()
         self._is_abandoned = False
         self._error: APIError | None = None
         self.is_finished = False
 
     def put(self, data: bytes) -> None:
         with self._changed:
-            while self._size >= self.LIMIT and not self._is_abandoned:
+            while len(self._waiting) >= self.LIMIT and not self._is_abandoned:
                 self._changed.wait()
-            self._waiting.append(data)
-            self._size += len(data)
-            if len(self._waiting) == 1:
-                self._changed.notify()
+            self._waiting += data
+            self._changed.notify()
 
     def finish(self, error: APIError | None = None) -> None:
         """There is no more, or an error instead."""
@@ -3171,11 +3168,9 @@ class Mailbox:
         with self._changed:
             if not self._waiting and not self.is_finished:
                 self._changed.wait(timeout)
-            data = b"".join(self._waiting)
+            data = bytes(self._waiting)
             self._waiting.clear()
-            if self._size >= self.LIMIT:
-                self._changed.notify()
-            self._size = 0
+            self._changed.notify()
             if not data and self._error:
                 raise self._error
             return data
