@@ -2399,34 +2399,24 @@ class KimiProvider(Provider):
             "The chat page has moved to another host; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
 
 
+WEB_CHAT_REQUEST = record({}, {  # what a request may ask for here; the rest would change the shape of the answer
+    "n": {"enum": [1]},
+    "logprobs": {"enum": [False]},
+    "audio": {"enum": [{}]},
+    "modalities": {"enum": [[], ["text"]]},
+    "tool_choice": any_of(STRING, record({}, {"type": choice_of("function")})),
+    "tools": array(record({"type": choice_of("function")})),
+    "messages": array(record({}, {"content": any_of(STRING, array(record({"type": choice_of("text", "refusal")})))})),
+})
+
+
 def reject_unsupported(request: ChatRequest) -> None:
-    """Raises APIError 400 for what would change the shape of the answer and cannot be had here."""
-    for param in unsupported_fields(request):
+    """Raises APIError 400 for what the web chat cannot do."""
+    fault = find_fault(request.body, WEB_CHAT_REQUEST)
+    if fault:
         raise bad_request(
-            f"The web chat takes text and gives one text; it cannot do what '{param}' asks for.", param,
+            f"The web chat takes text and gives one text; it cannot do what '{fault.path}' asks for.", fault.path,
             "unsupported_value")
-
-
-def unsupported_fields(request: ChatRequest) -> Iterator[str]:
-    body = request.body
-    if (body.get("n") or 1) > 1:
-        yield "n"
-    for name in ("logprobs", "audio"):
-        if body.get(name):
-            yield name
-    if set(body.get("modalities") or ()) - {"text"}:
-        yield "modalities"
-    choice = body.get("tool_choice")
-    if isinstance(choice, dict) and not names_function(choice):
-        yield "tool_choice.type"
-    for index, tool in enumerate(body.get("tools") or ()):
-        if tool["type"] != "function":
-            yield f"tools[{index}].type"
-    for index, message in enumerate(request.messages):
-        content = message.get("content")
-        for at, part in enumerate(content if isinstance(content, list) else ()):
-            if part["type"] not in ("text", "refusal"):
-                yield f"messages[{index}].content[{at}].type"
 
 
 def read_text(response: requests.Response) -> str:
