@@ -633,55 +633,54 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Where a value breaks its schema: a path such as messages[0].role, how deep that is, and the schema there."""
+    """Where a value breaks its schema: a path such as messages[0].role, and the schema that holds there."""
 
     path: str
-    depth: int
     schema: Schema
 
     @property
-    def demand(self) -> str:
-        return describe(self.schema)
+    def depth(self) -> int:
+        return len(re.findall(r"\w+", self.path))
 
 
-def find_fault(value: Any, schema: Schema, path: str = "", depth: int = 0) -> Fault | None:
+def find_fault(value: Any, schema: Schema, path: str = "") -> Fault | None:
     """The first fault of a value by a JSON schema, or None. Knows the keywords that the schemas here use.
 
-    Of an anyOf, the deepest fault is told: it belongs to the form that was most likely meant.
+    Of an anyOf, the deepest fault is reported: it belongs to the alternative that was most likely meant.
     """
     if "anyOf" in schema:
-        deepest = Fault(path, depth, schema)
+        deepest = Fault(path, schema)
         for option in schema["anyOf"]:
-            fault = find_fault(value, option, path, depth)
+            fault = find_fault(value, option, path)
             if fault is None:
                 return None
             if fault.depth > deepest.depth:
                 deepest = fault
         return deepest
     if not is_within_bounds(value, schema):
-        return Fault(path, depth, schema)
+        return Fault(path, schema)
     if isinstance(value, dict):
-        return find_fault_of_fields(value, schema, path, depth)
+        return find_fault_of_fields(value, schema, path)
     if isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            fault = find_fault(item, schema["items"], f"{path}[{index}]", depth + 1)
+            fault = find_fault(item, schema["items"], f"{path}[{index}]")
             if fault:
                 return fault
     return None
 
 
-def find_fault_of_fields(value: dict[str, Any], schema: Schema, path: str, depth: int) -> Fault | None:
+def find_fault_of_fields(value: dict[str, Any], schema: Schema, path: str) -> Fault | None:
     prefix = f"{path}." if path else ""
     for name in schema.get("required", ()):
         if name not in value:
-            return Fault(prefix + name, depth + 1, schema["properties"][name])
+            return Fault(prefix + name, schema["properties"][name])
     for name, field_schema in schema.get("properties", {}).items():
         if name in value:
-            fault = find_fault(value[name], field_schema, prefix + name, depth + 1)
+            fault = find_fault(value[name], field_schema, prefix + name)
             if fault:
                 return fault
     if "if" in schema and find_fault(value, schema["if"]) is None:
-        return find_fault(value, schema["then"], path, depth)
+        return find_fault(value, schema["then"], path)
     return None
 
 
@@ -747,7 +746,7 @@ class ChatRequest:
         body = parse_body(raw)
         fault = find_fault(body, CHAT_REQUEST)
         if fault:
-            raise bad_request(f"'{fault.path}' must be {fault.demand}.", fault.path)
+            raise bad_request(f"'{fault.path}' must be {describe(fault.schema)}.", fault.path)
         check_tool_choice(body)
         functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
         choice = body.get("tool_choice")
@@ -3107,7 +3106,7 @@ def answer_in_session(
     message = answer_to_remember(unfold(whole))
     fault = find_fault(message, MESSAGE)
     if fault:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", fault.path, fault.demand)
+        log.warning("an answer is not remembered: '%s' must be %s", fault.path, describe(fault.schema))
     elif request.turns:
         *older, newest = request.turns
         turns = [*older, (*newest, message)]
