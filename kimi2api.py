@@ -747,13 +747,6 @@ class ChatRequest:
         fault = find_fault(body, CHAT_REQUEST)
         if fault:
             raise bad_request(f"'{fault.path}' must be {describe(fault.schema)}.", fault.path)
-        check_tool_choice(body)
-        functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
-        choice = body.get("tool_choice")
-        if names_function(choice):
-            functions = [function for function in functions if function["name"] == choice["function"]["name"]]
-        if choice == "none":
-            functions = []
         stop = body.get("stop") or []
         if isinstance(stop, str):
             stop = [stop]
@@ -766,8 +759,8 @@ class ChatRequest:
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             stop=[text for text in stop if text],
             max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
-            tools=functions,
-            must_call=choice not in (None, "none", "auto"),
+            tools=allowed_functions(body),
+            must_call=body.get("tool_choice") not in (None, "none", "auto"),
         )
 
     @cached_property
@@ -805,16 +798,19 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def check_tool_choice(body: dict[str, Any]) -> None:
-    """Raises APIError 400 for a choice that the request's tools do not allow."""
+def allowed_functions(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The functions that `tool_choice` lets the model call. Raises APIError 400 for a choice that 'tools' lacks."""
+    functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
-    tools = body.get("tools") or []
-    if choice == "required" and not tools:
-        raise bad_request("'tool_choice' wants 'tools', of which there are none.", "tool_choice")
+    if choice == "none":
+        return []
+    if choice == "required" and not body.get("tools"):
+        raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
     if names_function(choice):
-        name = choice["function"]["name"]
-        if not any(tool["type"] == "function" and tool["function"]["name"] == name for tool in tools):
-            raise bad_request("'tool_choice' names no function that is among 'tools'.", "tool_choice.function.name")
+        functions = [function for function in functions if function["name"] == choice["function"]["name"]]
+        if not functions:
+            raise bad_request("'tool_choice' names a function that is not in 'tools'.", "tool_choice.function.name")
+    return functions
 
 
 def names_function(choice: Any) -> TypeGuard[dict[str, Any]]:
