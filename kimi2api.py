@@ -111,24 +111,17 @@ class Kind:
     parse: Callable[[str], Any]
 
 
-def number(low: float, high: float) -> Kind:
-    def parse(text: str) -> float:
-        value = float(text)
+def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> Kind:
+    def parse_within(text: str) -> float:
+        value = parse(text)
         if not low <= value <= high:  # NaN is refused too
             raise ValueError
         return value
 
-    return Kind(f"a number from {low:g} to {high:g}", parse)
+    return Kind(f"{name} from {low:g} to {high:g}", parse_within)
 
 
-def integer(low: int, high: int) -> Kind:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return Kind(f"a whole number from {low:g} to {high:g}", parse)
+integer = partial(number, parse=int, name="a whole number")
 
 
 def matching(pattern: str, accepts: str) -> Kind:
