@@ -133,10 +133,14 @@ def matching(pattern: str, accepts: str) -> Kind:
     return Kind(accepts, parse)
 
 
+def split_commas(text: str) -> list[str]:
+    entries = map(str.strip, text.split(","))
+    return [entry for entry in entries if entry]
+
+
 def comma_separated(pattern: str, accepts: str) -> Kind:
     def parse(text: str) -> tuple[str, ...]:
-        entries = [entry.strip() for entry in text.split(",")]
-        entries = [entry for entry in entries if entry]
+        entries = split_commas(text)
         if not all(re.fullmatch(pattern, entry) for entry in entries):
             raise ValueError
         return tuple(entries)
@@ -146,12 +150,11 @@ def comma_separated(pattern: str, accepts: str) -> Kind:
 
 def parse_model_table(text: str) -> dict[str, str]:
     table = {}
-    for entry in text.split(","):
-        if entry.strip():
-            model, _, upstream_name = entry.partition("=")
-            if not (model.strip() and upstream_name.strip()):
-                raise ValueError
-            table[model.strip()] = upstream_name.strip()
+    for entry in split_commas(text):
+        model, _, upstream_name = map(str.strip, entry.partition("="))
+        if not (model and upstream_name):
+            raise ValueError
+        table[model] = upstream_name
     if not table:
         raise ValueError
     return table
@@ -284,8 +287,9 @@ class Settings:
         for f in cls.table():
             name = f.name.upper()
             values[f.name] = parsed(name, f.metadata["kind"], f.metadata["default"])
+        presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
-        for name in ("moonshot", "deepseek", "qianfan", *values["providers"]):
+        for name in (*presets, *values["providers"]):
             key = parsed(f"{name}_api_key".upper(), ASCII_KEY)
             if key or name in values["providers"]:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
