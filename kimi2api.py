@@ -4030,8 +4030,8 @@ def connection_limit(chats: int) -> int:
 # The command line
 
 
-def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str | None]]:
-    """The options that are no settings, and the settings given as flags."""
+def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
+    """The options; those that are settings have their names in capitals, and None where no flag was given."""
     cli = argparse.ArgumentParser(
         "kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.", allow_abbrev=False,
         epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
@@ -4045,9 +4045,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, s
         text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
         flag = f"--{f.name.replace('_', '-')}"
         settings.add_argument(flag, metavar="…", dest=f.name.upper(), help=text.replace("%", "%%"))
-    options = cli.parse_args(argv)
-    names = [f.name.upper() for f in Settings.table()]
-    return options, {name: getattr(options, name) for name in names}
+    return cli.parse_args(argv)
 
 
 def greeting(settings: Settings, port: int, demo: bool) -> str:
@@ -4119,10 +4117,10 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream:  # none when it was closed at the start
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that has no ✓ must not stop us
-    options, flags = parse_command_line(sys.argv[1:] if argv is None else argv)
+    options = parse_command_line(argv)
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
-        settings = Settings.load(flags, os.environ, env_file)
+        settings = Settings.load(vars(options), os.environ, env_file)
     except SettingError as error:
         return refuse_start(str(error))
     start_logging(settings.log_level.upper())
