@@ -984,16 +984,9 @@ class Sessions:
             return text if kept > self._clock() - self.ttl else None
 
     def __len__(self) -> int:
-        expired = 0
         with self._lock:
-            for session in self._sessions.values():
-                if not self._is_expired(session):
-                    break
-                expired += 1
-            return len(self._sessions) - expired
-
-    def _is_expired(self, session: Session) -> bool:
-        return session.used <= self._clock() - self.ttl
+            self._drop_expired()
+            return len(self._sessions)
 
     # The caller of these holds the lock
 
@@ -1011,7 +1004,7 @@ class Sessions:
     def _drop_expired(self) -> None:
         while self._sessions:
             oldest = next(iter(self._sessions))
-            if not self._is_expired(self._sessions[oldest]):
+            if self._sessions[oldest].used > self._clock() - self.ttl:
                 return
             self._forget(*oldest)
 
