@@ -2716,17 +2716,15 @@ class OpenAIProvider(Provider):
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         step = f"{self._base_url} reached, key accepted"
         try:
-            listed = [f"{self.name}/{model}" for model in self._list_models()]
+            listed = self._list_models()
         except APIError as error:
             yield step, error
             return
         yield step, None
-        for model in (*self._settings.fallback_models, *self._settings.models.values(), *listed):
-            if model.startswith(f"{self.name}/"):
-                break
-        else:
-            model = f"{self.name}/default"
-        yield from self._check_answer(model.partition("/")[2])
+        prefix = f"{self.name}/"
+        configured = (*self._settings.fallback_models, *self._settings.models.values())
+        models = [model.removeprefix(prefix) for model in configured if model.startswith(prefix)]
+        yield from self._check_answer([*models, *listed, "default"][0])
 
 
 class APIAnswer:
@@ -2972,7 +2970,7 @@ class Providers:
         What the client must not see before it could still be another model's is held back: of a stream the role, of
         an answer in one piece everything.
         """
-        failed: dict[str, APIError] = {}
+        failed: list[tuple[str, APIError]] = []
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             deltas = provider.stream(replace(chat, model=upstream_model))
@@ -2986,7 +2984,7 @@ class Providers:
                 else:
                     begun.append(folded(deltas))
             except APIError as error:
-                failed[name] = error
+                failed.append((name, error))
                 if not error.may_fall_back or chat.cancel.is_set():
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
@@ -2998,10 +2996,9 @@ class Providers:
                 delta.chunk["model"] = name
                 yield delta
             return
-        first, *others = failed.values()
-        names = list(failed)[1:]
-        told = "".join(f" Fallback {name}: {error.message}" for name, error in zip(names, others, strict=True))
-        raise first.copy(message=first.message + told)
+        (_, first), *others = failed
+        messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
+        raise first.copy(message=" ".join(messages))
 
 
 # ======================================================================================================================
