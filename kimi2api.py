@@ -497,8 +497,9 @@ def check_depth(value: Any) -> None:
     raise ValueError("nested too deep")
 
 
-def parse_upstream_json(source: str) -> Any:
-    """What an upstream sent, with U+FFFD for lone surrogates, which cannot be sent on. Raises ValueError."""
+def parse_upstream_json(data: bytes) -> Any:
+    """What an upstream sent, with U+FFFD for what cannot be sent on as UTF-8. Raises ValueError."""
+    source = data.decode("utf-8-sig", "replace")
     value = parse_json(source)
     if "\\ud" in source.lower():  # escapes are the only way that surrogates get in
         value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)))
@@ -2410,7 +2411,7 @@ def read_text(response: requests.Response) -> str:
     if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
         raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
     try:
-        answer = parse_upstream_json(body.decode("utf-8-sig", "replace"))
+        answer = parse_upstream_json(body)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
@@ -2643,11 +2644,11 @@ class OpenAIProvider(Provider):
         is_json = "json" in response.headers.get("Content-Type", "")
         if response.status == 200 and (method == "GET" or not is_json):
             return response
-        text = response.read().decode("utf-8", "replace")
+        data = response.read()
         try:
-            answer = parse_upstream_json(text)
+            answer = parse_upstream_json(data)
         except ValueError:
-            answer = text
+            answer = data.decode("utf-8", "replace")
         if response.status == 200 and not (isinstance(answer, dict) and answer.get("error")):
             raise self.invalid("a whole answer where a stream was asked for")
         raise self.upstream_error(response.status, answer, response.headers)
@@ -2707,8 +2708,7 @@ class OpenAIProvider(Provider):
     def _list_models(self) -> dict[str, dict[str, Any]]:
         response = self._send("GET", "/models", None, Cancel())
         try:
-            answer = parse_upstream_json(response.read().decode("utf-8-sig", "replace"))
-            listed = answer["data"]
+            listed = parse_upstream_json(response.read())["data"]
             return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
         except (ValueError, KeyError, TypeError):
             raise self.invalid("no list of models") from None
@@ -2754,7 +2754,7 @@ class APIAnswer:
         call = self._response.call
         try:
             for data in server_sent_data(self._response.stream(), self._provider):
-                if data == "[DONE]":
+                if data == b"[DONE]":
                     self.is_done = True
                     break
                 had_begun = bool(self._seen)
@@ -2777,7 +2777,7 @@ class APIAnswer:
             prompt = "\n".join(map(text_of, self._chat.request.messages))
             yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
 
-    def _parse_chunk(self, data: str) -> dict[str, Any]:
+    def _parse_chunk(self, data: bytes) -> dict[str, Any]:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
         try:
             chunk = parse_upstream_json(data)
@@ -2855,7 +2855,7 @@ def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
     return limits
 
 
-def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Iterator[str]:
+def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line: list[bytes] = []  # the pieces of a line whose end has not come
     line_size = 0
@@ -2880,7 +2880,7 @@ def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Itera
                     data.append(text[5:].removeprefix(b" "))
                     data_size += len(text)
                 elif not text and data:
-                    yield b"\n".join(data).decode("utf-8", "replace")
+                    yield b"\n".join(data)
                     data = []
                     data_size = 0
         if line_size + data_size > MAX_UPSTREAM_BYTES:
