@@ -305,7 +305,7 @@ class Settings:
     def _check(self) -> None:
         """Raises SettingError for settings that do not go together."""
         for model in self.models:
-            self._check_for_circle(model)
+            self._check_for_cycle(model)
         self._check_model("DEFAULT_MODEL", self.default_model)
         for model in self.fallback_models:
             self._check_model("FALLBACK_MODELS", model)
@@ -314,12 +314,12 @@ class Settings:
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
                 "without a key only a loopback host such as 127.0.0.1 is accepted")
 
-    def _check_for_circle(self, model: str) -> None:
+    def _check_for_cycle(self, model: str) -> None:
         seen = [model]
         while self.models.get(seen[-1], seen[-1]) != seen[-1]:
             following = self.models[seen[-1]]
             if following in seen:
-                raise SettingError(f"MODELS: {' = '.join([*seen, following])} goes in a circle")
+                raise SettingError(f"MODELS: {' = '.join([*seen, following])} is a cycle")
             seen.append(following)
 
     def _check_model(self, name: str, model: str) -> None:
@@ -1632,7 +1632,7 @@ class CircuitBreaker:
         self._error: APIError | None = None  # the last one while the circuit is open or half-open
         self._open_until = 0.0  # by the monotonic clock
         self._probing = False
-        self.trouble: tuple[float, str] | None = None  # since when (seconds since the epoch) and why it fails
+        self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
 
     def allow(self) -> bool:
         """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
@@ -1651,7 +1651,7 @@ class CircuitBreaker:
         with self._lock:
             self._end_probe(probe)
             self._close()
-            self.trouble = None
+            self.failing = None
 
     def failed(self, error: APIError, probe: bool = False) -> None:
         if error.status < 500 and error.status != 429:  # it is well, and says what is wrong with the request
@@ -1659,7 +1659,7 @@ class CircuitBreaker:
             return
         with self._lock:
             self._end_probe(probe)
-            self.trouble = self.trouble or (self._clock(), error.reason)
+            self.failing = self.failing or (self._clock(), error.reason)
             if error.status == 429 or error.code == "upstream_refused":  # it answers, be it with a no
                 self._close()
             elif probe or self._error is None:  # else the call began before the circuit opened
@@ -2724,7 +2724,7 @@ class OpenAIProvider(Provider):
 
 
 class APIAnswer:
-    """The stream of an API's answer, read. Once every choice has its finish reason, the answer is whole: what fails
+    """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
     after that is no failure."""
 
     def __init__(
@@ -2742,7 +2742,7 @@ class APIAnswer:
         self._text: list[str] = []
         self._reasoning: dict[int, list[str]] = {}  # by choice, as are the ids of its tool calls
         self._call_ids: dict[int, list[str]] = {}
-        self._is_whole = False
+        self._is_complete = False
         self._has_usage = False
 
     def deltas(self) -> Iterator[Delta]:
@@ -2757,15 +2757,15 @@ class APIAnswer:
                 chunk = self._parse_chunk(data)
                 if self._seen and not had_begun:  # now it may take as long as it likes, if it is not silent
                     call.limit_reads()
-                if not self._is_whole and len(self._finished) >= max(len(self._seen), self._wanted):
-                    self._is_whole = True
+                if not self._is_complete and len(self._finished) >= max(len(self._seen), self._wanted):
+                    self._is_complete = True
                     call.limit(FINISHED_SILENCE)
                 yield Delta(chunk, headers=headers)
                 headers = {}
         except APIError:
-            if not self._is_whole:
+            if not self._is_complete:
                 raise
-        if not (self.is_done or self._is_whole):
+        if not (self.is_done or self._is_complete):
             raise upstream_error(502, "upstream_unavailable", f"{self._provider.name} broke off in the middle.")
         if not self._seen:
             raise self._provider.invalid("an empty answer")
@@ -3459,10 +3459,10 @@ class App:
         status = "ok"
         for provider in self.providers.all:
             upstreams[provider.name] = {}
-            trouble = provider.breaker.trouble
-            if trouble:
+            failing = provider.breaker.failing
+            if failing:
                 status = "degraded"
-                since, reason = trouble
+                since, reason = failing
                 upstreams[provider.name] = {"failing_since": int(since), "reason": reason}
         return {
             "status": status,
@@ -3920,7 +3920,7 @@ class Server:
         self._grace = settings.shutdown_grace
         self._stopping = stopping
         self._signalled = False
-        self._next_look = 0.0  # at connections that nothing happens to, seconds since the epoch
+        self._next_check = 0.0  # at connections that nothing happens to, seconds since the epoch
         self._map = SocketMap()
         host = f"[{settings.api_host}]" if ":" in settings.api_host else settings.api_host
         waitress.create_server(
@@ -3964,8 +3964,8 @@ class Server:
     def _turn(self) -> None:
         self._map.turn(timeout=0.5)
         now = time.time()
-        if now >= self._next_look:  # waitress closes idle connections; this is for those with an answer to send
-            self._next_look = now + 1
+        if now >= self._next_check:  # waitress closes idle connections; this is for those with an answer to send
+            self._next_check = now + 1
             for channel in self._channels():
                 if channel.is_stalled(now):
                     channel.handle_close()
@@ -4168,7 +4168,7 @@ COMPLETION_CHOICE = object_of({
     "message": ANSWERED_MESSAGE,
 })
 ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
-TROUBLE = object_of({}, {"failing_since": INTEGER, "reason": STRING})
+FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 SCHEMAS: dict[str, Schema] = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
@@ -4213,7 +4213,7 @@ SCHEMAS: dict[str, Schema] = {
         "key_required": BOOLEAN,
         "chats": object_of({"running": COUNT, "limit": COUNT}),
         "sessions": object_of({"kept": COUNT, "limit": COUNT}),
-        "upstreams": {"type": "object", "additionalProperties": TROUBLE},
+        "upstreams": {"type": "object", "additionalProperties": FAILING},
     }),
     "OpenAPI": OBJECT,
     "Error": object_of({"error": ERROR}),
