@@ -329,8 +329,8 @@ class Settings:
         if prefix in self.apis and own_name:
             return
         raise SettingError(
-            f"{name}: {model!r} is neither one of MODELS ({', '.join(self.models)}) nor of an API that has its key "
-            f"({', '.join(self.apis) or 'none has'})")
+            f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
+            f"({', '.join(self.apis) or 'none'})")
 
 
 @lru_cache(maxsize=256)
@@ -443,7 +443,7 @@ def random_hex() -> str:
 
 def client_has_gone() -> APIError:
     """Nobody will read it; the status is nginx's for the log."""
-    return APIError(499, "The client has gone.", code="client_closed_request")
+    return APIError(499, "The client has disconnected.", code="client_closed_request")
 
 
 def as_api_error(error: Exception) -> APIError:
@@ -451,7 +451,7 @@ def as_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     log.error("unexpected error", exc_info=error)
-    return APIError(500, "The server met an unexpected error; see its log.", "server_error", "internal_error")
+    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
 
 
 def finite(text: str) -> float:
@@ -1391,11 +1391,11 @@ class UpstreamAnswer(HTTPResponse):
         for _ in range(MAX_INTERIM_ANSWERS):
             version, status, reason = super()._read_status()  # type: ignore[misc]
             if status == 101:
-                raise HTTPException("it switches protocols, unasked")
+                raise HTTPException("unexpected 101 Switching Protocols")
             if status >= 200:
                 return version, status, reason
             parse_headers(self.fp)
-        raise HTTPException("it sends nothing but interim answers")
+        raise HTTPException("too many interim responses")
 
 
 class UpstreamConnection:
@@ -1556,7 +1556,7 @@ def plain_words(answer: Any, secret: str = "") -> str:
     words = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
         words = words.replace(secret, "…")
-    return replace_lone_surrogates(words[:300]) or "(it gave no reason)"
+    return replace_lone_surrogates(words[:300]) or "(no reason given)"
 
 
 def rate_limited(message: str, type: str, code: str, headers: Mapping[str, str], now: float) -> APIError:
@@ -2397,7 +2397,7 @@ def reject_unsupported(request: ChatRequest) -> None:
     fault = find_fault(request.body, WEB_CHAT_REQUEST)
     if fault:
         raise bad_request(
-            f"The web chat takes text and gives one text; it cannot do what '{fault.path}' asks for.", fault.path,
+            f"'{fault.path}' is not supported by the web chat, which takes text and answers with one text.", fault.path,
             "unsupported_value")
 
 
@@ -2646,7 +2646,7 @@ class OpenAIProvider(Provider):
         except ValueError:
             answer = data.decode("utf-8", "replace")
         if response.status == 200 and not (isinstance(answer, dict) and answer.get("error")):
-            raise self.invalid("a whole answer where a stream was asked for")
+            raise self.invalid("a complete answer instead of a stream")
         raise self.upstream_error(response.status, answer, response.headers)
 
     def upstream_error(self, status: int, answer: Any, headers: Mapping[str, str]) -> APIError:
@@ -2766,7 +2766,8 @@ class APIAnswer:
             if not self._is_complete:
                 raise
         if not (self.is_done or self._is_complete):
-            raise upstream_error(502, "upstream_unavailable", f"{self._provider.name} broke off in the middle.")
+            message = f"{self._provider.name} ended the stream before the answer was complete."
+            raise upstream_error(502, "upstream_unavailable", message)
         if not self._seen:
             raise self._provider.invalid("an empty answer")
         if not self._has_usage:
@@ -2780,14 +2781,14 @@ class APIAnswer:
         except ValueError:
             raise self._provider.invalid("something that is not JSON") from None
         if not isinstance(chunk, dict):
-            raise self._provider.invalid("a bad chunk")
+            raise self._provider.invalid("a malformed chunk")
         if chunk.get("error"):
             raise self._provider.upstream_error(500, chunk, {})
         choices = chunk.get("choices")
         if choices is None:
             choices = chunk["choices"] = []
         if not isinstance(choices, list):
-            raise self._provider.invalid("a bad chunk")
+            raise self._provider.invalid("a malformed chunk")
         for choice in choices:
             self._check_choice(choice)
         if chunk.get("usage"):
@@ -2796,12 +2797,12 @@ class APIAnswer:
 
     def _check_choice(self, choice: Any) -> None:
         if not isinstance(choice, dict):
-            raise self._provider.invalid("a bad chunk")
+            raise self._provider.invalid("a malformed chunk")
         choice.setdefault("index", 0)
         choice.setdefault("finish_reason", None)
         delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
         if not is_plain_text(choice) and find_fault(choice, CHUNK_CHOICE):
-            raise self._provider.invalid("a bad chunk")
+            raise self._provider.invalid("a malformed chunk")
         index = choice["index"] = int(choice["index"])
         self._seen.add(index)
         if delta.get("tool_calls"):
@@ -3511,8 +3512,8 @@ class App:
         # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
         if not self.settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
             raise APIError(
-                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY the server answers to "
-                "localhost only.", code="host_not_allowed")
+                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to localhost "
+                "are accepted.", code="host_not_allowed")
         if origin and not self._origin_allowed(origin, host):
             raise APIError(
                 403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
@@ -3588,7 +3589,7 @@ def set_headers(headers: Mapping[str, str]) -> None:
 
 
 def session_not_found() -> APIError:
-    return APIError(404, "Nothing is remembered of this user (any more).", code="session_not_found")
+    return APIError(404, "There is no session for this user, or it has expired.", code="session_not_found")
 
 
 def host_of(address: str) -> str | None:
@@ -3633,12 +3634,13 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
     if error.status_code == 404:
-        message = f"There is no {path!r} here. Clients want the base URL to end in /v1."
+        message = f"Unknown path: {path!r}. The base URL for clients ends in /v1."
         ours = APIError(404, message, code="not_found")
     elif error.status_code == 405:
-        ours = APIError(405, f"{path!r}: no such method.", code="method_not_allowed")
+        ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
-        ours = APIError(error.status_code, "An unexpected error; see the log.", "server_error", "internal_error")
+        message = "Internal server error; see the server's log."
+        ours = APIError(error.status_code, message, "server_error", "internal_error")
     bottle.response.content_type = "application/json"
     return dump_json(ours.body())
 
