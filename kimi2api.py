@@ -441,7 +441,7 @@ def random_hex() -> str:
     return f"{random.getrandbits(128):032x}"
 
 
-def client_has_gone() -> APIError:
+def client_disconnected() -> APIError:
     """Nobody will read it; the status is nginx's for the log."""
     return APIError(499, "The client has disconnected.", code="client_closed_request")
 
@@ -630,7 +630,7 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 
 @dataclass(frozen=True)
-class Fault:
+class Violation:
     """Where a value breaks its schema: a path such as messages[0].role, and the schema that holds there."""
 
     path: str
@@ -641,44 +641,44 @@ class Fault:
         return len(re.findall(r"\w+", self.path))
 
 
-def find_fault(value: Any, schema: Schema, path: str = "") -> Fault | None:
-    """The first fault of a value by a JSON schema, or None. Knows the keywords that the schemas here use.
+def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | None:
+    """The first violation of a JSON schema by a value, or None. Knows the keywords that the schemas here use.
 
-    Of an anyOf, the deepest fault is reported: it belongs to the alternative that was most likely meant.
+    Of an anyOf, the deepest violation is reported: it belongs to the alternative that was most likely meant.
     """
     if "anyOf" in schema:
-        deepest = Fault(path, schema)
+        deepest = Violation(path, schema)
         for option in schema["anyOf"]:
-            fault = find_fault(value, option, path)
-            if fault is None:
+            violation = find_violation(value, option, path)
+            if violation is None:
                 return None
-            if fault.depth > deepest.depth:
-                deepest = fault
+            if violation.depth > deepest.depth:
+                deepest = violation
         return deepest
     if not is_within_bounds(value, schema):
-        return Fault(path, schema)
+        return Violation(path, schema)
     if isinstance(value, dict):
-        return find_fault_of_fields(value, schema, path)
+        return find_field_violation(value, schema, path)
     if isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            fault = find_fault(item, schema["items"], f"{path}[{index}]")
-            if fault:
-                return fault
+            violation = find_violation(item, schema["items"], f"{path}[{index}]")
+            if violation:
+                return violation
     return None
 
 
-def find_fault_of_fields(value: dict[str, Any], schema: Schema, path: str) -> Fault | None:
+def find_field_violation(value: dict[str, Any], schema: Schema, path: str) -> Violation | None:
     prefix = f"{path}." if path else ""
     for name in schema.get("required", ()):
         if name not in value:
-            return Fault(prefix + name, schema["properties"][name])
+            return Violation(prefix + name, schema["properties"][name])
     for name, field_schema in schema.get("properties", {}).items():
         if name in value:
-            fault = find_fault(value[name], field_schema, prefix + name)
-            if fault:
-                return fault
-    if "if" in schema and find_fault(value, schema["if"]) is None:
-        return find_fault(value, schema["then"], path)
+            violation = find_violation(value[name], field_schema, prefix + name)
+            if violation:
+                return violation
+    if "if" in schema and find_violation(value, schema["if"]) is None:
+        return find_violation(value, schema["then"], path)
     return None
 
 
@@ -742,9 +742,9 @@ class ChatRequest:
     def parse(cls, raw: bytes) -> ChatRequest:
         """Raises APIError 400 with `param` naming the field."""
         body = parse_body(raw)
-        fault = find_fault(body, CHAT_REQUEST)
-        if fault:
-            raise bad_request(f"'{fault.path}' must be {describe(fault.schema)}.", fault.path)
+        violation = find_violation(body, CHAT_REQUEST)
+        if violation:
+            raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
         stop = body.get("stop") or []
         if isinstance(stop, str):
             stop = [stop]
@@ -778,7 +778,7 @@ class ChatRequest:
         return [tuple(turn) for turn in turns]
 
     @property
-    def brings_history(self) -> bool:
+    def has_history(self) -> bool:
         return any(message["role"] == "assistant" for message in self.messages)
 
 
@@ -1546,7 +1546,7 @@ def root_cause(error: BaseException) -> str:
     return CONTROL_CHARACTERS.sub(" ", reason)[:300] or type(error).__name__
 
 
-def plain_words(answer: Any, secret: str = "") -> str:
+def plain_line(answer: Any, secret: str = "") -> str:
     """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
     if isinstance(answer, dict):
         answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
@@ -1740,7 +1740,7 @@ class Provider:
         retries = 0
         while True:
             if cancel.is_set():
-                raise client_has_gone()
+                raise client_disconnected()
             try:
                 return attempt()
             except APIError as error:
@@ -1935,7 +1935,7 @@ def parse_tool_calls(text: str, request: ChatRequest) -> tuple[str, list[ToolCal
         around.append(text[at:])
         return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
     try:
-        value = parse_json(without_fence(text))
+        value = parse_json(strip_code_fence(text))
     except ValueError:
         return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
@@ -1960,7 +1960,7 @@ def parse_call(value: Any, offered: set[str]) -> ToolCall:
     return name, replace_lone_surrogates(json.dumps(arguments, ensure_ascii=False))
 
 
-def without_fence(text: str) -> str:
+def strip_code_fence(text: str) -> str:
     """What stands between the ``` of a text that is one fenced block and nothing else, or the text itself."""
     text = text.strip()
     if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
@@ -2394,11 +2394,11 @@ WEB_CHAT_REQUEST = record({}, {  # what a request may ask for here; the rest wou
 
 def reject_unsupported(request: ChatRequest) -> None:
     """Raises APIError 400 for what the web chat cannot do."""
-    fault = find_fault(request.body, WEB_CHAT_REQUEST)
-    if fault:
+    violation = find_violation(request.body, WEB_CHAT_REQUEST)
+    if violation:
         raise bad_request(
-            f"'{fault.path}' is not supported by the web chat, which takes text and answers with one text.", fault.path,
-            "unsupported_value")
+            f"'{violation.path}' is not supported by the web chat, which takes text and answers with one text.",
+            violation.path, "unsupported_value")
 
 
 def read_text(response: requests.Response) -> str:
@@ -2415,7 +2415,7 @@ def read_text(response: requests.Response) -> str:
     data = answer.get("data")
     if answer.get("success") is False:
         raise StaleNonce(upstream_error(
-            502, "upstream_refused", f"The web chat refused: {plain_words(data)}", quotes_upstream=True))
+            502, "upstream_refused", f"The web chat refused: {plain_line(data)}", quotes_upstream=True))
     if response.status_code != 200:
         raise upstream_error(502, "upstream_invalid_response", f"The web chat sent HTTP {response.status_code}.")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
@@ -2659,9 +2659,9 @@ class OpenAIProvider(Provider):
         fields = error if isinstance(error, dict) else {}
 
         def told(name: str) -> str | None:
-            return plain_words(fields[name], self._key) if fields.get(name) else None
+            return plain_line(fields[name], self._key) if fields.get(name) else None
 
-        message = f"{self.name}: {plain_words(error, self._key)}"
+        message = f"{self.name}: {plain_line(error, self._key)}"
         type, code, param = told("type"), told("code"), told("param")
         if status == 429:
             ours = rate_limited(
@@ -2801,7 +2801,7 @@ class APIAnswer:
         choice.setdefault("index", 0)
         choice.setdefault("finish_reason", None)
         delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
-        if not is_plain_text(choice) and find_fault(choice, CHUNK_CHOICE):
+        if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
             raise self._provider.invalid("a malformed chunk")
         index = choice["index"] = int(choice["index"])
         self._seen.add(index)
@@ -2833,7 +2833,7 @@ class APIAnswer:
             self._chat.store.keep_reasoning(self._chat.owner, self._provider.name, ids, text)
 
 
-def is_plain_text(choice: dict[str, Any]) -> bool:
+def is_text_only(choice: dict[str, Any]) -> bool:
     """Whether a choice is what nearly all are, so that its fields need no closer look."""
     delta = choice["delta"]
     if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
@@ -3015,7 +3015,7 @@ class Slots:
         self._what = what
         self._lock = threading.Lock()  # guards used
 
-    def take(self, count: int = 1) -> None:
+    def acquire(self, count: int = 1) -> None:
         with self._lock:
             if self.used and self.used + count > self.limit:
                 raise APIError(
@@ -3023,7 +3023,7 @@ class Slots:
                     headers={"Retry-After": "1"})
             self.used += count
 
-    def free(self, count: int = 1) -> None:
+    def release(self, count: int = 1) -> None:
         with self._lock:
             self.used -= count
 
@@ -3039,14 +3039,14 @@ class Calls(Slots):
 
     def start(self, work: Callable[[], None]) -> None:
         """Raises APIError 429."""
-        self.take()
+        self.acquire()
         try:
             with self._lock:
                 if self.used > self._threads:
                     threading.Thread(target=self._run, name="upstream", daemon=True).start()
                     self._threads += 1
         except RuntimeError:  # the system has no thread for us
-            self.free()
+            self.release()
             raise
         self._waiting.put(work)
 
@@ -3058,7 +3058,7 @@ class Calls(Slots):
             except Exception as error:
                 as_api_error(error)  # which logs it
             finally:
-                self.free()
+                self.release()
 
 
 def answer_in_session(
@@ -3068,7 +3068,7 @@ def answer_in_session(
     client that has seen the end finds it remembered."""
     request = chat.request
     session = sessions.open(owner, request.user)
-    history = () if request.brings_history else session.turns
+    history = () if request.has_history else session.turns
     deltas = ask(replace(chat, history=history, session_id=session.id, owner=owner, store=sessions))
     if not request.user:
         yield from deltas
@@ -3084,13 +3084,13 @@ def answer_in_session(
         held = []
         yield delta
     message = answer_to_remember(unfold(whole))
-    fault = find_fault(message, MESSAGE)
-    if fault:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", fault.path, describe(fault.schema))
+    violation = find_violation(message, MESSAGE)
+    if violation:  # every later request would be refused for it
+        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
     elif request.turns:
         *older, newest = request.turns
         turns = [*older, (*newest, message)]
-        sessions.record(owner, request.user, session, turns, replace_turns=request.brings_history)
+        sessions.record(owner, request.user, session, turns, replace_turns=request.has_history)
     yield from held
 
 
@@ -3386,15 +3386,15 @@ class App:
         body = self._read_body()
         with ExitStack() as done:
             size = parsed_size(body)
-            self.memory.take(size)
-            done.callback(self.memory.free, size)
+            self.memory.acquire(size)
+            done.callback(self.memory.release, size)
             request = ChatRequest.parse(body)
             model = request.model or self.settings.default_model
             self.providers.resolve(model)  # an unknown model is refused before it takes a slot
             chat = Chat(request, model)
             completion = ChatCompletion(request.include_usage)
-            self.chats.take()
-            done.callback(self.chats.free)
+            self.chats.acquire()
+            done.callback(self.chats.release)
             ask = partial(self.providers.answer, model)
             deltas = answer_in_session(ask, chat, self.sessions, owner())
             if request.stream:
@@ -3425,7 +3425,7 @@ class App:
 
         def check() -> None:
             if has_gone():
-                raise client_has_gone()
+                raise client_disconnected()
             if self.stopping.is_set():
                 raise APIError(503, "The server is stopping.", "server_error", "server_stopping")
 
