@@ -92,7 +92,7 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("kimi2api")
 T = TypeVar("T")
-Message = dict[str, Any]  # of a conversation, as OpenAI's API has it
+Message = dict[str, Any]  # of a conversation, in OpenAI's format
 Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
 
 # ======================================================================================================================
@@ -105,7 +105,7 @@ Turn = tuple[Message, ...]  # a user's message and what followed it, up to the n
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting accepts, in words, and how its text is read. `parse` raises ValueError."""
+    """What a setting accepts, for messages, and its parser, which raises ValueError."""
 
     accepts: str
     parse: Callable[[str], Any]
@@ -180,7 +180,7 @@ LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or E
 
 
 class SettingError(Exception):
-    """A setting that does not parse, or settings that do not go together: the start is refused."""
+    """A setting that does not parse, or a combination that is not allowed: the program does not start."""
 
 
 def setting(default: str, meaning: str, kind: Kind = TEXT) -> Any:
@@ -303,7 +303,7 @@ class Settings:
         return [f for f in fields(cls) if f.metadata]
 
     def _check(self) -> None:
-        """Raises SettingError for settings that do not go together."""
+        """Raises SettingError for combinations of settings that are not allowed."""
         for model in self.models:
             self._check_for_cycle(model)
         self._check_model("DEFAULT_MODEL", self.default_model)
@@ -369,7 +369,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 # ======================================================================================================================
 # 2 Errors and JSON
 #
-# Everything that goes wrong on purpose is an APIError; `body()` is the only place that knows OpenAI's shape for it.
+# Every expected failure is an APIError; `body()` is the only place that knows OpenAI's shape for it.
 # JSON is read strictly, by one reader for the caller's and one for upstream's, and written as UTF-8.
 # ======================================================================================================================
 
@@ -377,7 +377,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    An error may be told to several callers at once, so it is never changed: `copy` makes another.
+    One error may be raised in several threads, so it is immutable by convention: `copy` makes a changed one.
     """
 
     def __init__(
@@ -399,9 +399,9 @@ class APIError(Exception):
         self.code = code
         self.param = param
         self.headers = headers or {}
-        self.retryable = retryable  # the same call may succeed a moment later, and cannot do harm twice
+        self.retryable = retryable  # the same call may succeed a moment later, and repeating it is safe
         self.retry_after = retry_after  # seconds that upstream asked us to wait, 0 if it did not
-        self.quotes_upstream = quotes_upstream  # the message has words of upstream's, which may repeat the prompt
+        self.quotes_upstream = quotes_upstream  # the message quotes upstream, which may repeat the prompt
 
     def copy(self, **changes: Any) -> APIError:
         """The same error, but for some of its fields."""
@@ -412,13 +412,13 @@ class APIError(Exception):
 
     @property
     def reason(self) -> str:
-        """What the log and /health may say of it."""
+        """What may go into the log and /health: without the prompt."""
         kind = f"{self.code or self.type} ({self.status})"
         return kind if self.quotes_upstream else f"{kind}: {self.message}"
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether another upstream may do better: it failed, or the prompt is too long for it."""
+        """Whether another upstream may succeed: this one failed, or the prompt is too long for it."""
         return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
     def body(self) -> dict[str, Any]:
@@ -437,7 +437,7 @@ def upstream_error(status: int, code: str, message: str, **more: Any) -> APIErro
 
 
 def random_hex() -> str:
-    """32 digits to tell things apart by. uuid4 asks the system for them, and hands Python's lock to another thread."""
+    """32 hex digits for ids that need not be secret; uuid4 makes a system call, which releases the GIL each time."""
     return f"{random.getrandbits(128):032x}"
 
 
@@ -447,7 +447,7 @@ def client_disconnected() -> APIError:
 
 
 def as_api_error(error: Exception) -> APIError:
-    """The error itself, or, for one that nobody meant to happen, a 500 after its traceback is logged."""
+    """The error itself if it is an APIError; any other is logged with its traceback and becomes a 500."""
     if isinstance(error, APIError):
         return error
     log.error("unexpected error", exc_info=error)
@@ -455,7 +455,7 @@ def as_api_error(error: Exception) -> APIError:
 
 
 def finite(text: str) -> float:
-    """A number, but not NaN and Infinity, which Python reads although they are not JSON, nor 1e999."""
+    """Rejects NaN and Infinity, which Python reads although they are not JSON, and 1e999, which would become one."""
     value = float(text)
     if not isfinite(value):
         raise ValueError(f"{text[:20]} is not a number in JSON")
@@ -471,7 +471,7 @@ MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
 
 
 def parse_json(source: str) -> Any:
-    """A value of JSON. Raises ValueError for what is none, or is nested too deep."""
+    """Raises ValueError for what is not JSON, or is nested too deep."""
     try:
         value = STRICT_JSON.decode(source)
     except RecursionError:
@@ -515,7 +515,7 @@ def dump_json(value: Any) -> bytes:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Text in which halves of surrogate pairs, which cannot be sent as UTF-8, have become U+FFFD."""
+    """Text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -783,7 +783,7 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The caller's JSON. Raises APIError 400, also for halves of surrogate pairs, which no later step could encode."""
+    """The caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
     try:
         source = raw.decode("utf-8-sig")
         body = parse_json(source)
@@ -872,7 +872,7 @@ def text_of(message: Message) -> str:
 # 4 Stores
 #
 # A dict, an expiry, a lock. A session belongs to a key (`owner`) and a `user`; it remembers turns, never system
-# messages, which every request brings anew.
+# messages, which every request carries itself.
 # ======================================================================================================================
 
 MAX_TURNS = 1000  # of one session; more than any prompt holds
@@ -908,7 +908,7 @@ def latest_turns(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:
 
 
 def new_session_id(now: float) -> str:
-    """An id as the web chat's own page makes them."""
+    """An id in the form that the web chat's own page uses."""
     name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
     return f"session_{int(now * 1000)}_{name}"
 
@@ -1013,8 +1013,8 @@ class Sessions:
 # ======================================================================================================================
 # 5 Deltas
 #
-# What every upstream says is a stream of deltas. Folding them into a whole answer, counting tokens, and telling where
-# a text may be cut.
+# Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
+# texts are cut between graphemes.
 # ======================================================================================================================
 
 
@@ -1041,7 +1041,7 @@ class Delta:
 
     @property
     def is_final(self) -> bool:
-        """Whether it finishes a choice, or tells the usage and nothing else, so that it may be the last."""
+        """Whether it finishes a choice or carries the usage alone, so that it may be the last."""
         choices = self.chunk["choices"]
         if not choices:
             return bool(self.chunk.get("usage"))
@@ -1064,7 +1064,7 @@ class Pieces(list[str]):
 
 
 class Entries(dict[int, Any]):
-    """A list whose entries are told apart by their `index`."""
+    """A list whose entries are identified by their `index`."""
 
 
 NAMES = ("role", "id", "type", "name")  # texts of a delta that name something, so that a later one replaces them
@@ -1136,7 +1136,7 @@ def message_of(choice: dict[str, Any]) -> Message:
         calls = []
         for call in message["tool_calls"]:
             call = {**call, "function": {"arguments": "", **(call.get("function") or {})}}
-            call.pop("index", None)  # it has done its work
+            call.pop("index", None)  # only merging needs it
             calls.append(call)
         message["tool_calls"] = calls
     return message
@@ -2834,7 +2834,7 @@ class APIAnswer:
 
 
 def is_text_only(choice: dict[str, Any]) -> bool:
-    """Whether a choice is what nearly all are, so that its fields need no closer look."""
+    """A fast path: nearly every chunk is only text, and needs no check by the schema."""
     delta = choice["delta"]
     if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
         return False
@@ -2892,7 +2892,7 @@ def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Itera
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
 
-CREATED = 1757030400  # of a model whose upstream tells no time: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+CREATED = 1757030400  # of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
 MAX_HELD_BACK = 50  # deltas without content
 LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
 
@@ -3002,7 +3002,7 @@ class Providers:
 # 11 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
-# came whole, with signs of life while there is silence.
+# arrived in one piece, with keep-alives during silence.
 # ======================================================================================================================
 
 
@@ -3145,7 +3145,7 @@ class Mailbox:
             return data
 
     def abandon(self) -> None:
-        """Nobody reads any more."""
+        """There is no reader any more: put() does not block."""
         with self._changed:
             self._is_abandoned = True
             self._changed.notify()
@@ -3172,7 +3172,7 @@ def relay(
                 for part in parts:
                     mailbox.put(part)
                 mailbox.finish()
-            except Exception as error:  # told by the thread that waits
+            except Exception as error:  # raised again in the reading thread
                 mailbox.finish(as_api_error(error))
 
     calls.start(work)
@@ -3349,7 +3349,7 @@ def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
 # test can have as many as it likes.
 # ======================================================================================================================
 
-OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # that ask for no key, for they tell nothing of anybody
+OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
 EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, Retry-After, x-should-retry"
@@ -3508,7 +3508,7 @@ class App:
     def _check_caller(self, environ: dict[str, Any]) -> None:
         host = environ.get("HTTP_HOST")
         origin = environ.get("HTTP_ORIGIN")
-        # Without a key the only wall is "this machine". A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
+        # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
         # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
         if not self.settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
             raise APIError(
@@ -3564,7 +3564,7 @@ def matching_key(keys: Iterable[str], authorization: str) -> str | None:
         return ""
     scheme, _, token = authorization.partition(" ")
     given = token.strip().encode("latin-1", "replace")
-    matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all, so that time tells nothing
+    matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all: no timing leak
     return matches[0] if matches and scheme.lower() == "bearer" else None
 
 
@@ -3578,7 +3578,7 @@ def request_id(given: str) -> str:
 
 
 def owner() -> str:
-    """Whom the sessions of the current request belong to."""
+    """The key that the current request was sent with: sessions belong to it."""
     key: str = bottle.request.environ["kimi2api.owner"]
     return key
 
@@ -3668,7 +3668,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 # 14 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
-# so `--demo` goes the whole real way without internet.
+# so `--demo` runs the real code path without internet.
 # ======================================================================================================================
 
 
@@ -4385,7 +4385,7 @@ key.value = sessionStorage.kimi2apiKey ?? ''; watch();</script>"""
 
 
 def page_headers() -> dict[str, str]:
-    """The page may run and look like what is in it, ask this server, and nothing else."""
+    """A content security policy: only the page's own script and style, and requests to this server."""
     hashes = {}
     for tag in ("style", "script"):
         text = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
