@@ -92,8 +92,11 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("kimi2api")
 T = TypeVar("T")
-Message = dict[str, Any]  # of a conversation, in OpenAI's format
+JSONObject = dict[str, Any]
+Headers = Mapping[str, str]
+Message = JSONObject  # of a conversation, in OpenAI's format
 Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
+Turns = tuple[Turn, ...]
 
 # ======================================================================================================================
 # 1 Settings
@@ -387,7 +390,7 @@ class APIError(Exception):
         type: str = "invalid_request_error",
         code: str | None = None,
         param: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Headers | None = None,
         retryable: bool = False,
         retry_after: float = 0.0,
         quotes_upstream: bool = False,
@@ -407,7 +410,7 @@ class APIError(Exception):
         """The same error, but for some of its fields."""
         return APIError(**{**vars(self), **changes})
 
-    def with_headers(self, headers: Mapping[str, str]) -> APIError:
+    def with_headers(self, headers: Headers) -> APIError:
         return self.copy(headers={**self.headers, **headers})
 
     @property
@@ -421,7 +424,7 @@ class APIError(Exception):
         """Whether another upstream may succeed: this one failed, or the prompt is too long for it."""
         return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JSONObject:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
@@ -527,7 +530,7 @@ def replace_lone_surrogates(text: str) -> str:
 # with it (images, say) is that upstream's to refuse. Fields and meanings: OpenAI's chat completions reference.
 # ======================================================================================================================
 
-Schema = dict[str, Any]
+Schema = JSONObject
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
 STRING: Schema = {"type": "string"}
@@ -667,7 +670,7 @@ def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | No
     return None
 
 
-def find_field_violation(value: dict[str, Any], schema: Schema, path: str) -> Violation | None:
+def find_field_violation(value: JSONObject, schema: Schema, path: str) -> Violation | None:
     prefix = f"{path}." if path else ""
     for name in schema.get("required", ()):
         if name not in value:
@@ -727,7 +730,7 @@ def describe(schema: Schema) -> str:
 class ChatRequest:
     """A checked request for a chat completion."""
 
-    body: dict[str, Any]  # the whole of it, unknown fields included
+    body: JSONObject  # the whole of it, unknown fields included
     messages: list[Message]
     model: str | None
     user: str | None
@@ -735,7 +738,7 @@ class ChatRequest:
     include_usage: bool
     stop: list[str]
     max_tokens: int | None
-    tools: list[dict[str, Any]]  # the functions that may be called, by `tools` and `tool_choice`
+    tools: list[JSONObject]  # the functions that may be called, by `tools` and `tool_choice`
     must_call: bool  # one of them has to be
 
     @classmethod
@@ -782,7 +785,7 @@ class ChatRequest:
         return any(message["role"] == "assistant" for message in self.messages)
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
+def parse_body(raw: bytes) -> JSONObject:
     """The caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
     try:
         source = raw.decode("utf-8-sig")
@@ -796,7 +799,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def allowed_functions(body: dict[str, Any]) -> list[dict[str, Any]]:
+def allowed_functions(body: JSONObject) -> list[JSONObject]:
     """The functions that `tool_choice` lets the model call. Raises APIError 400 for a choice that 'tools' lacks."""
     functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
@@ -811,11 +814,11 @@ def allowed_functions(body: dict[str, Any]) -> list[dict[str, Any]]:
     return functions
 
 
-def names_function(choice: Any) -> TypeGuard[dict[str, Any]]:
+def names_function(choice: Any) -> TypeGuard[JSONObject]:
     return isinstance(choice, dict) and choice.get("type") in (None, "function")
 
 
-def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> tuple[Turn, ...]:
+def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
     """History, then turns. One that begins with a tool's result goes on with the turn of its call, which becomes the
     newest, or else with the turn before."""
     whole = list(history)
@@ -887,7 +890,7 @@ class Session:
     id: str
     created: float  # seconds since the epoch, as is `used`
     used: float
-    turns: tuple[Turn, ...] = ()
+    turns: Turns = ()
     size: int = 0  # bytes, about
 
 
@@ -895,7 +898,7 @@ def size_of_turn(turn: Turn) -> int:
     return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
 
 
-def latest_turns(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], int]:
+def latest_turns(turns: Turns) -> tuple[Turns, int]:
     """As many of the latest turns as a session may keep, and their size."""
     kept: list[Turn] = []
     size = 0
@@ -1022,12 +1025,12 @@ class Sessions:
 class Delta:
     """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them."""
 
-    chunk: dict[str, Any]
+    chunk: JSONObject
     is_complete: bool = False  # it is a whole answer, which arrived at once and may be paced
-    headers: Mapping[str, str] = field(default_factory=dict)  # for the response, in the first delta of an answer
+    headers: Headers = field(default_factory=dict)  # for the response, in the first delta of an answer
 
     @classmethod
-    def of(cls, fields: dict[str, Any], finish_reason: str | None = None, is_complete: bool = False) -> Delta:
+    def of(cls, fields: JSONObject, finish_reason: str | None = None, is_complete: bool = False) -> Delta:
         choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
         return cls({"choices": [choice]}, is_complete)
 
@@ -1122,14 +1125,14 @@ def unfold(whole: Any) -> Any:
 def folded(deltas: Iterable[Delta]) -> Delta:
     """All deltas of an answer as one."""
     whole: Any = None
-    headers: Mapping[str, str] = {}
+    headers: Headers = {}
     for delta in deltas:
         whole = merge(whole, delta.chunk)
         headers = headers or delta.headers
     return Delta(unfold(whole), headers=headers)
 
 
-def message_of(choice: dict[str, Any]) -> Message:
+def message_of(choice: JSONObject) -> Message:
     """The message that the merged deltas of a choice make."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     if message.get("tool_calls"):
@@ -1252,7 +1255,7 @@ class Chat:
 
     request: ChatRequest
     model: str  # by the upstream's own name
-    history: tuple[Turn, ...] = ()  # remembered before it
+    history: Turns = ()  # remembered before it
     session_id: str = ""
     owner: str = ""  # whose it is
     store: Sessions | None = None
@@ -1415,7 +1418,7 @@ class Response:
 
     def __init__(self, transport: Transport, raw: Any, call: Call) -> None:
         self.status: int = raw.status
-        self.headers: Mapping[str, str] = raw.headers  # urllib3's, whose names are case-insensitive
+        self.headers: Headers = raw.headers  # urllib3's, whose names are case-insensitive
         self.raw = raw
         self.call = call
         self._transport = transport
@@ -1479,7 +1482,7 @@ class Transport:
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, tuple[Any, bool]] = {}
 
-    def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, call: Call) -> Response:
+    def request(self, method: str, url: str, headers: Headers, body: bytes | None, call: Call) -> Response:
         parts = urlsplit(url)
         CURRENT_CALL.set(call)
         try:
@@ -1559,7 +1562,7 @@ def plain_line(answer: Any, secret: str = "") -> str:
     return replace_lone_surrogates(words[:300]) or "(no reason given)"
 
 
-def rate_limited(message: str, type: str, code: str, headers: Mapping[str, str], now: float) -> APIError:
+def rate_limited(message: str, type: str, code: str, headers: Headers, now: float) -> APIError:
     """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
     wait = parse_retry_after(headers.get("Retry-After"), now)
     if wait is None:
@@ -1764,7 +1767,7 @@ class Provider:
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
 
 
-def write_prompt(request: ChatRequest, history: tuple[Turn, ...], limit: int, remark: str = "") -> str:
+def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> str:
     """System messages and instructions, as many of the latest turns as fit, and the newest turn.
 
     remark: of an earlier answer that could not be used. Raises APIError 400 for what is too long even without older
@@ -1842,7 +1845,7 @@ def instructions(request: ChatRequest) -> str:
     return "\n".join(lines)
 
 
-def describe_tool(tool: dict[str, Any]) -> str:
+def describe_tool(tool: JSONObject) -> str:
     schema = tool.get("parameters") or {}
     source = dump_json(schema).decode()
     form = source if '"$ref"' in source else signature(schema)
@@ -2477,7 +2480,7 @@ class ModelNotes:
     forcing: int = AS_ASKED
     forcing_until: float = 0.0  # seconds since the epoch, as are the times in `refused`
 
-    def adapt(self, body: dict[str, Any], now: float) -> dict[str, Any]:
+    def adapt(self, body: JSONObject, now: float) -> JSONObject:
         """A request as the model takes it."""
         adapted = {name: value for name, value in body.items() if self.refused.get(name, 0.0) <= now}
         if self.wants_reasoning:
@@ -2491,7 +2494,7 @@ class ModelNotes:
             adapted["thinking"] = {"type": "disabled"}
         return adapted
 
-    def after(self, refusal: APIError, sent: dict[str, Any], now: float) -> ModelNotes | None:
+    def after(self, refusal: APIError, sent: JSONObject, now: float) -> ModelNotes | None:
         """The notes once this request has been refused, None when there is nothing else to try.
 
         Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
@@ -2518,7 +2521,7 @@ def forces_tool(choice: Any) -> bool:
     return choice == "required" or names_function(choice)
 
 
-def is_tool(tool: dict[str, Any], name: str) -> bool:
+def is_tool(tool: JSONObject, name: str) -> bool:
     return tool["type"] == "function" and bool(tool["function"]["name"] == name)
 
 
@@ -2547,7 +2550,7 @@ class OpenAIProvider(Provider):
             self._headers["Authorization"] = f"Bearer {api.key}"
         self._lock = threading.Lock()  # guards all below
         self._notes: dict[str, ModelNotes] = {}
-        self._models: dict[str, dict[str, Any]] = {}
+        self._models: dict[str, JSONObject] = {}
         self._models_due = 0.0  # when the list is to be fetched again, seconds since the epoch
         self._models_coming: Future[None] | None = None
         self._models_fetch = SharedFetch(f"{name} models", self._refresh_models)
@@ -2580,7 +2583,7 @@ class OpenAIProvider(Provider):
                 else:
                     response.close()
 
-    def _ask(self, body: dict[str, Any], chat: Chat) -> tuple[Response, dict[str, Any]]:
+    def _ask(self, body: JSONObject, chat: Chat) -> tuple[Response, JSONObject]:
         """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
         again. What has helped is remembered; what has not is forgotten, and the first refusal of a forced tool told."""
         notes = self._notes.get(chat.model, ModelNotes())
@@ -2649,7 +2652,7 @@ class OpenAIProvider(Provider):
             raise self.invalid("a complete answer instead of a stream")
         raise self.upstream_error(response.status, answer, response.headers)
 
-    def upstream_error(self, status: int, answer: Any, headers: Mapping[str, str]) -> APIError:
+    def upstream_error(self, status: int, answer: Any, headers: Headers) -> APIError:
         """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
         if status in (401, 403):
             return upstream_error(
@@ -2678,7 +2681,7 @@ class OpenAIProvider(Provider):
 
     # Models
 
-    def models(self, wait: float) -> Mapping[str, dict[str, Any]]:
+    def models(self, wait: float) -> Mapping[str, JSONObject]:
         """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
         with self._lock:
             if self._clock() >= self._models_due:
@@ -2701,7 +2704,7 @@ class OpenAIProvider(Provider):
             self._models = models
             self._models_due = self._clock() + MODELS_MAX_AGE
 
-    def _list_models(self) -> dict[str, dict[str, Any]]:
+    def _list_models(self) -> dict[str, JSONObject]:
         response = self._send("GET", "/models", None, Cancel())
         try:
             listed = parse_upstream_json(response.read())["data"]
@@ -2727,9 +2730,7 @@ class APIAnswer:
     """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
     after that is no failure."""
 
-    def __init__(
-        self, provider: OpenAIProvider, response: Response, chat: Chat, headers: Mapping[str, str],
-    ) -> None:
+    def __init__(self, provider: OpenAIProvider, response: Response, chat: Chat, headers: Headers) -> None:
         self.is_done = False  # [DONE] has come
         self._provider = provider
         self._response = response
@@ -2774,7 +2775,7 @@ class APIAnswer:
             prompt = "\n".join(map(text_of, self._chat.request.messages))
             yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
 
-    def _parse_chunk(self, data: bytes) -> dict[str, Any]:
+    def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
         try:
             chunk = parse_upstream_json(data)
@@ -2815,7 +2816,7 @@ class APIAnswer:
             self._finished.add(index)
             self._keep_reasoning(index)  # before the client can ask with the results of its calls
 
-    def _number_calls(self, index: int, calls: list[dict[str, Any]]) -> None:
+    def _number_calls(self, index: int, calls: list[JSONObject]) -> None:
         """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
         last = self._last_calls.get(index, -1)
         for call in calls:
@@ -2833,7 +2834,7 @@ class APIAnswer:
             self._chat.store.keep_reasoning(self._chat.owner, self._provider.name, ids, text)
 
 
-def is_text_only(choice: dict[str, Any]) -> bool:
+def is_text_only(choice: JSONObject) -> bool:
     """A fast path: nearly every chunk is only text, and needs no check by the schema."""
     delta = choice["delta"]
     if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
@@ -2843,7 +2844,7 @@ def is_text_only(choice: dict[str, Any]) -> bool:
     return all(value is None or type(value) is str for value in delta.values())
 
 
-def rate_limits(headers: Mapping[str, str]) -> dict[str, str]:
+def rate_limits(headers: Headers) -> dict[str, str]:
     """The rate-limit headers that may be passed on."""
     limits = {}
     for name, value in headers.items():
@@ -2934,7 +2935,7 @@ class Providers:
         prefix, _, name = model.partition("/")
         return self.apis.get(prefix) if name else None
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[JSONObject]:
         """MODELS, then what each API lists, as OpenAI's model objects."""
         for api in self.apis.values():
             api.models(wait=0)  # all are asked before the first is waited for
@@ -2945,7 +2946,7 @@ class Providers:
             names += [f"{api.name}/{model}" for model in listed]
         return [self.model(name, wait=0) for name in names]
 
-    def model(self, name: str, wait: float = LISTING_WAIT) -> dict[str, Any]:
+    def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
         """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
         provider, own_name = self.resolve(name)
         model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
@@ -3094,7 +3095,7 @@ def answer_in_session(
     yield from held
 
 
-def answer_to_remember(completion: dict[str, Any]) -> Message:
+def answer_to_remember(completion: JSONObject) -> Message:
     """The assistant's message that goes into a session."""
     for choice in completion["choices"]:
         if choice["index"] == 0:
@@ -3282,8 +3283,8 @@ class ChatCompletion:
     """
 
     def __init__(self, include_usage: bool = False) -> None:
-        self.headers: Mapping[str, str] = {}  # for the response, known once the first delta is there
-        self._head: dict[str, Any] = {"id": f"chatcmpl-{random_hex()}", "created": int(time.time())}
+        self.headers: Headers = {}  # for the response, known once the first delta is there
+        self._head: JSONObject = {"id": f"chatcmpl-{random_hex()}", "created": int(time.time())}
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
@@ -3319,7 +3320,7 @@ class ChatCompletion:
         if "model" in delta.chunk:
             self._head["model"] = delta.chunk["model"]
 
-    def _with_head(self, fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    def _with_head(self, fields: JSONObject, kind: str) -> JSONObject:
         """The fields with ours, listed first for readers; ours override upstream's."""
         head = {**self._head, "object": kind}
         return {**head, **fields, **head}
@@ -3431,13 +3432,13 @@ class App:
 
         return check
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> JSONObject:
         return {"object": "list", "data": self.providers.models()}
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model(self, name: str) -> JSONObject:
         return self.providers.model(name)
 
-    def session(self, user: str) -> dict[str, Any]:
+    def session(self, user: str) -> JSONObject:
         session = self.sessions.get(owner(), user)
         if session is None:
             raise session_not_found()
@@ -3450,13 +3451,13 @@ class App:
             "turns": session.turns,
         }
 
-    def forget(self, user: str) -> dict[str, Any]:
+    def forget(self, user: str) -> JSONObject:
         if not self.sessions.forget(owner(), user):
             raise session_not_found()
         return {"object": "session.deleted", "user": user, "deleted": True}
 
-    def health(self) -> dict[str, Any]:
-        upstreams: dict[str, dict[str, Any]] = {}
+    def health(self) -> JSONObject:
+        upstreams: dict[str, JSONObject] = {}
         status = "ok"
         for provider in self.providers.all:
             upstreams[provider.name] = {}
@@ -3475,7 +3476,7 @@ class App:
             "upstreams": upstreams,
         }
 
-    def openapi(self) -> dict[str, Any]:
+    def openapi(self) -> JSONObject:
         return openapi(bool(self.settings.api_master_key))
 
     def page(self) -> str:
@@ -3583,7 +3584,7 @@ def owner() -> str:
     return key
 
 
-def set_headers(headers: Mapping[str, str]) -> None:
+def set_headers(headers: Headers) -> None:
     for name, value in headers.items():
         bottle.response.set_header(name, value)
 
@@ -4222,14 +4223,14 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
-def content_of(schema: str) -> dict[str, Any]:
+def content_of(schema: str) -> JSONObject:
     """The content of a body in JSON, by the name of its schema."""
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
-def operation(summary: str, answer: dict[str, Any], parameter: str = "") -> dict[str, Any]:
+def operation(summary: str, answer: JSONObject, parameter: str = "") -> JSONObject:
     """A route's description: what it answers with 200, and the parameter in its path."""
-    described: dict[str, Any] = {
+    described: JSONObject = {
         "summary": summary,
         "responses": {
             "200": {"description": summary, "content": answer},
@@ -4241,12 +4242,12 @@ def operation(summary: str, answer: dict[str, Any], parameter: str = "") -> dict
     return described
 
 
-def openapi(key_required: bool) -> dict[str, Any]:
+def openapi(key_required: bool) -> JSONObject:
     """The OpenAPI 3.1 description of the server."""
     completion = content_of("Completion")
     completion["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
     page = {"text/html": {"schema": STRING}}
-    paths: dict[str, dict[str, Any]] = {
+    paths: dict[str, JSONObject] = {
         "/v1/chat/completions": {"post": operation("chat", completion)},
         "/v1/models": {"get": operation("the models", content_of("Models"))},
         "/v1/models/{id}": {"get": operation("one model", content_of("Model"), "id")},
