@@ -1135,13 +1135,9 @@ def folded(deltas: Iterable[Delta]) -> Delta:
 def message_of(choice: JSONObject) -> Message:
     """The message that the merged deltas of a choice make."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
-    if message.get("tool_calls"):
-        calls = []
-        for call in message["tool_calls"]:
-            call = {**call, "function": {"arguments": "", **(call.get("function") or {})}}
-            call.pop("index", None)  # only merging needs it
-            calls.append(call)
-        message["tool_calls"] = calls
+    for call in message.get("tool_calls") or ():
+        call["function"] = {"arguments": "", **(call.get("function") or {})}
+        call.pop("index", None)  # only merging needs it
     return message
 
 
@@ -1159,13 +1155,8 @@ def estimate_tokens(text: str) -> int:
 
 
 def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
-    prompt_tokens = estimate_tokens(prompt)
-    completion_tokens = estimate_tokens(completion)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+    usage = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(completion)}
+    return {**usage, "total_tokens": sum(usage.values())}
 
 
 def continues_grapheme(text: str, at: int) -> bool:
@@ -2919,9 +2910,7 @@ class Providers:
     def resolve(self, model: str) -> tuple[Provider, str]:
         """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
         table = self._settings.models
-        name = table.get(model)
-        if name is None:
-            name = model if self._api_of(model) else table.get("*")
+        name = table.get(model) or (model if self._api_of(model) else table.get("*"))
         if name is None:
             raise model_not_found(model)
         while table.get(name, name) != name:
@@ -2955,11 +2944,10 @@ class Providers:
         listed = provider.models(wait)
         if listed and own_name not in listed and name not in self._settings.models:
             raise model_not_found(name)
-        theirs = listed.get(own_name, {})
-        if isinstance(theirs.get("created"), int):
-            model["created"] = theirs["created"]
-        if isinstance(theirs.get("owned_by"), str):
-            model["owned_by"] = theirs["owned_by"]
+        upstream_model = listed.get(own_name, {})
+        for field_name, kind in (("created", int), ("owned_by", str)):
+            if isinstance(upstream_model.get(field_name), kind):
+                model[field_name] = upstream_model[field_name]
         return model
 
     def answer(self, model: str, chat: Chat) -> Iterator[Delta]:
@@ -3488,8 +3476,7 @@ class App:
         length = bottle.request.content_length
         if length > limit:
             raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
-        body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
-        return body
+        return bytes(bottle.request.environ["wsgi.input"].read(max(0, length)))
 
     # Before and after every route
 
@@ -3580,8 +3567,7 @@ def request_id(given: str) -> str:
 
 def owner() -> str:
     """The key that the current request was sent with: sessions belong to it."""
-    key: str = bottle.request.environ["kimi2api.owner"]
-    return key
+    return str(bottle.request.environ["kimi2api.owner"])
 
 
 def set_headers(headers: Headers) -> None:
@@ -3595,8 +3581,7 @@ def session_not_found() -> APIError:
 
 def host_of(address: str) -> str | None:
     try:
-        host: str | None = urlsplit(address).hostname
-        return host
+        return urlsplit(address).hostname
     except ValueError:  # such as half an IPv6 address
         return None
 
