@@ -377,38 +377,29 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 # ======================================================================================================================
 
 
+@dataclass(eq=False)
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
     One error may be raised in several threads, so it is immutable by convention: `copy` makes a changed one.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        type: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        headers: Headers | None = None,
-        retryable: bool = False,
-        retry_after: float = 0.0,
-        quotes_upstream: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.type = type
-        self.code = code
-        self.param = param
-        self.headers = headers or {}
-        self.retryable = retryable  # the same call may succeed a moment later, and repeating it is safe
-        self.retry_after = retry_after  # seconds that upstream asked us to wait, 0 if it did not
-        self.quotes_upstream = quotes_upstream  # the message quotes upstream, which may repeat the prompt
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    headers: Headers = field(default_factory=dict)
+    retryable: bool = False  # the same call may succeed a moment later, and repeating it is safe
+    retry_after: float = 0.0  # seconds that upstream asked us to wait, 0 if it did not
+    quotes_upstream: bool = False  # the message quotes upstream, which may repeat the prompt
+
+    def __str__(self) -> str:
+        return self.message
 
     def copy(self, **changes: Any) -> APIError:
         """The same error, but for some of its fields."""
-        return APIError(**{**vars(self), **changes})
+        return replace(self, **changes)
 
     def with_headers(self, headers: Headers) -> APIError:
         return self.copy(headers={**self.headers, **headers})
