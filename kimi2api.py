@@ -3333,6 +3333,11 @@ OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing 
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
 EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, Retry-After, x-should-retry"
+EVENT_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold a stream back
+}
 
 
 class EventStream:
@@ -3384,20 +3389,16 @@ class App:
                 parts = completion.json(deltas)
             data = relay(parts, chat, self.calls, self.settings.sse_keepalive, self._client_check())
             done.enter_context(closing(data))
-            if not request.stream:
-                body = b"".join(data)
+            answer: bytes | EventStream
+            if request.stream:
+                events = event_stream(data)
+                first = next(events)  # what goes wrong before the first event is a real status
+                set_headers({**EVENT_STREAM_HEADERS, **completion.headers})
+                answer = EventStream(itertools.chain([first], events), done.pop_all())
+            else:
+                answer = b"".join(data)
                 set_headers({"Content-Type": "application/json", **completion.headers})
-                return body
-            events = event_stream(data)
-            first = next(events)  # what goes wrong before the first event is a real status
-            set_headers({
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",  # nginx would hold a stream back
-                **completion.headers,
-            })
-            return EventStream(itertools.chain([first], events), done.pop_all())
-        raise AssertionError("unreachable")
+        return answer
 
     def _client_check(self) -> Callable[[], None]:
         """A function that raises when the current request's client has gone, or the server stops."""
