@@ -1248,7 +1248,7 @@ class Chat:
 # Transport
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
-MAX_INTERIM_ANSWERS = 16
+MAX_INTERIM_RESPONSES = 16
 MAX_CHUNK_LINE = 4096
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 LAST_CHUNK = b"0\r\n\r\n"
@@ -1263,7 +1263,7 @@ class Call:
     def __init__(self, timeout: float, cancel: Cancel, deadline: float | None = None) -> None:
         self.timeout = timeout  # seconds: REQUEST_TIMEOUT
         self.cancel = cancel
-        self.reader: AnswerReader | None = None  # of the answer, once it begins
+        self.reader: ResponseReader | None = None  # of the answer, once it begins
         self.deadline = deadline or time.monotonic() + timeout  # infinite: the time-out is for each read alone
 
     def limit_reads(self) -> None:
@@ -1315,7 +1315,7 @@ class DeadlineReader(io.RawIOBase):
         super().close()
 
 
-class AnswerReader(io.BufferedReader):
+class ResponseReader(io.BufferedReader):
     """What http.client reads an answer from. It closes it at the answer's end, before the connection is used again."""
 
     def __init__(self, raw: DeadlineReader, sock: socket.socket, call: Call) -> None:
@@ -1348,13 +1348,13 @@ class AnswerReader(io.BufferedReader):
         super().close()
 
 
-class UpstreamAnswer(HTTPResponse):
-    """http.client's response, read by a deadline, head and body together, past interim answers, and more strictly."""
+class UpstreamResponse(HTTPResponse):
+    """http.client's response, read by a deadline, head and body together, past interim responses, and more strictly."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         call = CURRENT_CALL.get()
-        self.fp = call.reader = AnswerReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
+        self.fp = call.reader = ResponseReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
         call.cancel.attach(sock)
 
     def begin(self) -> None:
@@ -1373,7 +1373,7 @@ class UpstreamAnswer(HTTPResponse):
 
     def _read_status(self) -> tuple[str, int, str]:
         """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
-        for _ in range(MAX_INTERIM_ANSWERS):
+        for _ in range(MAX_INTERIM_RESPONSES):
             version, status, reason = super()._read_status()  # type: ignore[misc]
             if status == 101:
                 raise HTTPException("unexpected 101 Switching Protocols")
@@ -1386,7 +1386,7 @@ class UpstreamAnswer(HTTPResponse):
 class UpstreamConnection:
     """Put before urllib3's class of a connection. Sending has the deadline that reading has."""
 
-    response_class = UpstreamAnswer
+    response_class = UpstreamResponse
     sock: socket.socket | None
 
     def send(self, data: Any) -> None:
@@ -1414,7 +1414,7 @@ class Response:
         finally:
             self.close()
         if len(body) > MAX_UPSTREAM_BYTES:
-            raise self._transport.invalid(f"more than {MAX_UPSTREAM_BYTES} bytes")
+            raise self._transport.invalid_response(f"more than {MAX_UPSTREAM_BYTES} bytes")
         return body
 
     def stream(self) -> Iterator[bytes]:
@@ -1502,11 +1502,11 @@ class Transport:
         if isinstance(innermost(error), TimeoutError):
             return self.timed_out(call.timeout)
         if isinstance(error, DecodeError):
-            return self.invalid("an answer that cannot be decoded")
+            return self.invalid_response("an answer that cannot be decoded")
         return upstream_error(
             502, "upstream_unavailable", f"{self._name} cannot be reached: {root_cause(error)}.", retryable=True)
 
-    def invalid(self, what: str) -> APIError:
+    def invalid_response(self, what: str) -> APIError:
         return upstream_error(502, "upstream_invalid_response", f"{self._name} sent {what}.", retryable=True)
 
     def timed_out(self, seconds: float) -> APIError:
@@ -2614,7 +2614,7 @@ class OpenAIProvider(Provider):
             restored.append(message)
         return restored
 
-    def invalid(self, what: str) -> APIError:
+    def invalid_response(self, what: str) -> APIError:
         return upstream_error(502, "upstream_invalid_response", f"{self.name} sent {what}.")
 
     def _send(self, method: str, path: str, body: bytes | None, cancel: Cancel) -> Response:
@@ -2631,7 +2631,7 @@ class OpenAIProvider(Provider):
         except ValueError:
             answer = data.decode("utf-8", "replace")
         if response.status == 200 and not (isinstance(answer, dict) and answer.get("error")):
-            raise self.invalid("a complete answer instead of a stream")
+            raise self.invalid_response("a complete answer instead of a stream")
         raise self.upstream_error(response.status, answer, response.headers)
 
     def upstream_error(self, status: int, answer: Any, headers: Headers) -> APIError:
@@ -2692,7 +2692,7 @@ class OpenAIProvider(Provider):
             listed = parse_upstream_json(response.read())["data"]
             return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
         except (ValueError, KeyError, TypeError):
-            raise self.invalid("no list of models") from None
+            raise self.invalid_response("no list of models") from None
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         step = f"{self._base_url} reached, key accepted"
@@ -2752,7 +2752,7 @@ class APIAnswer:
             message = f"{self._provider.name} ended the stream before the answer was complete."
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._seen:
-            raise self._provider.invalid("an empty answer")
+            raise self._provider.invalid_response("an empty answer")
         if not self._has_usage:
             prompt = "\n".join(map(text_of, self._chat.request.messages))
             yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
@@ -2762,16 +2762,16 @@ class APIAnswer:
         try:
             chunk = parse_upstream_json(data)
         except ValueError:
-            raise self._provider.invalid("something that is not JSON") from None
+            raise self._provider.invalid_response("something that is not JSON") from None
         if not isinstance(chunk, dict):
-            raise self._provider.invalid("a malformed chunk")
+            raise self._provider.invalid_response("a malformed chunk")
         if chunk.get("error"):
             raise self._provider.upstream_error(500, chunk, {})
         choices = chunk.get("choices")
         if choices is None:
             choices = chunk["choices"] = []
         if not isinstance(choices, list):
-            raise self._provider.invalid("a malformed chunk")
+            raise self._provider.invalid_response("a malformed chunk")
         for choice in choices:
             self._check_choice(choice)
         if chunk.get("usage"):
@@ -2780,12 +2780,12 @@ class APIAnswer:
 
     def _check_choice(self, choice: Any) -> None:
         if not isinstance(choice, dict):
-            raise self._provider.invalid("a malformed chunk")
+            raise self._provider.invalid_response("a malformed chunk")
         choice.setdefault("index", 0)
         choice.setdefault("finish_reason", None)
         delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
         if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
-            raise self._provider.invalid("a malformed chunk")
+            raise self._provider.invalid_response("a malformed chunk")
         index = choice["index"] = int(choice["index"])
         self._seen.add(index)
         if delta.get("tool_calls"):
@@ -2864,9 +2864,9 @@ def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Itera
                     data = []
                     data_size = 0
         if line_size + data_size > MAX_UPSTREAM_BYTES:
-            raise provider.invalid(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
+            raise provider.invalid_response(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
-            raise provider.invalid(f"an answer of more than {MAX_STREAM_BYTES} bytes")
+            raise provider.invalid_response(f"an answer of more than {MAX_STREAM_BYTES} bytes")
 
 
 # ======================================================================================================================
