@@ -3102,8 +3102,9 @@ class Mailbox:
         with self._changed:
             while len(self._waiting) >= self.LIMIT and not self._is_abandoned:
                 self._changed.wait()
-            self._waiting += data
-            self._changed.notify()
+            if not self._is_abandoned:
+                self._waiting += data
+                self._changed.notify()
 
     def finish(self, error: APIError | None = None) -> None:
         """There is no more, or an error instead."""
@@ -3125,7 +3126,7 @@ class Mailbox:
             return data
 
     def abandon(self) -> None:
-        """There is no reader any more: put() does not block."""
+        """There is no reader any more: put() does nothing."""
         with self._changed:
             self._is_abandoned = True
             self._changed.notify()
