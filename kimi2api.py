@@ -3333,7 +3333,10 @@ def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
 OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
-EXPOSED_HEADERS = "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, Retry-After, x-should-retry"
+EXPOSED_HEADERS = ", ".join([
+    "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "Retry-After", "x-should-retry",
+    *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
+])
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
