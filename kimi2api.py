@@ -1747,33 +1747,80 @@ class Provider:
 # ======================================================================================================================
 
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
+SHORTEST_RESULT = 60  # characters of a tool's result that stay when it is clipped
+CLIPPED = " [… clipped …] "
 
 
-def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> str:
-    """System messages and instructions, as many of the latest turns as fit, and the newest turn.
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    tools_dropped: int = 0  # for which there was no room
 
-    remark: of an earlier answer that could not be used. Raises APIError 400 for what is too long even without older
-    turns, or has no text at all.
+
+def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
+    """System messages and instructions, what fits of tools and of what was said before, and the newest message.
+
+    What gives way to the limit (characters), in this order: older turns; older rounds of tools in the newest turn;
+    tools that need not be called; the middle of long results in its last round. remark: of an earlier answer that could
+    not be used. Raises APIError 400 for what is too long even so, or has no text at all.
     """
     turns = append_turns(history, request.turns)
     functions = called_functions(turns)
-    texts = ["\n".join(write_message(message, functions) for message in turn) for turn in turns]
-    parts = [*map(text_of, request.system), instructions(request), remark]
-    system = [part for part in parts if part]
-    if system:
-        system.append("")
-    elif len(turns) == 1 and len(turns[0]) == 1:
-        texts = [text_of(turns[0][0])]  # a question that stands alone needs no name before it
-    newest = texts[-1:]
-    room = limit - len("\n".join(system + newest))
-    if room < 0:
-        raise bad_request(
-            f"The newest message, the system messages and what is said of tools and JSON have {limit - room} "
-            f"characters; the web chat takes {limit} (CONTEXT_MAX_LENGTH).", "messages", "context_length_exceeded")
-    prompt = "\n".join(system + latest_that_fit(texts[:-1], room) + newest)
-    if not prompt.strip():
+    *older, newest = turns or ((),)
+    question, *rounds = rounds_of(newest)
+    last = rounds.pop() if rounds else ()
+    system = [*map(text_of, request.system)]
+    tools = tool_lines(request)
+    form = form_instruction(request)
+    stands_alone = len(turns) == 1 and len(newest) == 1 and not (any(system) or tools or form or remark)
+
+    def lines_of(messages: Iterable[Message]) -> list[str]:
+        if stands_alone:
+            return [text_of(message) for message in messages]  # no name before it
+        return [write_message(message, functions) for message in messages]
+
+    def head(offered: list[str]) -> list[str]:
+        lines = [line for line in (*system, *offered, form, remark) if line]
+        return [*lines, ""] if lines else []
+
+    def room_beside(offered: list[str]) -> int:
+        return limit - joined_length([*head(offered), *lines_of(question), *lines_of(last)])
+
+    offered = tools if request.must_call else []
+    wanted = 0 if request.must_call else min(joined_length(tools), limit // 3)
+    if room_beside(offered) < wanted:
+        last = clip_results(last, wanted - room_beside(offered))
+    if room_beside(offered) < 0:
+        raise too_long(limit, {
+            "system": joined_length(system),
+            "tools": joined_length(offered),
+            "response format": len(form),
+            "newest message": joined_length([*lines_of(question), *lines_of(last)]),
+        })
+    offered = offered or tools_that_fit(tools, room_beside([]) - 1)
+    room = room_beside(offered)
+    kept = latest_that_fit(["\n".join(lines_of(messages)) for messages in rounds], room)
+    before: list[str] = []
+    if len(kept) == len(rounds):
+        room -= joined_length(kept) + 1
+        before = latest_that_fit(["\n".join(lines_of(turn)) for turn in older], room)
+    text = "\n".join([*head(offered), *before, *lines_of(question), *kept, *lines_of(last)])
+    if not text.strip():
         raise bad_request("'messages' contain no text.", "messages")
-    return prompt
+    return Prompt(text, max(0, len(tools) - 1) - max(0, len(offered) - 1))
+
+
+def too_long(limit: int, sizes: Mapping[str, int]) -> APIError:
+    """In words that clients know the error by."""
+    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
+    return bad_request(
+        f"This model's maximum context length is {limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
+        f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
+        "official API.", "messages", "context_length_exceeded")
+
+
+def joined_length(lines: list[str]) -> int:
+    return len("\n".join(lines))
 
 
 def latest_that_fit(texts: list[str], room: int) -> list[str]:
@@ -1784,6 +1831,41 @@ def latest_that_fit(texts: list[str], room: int) -> list[str]:
             break
         first -= 1
     return texts[first:]
+
+
+def tools_that_fit(tools: list[str], room: int) -> list[str]:
+    """The line that tells how to call, and those of as many tools as fit, in order; none without a tool."""
+    offered = tools[:1]
+    room -= joined_length(offered)
+    for line in tools[1:]:
+        if len(line) < room:
+            offered.append(line)
+            room -= len(line) + 1
+    return offered if len(offered) > 1 else []
+
+
+def rounds_of(turn: Turn) -> list[Turn]:
+    """The user's message and what follows it, then each round: calls of tools and their results."""
+    rounds: list[Turn] = [()]
+    for message in turn:
+        if message.get("tool_calls"):
+            rounds.append(())
+        rounds[-1] += (message,)
+    return rounds
+
+
+def clip_results(messages: Turn, excess: int) -> Turn:
+    """Messages with the middle of their tool results left out, of the longest first, until so many characters are."""
+    clipped = list(messages)
+    results = [index for index, message in enumerate(messages) if message["role"] == "tool"]
+    for index in sorted(results, key=lambda index: len(text_of(messages[index])), reverse=True):
+        text = text_of(messages[index])
+        half = max(SHORTEST_RESULT, len(text) - excess - len(CLIPPED)) // 2
+        short = text[:half] + CLIPPED + text[-half:]
+        if excess > 0 and len(short) < len(text):
+            clipped[index] = {**messages[index], "content": short}
+            excess -= len(text) - len(short)
+    return tuple(clipped)
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
@@ -1809,22 +1891,25 @@ def write_message(message: Message, functions: Mapping[str, str]) -> str:
     return f"{speaker}: {text_of(message)}{calls}"
 
 
-def instructions(request: ChatRequest) -> str:
-    """What the model is told of tools and of the form of its answer, in few words, for its room is small."""
-    lines = []
-    if request.tools:
-        how = "You must call" if request.must_call else "You may call"
-        what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
-        lines.append(
-            f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
-            "arguments being JSON. You get the results and go on. Tools:")
-        lines += map(describe_tool, request.tools)
+def tool_lines(request: ChatRequest) -> list[str]:
+    """How the model calls a tool, then a line for each, in few words, for its room is small."""
+    if not request.tools:
+        return []
+    how = "You must call" if request.must_call else "You may call"
+    what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
+    usage = (
+        f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
+        "arguments being JSON. You get the results and go on. Tools:")
+    return [usage, *map(describe_tool, request.tools)]
+
+
+def form_instruction(request: ChatRequest) -> str:
     answer = request.body.get("response_format") or {}
+    if answer.get("type") not in ("json_object", "json_schema"):
+        return ""
     schema = (answer.get("json_schema") or {}).get("schema")
-    if answer.get("type") in ("json_object", "json_schema"):
-        form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
-        lines.append(f"Answer with one JSON document and nothing else{form}")
-    return "\n".join(lines)
+    form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
+    return f"Answer with one JSON document and nothing else{form}"
 
 
 def describe_tool(tool: JSONObject) -> str:
@@ -1870,10 +1955,13 @@ class NoDocument(UnusableAnswer):
     """There is no JSON document in the answer, or a broken one."""
 
 
-def parse_answer(text: str, request: ChatRequest) -> tuple[str, list[ToolCall]]:
-    """The content and the tool calls of a model's answer. Raises UnusableAnswer."""
+def parse_answer(text: str, request: ChatRequest, any_tool: bool = False) -> tuple[str, list[ToolCall]]:
+    """The content and the tool calls of a model's answer. Raises UnusableAnswer.
+
+    any_tool: pass calls of tools that were not offered on; agents answer that there is no such tool.
+    """
     if request.tools:
-        content, calls = parse_tool_calls(text, request)
+        content, calls = parse_tool_calls(text, request, any_tool)
         if calls and request.body.get("parallel_tool_calls") is False:
             calls = calls[:1]
         if calls:
@@ -1899,7 +1987,7 @@ CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
 
 
-def parse_tool_calls(text: str, request: ChatRequest) -> tuple[str, list[ToolCall]]:
+def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[str, list[ToolCall]]:
     """The text around the calls, and the calls. Raises UnusableAnswer for a call that cannot be made."""
     offered = {tool["name"] for tool in request.tools}
     calls = []
@@ -1913,7 +2001,7 @@ def parse_tool_calls(text: str, request: ChatRequest) -> tuple[str, list[ToolCal
         value, at = decode_json(text, begin.end())
         if begin["name"]:
             value = {"name": begin["name"], "arguments": value}
-        calls.append(parse_call(value, offered))
+        calls.append(parse_call(value, offered, any_tool))
         end = CALL_END.match(text, at)
         at = end.end() if end else at
     if calls:
@@ -1924,11 +2012,11 @@ def parse_tool_calls(text: str, request: ChatRequest) -> tuple[str, list[ToolCal
     except ValueError:
         return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
-        return "", [parse_call(value, offered)]  # nothing but a call, without its marks
+        return "", [parse_call(value, offered, any_tool)]  # nothing but a call, without its marks
     return text, []
 
 
-def parse_call(value: Any, offered: set[str]) -> ToolCall:
+def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
     if not isinstance(value, dict):
         value = {}
     name = value.get("name")
@@ -1938,7 +2026,7 @@ def parse_call(value: Any, offered: set[str]) -> ToolCall:
             arguments = parse_json(arguments.strip() or "{}")
         except ValueError as error:
             raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
-    if not isinstance(name, str) or name not in offered:
+    if not isinstance(name, str) or not name or (name not in offered and not any_tool):
         raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
     if not isinstance(arguments, dict):
         raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
@@ -2181,15 +2269,18 @@ class KimiProvider(Provider):
             ]
         delta = Delta.of(message, finish_reason, is_complete=True)
         written = content + "".join(name + arguments for name, arguments in calls)
-        delta.chunk["usage"] = estimate_usage(prompt, written)
+        delta.chunk["usage"] = estimate_usage(prompt.text, written)
+        if prompt.tools_dropped:
+            delta.headers = {"X-Kimi2api-Tools-Dropped": str(prompt.tools_dropped)}
+            log.info("%d of %d tools did not fit into the prompt", prompt.tools_dropped, len(request.tools))
         yield delta
 
-    def _answer(self, chat: Chat) -> tuple[str, str, list[ToolCall]]:
+    def _answer(self, chat: Chat) -> tuple[Prompt, str, list[ToolCall]]:
         """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
         request = chat.request
         limit = self._settings.context_max_length
         prompt = write_prompt(request, chat.history, limit)
-        text = self._ask(prompt, chat)
+        text = self._ask(prompt.text, chat)
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
@@ -2197,9 +2288,9 @@ class KimiProvider(Provider):
             remark = f"Your last answer could not be used: {fault}"
         with suppress(APIError):  # where there is no room for the reason, the question is asked again as it was
             prompt = write_prompt(request, chat.history, limit, remark)
-        text = self._ask(prompt, chat)
+        text = self._ask(prompt.text, chat)
         try:
-            return prompt, *parse_answer(text, request)
+            return prompt, *parse_answer(text, request, any_tool=True)
         except NoDocument as fault:
             raise upstream_error(
                 502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
@@ -3334,7 +3425,8 @@ OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing 
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
 EXPOSED_HEADERS = ", ".join([
-    "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "Retry-After", "x-should-retry",
+    "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
+    "x-should-retry",
     *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 ])
 EVENT_STREAM_HEADERS = {

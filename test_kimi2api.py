@@ -1684,6 +1684,77 @@ def test_a_newest_message_that_cannot_fit_is_400_context_length_exceeded(make: M
     assert len(kimi.posts) == 1
 
 
+def test_a_context_that_is_too_long_is_told_in_words_that_clients_know(make: Make) -> None:
+    app = make(CONTEXT_MAX_LENGTH="500")
+    both = [{"role": "system", "content": "s" * 100}, {"role": "user", "content": "u" * 600}]
+    message = chat(app, messages=both).json["error"]["message"]
+    assert message.startswith("This model's maximum context length is 500 characters (CONTEXT_MAX_LENGTH). ")
+    assert "Your messages have 704: system 100, newest message 604. Please reduce the length" in message
+    assert "FALLBACK_MODELS" in message
+    response = chat(app, "u" * 300, tools=[tool("f", "d" * 400)], tool_choice="required", response_format=JSON_OBJECT)
+    assert is_error(response, 400, "context_length_exceeded")
+    assert re.search(r": tools \d+, response format \d+, newest message \d+\.", response.json["error"]["message"])
+
+
+MANY_TOOLS = [tool(f"tool_{number}", "What it does. " * (50 if number == 1 else 10)) for number in range(28)]
+
+
+@json_and_stream
+def test_tools_that_do_not_fit_are_left_out_and_the_answer_says_how_many(
+    app: Client, kimi: WebChat, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    response = chat(app, "What time is it?", tools=MANY_TOOLS, tool_choice="auto", stream=stream)
+    assert response.status_int == 200
+    prompt = kimi.posts[-1]["message"]
+    offered = re.findall(r"^- (tool_\d+)", prompt, re.M)
+    assert offered[:2] == ["tool_0", "tool_2"], "in order, and one that is too long gives way to the next"
+    assert response.headers["X-Kimi2api-Tools-Dropped"] == str(28 - len(offered))
+    assert f"{28 - len(offered)} of 28 tools" in caplog.text
+    assert len(prompt) <= 1000 and prompt.endswith("用户: What time is it?")
+    assert "X-Kimi2api-Tools-Dropped" not in chat(app, tools=[CLOCK]).headers
+
+
+def test_tools_that_must_be_called_and_do_not_fit_are_a_400(app: Client) -> None:
+    assert is_error(chat(app, tools=MANY_TOOLS, tool_choice="required"), 400, "context_length_exceeded")
+
+
+def test_a_question_that_leaves_no_room_for_any_tool_is_asked_without(app: Client, kimi: WebChat) -> None:
+    response = chat(app, "x" * 980, tools=MANY_TOOLS)
+    assert response.headers["X-Kimi2api-Tools-Dropped"] == "28" and kimi.posts[-1]["message"] == "用户: " + "x" * 980
+
+
+def agents_turn(*results: str) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "The question."}]
+    for number, result in enumerate(results):
+        call = {"id": f"c{number}", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+        messages.append({"role": "assistant", "content": f"Step {number}.", "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": f"c{number}", "content": result})
+    return messages
+
+
+def test_older_rounds_of_tools_give_way_before_the_question_and_the_last(app: Client, kimi: WebChat) -> None:
+    history = [{"role": "user", "content": "Before."}, {"role": "assistant", "content": "Yes."}]
+    messages = [*history, *agents_turn(*(f"result {number} " + "x" * 200 for number in range(6)))]
+    assert chat(app, messages=messages, tools=[CLOCK]).status_int == 200
+    prompt = kimi.posts[-1]["message"]
+    assert len(prompt) <= 1000 and "用户: The question." in prompt and "- clock" in prompt
+    assert re.findall(r"result (\d)", prompt) == ["4", "5"] and "Before." not in prompt
+
+
+def test_a_long_result_of_the_last_round_is_clipped_in_its_middle(app: Client, kimi: WebChat) -> None:
+    long = "begin " + "x" * 5000 + " end"
+    assert chat(app, messages=agents_turn("older", long), tools=MANY_TOOLS).status_int == 200
+    prompt = kimi.posts[-1]["message"]
+    assert len(prompt) <= 1000 and "用户: The question." in prompt and "[… clipped …]" in prompt
+    assert "begin x" in prompt and prompt.endswith("x end") and "- tool_0" in prompt
+    two = agents_turn("short one", "y" * 900)
+    two.append({"role": "tool", "tool_call_id": "c1", "content": "kept"})
+    assert chat(app, messages=two).status_int == 200
+    assert kimi.posts[-1]["message"].endswith("y\n工具 clock: kept"), "the longest gives way first"
+
+
+
 @pytest.mark.parametrize(
     ("request_", "content", "finish_reason"),
     [
@@ -1853,10 +1924,15 @@ def test_an_answer_without_a_call_is_text_and_no_call_is_invented(app: Client, k
     assert len(kimi.posts) == 1
 
 
+def test_a_call_of_an_unknown_tool_is_asked_for_once_again_then_handed_on(app: Client, kimi: WebChat) -> None:
+    kimi.answer = '<tool_call>{"name": "hammer", "arguments": {"nails": 2}}</tool_call>'
+    assert called(chat(app, tools=[CLOCK])) == [("hammer", {"nails": 2})], "agents answer that there is none"
+    assert len(kimi.posts) == 2 and "there is no tool 'hammer'" in kimi.posts[1]["message"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param('<tool_call>{"name": "hammer", "arguments": {}}</tool_call>', id="unknown tool"),
         pytest.param('<tool_call>{"name": "clock", "arguments": {</tool_call>', id="half an object"),
         pytest.param("<tool_call>clock</tool_call>", id="no JSON"),
         pytest.param('<tool_call>{"name": "clock", "arguments": [1]}</tool_call>', id="arguments as list"),
