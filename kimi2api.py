@@ -312,6 +312,9 @@ class Settings:
         self._check_model("DEFAULT_MODEL", self.default_model)
         for model in self.fallback_models:
             self._check_model("FALLBACK_MODELS", model)
+
+    def check_host(self) -> None:
+        """Raises SettingError for an address that other machines can reach, when no key is asked."""
         if not self.api_master_key and not is_loopback(self.api_host):
             raise SettingError(
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
@@ -3708,8 +3711,10 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
     if error.status_code == 404:
-        message = f"Unknown path: {path!r}. The base URL for clients ends in /v1."
-        ours = APIError(404, message, code="not_found")
+        advice = "The base URL for clients ends in /v1."
+        if bottle.request.path.startswith("/v1/"):
+            advice = "This server has chat completions, models and sessions, and nothing else of OpenAI's API."
+        ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
@@ -4183,6 +4188,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(vars(options), os.environ, env_file)
+        if not options.check:  # which listens nowhere
+            settings.check_host()
     except SettingError as error:
         return refuse_start(str(error))
     start_logging(settings.log_level.upper())

@@ -780,7 +780,6 @@ def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(t
         pytest.param("LOG_LEVEL", "loud", id="log level"),
         pytest.param("CORS_ORIGINS", "https://mine.example/", id="origin with a path"),
         pytest.param("DEFAULT_MODEL", "gpt-5", id="default model that is none"),
-        pytest.param("API_HOST", "0.0.0.0", id="open host without a key"),
         pytest.param("STREAM_INTERVAL_MS", "-1", id="negative interval"),
         pytest.param("API_MASTER_KEY", "schlüssel", id="key beyond ASCII"),
     ],
@@ -850,7 +849,9 @@ def test_env_example_has_every_setting_with_its_default() -> None:
 
 
 def test_unknown_paths_methods_and_models_are_errors_in_openais_shape(app: Client) -> None:
-    assert is_error(app.get("/nowhere"), 404, "not_found")
+    assert is_error(app.get("/nowhere"), 404, "not_found") and "ends in /v1" in app.get("/nowhere").text
+    elsewhere = app.post_json("/v1/images/generations", {})
+    assert is_error(elsewhere, 404, "not_found") and "chat completions" in elsewhere.text
     response = app.put("/v1/models")
     assert is_error(response, 405, "method_not_allowed") and "GET" in response.headers["Allow"]
     assert is_error(app.get("/v1/models/gpt-5"), 404, "model_not_found")
@@ -3573,6 +3574,11 @@ def test_a_port_in_use_is_refused_in_one_line(kimi: WebChat) -> None:
 def test_an_env_file_in_another_encoding_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"API_PORT=\xff")
     assert_refused(command("--env-file", str(tmp_path / "latin")), "latin")
+
+
+def test_a_check_listens_nowhere_and_asks_for_no_key(kimi: WebChat) -> None:
+    done = command("--check", "--api-host", "0.0.0.0", **kimi.settings)
+    assert done.returncode == 0 and done.stdout.count("✓") == 4
 
 
 def test_an_unknown_flag_is_refused() -> None:
