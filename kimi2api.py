@@ -1805,7 +1805,7 @@ def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str =
     kept = latest_that_fit(["\n".join(lines_of(messages)) for messages in rounds], room)
     before: list[str] = []
     if len(kept) == len(rounds):
-        room -= joined_length(kept) + 1
+        room -= sum(len(text) + 1 for text in kept)
         before = latest_that_fit(["\n".join(lines_of(turn)) for turn in older], room)
     text = "\n".join([*head(offered), *before, *lines_of(question), *kept, *lines_of(last)])
     if not text.strip():
@@ -1849,12 +1849,12 @@ def tools_that_fit(tools: list[str], room: int) -> list[str]:
 
 def rounds_of(turn: Turn) -> list[Turn]:
     """The user's message and what follows it, then each round: calls of tools and their results."""
-    rounds: list[Turn] = [()]
+    rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
-            rounds.append(())
-        rounds[-1] += (message,)
-    return rounds
+            rounds.append([])
+        rounds[-1].append(message)
+    return [tuple(messages) for messages in rounds]
 
 
 def clip_results(messages: Turn, excess: int) -> Turn:
