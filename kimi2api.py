@@ -583,6 +583,10 @@ TOOL_CHOICE = any_of(
     choice_of("none", "auto", "required"),
     record({}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})}))),
 )
+ALLOWED_TOOLS = record({"allowed_tools": record({
+    "mode": choice_of("auto", "required"),
+    "tools": array(record({"function": record({"name": STRING})})),
+})})
 RESPONSE_FORMAT = record(
     {"type": choice_of("text", "json_object", "json_schema")},
     {"json_schema": OBJECT},
@@ -755,7 +759,7 @@ class ChatRequest:
             stop=[text for text in stop if text],
             max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
             tools=allowed_functions(body),
-            must_call=body.get("tool_choice") not in (None, "none", "auto"),
+            must_call=must_call(body.get("tool_choice")),
         )
 
     @cached_property
@@ -805,11 +809,27 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
         functions = [function for function in functions if function["name"] == choice["function"]["name"]]
         if not functions:
             raise bad_request("'tool_choice' names a function that is not in 'tools'.", "tool_choice.function.name")
+    if allows_tools(choice):
+        violation = find_violation(choice, ALLOWED_TOOLS, "tool_choice")
+        if violation:
+            raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
+        names = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"]}
+        functions = [function for function in functions if function["name"] in names]
     return functions
 
 
 def names_function(choice: Any) -> TypeGuard[JSONObject]:
     return isinstance(choice, dict) and choice.get("type") in (None, "function")
+
+
+def must_call(choice: Any) -> bool:
+    if allows_tools(choice):
+        return bool(choice["allowed_tools"]["mode"] == "required")
+    return choice not in (None, "none", "auto")
+
+
+def allows_tools(choice: Any) -> TypeGuard[JSONObject]:
+    return isinstance(choice, dict) and choice.get("type") == "allowed_tools"
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
@@ -2465,7 +2485,7 @@ WEB_CHAT_REQUEST = record({}, {  # what a request may ask for here; the rest wou
     "logprobs": {"enum": [False]},
     "audio": {"enum": [{}]},
     "modalities": {"enum": [[], ["text"]]},
-    "tool_choice": any_of(STRING, record({}, {"type": choice_of("function")})),
+    "tool_choice": any_of(STRING, record({}, {"type": choice_of("function", "allowed_tools")})),
     "tools": array(record({"type": choice_of("function")})),
     "messages": array(record({}, {"content": any_of(STRING, array(record({"type": choice_of("text", "refusal")})))})),
 })

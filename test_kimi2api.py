@@ -1697,6 +1697,20 @@ def test_a_context_that_is_too_long_is_told_in_words_that_clients_know(make: Mak
     assert re.search(r": tools \d+, response format \d+, newest message \d+\.", response.json["error"]["message"])
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_those_that_are_offered(app: Client, kimi: WebChat, mode: str) -> None:
+    kimi.answer = '<tool_call>{"name": "clock"}</tool_call>'
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "clock"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    assert called(chat(app, tools=[WEATHER, CLOCK], tool_choice=choice)) == [("clock", {})]
+    prompt = kimi.posts[-1]["message"]
+    assert "- clock" in prompt and "get_weather" not in prompt
+    assert ("You must call" in prompt) == (mode == "required")
+    choice["allowed_tools"] = {"mode": mode, "tools": [{}]}
+    response = chat(app, tools=[CLOCK], tool_choice=choice)
+    assert is_error(response, 400, None, param="tool_choice.allowed_tools.tools[0].function")
+
+
 MANY_TOOLS = [tool(f"tool_{number}", "What it does. " * (50 if number == 1 else 10)) for number in range(28)]
 
 
@@ -2087,9 +2101,7 @@ def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat
         pytest.param("audio", {"audio": {"voice": "x"}}, id="audio"),
         pytest.param("modalities", {"modalities": ["text", "audio"]}, id="modalities"),
         pytest.param("tools[0].type", {"tools": [{"type": "custom", "custom": {}}]}, id="custom tool"),
-        pytest.param(
-            "tool_choice.type", {"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, id="allowed tools"
-        ),
+        pytest.param("tool_choice.type", {"tool_choice": {"type": "custom", "custom": {}}}, id="custom choice"),
     ],
 )
 def test_what_would_change_the_shape_of_the_answer_is_a_clear_400(
