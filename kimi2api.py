@@ -2132,6 +2132,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 # ======================================================================================================================
 
 
+CHALLENGE_DELAY = 4.0  # seconds before a challenge is answered; without it, the page could name any
 MAX_CHALLENGE_BYTES = 24 << 10  # of a page that may be a challenge
 MAX_CHALLENGE_WORD = 8 << 10
 MAX_COOKIES = 20
@@ -2148,8 +2149,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
                   "Chrome/142.0.0.0 Safari/537.36")  # cloudscraper's own list ends with Chrome 76
 
     def __init__(self, name: str, connections: int, timeout: float) -> None:
-        # delay: seconds before a challenge is answered; without it, the page could name any
-        super().__init__(browser={"browser": "chrome", "platform": "windows", "mobile": False}, delay=4)
+        super().__init__(browser={"browser": "chrome", "platform": "windows", "mobile": False}, delay=CHALLENGE_DELAY)
         self.headers["User-Agent"] = self.USER_AGENT
         self.transport = Transport(name, connections, self.get_adapter("https://"))
         self._timeout = timeout
