@@ -4454,29 +4454,29 @@ async function fillApi() {
   for (const [name, schema] of Object.entries(components?.schemas ?? {})) fold(api, name, 'schema', schema);
 }
 async function ask() {
-  const said = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
-  if (running || !said.content) return;
-  const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, said]});
-  make('div', chat, said.content, 'user').scrollIntoView(near);
+  const asked = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
+  if (running || !asked.content) return;
+  const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, asked]});
+  make('div', chat, asked.content, 'user').scrollIntoView(near);
   const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box, '…');
   [running, send.disabled, stop.disabled, question.value] = [new AbortController(), true, false, ''];
   try {
     const stream = await call('/v1/chat/completions', {method: 'POST', body, signal: running.signal});
-    const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let whole = false;
+    const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let complete = false;
     for (let read, rest = ''; !(read = await reader.read()).done;) {
       const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
       rest = lines.pop();  // the beginning of a line
       for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
-        if (whole ||= data === '[DONE]') break;
+        if (complete ||= data === '[DONE]') break;
         const {error, choices} = JSON.parse(data), delta = choices?.[0]?.delta ?? {}; if (error) fail(error);
         thought.textContent += delta.reasoning_content ?? '';
         text.textContent = (reply.content += delta.content ?? '') || '…';
       }
       if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
     }
-    if (!whole || !reply.content) fail({message: whole ? 'The answer is empty.' : 'The answer broke off.'});
+    if (!complete || !reply.content) fail({message: complete ? 'The answer is empty.' : 'The answer broke off.'});
   } catch ({message}) { make('div', chat, running.signal.aborted ? 'Stopped' : message, 'error').scrollIntoView(near); }
-  if (reply.content) turns.push(said, reply); else { box.remove(); question.value ||= said.content; }
+  if (reply.content) turns.push(asked, reply); else { box.remove(); question.value ||= asked.content; }
   [running, send.disabled, stop.disabled] = [null, false, true];
 }
 send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
