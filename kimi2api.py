@@ -815,6 +815,8 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
             raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
         names = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"]}
         functions = [function for function in functions if function["name"] in names]
+        if must_call(choice) and not functions:
+            raise bad_request("'tool_choice' allows no function that is in 'tools'.", "tool_choice.allowed_tools.tools")
     return functions
 
 
@@ -917,6 +919,8 @@ def latest_turns(turns: Turns) -> tuple[Turns, int]:
     kept: list[Turn] = []
     size = 0
     for turn in reversed(turns[-MAX_TURNS:]):
+        if size_of_turn(turn) > MAX_SESSION_BYTES:
+            continue
         if size + size_of_turn(turn) > MAX_SESSION_BYTES:
             break
         size += size_of_turn(turn)
@@ -966,6 +970,7 @@ class Sessions:
             else:
                 turns = append_turns(session.turns, slim)
             kept, size = latest_turns(turns)
+            size += len(user) + MESSAGE_BYTES
             self._sessions[owner, user] = replace(session, used=self._clock(), turns=kept, size=size)
             self._size += size
             while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
@@ -1486,6 +1491,7 @@ class Transport:
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, tuple[Any, bool]] = {}
+        self._lock = threading.Lock()  # guards the making of pools: urllib3 has one for all spellings of a host
 
     def request(self, method: str, url: str, headers: Headers, body: bytes | None, call: Call) -> Response:
         parts = urlsplit(url)
@@ -1509,15 +1515,20 @@ class Transport:
         """
         parts = urlsplit(url)
         origin = f"{parts.scheme}://{parts.netloc}/"
-        if origin not in self._pools:
-            request = requests.Request("GET", origin).prepare()
-            local = is_loopback(parts.hostname)  # a proxy's loopback is not ours
-            proxies = {} if local else get_environ_proxies(origin)
-            verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-            pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
+        with self._lock:
+            if origin not in self._pools:
+                self._pools[origin] = self._make_pool(origin)
+            return self._pools[origin]
+
+    def _make_pool(self, origin: str) -> tuple[Any, bool]:
+        request = requests.Request("GET", origin).prepare()
+        local = is_loopback(urlsplit(origin).hostname)  # a proxy's loopback is not ours
+        proxies = {} if local else get_environ_proxies(origin)
+        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
+        if not issubclass(pool.ConnectionCls, UpstreamConnection):
             pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
-            self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
-        return self._pools[origin]
+        return pool, self._adapter.request_url(request, proxies) != "/"
 
     # Failures
 
@@ -1820,7 +1831,7 @@ def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str =
             "response format": len(form),
             "newest message": joined_length([*lines_of(question), *lines_of(last)]),
         })
-    offered = offered or tools_that_fit(tools, room_beside([]) - 1)
+    offered = offered or tools_that_fit(tools, room_beside([]) - (1 if head([]) else 2))
     room = room_beside(offered)
     kept = latest_that_fit(["\n".join(lines_of(messages)) for messages in rounds], room)
     before: list[str] = []
@@ -2119,7 +2130,9 @@ def parse_document(text: str, kind: type) -> str:
 def decode_json(text: str, start: int) -> tuple[Any, int]:
     """The JSON value that begins there, and where it ends. Raises UnusableAnswer."""
     try:
-        return STRICT_JSON.raw_decode(text, start)
+        value, end = STRICT_JSON.raw_decode(text, start)
+        check_depth(value)
+        return value, end
     except (ValueError, RecursionError) as error:
         raise UnusableAnswer(f"not valid JSON: {error}") from None
 
@@ -2562,6 +2575,7 @@ OPTIONAL_PARAMETERS = (
 )
 NOTES_MAX_AGE = 3600.0  # seconds
 MAX_NOTES = 1000  # models
+MAX_REFUSED = 50  # settings of one
 
 # How a forced tool is asked for: as the client does; as the only one of the tools; without thinking
 AS_ASKED, ONLY_TOOL, NO_THINKING = range(3)
@@ -2571,14 +2585,17 @@ AS_ASKED, ONLY_TOOL, NO_THINKING = range(3)
 class ModelNotes:
     """What an API's refusals (400) have taught about one of its models. The facts are in `after`."""
 
-    refused: Mapping[str, float] = field(default_factory=dict)  # parameters, and until when they are left out
+    refused: Mapping[str, float] = field(default_factory=dict)  # settings of parameters, left out until when
     wants_reasoning: bool = False  # every assistant message must have reasoning_content, if only an empty one
     forcing: int = AS_ASKED
     forcing_until: float = 0.0  # seconds since the epoch, as are the times in `refused`
 
     def adapt(self, body: JSONObject, now: float) -> JSONObject:
         """A request as the model takes it."""
-        adapted = {name: value for name, value in body.items() if self.refused.get(name, 0.0) <= now}
+        adapted = {}
+        for name, value in body.items():
+            if name not in OPTIONAL_PARAMETERS or self.refused.get(setting_of(name, value), 0.0) <= now:
+                adapted[name] = value
         if self.wants_reasoning:
             adapted["messages"] = without_reasoning_gaps(body["messages"])
         choice = body.get("tool_choice")
@@ -2599,11 +2616,14 @@ class ModelNotes:
         """
         named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
         until = now + NOTES_MAX_AGE
-        refused = {name: until for name in OPTIONAL_PARAMETERS if name in named and name in sent}
-        if sent.get("logprobs"):
-            refused.pop("logprobs", None)  # they were really asked for
+        refused = {}
+        for name in OPTIONAL_PARAMETERS:
+            really_wanted = name == "logprobs" and sent.get(name)
+            if name in named and name in sent and not really_wanted:
+                refused[setting_of(name, sent[name])] = until
         if refused:
-            return replace(self, refused={**self.refused, **refused})
+            known = list(self.refused.items())[-MAX_REFUSED:]
+            return replace(self, refused={**dict(known), **refused})
         if "reasoning_content" in named and without_reasoning_gaps(sent["messages"]) != sent["messages"]:
             return replace(self, wants_reasoning=True)
         choice = sent.get("tool_choice")
@@ -2611,6 +2631,11 @@ class ModelNotes:
             forcing = ONLY_TOOL if names_function(choice) else NO_THINKING
             return replace(self, forcing=forcing, forcing_until=until)
         return None
+
+
+def setting_of(parameter: str, value: Any) -> str:
+    """A parameter and its value: what is refused of one caller's value says nothing of another's."""
+    return f"{parameter}={value!r}"[:100]
 
 
 def forces_tool(choice: Any) -> bool:
@@ -2670,7 +2695,7 @@ class OpenAIProvider(Provider):
             ignored = [name for name in request.body if name not in sent]
             if ignored:
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-            answer = APIAnswer(self, response, chat, headers)
+            answer = APIAnswer(self, response, chat, headers, sent["messages"])
             try:
                 yield from answer.deltas()
             finally:
@@ -2716,12 +2741,15 @@ class OpenAIProvider(Provider):
         if store is None or not ids:
             return messages
         restored = []
+        asked = sha256()
         for message in messages:
+            add_question(asked, message)
             if message.get("tool_calls") and message.get("reasoning_content") is None:
                 for call in message["tool_calls"]:
                     call_id = call.get("id")
                     known = call_id and ids[call_id] == 1  # one that occurs twice could be another answer's
-                    text = store.find_reasoning(chat.owner, self.name, call_id) if known else None
+                    place = f"{asked.hexdigest()} {call_id}"
+                    text = store.find_reasoning(chat.owner, self.name, place) if known else None
                     if text:
                         message = {**message, "reasoning_content": text}
                         break
@@ -2822,16 +2850,25 @@ class OpenAIProvider(Provider):
         yield from self._check_answer([*models, *listed, "default"][0])
 
 
+def add_question(asked: Any, message: Message) -> None:
+    """Add a user's message to the digest of a conversation: ids such as functions.f:0 occur in every one of them."""
+    if message["role"] == "user":
+        asked.update(text_of(message).encode() + b"\0")
+
+
 class APIAnswer:
     """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
     after that is no failure."""
 
-    def __init__(self, provider: OpenAIProvider, response: Response, chat: Chat, headers: Headers) -> None:
+    def __init__(
+        self, provider: OpenAIProvider, response: Response, chat: Chat, headers: Headers, messages: list[Message],
+    ) -> None:
         self.is_done = False  # [DONE] has come
         self._provider = provider
         self._response = response
         self._chat = chat
         self._headers = headers
+        self._messages = messages  # that it answers
         self._wanted = chat.request.body.get("n") or 1
         self._seen: set[int] = set()  # choices
         self._finished: set[int] = set()
@@ -2927,7 +2964,11 @@ class APIAnswer:
         text = "".join(self._reasoning.get(index, ()))
         ids = self._call_ids.get(index)
         if text and ids and self._chat.store is not None:
-            self._chat.store.keep_reasoning(self._chat.owner, self._provider.name, ids, text)
+            asked = sha256()
+            for message in self._messages:
+                add_question(asked, message)
+            places = [f"{asked.hexdigest()} {call_id}" for call_id in ids]
+            self._chat.store.keep_reasoning(self._chat.owner, self._provider.name, places, text)
 
 
 def is_text_only(choice: JSONObject) -> bool:
@@ -3878,7 +3919,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             return
         if self.expect_continue:  # it has not been sent yet
             self.expect_continue = False
-            self.connection_close = True
+            self.headers["CONNECTION"] = "close"  # what comes is the body, and must not be taken for a request
             self.body_rcv = None
         else:
             self.body_rcv.buf = Discarded(0)
@@ -3903,7 +3944,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         heads[self] = time.time()
         if len(self._map) >= self.adj.connection_limit:
             oldest = next(iter(heads))
-            oldest.handle_close()
+            if oldest is not self:  # else waitress accepts no more for now
+                oldest.handle_close()
 
     def received(self, data: bytes) -> bool:
         received: bool = super().received(data)

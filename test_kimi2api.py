@@ -1218,7 +1218,8 @@ def test_sessions_are_bounded_in_bytes_each_and_all(
     assert app.get("/v1/sessions/ada").status_int == 404, "the least recently used session goes first"
     assert app.get("/v1/sessions/eve").status_int == 200
     chat(app, "z" * 9_000, user="eve")
-    assert app.get("/v1/sessions/eve").json["turns"] == [], "a turn that is too large is not kept"
+    [turn] = app.get("/v1/sessions/eve").json["turns"]
+    assert turn[0]["content"][0] == "y", "a turn that is too large is not kept, what was remembered is"
 
 
 # ======================================================================================================================
@@ -1739,6 +1740,12 @@ def test_tools_that_must_be_called_and_do_not_fit_are_a_400(app: Client) -> None
 def test_a_question_that_leaves_no_room_for_any_tool_is_asked_without(app: Client, kimi: WebChat) -> None:
     response = chat(app, "x" * 980, tools=MANY_TOOLS)
     assert response.headers["X-Kimi2api-Tools-Dropped"] == "28" and kimi.posts[-1]["message"] == "用户: " + "x" * 980
+
+
+@pytest.mark.parametrize("limit", range(200, 240))
+def test_no_prompt_is_longer_than_the_limit(make: Make, kimi: WebChat, limit: int) -> None:
+    assert chat(make(CONTEXT_MAX_LENGTH=str(limit)), "x" * 20, tools=[CLOCK, WEATHER]).status_int == 200
+    assert len(kimi.posts[-1]["message"]) <= limit
 
 
 def agents_turn(*results: str) -> list[dict[str, Any]]:
@@ -2918,6 +2925,41 @@ def test_a_session_keeps_the_reasoning_of_its_tool_calls(make: Make, both: dict[
     assert [message["role"] for message in turn][:3] == ["user", "assistant", "tool"]
 
 
+def test_reasoning_stays_in_its_conversation_though_call_ids_repeat(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.always = thinks(*STEPS)
+    calls = {}
+    for question in ("mine", "yours"):
+        answered = chat(app, question, model="local/k3", tools=[WEATHER]).json["choices"][0]["message"]
+        calls[question] = answered["tool_calls"]
+    api.always = api_answers("ok")
+    for question, expected in (("mine", "I think of step 0."), ("another", None)):
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": None, "tool_calls": calls["mine"]},
+            {"role": "tool", "tool_call_id": calls["mine"][0]["id"], "content": "fine"},
+        ]
+        chat(app, messages=messages, model="local/k3")
+        assert api.asked[-1][2]["messages"][1].get("reasoning_content") == expected
+
+
+def test_a_value_that_a_model_refuses_says_nothing_of_another(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = thinks()
+    app = make(**both)
+    assert chat(app, model="local/k3", temperature=1.5).headers["X-Kimi2api-Ignored"] == "temperature"
+    assert "X-Kimi2api-Ignored" not in chat(app, model="local/k3", temperature=1).headers
+    assert api.asked[-1][2]["temperature"] == 1
+
+
+def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(make: Make, kimi: WebChat) -> None:
+    page = kimi.settings["CHAT_PAGE_URL"].replace("127.0.0.1", "LOCALHOST")
+    upstream = kimi.settings["UPSTREAM_URL"].replace("127.0.0.1", "localhost")
+    for _ in range(3):
+        app = make(CHAT_PAGE_URL=page, UPSTREAM_URL=upstream)
+        with ThreadPoolExecutor(16) as pool:
+            assert all(said(done) for done in pool.map(lambda _, app=app: chat(app), range(16)))
+
+
 @json_and_stream
 def test_a_parameter_that_a_model_refuses_is_left_out(
     make: Make, both: dict[str, str], api: Api, stream: bool
@@ -3882,8 +3924,13 @@ def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
         response, body = read_response(link)
         assert response.status == 401 and b"invalid_api_key" in body
         link.close()
-    link = program.open(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % 1000)
-    assert read_response(link)[0].status == 401, "without waiting for the body"
+    smuggled = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    link = program.open(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % len(smuggled))
+    response, _ = read_response(link)
+    assert response.status == 401 and response.getheader("Connection") == "close", "without waiting for the body"
+    with suppress(OSError):
+        link.sendall(smuggled)
+        assert link.recv(100) == b"", "which is no request"
     link.close()
 
 
