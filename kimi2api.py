@@ -3850,7 +3850,34 @@ class DemoUpstream(BaseHTTPRequestHandler):
         log.debug("demo upstream: " + format, *args)
 
 
+def smallest_document(schema: Any) -> Any:
+    """A value by a JSON schema, as far as the demo reads one."""
+    if not isinstance(schema, dict):
+        return {}
+    for keyword in ("enum", "anyOf", "oneOf"):
+        if isinstance(schema.get(keyword), list) and schema[keyword]:
+            first = schema[keyword][0]
+            return first if keyword == "enum" else smallest_document(first)
+    kind = schema.get("type")
+    if kind == "array":
+        return []
+    if kind in ("object", None):
+        properties = schema.get("properties")
+        required = schema.get("required")
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            return {}
+        return {str(name): smallest_document(properties.get(str(name))) for name in required}
+    return {"string": "", "integer": 0, "number": 0, "boolean": False}.get(str(kind))
+
+
 def answer_of_demo(prompt: str, model: str) -> str:
+    wants_json = re.search(r"^Answer with one JSON document and nothing else(?:, valid by this schema: (.*))?", prompt,
+                           re.M)
+    if wants_json:
+        schema: Any = OBJECT
+        with suppress(ValueError):  # the words may be the user's own
+            schema = parse_json(wants_json[1] or "{}")
+        return json.dumps(smallest_document(schema))
     *before, newest = re.split(r"^(?:用户|模型): ", prompt, flags=re.M)
     earlier = ""
     for part in before:
@@ -4387,7 +4414,8 @@ def operation(summary: str, answer: JSONObject, parameter: str = "") -> JSONObje
 def openapi(key_required: bool) -> JSONObject:
     """The OpenAPI 3.1 description of the server."""
     completion = content_of("Completion")
-    completion["text/event-stream"] = {"schema": {**STRING, "description": "events: each a Chunk, then [DONE]"}}
+    event = object_of({"data": {**STRING, "description": "a Chunk as JSON, or [DONE]"}})
+    completion["text/event-stream"] = {"schema": {**event, "description": "each event of the stream"}}
     page = {"text/html": {"schema": STRING}}
     paths: dict[str, JSONObject] = {
         "/v1/chat/completions": {"post": operation("chat", completion)},

@@ -3600,6 +3600,15 @@ def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
         assert "Ada" not in "".join(program.log), "no prompt text in the log"
 
 
+def test_the_demo_answers_with_json_where_json_is_asked_for(demo: Program) -> None:
+    schema = {"type": "object", "required": ["a", "b"], "properties": {"a": {"type": "integer"}, "b": {"enum": ["x"]}}}
+    for form, document in ((JSON_OBJECT, {}), ({"type": "json_schema", "json_schema": {"schema": schema}}, None)):
+        status, body = demo.chat(response_format=form)
+        assert status == 200, body
+        answered = json.loads(json.loads(body)["choices"][0]["message"]["content"])
+        assert answered == ({"a": 0, "b": "x"} if document is None else document)
+
+
 # ======================================================================================================================
 # 15 Server
 # ======================================================================================================================
