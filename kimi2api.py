@@ -15,14 +15,18 @@ The way of a chat through this file:
 
 and of its reader:
 
-    1 Settings         every setting, in one table           9 OpenAI-style APIs    Moonshot, DeepSeek, a local server
-    2 Errors and JSON  in OpenAI's form; strict reading     10 Models and fallback  which upstream answers for a model
-    3 Requests         schemas of what a caller may send    11 Delivery             sessions, threads, keep-alive, pace
-    4 Stores           remembers the turns of a `user`      12 Formats              deltas to JSON or to events
-    5 Deltas           folding, tokens, graphemes           13 App                  routes, keys, browsers, limits
-    6 Upstreams        transport, circuit breaker, retries  14 Demo upstream        a small stand-in for the web chat
-    7 Prompts          a request as plain text, and back    15 Server               waitress, signals, command line
-    8 Kimi's web chat  the nonce, the form, its answers     16 Description, page    the OpenAPI description, the page
+     1 Settings         every setting, in one table       13 Kimi's web chat      the nonce, the form, its answers
+     2 Errors and JSON  in OpenAI's form; strict reading  14 Model notes          what models refuse
+     3 Schemas          what a value must be like         15 API streams          the events of an answer
+     4 Requests         what a caller may send            16 OpenAI-style APIs    Moonshot, DeepSeek, a local one
+     5 Stores           the turns of a `user`             17 Models and fallback  who answers for a model
+     6 Deltas           folding, tokens, graphemes        18 Delivery             sessions, threads, pace
+     7 Connections      deadlines, strict reading         19 Formats              deltas to JSON or to events
+     8 Transport        pools, failures as errors         20 App                  routes, keys, browsers, limits
+     9 Upstreams        circuit breaker, retries          21 Demo upstream        a small web chat of our own
+    10 Prompts          a request as plain text           22 Server               waitress, and how it stops
+    11 Reading answers  calls and JSON in plain text      23 Command line         flags, --check, main()
+    12 Scraper          cloudscraper, many threads        24 Description, page    OpenAPI, and HTML
 
 A section knows those above it and never one below; the last holds constants that the App serves.
 """
@@ -517,16 +521,13 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 # ======================================================================================================================
-# 3 Requests
+# 3 Schemas
 #
-# The schemas of what a caller may send: they check a request and are what /openapi.json shows. What they cannot say,
-# because it compares two fields, is code. A message stays the dict that the client sent; what an upstream cannot do
-# with it (images, say) is that upstream's to refuse. Fields and meanings: OpenAI's chat completions reference.
+# JSON Schema, as far as requests and answers need it: short ways to write a schema, and what finds the place where a
+# value breaks one.
 # ======================================================================================================================
 
 Schema = JSONObject
-ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
-
 STRING: Schema = {"type": "string"}
 NUMBER: Schema = {"type": "number"}
 INTEGER: Schema = {"type": "integer"}
@@ -564,60 +565,6 @@ def when(name: str, values: list[Any], then: Schema) -> Schema:
     """Keywords of an object schema: where the field has one of these values, or is missing, `then` holds too."""
     return {"if": {"properties": {name: {"enum": values}}}, "then": then}
 
-
-CONTENT_PART = record({"type": STRING}, **when("type", ["text"], record({"text": STRING})))
-TOOL_CALL = record({"function": record({"name": STRING, "arguments": STRING})}, {"id": STRING})
-MESSAGE = record(
-    {"role": choice_of(*ROLES)},
-    {
-        "content": any_of(STRING, array(CONTENT_PART)),
-        "tool_calls": array(TOOL_CALL),
-        "tool_call_id": STRING,
-    },
-    # an assistant's message may consist of tool calls alone
-    **when("role", [role for role in ROLES if role != "assistant"], record({"content": any_of(STRING, array(OBJECT))})),
-)
-FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
-TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
-TOOL_CHOICE = any_of(
-    choice_of("none", "auto", "required"),
-    record({}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})}))),
-)
-ALLOWED_TOOLS = record({"allowed_tools": record({
-    "mode": choice_of("auto", "required"),
-    "tools": array(record({"function": record({"name": STRING})})),
-})})
-RESPONSE_FORMAT = record(
-    {"type": choice_of("text", "json_object", "json_schema")},
-    {"json_schema": OBJECT},
-    **when("type", ["json_schema"], record({"json_schema": record({"schema": OBJECT})})),
-)
-CHAT_REQUEST = record(
-    {"messages": array(MESSAGE, minItems=1)},
-    {
-        "model": STRING,
-        "user": STRING,
-        "stream": BOOLEAN,
-        "stream_options": record({}, {"include_usage": BOOLEAN}),
-        "stop": any_of(STRING, array(STRING, maxItems=4)),
-        "max_tokens": POSITIVE,
-        "max_completion_tokens": POSITIVE,
-        "n": POSITIVE,
-        "tools": array(TOOL),
-        "tool_choice": TOOL_CHOICE,
-        "parallel_tool_calls": BOOLEAN,
-        "response_format": RESPONSE_FORMAT,
-        "temperature": NUMBER,
-        "top_p": NUMBER,
-        "presence_penalty": NUMBER,
-        "frequency_penalty": NUMBER,
-        "seed": INTEGER,
-        "logprobs": BOOLEAN,
-        "logit_bias": OBJECT,
-        "modalities": array(STRING),
-        "audio": OBJECT,
-    },
-)
 
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
@@ -723,6 +670,70 @@ def describe(schema: Schema) -> str:
         words += f" of at most {schema['maxItems']}"
     return words
 
+
+# ======================================================================================================================
+# 4 Requests
+#
+# The schemas of what a caller may send: they check a request and are what /openapi.json shows. What they cannot say,
+# because it compares two fields, is code. A message stays the dict that the client sent; what an upstream cannot do
+# with it (images, say) is that upstream's to refuse. Fields and meanings: OpenAI's chat completions reference.
+# ======================================================================================================================
+
+ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
+
+CONTENT_PART = record({"type": STRING}, **when("type", ["text"], record({"text": STRING})))
+TOOL_CALL = record({"function": record({"name": STRING, "arguments": STRING})}, {"id": STRING})
+MESSAGE = record(
+    {"role": choice_of(*ROLES)},
+    {
+        "content": any_of(STRING, array(CONTENT_PART)),
+        "tool_calls": array(TOOL_CALL),
+        "tool_call_id": STRING,
+    },
+    # an assistant's message may consist of tool calls alone
+    **when("role", [role for role in ROLES if role != "assistant"], record({"content": any_of(STRING, array(OBJECT))})),
+)
+FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
+TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
+TOOL_CHOICE = any_of(
+    choice_of("none", "auto", "required"),
+    record({}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})}))),
+)
+ALLOWED_TOOLS = record({"allowed_tools": record({
+    "mode": choice_of("auto", "required"),
+    "tools": array(record({"function": record({"name": STRING})})),
+})})
+RESPONSE_FORMAT = record(
+    {"type": choice_of("text", "json_object", "json_schema")},
+    {"json_schema": OBJECT},
+    **when("type", ["json_schema"], record({"json_schema": record({"schema": OBJECT})})),
+)
+CHAT_REQUEST = record(
+    {"messages": array(MESSAGE, minItems=1)},
+    {
+        "model": STRING,
+        "user": STRING,
+        "stream": BOOLEAN,
+        "stream_options": record({}, {"include_usage": BOOLEAN}),
+        "stop": any_of(STRING, array(STRING, maxItems=4)),
+        "max_tokens": POSITIVE,
+        "max_completion_tokens": POSITIVE,
+        "n": POSITIVE,
+        "tools": array(TOOL),
+        "tool_choice": TOOL_CHOICE,
+        "parallel_tool_calls": BOOLEAN,
+        "response_format": RESPONSE_FORMAT,
+        "temperature": NUMBER,
+        "top_p": NUMBER,
+        "presence_penalty": NUMBER,
+        "frequency_penalty": NUMBER,
+        "seed": INTEGER,
+        "logprobs": BOOLEAN,
+        "logit_bias": OBJECT,
+        "modalities": array(STRING),
+        "audio": OBJECT,
+    },
+)
 
 @dataclass(frozen=True)
 class ChatRequest:
@@ -888,7 +899,7 @@ def text_of(message: Message) -> str:
 
 
 # ======================================================================================================================
-# 4 Stores
+# 5 Stores
 #
 # A dict, an expiry, a lock. A session belongs to a key (`owner`) and a `user`; it remembers turns, never system
 # messages, which every request carries itself.
@@ -1033,7 +1044,7 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 5 Deltas
+# 6 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -1211,11 +1222,16 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 6 Upstreams
+# 7 Connections
 #
-# How any upstream is called. A provider turns a Chat into a stream of Deltas; every fault of its upstream leaves here
-# as an APIError. Transport carries requests over pooled connections, a CircuitBreaker spares an upstream that is down.
+# http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
+# when a chat's client has gone.
 # ======================================================================================================================
+
+MAX_INTERIM_RESPONSES = 16
+MAX_CHUNK_LINE = 4096
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+TIMEOUT_PRECISION = 0.1  # seconds; setting a socket's time-out is a system call
 
 
 class Cancel:
@@ -1257,32 +1273,6 @@ class Cancel:
 def shut_down(sock: socket.socket) -> None:
     with suppress(OSError):  # it is closed already
         sock.shutdown(socket.SHUT_RDWR)
-
-
-@dataclass(frozen=True)
-class Chat:
-    """What a provider is asked."""
-
-    request: ChatRequest
-    model: str  # by the upstream's own name
-    history: Turns = ()  # remembered before it
-    session_id: str = ""
-    owner: str = ""  # whose it is
-    store: Sessions | None = None
-    cancel: Cancel = field(default_factory=Cancel)
-    cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
-
-
-# Transport
-
-MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
-MAX_INTERIM_RESPONSES = 16
-MAX_CHUNK_LINE = 4096
-CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
-LAST_CHUNK = b"0\r\n\r\n"
-TIMEOUT_PRECISION = 0.1  # seconds; setting a socket's time-out is a system call
-DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
-DRAIN_BYTES = 65536
 
 
 class Call:
@@ -1421,6 +1411,19 @@ class UpstreamConnection:
         if self.sock is not None:
             self.sock.settimeout(CURRENT_CALL.get().remaining())
         super().send(data)  # type: ignore[misc]
+
+
+# ======================================================================================================================
+# 8 Transport
+#
+# Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
+# ======================================================================================================================
+
+MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
+LAST_CHUNK = b"0\r\n\r\n"
+DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
+DRAIN_BYTES = 65536
+MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
 
 
 class Response:
@@ -1600,6 +1603,32 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return None
 
 
+# ======================================================================================================================
+# 9 Upstreams
+#
+# What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
+# that is down; what many chats want at once is fetched once.
+# ======================================================================================================================
+
+FAILURES_TO_OPEN = 5  # in a row
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
+FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a provider is asked."""
+
+    request: ChatRequest
+    model: str  # by the upstream's own name
+    history: Turns = ()  # remembered before it
+    session_id: str = ""
+    owner: str = ""  # whose it is
+    store: Sessions | None = None
+    cancel: Cancel = field(default_factory=Cancel)
+    cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
+
+
 class SharedFetch(Generic[T]):
     """Fetches something once for all who ask meanwhile, on a thread of its own; they get its result, or its error."""
 
@@ -1626,14 +1655,6 @@ class SharedFetch(Generic[T]):
         with self._lock:  # first, so that a caller who has seen the outcome and asks again starts a new fetch
             self._future = None
         settle()
-
-
-# Circuit breaker and retries
-
-FAILURES_TO_OPEN = 5  # in a row
-FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
-FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
-MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
 
 
 class CircuitBreaker:
@@ -1774,7 +1795,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 7 Prompts
+# 10 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -1976,7 +1997,12 @@ def signature(schema: Any) -> str:
     return str(kind)
 
 
-# Reading the answer
+# ======================================================================================================================
+# 11 Reading answers
+#
+# What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
+# anybody's.
+# ======================================================================================================================
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
 
@@ -2138,12 +2164,10 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 8 Kimi's web chat
+# 12 Scraper
 #
-# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
-# object. What the site's answers mean is known here and nowhere else.
+# cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
-
 
 CHALLENGE_DELAY = 4.0  # seconds before a challenge is answered; without it, the page could name any
 MAX_CHALLENGE_BYTES = 24 << 10  # of a page that may be a challenge
@@ -2238,6 +2262,20 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
                 self.cookies.clear(cookie.domain, cookie.path, cookie.name)
 
 
+# ======================================================================================================================
+# 13 Kimi's web chat
+#
+# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
+# object. What the site's answers mean is known here and nowhere else.
+# ======================================================================================================================
+
+NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
+NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
+CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
+CHALLENGE_SECONDS = 10.0  # that solving one may take beyond REQUEST_TIMEOUT, as cloudscraper waits before it answers
+MAX_REDIRECTS = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Nonce:
     """The token without which the web chat answers nothing. Each fetch makes a new object, equal text or not."""
@@ -2252,13 +2290,6 @@ class StaleNonce(Exception):
     def __init__(self, error: APIError) -> None:
         super().__init__(error.message)
         self.error = error
-
-
-NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
-NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
-CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
-CHALLENGE_SECONDS = 10.0  # that solving one may take beyond REQUEST_TIMEOUT, as cloudscraper waits before it answers
-MAX_REDIRECTS = 4
 
 
 def find_nonce(html: str) -> str | None:
@@ -2540,33 +2571,11 @@ def read_text(response: requests.Response) -> str:
 
 
 # ======================================================================================================================
-# 9 OpenAI-style APIs
+# 14 Model notes
 #
-# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
-# Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
-# and the streaming are ours.
+# Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
+# kept for its next requests, so that no table of models is needed.
 # ======================================================================================================================
-
-MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
-MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
-MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
-
-TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
-CHUNK_CHOICE = object_of({
-    "index": COUNT,
-    "finish_reason": any_of(STRING, NULL),
-    "delta": record({}, {
-        **dict.fromkeys(sorted(TEXT_FIELDS), STRING),
-        "tool_calls": array(record({}, {
-            "index": COUNT,
-            "id": STRING,
-            "type": STRING,
-            "function": record({}, {"name": STRING, "arguments": STRING}),
-        })),
-    }),
-})
-
 
 # Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
 OPTIONAL_PARAMETERS = (
@@ -2656,6 +2665,258 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
     return filled
 
 
+# ======================================================================================================================
+# 15 API streams
+#
+# The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
+# ======================================================================================================================
+
+MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
+FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
+
+TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
+CHUNK_CHOICE = object_of({
+    "index": COUNT,
+    "finish_reason": any_of(STRING, NULL),
+    "delta": record({}, {
+        **dict.fromkeys(sorted(TEXT_FIELDS), STRING),
+        "tool_calls": array(record({}, {
+            "index": COUNT,
+            "id": STRING,
+            "type": STRING,
+            "function": record({}, {"name": STRING, "arguments": STRING}),
+        })),
+    }),
+})
+
+
+class APIErrors:
+    """What goes wrong with an API: told in its name, and never with our key for it."""
+
+    def __init__(self, name: str, key: str, clock: Callable[[], float]) -> None:
+        self._name = name
+        self._key = key
+        self._clock = clock
+
+    def invalid_response(self, what: str) -> APIError:
+        return upstream_error(502, "upstream_invalid_response", f"{self._name} sent {what}.")
+
+    def upstream_error(self, status: int, answer: Any, headers: Headers) -> APIError:
+        """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
+        if status in (401, 403):
+            return upstream_error(
+                502, "upstream_auth", f"{self._name} does not accept the key that this server has for it "
+                f"(HTTP {status}); see {self._name.upper()}_API_KEY.")
+        error = answer.get("error", answer) if isinstance(answer, dict) else answer
+        fields = error if isinstance(error, dict) else {}
+
+        def told(name: str) -> str | None:
+            return plain_line(fields[name], self._key) if fields.get(name) else None
+
+        message = f"{self._name}: {plain_line(error, self._key)}"
+        type, code, param = told("type"), told("code"), told("param")
+        if status == 429:
+            ours = rate_limited(
+                message, type or "rate_limit_error", code or "upstream_rate_limited", headers, self._clock())
+        elif 400 <= status < 500:
+            ours = APIError(status, message, type or "invalid_request_error", code, param)
+        else:
+            wait = parse_retry_after(headers.get("Retry-After"), self._clock())
+            ours = APIError(
+                status if 500 <= status < 600 else 502, message, type or "upstream_error",
+                code or "upstream_unavailable", param, retryable=500 <= status < 600,
+                headers={} if wait is None else {"Retry-After": str(ceil(wait))})
+        return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
+
+
+def add_question(asked: Any, message: Message) -> None:
+    """Add a user's message to the digest of a conversation: ids such as functions.f:0 occur in every one of them."""
+    if message["role"] == "user":
+        asked.update(text_of(message).encode() + b"\0")
+
+
+class APIAnswer:
+    """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
+    after that is no failure."""
+
+    def __init__(
+        self, provider: str, errors: APIErrors, response: Response, chat: Chat, headers: Headers,
+        messages: list[Message],
+    ) -> None:
+        self.is_done = False  # [DONE] has come
+        self._provider = provider
+        self._errors = errors
+        self._response = response
+        self._chat = chat
+        self._headers = headers
+        self._messages = messages  # that it answers
+        self._wanted = chat.request.body.get("n") or 1
+        self._seen: set[int] = set()  # choices
+        self._finished: set[int] = set()
+        self._last_calls: dict[int, int] = {}  # the index of the last tool call, by choice
+        self._text: list[str] = []
+        self._reasoning: dict[int, list[str]] = {}  # by choice, as are the ids of its tool calls
+        self._call_ids: dict[int, list[str]] = {}
+        self._is_complete = False
+        self._has_usage = False
+
+    def deltas(self) -> Iterator[Delta]:
+        headers = self._headers
+        call = self._response.call
+        try:
+            for data in server_sent_data(self._response.stream(), self._errors):
+                if data == b"[DONE]":
+                    self.is_done = True
+                    break
+                had_begun = bool(self._seen)
+                chunk = self._parse_chunk(data)
+                if self._seen and not had_begun:  # now it may take as long as it likes, if it is not silent
+                    call.limit_reads()
+                if not self._is_complete and len(self._finished) >= max(len(self._seen), self._wanted):
+                    self._is_complete = True
+                    call.limit(FINISHED_SILENCE)
+                yield Delta(chunk, headers=headers)
+                headers = {}
+        except APIError:
+            if not self._is_complete:
+                raise
+        if not (self.is_done or self._is_complete):
+            message = f"{self._provider} ended the stream before the answer was complete."
+            raise upstream_error(502, "upstream_unavailable", message)
+        if not self._seen:
+            raise self._errors.invalid_response("an empty answer")
+        if not self._has_usage:
+            prompt = "\n".join(map(text_of, self._chat.request.messages))
+            yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
+
+    def _parse_chunk(self, data: bytes) -> JSONObject:
+        """A chunk whose choices all have an index, a delta and a finish reason or null."""
+        try:
+            chunk = parse_upstream_json(data)
+        except ValueError:
+            raise self._errors.invalid_response("something that is not JSON") from None
+        if not isinstance(chunk, dict):
+            raise self._errors.invalid_response("a malformed chunk")
+        if chunk.get("error"):
+            raise self._errors.upstream_error(500, chunk, {})
+        choices = chunk.get("choices")
+        if choices is None:
+            choices = chunk["choices"] = []
+        if not isinstance(choices, list):
+            raise self._errors.invalid_response("a malformed chunk")
+        for choice in choices:
+            self._check_choice(choice)
+        if chunk.get("usage"):
+            self._has_usage = True
+        return chunk
+
+    def _check_choice(self, choice: Any) -> None:
+        if not isinstance(choice, dict):
+            raise self._errors.invalid_response("a malformed chunk")
+        choice.setdefault("index", 0)
+        choice.setdefault("finish_reason", None)
+        delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
+        if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
+            raise self._errors.invalid_response("a malformed chunk")
+        index = choice["index"] = int(choice["index"])
+        self._seen.add(index)
+        if delta.get("tool_calls"):
+            self._number_calls(index, delta["tool_calls"])
+        if delta.get("reasoning_content"):
+            self._reasoning.setdefault(index, []).append(delta["reasoning_content"])
+        if index == 0 and delta.get("content"):
+            self._text.append(delta["content"])
+        if choice["finish_reason"]:
+            self._finished.add(index)
+            self._keep_reasoning(index)  # before the client can ask with the results of its calls
+
+    def _number_calls(self, index: int, calls: list[JSONObject]) -> None:
+        """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
+        last = self._last_calls.get(index, -1)
+        for call in calls:
+            if not isinstance(call.get("index"), int):
+                call["index"] = last + 1 if last < 0 or call.get("id") else last
+            last = call["index"]
+            if call.get("id"):
+                self._call_ids.setdefault(index, []).append(call["id"])
+        self._last_calls[index] = last
+
+    def _keep_reasoning(self, index: int) -> None:
+        text = "".join(self._reasoning.get(index, ()))
+        ids = self._call_ids.get(index)
+        if text and ids and self._chat.store is not None:
+            asked = sha256()
+            for message in self._messages:
+                add_question(asked, message)
+            places = [f"{asked.hexdigest()} {call_id}" for call_id in ids]
+            self._chat.store.keep_reasoning(self._chat.owner, self._provider, places, text)
+
+
+def is_text_only(choice: JSONObject) -> bool:
+    """A fast path: nearly every chunk is only text, and needs no check by the schema."""
+    delta = choice["delta"]
+    if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
+        return False
+    if choice["finish_reason"] is not None:
+        return False
+    return all(value is None or type(value) is str for value in delta.values())
+
+
+def rate_limits(headers: Headers) -> dict[str, str]:
+    """The rate-limit headers that may be passed on."""
+    limits = {}
+    for name, value in headers.items():
+        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {value}", re.A):
+            limits[name] = value
+    return limits
+
+
+def server_sent_data(chunks: Iterable[bytes], errors: APIErrors) -> Iterator[bytes]:
+    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
+    line: list[bytes] = []  # the pieces of a line whose end has not come
+    line_size = 0
+    total = 0
+    data: list[bytes] = []
+    data_size = 0
+    is_first = True
+    for chunk in itertools.chain(chunks, [b"\n\n"]):  # the end of the stream ends the last event too
+        line.append(chunk)
+        line_size += len(chunk)
+        total += len(chunk)
+        if b"\n" in chunk:
+            *lines, rest = b"".join(line).split(b"\n")
+            line = [rest]
+            line_size = len(rest)
+            if is_first:
+                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                is_first = False
+            for text in lines:
+                text = text.rstrip(b"\r")
+                if text.startswith(b"data:"):
+                    data.append(text[5:].removeprefix(b" "))
+                    data_size += len(text)
+                elif not text and data:
+                    yield b"\n".join(data)
+                    data = []
+                    data_size = 0
+        if line_size + data_size > MAX_UPSTREAM_BYTES:
+            raise errors.invalid_response(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
+        if total > MAX_STREAM_BYTES:
+            raise errors.invalid_response(f"an answer of more than {MAX_STREAM_BYTES} bytes")
+
+
+# ======================================================================================================================
+# 16 OpenAI-style APIs
+#
+# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
+# Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
+# and the streaming are ours.
+# ======================================================================================================================
+
+MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
+MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+
+
 class OpenAIProvider(Provider):
     """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
@@ -2664,7 +2925,7 @@ class OpenAIProvider(Provider):
     ) -> None:
         super().__init__(name, settings, clock)
         self._base_url = api.base_url.rstrip("/")
-        self._key = api.key
+        self._errors = APIErrors(name, api.key, clock)
         self._transport = Transport(name, connections=2 * settings.max_concurrent_chats)
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
@@ -2695,7 +2956,7 @@ class OpenAIProvider(Provider):
             ignored = [name for name in request.body if name not in sent]
             if ignored:
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-            answer = APIAnswer(self, response, chat, headers, sent["messages"])
+            answer = APIAnswer(self.name, self._errors, response, chat, headers, sent["messages"])
             try:
                 yield from answer.deltas()
             finally:
@@ -2756,9 +3017,6 @@ class OpenAIProvider(Provider):
             restored.append(message)
         return restored
 
-    def invalid_response(self, what: str) -> APIError:
-        return upstream_error(502, "upstream_invalid_response", f"{self.name} sent {what}.")
-
     def _send(self, method: str, path: str, body: bytes | None, cancel: Cancel) -> Response:
         """A response with status 200; for a POST, a stream still to be read. Its time-out is for all before that."""
         headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
@@ -2773,35 +3031,8 @@ class OpenAIProvider(Provider):
         except ValueError:
             answer = data.decode("utf-8", "replace")
         if response.status == 200 and not (isinstance(answer, dict) and answer.get("error")):
-            raise self.invalid_response("a complete answer instead of a stream")
-        raise self.upstream_error(response.status, answer, response.headers)
-
-    def upstream_error(self, status: int, answer: Any, headers: Headers) -> APIError:
-        """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
-        if status in (401, 403):
-            return upstream_error(
-                502, "upstream_auth", f"{self.name} does not accept the key that this server has for it "
-                f"(HTTP {status}); see {self.name.upper()}_API_KEY.")
-        error = answer.get("error", answer) if isinstance(answer, dict) else answer
-        fields = error if isinstance(error, dict) else {}
-
-        def told(name: str) -> str | None:
-            return plain_line(fields[name], self._key) if fields.get(name) else None
-
-        message = f"{self.name}: {plain_line(error, self._key)}"
-        type, code, param = told("type"), told("code"), told("param")
-        if status == 429:
-            ours = rate_limited(
-                message, type or "rate_limit_error", code or "upstream_rate_limited", headers, self._clock())
-        elif 400 <= status < 500:
-            ours = APIError(status, message, type or "invalid_request_error", code, param)
-        else:
-            wait = parse_retry_after(headers.get("Retry-After"), self._clock())
-            ours = APIError(
-                status if 500 <= status < 600 else 502, message, type or "upstream_error",
-                code or "upstream_unavailable", param, retryable=500 <= status < 600,
-                headers={} if wait is None else {"Retry-After": str(ceil(wait))})
-        return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
+            raise self._errors.invalid_response("a complete answer instead of a stream")
+        raise self._errors.upstream_error(response.status, answer, response.headers)
 
     # Models
 
@@ -2834,7 +3065,7 @@ class OpenAIProvider(Provider):
             listed = parse_upstream_json(response.read())["data"]
             return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
         except (ValueError, KeyError, TypeError):
-            raise self.invalid_response("no list of models") from None
+            raise self._errors.invalid_response("no list of models") from None
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         step = f"{self._base_url} reached, key accepted"
@@ -2850,182 +3081,8 @@ class OpenAIProvider(Provider):
         yield from self._check_answer([*models, *listed, "default"][0])
 
 
-def add_question(asked: Any, message: Message) -> None:
-    """Add a user's message to the digest of a conversation: ids such as functions.f:0 occur in every one of them."""
-    if message["role"] == "user":
-        asked.update(text_of(message).encode() + b"\0")
-
-
-class APIAnswer:
-    """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
-    after that is no failure."""
-
-    def __init__(
-        self, provider: OpenAIProvider, response: Response, chat: Chat, headers: Headers, messages: list[Message],
-    ) -> None:
-        self.is_done = False  # [DONE] has come
-        self._provider = provider
-        self._response = response
-        self._chat = chat
-        self._headers = headers
-        self._messages = messages  # that it answers
-        self._wanted = chat.request.body.get("n") or 1
-        self._seen: set[int] = set()  # choices
-        self._finished: set[int] = set()
-        self._last_calls: dict[int, int] = {}  # the index of the last tool call, by choice
-        self._text: list[str] = []
-        self._reasoning: dict[int, list[str]] = {}  # by choice, as are the ids of its tool calls
-        self._call_ids: dict[int, list[str]] = {}
-        self._is_complete = False
-        self._has_usage = False
-
-    def deltas(self) -> Iterator[Delta]:
-        headers = self._headers
-        call = self._response.call
-        try:
-            for data in server_sent_data(self._response.stream(), self._provider):
-                if data == b"[DONE]":
-                    self.is_done = True
-                    break
-                had_begun = bool(self._seen)
-                chunk = self._parse_chunk(data)
-                if self._seen and not had_begun:  # now it may take as long as it likes, if it is not silent
-                    call.limit_reads()
-                if not self._is_complete and len(self._finished) >= max(len(self._seen), self._wanted):
-                    self._is_complete = True
-                    call.limit(FINISHED_SILENCE)
-                yield Delta(chunk, headers=headers)
-                headers = {}
-        except APIError:
-            if not self._is_complete:
-                raise
-        if not (self.is_done or self._is_complete):
-            message = f"{self._provider.name} ended the stream before the answer was complete."
-            raise upstream_error(502, "upstream_unavailable", message)
-        if not self._seen:
-            raise self._provider.invalid_response("an empty answer")
-        if not self._has_usage:
-            prompt = "\n".join(map(text_of, self._chat.request.messages))
-            yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
-
-    def _parse_chunk(self, data: bytes) -> JSONObject:
-        """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        try:
-            chunk = parse_upstream_json(data)
-        except ValueError:
-            raise self._provider.invalid_response("something that is not JSON") from None
-        if not isinstance(chunk, dict):
-            raise self._provider.invalid_response("a malformed chunk")
-        if chunk.get("error"):
-            raise self._provider.upstream_error(500, chunk, {})
-        choices = chunk.get("choices")
-        if choices is None:
-            choices = chunk["choices"] = []
-        if not isinstance(choices, list):
-            raise self._provider.invalid_response("a malformed chunk")
-        for choice in choices:
-            self._check_choice(choice)
-        if chunk.get("usage"):
-            self._has_usage = True
-        return chunk
-
-    def _check_choice(self, choice: Any) -> None:
-        if not isinstance(choice, dict):
-            raise self._provider.invalid_response("a malformed chunk")
-        choice.setdefault("index", 0)
-        choice.setdefault("finish_reason", None)
-        delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
-        if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
-            raise self._provider.invalid_response("a malformed chunk")
-        index = choice["index"] = int(choice["index"])
-        self._seen.add(index)
-        if delta.get("tool_calls"):
-            self._number_calls(index, delta["tool_calls"])
-        if delta.get("reasoning_content"):
-            self._reasoning.setdefault(index, []).append(delta["reasoning_content"])
-        if index == 0 and delta.get("content"):
-            self._text.append(delta["content"])
-        if choice["finish_reason"]:
-            self._finished.add(index)
-            self._keep_reasoning(index)  # before the client can ask with the results of its calls
-
-    def _number_calls(self, index: int, calls: list[JSONObject]) -> None:
-        """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
-        last = self._last_calls.get(index, -1)
-        for call in calls:
-            if not isinstance(call.get("index"), int):
-                call["index"] = last + 1 if last < 0 or call.get("id") else last
-            last = call["index"]
-            if call.get("id"):
-                self._call_ids.setdefault(index, []).append(call["id"])
-        self._last_calls[index] = last
-
-    def _keep_reasoning(self, index: int) -> None:
-        text = "".join(self._reasoning.get(index, ()))
-        ids = self._call_ids.get(index)
-        if text and ids and self._chat.store is not None:
-            asked = sha256()
-            for message in self._messages:
-                add_question(asked, message)
-            places = [f"{asked.hexdigest()} {call_id}" for call_id in ids]
-            self._chat.store.keep_reasoning(self._chat.owner, self._provider.name, places, text)
-
-
-def is_text_only(choice: JSONObject) -> bool:
-    """A fast path: nearly every chunk is only text, and needs no check by the schema."""
-    delta = choice["delta"]
-    if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
-        return False
-    if choice["finish_reason"] is not None:
-        return False
-    return all(value is None or type(value) is str for value in delta.values())
-
-
-def rate_limits(headers: Headers) -> dict[str, str]:
-    """The rate-limit headers that may be passed on."""
-    limits = {}
-    for name, value in headers.items():
-        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {value}", re.A):
-            limits[name] = value
-    return limits
-
-
-def server_sent_data(chunks: Iterable[bytes], provider: OpenAIProvider) -> Iterator[bytes]:
-    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
-    line: list[bytes] = []  # the pieces of a line whose end has not come
-    line_size = 0
-    total = 0
-    data: list[bytes] = []
-    data_size = 0
-    is_first = True
-    for chunk in itertools.chain(chunks, [b"\n\n"]):  # the end of the stream ends the last event too
-        line.append(chunk)
-        line_size += len(chunk)
-        total += len(chunk)
-        if b"\n" in chunk:
-            *lines, rest = b"".join(line).split(b"\n")
-            line = [rest]
-            line_size = len(rest)
-            if is_first:
-                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-                is_first = False
-            for text in lines:
-                text = text.rstrip(b"\r")
-                if text.startswith(b"data:"):
-                    data.append(text[5:].removeprefix(b" "))
-                    data_size += len(text)
-                elif not text and data:
-                    yield b"\n".join(data)
-                    data = []
-                    data_size = 0
-        if line_size + data_size > MAX_UPSTREAM_BYTES:
-            raise provider.invalid_response(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
-        if total > MAX_STREAM_BYTES:
-            raise provider.invalid_response(f"an answer of more than {MAX_STREAM_BYTES} bytes")
-
-
 # ======================================================================================================================
-# 10 Models and fallback
+# 17 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -3134,7 +3191,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 11 Delivery
+# 18 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
 # arrived in one piece, with keep-alives during silence.
@@ -3403,7 +3460,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 12 Formats
+# 19 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -3479,7 +3536,7 @@ def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 13 App
+# 20 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
@@ -3805,7 +3862,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 14 Demo upstream
+# 21 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -3889,7 +3946,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 15 Server
+# 22 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -4183,7 +4240,11 @@ def connection_limit(chats: int) -> int:
     return max(wanted, chats)
 
 
-# The command line
+# ======================================================================================================================
+# 23 Command line
+#
+# Flags, the greeting, --check, logging, and main().
+# ======================================================================================================================
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
@@ -4311,7 +4372,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 16 Description and page
+# 24 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================

@@ -897,7 +897,7 @@ def test_half_surrogates_of_an_api_are_replaced(make: Make, both: dict[str, str]
 
 
 # ======================================================================================================================
-# 3 Requests
+# 3, 4 Schemas and requests
 # ======================================================================================================================
 
 
@@ -1073,7 +1073,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
 
 
 # ======================================================================================================================
-# 4 Stores
+# 5 Stores
 # ======================================================================================================================
 
 
@@ -1223,7 +1223,7 @@ def test_sessions_are_bounded_in_bytes_each_and_all(
 
 
 # ======================================================================================================================
-# 5 Deltas
+# 6 Deltas
 # ======================================================================================================================
 
 
@@ -1308,7 +1308,7 @@ def test_a_cut_never_splits_what_is_read_as_one(
 
 
 # ======================================================================================================================
-# 6 Upstreams
+# 7, 8 Connections and transport
 # ======================================================================================================================
 
 
@@ -1570,6 +1570,20 @@ def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
     assert b"fine" in program.chat(model="local/k2")[1]
 
 
+def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(make: Make, kimi: WebChat) -> None:
+    page = kimi.settings["CHAT_PAGE_URL"].replace("127.0.0.1", "LOCALHOST")
+    upstream = kimi.settings["UPSTREAM_URL"].replace("127.0.0.1", "localhost")
+    for _ in range(3):
+        app = make(CHAT_PAGE_URL=page, UPSTREAM_URL=upstream)
+        with ThreadPoolExecutor(16) as pool:
+            assert all(said(done) for done in pool.map(lambda _, app=app: chat(app), range(16)))
+
+
+# ======================================================================================================================
+# 9 Upstreams
+# ======================================================================================================================
+
+
 def test_a_retry_that_succeeds_is_all_the_client_sees(app: Client, kimi: WebChat) -> None:
     kimi.script.append(resets)
     assert said(chat(app)) == "Hello from upstream." and len(kimi.posts) == 2
@@ -1652,7 +1666,7 @@ def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_pro
 
 
 # ======================================================================================================================
-# 7 Prompts
+# 10 Prompts
 # ======================================================================================================================
 
 
@@ -1861,6 +1875,11 @@ NATIVE = (
     "<|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
     "<|tool_calls_section_end|>"
 )
+
+
+# ======================================================================================================================
+# 11 Reading answers
+# ======================================================================================================================
 
 
 @pytest.mark.parametrize(
@@ -2085,7 +2104,7 @@ def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text:
 
 
 # ======================================================================================================================
-# 8 Kimi's web chat
+# 12, 13 Scraper and Kimi's web chat
 # ======================================================================================================================
 
 
@@ -2364,7 +2383,274 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplo
 
 
 # ======================================================================================================================
-# 9 OpenAI-style APIs
+# 14 Model notes
+# ======================================================================================================================
+
+
+def thinks(*steps: Any, knows: str = "moonshot") -> Act:
+    """As strict as the official APIs are with a thinking model. The answer to a question calls the tools of the first
+    step, that to their results those of the next, and so on; then it says "Done."."""
+
+    def refusal(body: Any) -> str:
+        thinking = body.get("thinking", {}).get("type") != "disabled"
+        choice = body.get("tool_choice")
+        for index, message in enumerate(body["messages"]):
+            has_gap = message["role"] == "assistant" and message.get("reasoning_content") is None
+            if thinking and has_gap and (message.get("tool_calls") or knows == "deepseek"):
+                if knows == "deepseek":
+                    return "The reasoning_content in the thinking mode must be passed back to the API."
+                what = "thinking is enabled but reasoning_content is missing in assistant tool call message at index"
+                return f"{what} {index}"
+        for name, only in (("temperature", 1), ("top_p", 0.95), ("presence_penalty", 0), ("frequency_penalty", 0)):
+            if body.get(name, only) != only:
+                return f"invalid {name}: only {only} is allowed for this model"
+        if thinking and (isinstance(choice, dict) or (choice == "required" and knows != "k3")):
+            kind = "specified" if isinstance(choice, dict) else "required"
+            return f"tool_choice '{kind}' is incompatible with thinking enabled"
+        return ""
+
+    def act(handler: ApiHandler) -> None:
+        body = json.loads(handler.body)
+        message = refusal(body)
+        if message:
+            return api_sends(400, {"error": {"message": message, "type": "invalid_request_error"}})(handler)
+        done = sum(message["role"] == "assistant" for message in body["messages"])
+        if done >= len(steps) or not body.get("tools"):
+            return api_answers("Done.")(handler)
+        calls = [
+            {"index": at, "id": f"call_{done}_{at}", "type": "function", "function": {"name": name, "arguments": text}}
+            for at, (name, text) in enumerate(steps[done])
+        ]
+        thought = {"reasoning_content": f"I think of step {done}."}
+        return api_answers(deltas=[thought, {"tool_calls": calls}], finish="tool_calls")(handler)
+
+    return act
+
+
+STEPS = ([("get_weather", '{"city": "Paris"}')], [("clock", "{}"), ("get_weather", '{"city": "Rome"}')])
+
+
+def agent_loop(app: Client, stream: bool = False, **body: Any) -> list[Any]:
+    """What a client does that keeps nothing but what OpenAI's protocol has: the messages at the end."""
+    messages: list[Any] = [{"role": "user", "content": "Find out."}]
+    for _ in range(9):
+        response = chat(app, messages=messages, model="local/k3", tools=[WEATHER, CLOCK], stream=stream, **body)
+        if stream:
+            calls = [call for event in events(response)[:-1] for choice in event["choices"]
+                     for call in choice["delta"].get("tool_calls", ())]
+            message = {"role": "assistant", "content": streamed(events(response)), "tool_calls": calls}
+        else:
+            assert response.status_int == 200, response.text
+            message = response.json["choices"][0]["message"]
+        message = {name: message[name] for name in ("role", "content", "tool_calls") if message.get(name)}
+        messages.append(message)
+        if not message.get("tool_calls"):
+            return messages
+        for call in message["tool_calls"]:
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": "fine"})
+    raise AssertionError("it never ends")
+
+
+@json_and_stream
+@pytest.mark.parametrize("knows", ["moonshot", "k3"])
+def test_reasoning_goes_back_to_the_api_that_gave_it(
+    make: Make, both: dict[str, str], api: Api, knows: str, stream: bool
+) -> None:
+    api.always = thinks(*STEPS, knows=knows)
+    messages = agent_loop(make(**both), stream)
+    assert messages[-1]["content"] == "Done." and len(api.asked) == 3, "no request was refused"
+    sent = api.asked[-1][2]["messages"]
+    reasoning = [message.get("reasoning_content") for message in sent if message["role"] == "assistant"]
+    assert reasoning == ["I think of step 0.", "I think of step 1."]
+    assert not any("reasoning_content" in message for message in messages)
+
+
+@pytest.mark.parametrize("knows", ["moonshot", "deepseek"])
+def test_where_reasoning_is_not_known_any_more_gaps_are_filled(
+    make: Make, both: dict[str, str], api: Api, knows: str
+) -> None:
+    api.always = thinks(*STEPS, knows=knows)
+    messages = agent_loop(make(**both))[:-1]
+    api.asked.clear()
+    app = make(**both)  # has been started anew
+    again = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, *messages]
+    for _ in range(2):
+        assert said(chat(app, messages=again, model="local/k3", tools=[WEATHER, CLOCK])) == "Done."
+    assert len(api.asked) == 3, "the first was refused once; the second was not"
+    sent = [message for message in api.asked[-1][2]["messages"] if message["role"] == "assistant"]
+    assert {message["reasoning_content"] for message in sent} == {""}
+    assert said(chat(app, messages=again, model="local/other")) == "Done."
+    assert "reasoning_content" not in json.dumps(api.asked[3][2]), "a model that never asked is not sent an empty one"
+
+
+def test_reasoning_is_put_back_only_where_it_belongs(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = thinks(*STEPS)
+    app = make(**both, API_MASTER_KEY="sk-one,sk-two")
+    one, two = ({"Authorization": f"Bearer {key}"} for key in ("sk-one", "sk-two"))
+    question = {"role": "user", "content": "x"}
+    answered = chat(app, messages=[question], model="local/k3", tools=[WEATHER], headers=one).json
+    call = answered["choices"][0]["message"]["tool_calls"][0]
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
+
+    def reasoning_sent(*messages: Any, headers: Any) -> list[Any]:
+        api.always = api_answers("ok")
+        assert said(chat(app, messages=[question, *messages], model="local/k3", headers=headers)) == "ok"
+        sent = api.asked[-1][2]["messages"]
+        return [message.get("reasoning_content") for message in sent if message.get("tool_calls")]
+
+    assert reasoning_sent(calls, result, headers=one) == ["I think of step 0."]
+    assert reasoning_sent(calls, result, headers=two) == [None], "another key's is never used"
+    assert reasoning_sent({**calls, "reasoning_content": "mine"}, result, headers=one) == ["mine"]
+    assert reasoning_sent({**calls, "reasoning_content": ""}, result, headers=one) == [""]
+    assert reasoning_sent(calls, result, question, calls, result, headers=one) == [None, None], "whose is it?"
+
+
+def test_a_session_keeps_the_reasoning_of_its_tool_calls(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = thinks(*STEPS)
+    app = make(**both)
+    call = chat(app, model="local/k3", tools=[WEATHER], user="ada").json["choices"][0]["message"]["tool_calls"][0]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
+    chat(app, messages=[result], model="local/k3", tools=[WEATHER], user="ada")
+    assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "I think of step 0."
+    [turn] = app.get("/v1/sessions/ada").json["turns"]
+    assert [message["role"] for message in turn][:3] == ["user", "assistant", "tool"]
+
+
+def test_reasoning_stays_in_its_conversation_though_call_ids_repeat(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.always = thinks(*STEPS)
+    calls = {}
+    for question in ("mine", "yours"):
+        answered = chat(app, question, model="local/k3", tools=[WEATHER]).json["choices"][0]["message"]
+        calls[question] = answered["tool_calls"]
+    api.always = api_answers("ok")
+    for question, expected in (("mine", "I think of step 0."), ("another", None)):
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": None, "tool_calls": calls["mine"]},
+            {"role": "tool", "tool_call_id": calls["mine"][0]["id"], "content": "fine"},
+        ]
+        chat(app, messages=messages, model="local/k3")
+        assert api.asked[-1][2]["messages"][1].get("reasoning_content") == expected
+
+
+def test_a_value_that_a_model_refuses_says_nothing_of_another(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = thinks()
+    app = make(**both)
+    assert chat(app, model="local/k3", temperature=1.5).headers["X-Kimi2api-Ignored"] == "temperature"
+    assert "X-Kimi2api-Ignored" not in chat(app, model="local/k3", temperature=1).headers
+    assert api.asked[-1][2]["temperature"] == 1
+
+
+@json_and_stream
+def test_a_parameter_that_a_model_refuses_is_left_out(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = thinks()
+    app = make(**both)
+    body = {"temperature": 0.7, "top_p": 0.5, "max_tokens": 9, "presence_penalty": 1}
+    for asked in (4, 5):
+        response = chat(app, model="local/k3", stream=stream, **body)
+        assert response.status_int == 200
+        assert response.headers["X-Kimi2api-Ignored"] == "temperature, top_p, presence_penalty"
+        assert len(api.asked) == asked, "what was refused once is not sent again"
+    assert "temperature" not in api.asked[-1][2] and api.asked[-1][2]["max_tokens"] == 9
+    response = chat(app, model="local/k3", stream=stream)
+    assert "X-Kimi2api-Ignored" not in response.headers
+    chat(app, model="local/other", temperature=0.7)
+    assert api.asked[-2][2]["temperature"] == 0.7, "another model is another matter"
+
+
+def test_what_a_model_refuses_is_tried_again_after_an_hour(
+    kimi: WebChat, api: Api, both: dict[str, str], clock: Clock
+) -> None:
+    api.always = thinks()
+    app = Client(clock.module.create_app(clock.module.Settings.load(both, kimi.settings)))
+    chat(app, model="local/k3", temperature=0.7)
+    clock.now += 3599
+    chat(app, model="local/k3", temperature=0.7)
+    assert len(api.asked) == 3
+    clock.now += 2
+    chat(app, model="local/k3", temperature=0.7)
+    assert len(api.asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        pytest.param("invalid messages", {"temperature": 0.5}, id="names no parameter"),
+        pytest.param("invalid temperature", {}, id="names one that was not sent"),
+        pytest.param("logprobs are not to be had", {"logprobs": True}, id="one that was really asked for"),
+        pytest.param("invalid max_tokens", {"max_tokens": 5}, id="one that counts"),
+        pytest.param("reasoning_content is missing", {}, id="no gap to fill"),
+    ],
+)
+def test_any_other_refusal_is_passed_on(
+    make: Make, both: dict[str, str], api: Api, message: str, body: dict[str, Any]
+) -> None:
+    api.always = api_sends(400, {"error": {"message": message}})
+    assert chat(make(**both), model="local/k3", **body).status_int == 400
+    assert len(api.asked) == 1
+
+
+def test_a_refusal_that_stays_is_passed_on_and_not_remembered(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_sends(400, {"error": {"message": "temperature, top_p and what else is wrong"}})
+    app = make(**both)
+    for asked in (2, 4):
+        assert chat(app, model="local/k3", temperature=0.5, top_p=0.5).status_int == 400
+        assert len(api.asked) == asked
+    assert "temperature" in api.asked[2][2]
+
+
+NAMED = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.mark.parametrize(
+    ("knows", "choice", "sent"),
+    [
+        pytest.param("k3", NAMED, ("required", ["clock"], None), id="named, as required and alone"),
+        pytest.param("moonshot", NAMED, (NAMED, ["get_weather", "clock"], "disabled"), id="named, without thinking"),
+        pytest.param("moonshot", "required", ("required", ["get_weather", "clock"], "disabled"), id="required"),
+        pytest.param("k3", "required", ("required", ["get_weather", "clock"], None), id="required, which it takes"),
+    ],
+)
+def test_a_forced_tool_is_kept_by_other_means(
+    make: Make, both: dict[str, str], api: Api, knows: str, choice: Any, sent: Any
+) -> None:
+    api.always = thinks(*STEPS, knows=knows)
+    app = make(**both)
+    for _ in range(2):
+        assert chat(app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice=choice).status_int == 200
+        body = api.asked[-1][2]
+        names = [tool["function"]["name"] for tool in body["tools"]]
+        assert (body["tool_choice"], names, body.get("thinking", {}).get("type")) == sent
+    count = len(api.asked)
+    assert count <= 4
+    chat(app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice="auto")
+    assert "thinking" not in api.asked[-1][2] and len(api.asked) == count + 1
+
+
+def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    def act(handler: ApiHandler) -> None:
+        body = json.loads(handler.body)
+        choice = f"tool_choice {body['tool_choice']!r:.12} is bad"
+        what = "thinking cannot be disabled" if "thinking" in body else choice
+        api_sends(400, {"error": {"message": what}})(handler)
+
+    api.always = act
+    response = chat(make(**both), model="local/k3", tools=[WEATHER, CLOCK], tool_choice=NAMED)
+    assert response.status_int == 400 and "tool_choice {" in response.json["error"]["message"]
+    assert len(api.asked) == 3
+    mine = {"tool_choice": "required", "thinking": {"type": "enabled"}}
+    assert chat(make(**both), model="local/k3", tools=[WEATHER], **mine).status_int == 400
+    assert len(api.asked) == 4, "what the client says of thinking stays"
+
+
+# ======================================================================================================================
+# 15, 16 OpenAI-style APIs and their streams
 # ======================================================================================================================
 
 
@@ -2795,279 +3081,8 @@ def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str,
     assert is_error(response, 418, "c…") and "key … of ……" in response.text
 
 
-def thinks(*steps: Any, knows: str = "moonshot") -> Act:
-    """As strict as the official APIs are with a thinking model. The answer to a question calls the tools of the first
-    step, that to their results those of the next, and so on; then it says "Done."."""
-
-    def refusal(body: Any) -> str:
-        thinking = body.get("thinking", {}).get("type") != "disabled"
-        choice = body.get("tool_choice")
-        for index, message in enumerate(body["messages"]):
-            has_gap = message["role"] == "assistant" and message.get("reasoning_content") is None
-            if thinking and has_gap and (message.get("tool_calls") or knows == "deepseek"):
-                if knows == "deepseek":
-                    return "The reasoning_content in the thinking mode must be passed back to the API."
-                what = "thinking is enabled but reasoning_content is missing in assistant tool call message at index"
-                return f"{what} {index}"
-        for name, only in (("temperature", 1), ("top_p", 0.95), ("presence_penalty", 0), ("frequency_penalty", 0)):
-            if body.get(name, only) != only:
-                return f"invalid {name}: only {only} is allowed for this model"
-        if thinking and (isinstance(choice, dict) or (choice == "required" and knows != "k3")):
-            kind = "specified" if isinstance(choice, dict) else "required"
-            return f"tool_choice '{kind}' is incompatible with thinking enabled"
-        return ""
-
-    def act(handler: ApiHandler) -> None:
-        body = json.loads(handler.body)
-        message = refusal(body)
-        if message:
-            return api_sends(400, {"error": {"message": message, "type": "invalid_request_error"}})(handler)
-        done = sum(message["role"] == "assistant" for message in body["messages"])
-        if done >= len(steps) or not body.get("tools"):
-            return api_answers("Done.")(handler)
-        calls = [
-            {"index": at, "id": f"call_{done}_{at}", "type": "function", "function": {"name": name, "arguments": text}}
-            for at, (name, text) in enumerate(steps[done])
-        ]
-        thought = {"reasoning_content": f"I think of step {done}."}
-        return api_answers(deltas=[thought, {"tool_calls": calls}], finish="tool_calls")(handler)
-
-    return act
-
-
-STEPS = ([("get_weather", '{"city": "Paris"}')], [("clock", "{}"), ("get_weather", '{"city": "Rome"}')])
-
-
-def agent_loop(app: Client, stream: bool = False, **body: Any) -> list[Any]:
-    """What a client does that keeps nothing but what OpenAI's protocol has: the messages at the end."""
-    messages: list[Any] = [{"role": "user", "content": "Find out."}]
-    for _ in range(9):
-        response = chat(app, messages=messages, model="local/k3", tools=[WEATHER, CLOCK], stream=stream, **body)
-        if stream:
-            calls = [call for event in events(response)[:-1] for choice in event["choices"]
-                     for call in choice["delta"].get("tool_calls", ())]
-            message = {"role": "assistant", "content": streamed(events(response)), "tool_calls": calls}
-        else:
-            assert response.status_int == 200, response.text
-            message = response.json["choices"][0]["message"]
-        message = {name: message[name] for name in ("role", "content", "tool_calls") if message.get(name)}
-        messages.append(message)
-        if not message.get("tool_calls"):
-            return messages
-        for call in message["tool_calls"]:
-            messages.append({"role": "tool", "tool_call_id": call["id"], "content": "fine"})
-    raise AssertionError("it never ends")
-
-
-@json_and_stream
-@pytest.mark.parametrize("knows", ["moonshot", "k3"])
-def test_reasoning_goes_back_to_the_api_that_gave_it(
-    make: Make, both: dict[str, str], api: Api, knows: str, stream: bool
-) -> None:
-    api.always = thinks(*STEPS, knows=knows)
-    messages = agent_loop(make(**both), stream)
-    assert messages[-1]["content"] == "Done." and len(api.asked) == 3, "no request was refused"
-    sent = api.asked[-1][2]["messages"]
-    reasoning = [message.get("reasoning_content") for message in sent if message["role"] == "assistant"]
-    assert reasoning == ["I think of step 0.", "I think of step 1."]
-    assert not any("reasoning_content" in message for message in messages)
-
-
-@pytest.mark.parametrize("knows", ["moonshot", "deepseek"])
-def test_where_reasoning_is_not_known_any_more_gaps_are_filled(
-    make: Make, both: dict[str, str], api: Api, knows: str
-) -> None:
-    api.always = thinks(*STEPS, knows=knows)
-    messages = agent_loop(make(**both))[:-1]
-    api.asked.clear()
-    app = make(**both)  # has been started anew
-    again = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, *messages]
-    for _ in range(2):
-        assert said(chat(app, messages=again, model="local/k3", tools=[WEATHER, CLOCK])) == "Done."
-    assert len(api.asked) == 3, "the first was refused once; the second was not"
-    sent = [message for message in api.asked[-1][2]["messages"] if message["role"] == "assistant"]
-    assert {message["reasoning_content"] for message in sent} == {""}
-    assert said(chat(app, messages=again, model="local/other")) == "Done."
-    assert "reasoning_content" not in json.dumps(api.asked[3][2]), "a model that never asked is not sent an empty one"
-
-
-def test_reasoning_is_put_back_only_where_it_belongs(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = thinks(*STEPS)
-    app = make(**both, API_MASTER_KEY="sk-one,sk-two")
-    one, two = ({"Authorization": f"Bearer {key}"} for key in ("sk-one", "sk-two"))
-    question = {"role": "user", "content": "x"}
-    answered = chat(app, messages=[question], model="local/k3", tools=[WEATHER], headers=one).json
-    call = answered["choices"][0]["message"]["tool_calls"][0]
-    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
-    result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
-
-    def reasoning_sent(*messages: Any, headers: Any) -> list[Any]:
-        api.always = api_answers("ok")
-        assert said(chat(app, messages=[question, *messages], model="local/k3", headers=headers)) == "ok"
-        sent = api.asked[-1][2]["messages"]
-        return [message.get("reasoning_content") for message in sent if message.get("tool_calls")]
-
-    assert reasoning_sent(calls, result, headers=one) == ["I think of step 0."]
-    assert reasoning_sent(calls, result, headers=two) == [None], "another key's is never used"
-    assert reasoning_sent({**calls, "reasoning_content": "mine"}, result, headers=one) == ["mine"]
-    assert reasoning_sent({**calls, "reasoning_content": ""}, result, headers=one) == [""]
-    assert reasoning_sent(calls, result, question, calls, result, headers=one) == [None, None], "whose is it?"
-
-
-def test_a_session_keeps_the_reasoning_of_its_tool_calls(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = thinks(*STEPS)
-    app = make(**both)
-    call = chat(app, model="local/k3", tools=[WEATHER], user="ada").json["choices"][0]["message"]["tool_calls"][0]
-    result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
-    chat(app, messages=[result], model="local/k3", tools=[WEATHER], user="ada")
-    assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "I think of step 0."
-    [turn] = app.get("/v1/sessions/ada").json["turns"]
-    assert [message["role"] for message in turn][:3] == ["user", "assistant", "tool"]
-
-
-def test_reasoning_stays_in_its_conversation_though_call_ids_repeat(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    api.always = thinks(*STEPS)
-    calls = {}
-    for question in ("mine", "yours"):
-        answered = chat(app, question, model="local/k3", tools=[WEATHER]).json["choices"][0]["message"]
-        calls[question] = answered["tool_calls"]
-    api.always = api_answers("ok")
-    for question, expected in (("mine", "I think of step 0."), ("another", None)):
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": None, "tool_calls": calls["mine"]},
-            {"role": "tool", "tool_call_id": calls["mine"][0]["id"], "content": "fine"},
-        ]
-        chat(app, messages=messages, model="local/k3")
-        assert api.asked[-1][2]["messages"][1].get("reasoning_content") == expected
-
-
-def test_a_value_that_a_model_refuses_says_nothing_of_another(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = thinks()
-    app = make(**both)
-    assert chat(app, model="local/k3", temperature=1.5).headers["X-Kimi2api-Ignored"] == "temperature"
-    assert "X-Kimi2api-Ignored" not in chat(app, model="local/k3", temperature=1).headers
-    assert api.asked[-1][2]["temperature"] == 1
-
-
-def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(make: Make, kimi: WebChat) -> None:
-    page = kimi.settings["CHAT_PAGE_URL"].replace("127.0.0.1", "LOCALHOST")
-    upstream = kimi.settings["UPSTREAM_URL"].replace("127.0.0.1", "localhost")
-    for _ in range(3):
-        app = make(CHAT_PAGE_URL=page, UPSTREAM_URL=upstream)
-        with ThreadPoolExecutor(16) as pool:
-            assert all(said(done) for done in pool.map(lambda _, app=app: chat(app), range(16)))
-
-
-@json_and_stream
-def test_a_parameter_that_a_model_refuses_is_left_out(
-    make: Make, both: dict[str, str], api: Api, stream: bool
-) -> None:
-    api.always = thinks()
-    app = make(**both)
-    body = {"temperature": 0.7, "top_p": 0.5, "max_tokens": 9, "presence_penalty": 1}
-    for asked in (4, 5):
-        response = chat(app, model="local/k3", stream=stream, **body)
-        assert response.status_int == 200
-        assert response.headers["X-Kimi2api-Ignored"] == "temperature, top_p, presence_penalty"
-        assert len(api.asked) == asked, "what was refused once is not sent again"
-    assert "temperature" not in api.asked[-1][2] and api.asked[-1][2]["max_tokens"] == 9
-    response = chat(app, model="local/k3", stream=stream)
-    assert "X-Kimi2api-Ignored" not in response.headers
-    chat(app, model="local/other", temperature=0.7)
-    assert api.asked[-2][2]["temperature"] == 0.7, "another model is another matter"
-
-
-def test_what_a_model_refuses_is_tried_again_after_an_hour(
-    kimi: WebChat, api: Api, both: dict[str, str], clock: Clock
-) -> None:
-    api.always = thinks()
-    app = Client(clock.module.create_app(clock.module.Settings.load(both, kimi.settings)))
-    chat(app, model="local/k3", temperature=0.7)
-    clock.now += 3599
-    chat(app, model="local/k3", temperature=0.7)
-    assert len(api.asked) == 3
-    clock.now += 2
-    chat(app, model="local/k3", temperature=0.7)
-    assert len(api.asked) == 5
-
-
-@pytest.mark.parametrize(
-    ("message", "body"),
-    [
-        pytest.param("invalid messages", {"temperature": 0.5}, id="names no parameter"),
-        pytest.param("invalid temperature", {}, id="names one that was not sent"),
-        pytest.param("logprobs are not to be had", {"logprobs": True}, id="one that was really asked for"),
-        pytest.param("invalid max_tokens", {"max_tokens": 5}, id="one that counts"),
-        pytest.param("reasoning_content is missing", {}, id="no gap to fill"),
-    ],
-)
-def test_any_other_refusal_is_passed_on(
-    make: Make, both: dict[str, str], api: Api, message: str, body: dict[str, Any]
-) -> None:
-    api.always = api_sends(400, {"error": {"message": message}})
-    assert chat(make(**both), model="local/k3", **body).status_int == 400
-    assert len(api.asked) == 1
-
-
-def test_a_refusal_that_stays_is_passed_on_and_not_remembered(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = api_sends(400, {"error": {"message": "temperature, top_p and what else is wrong"}})
-    app = make(**both)
-    for asked in (2, 4):
-        assert chat(app, model="local/k3", temperature=0.5, top_p=0.5).status_int == 400
-        assert len(api.asked) == asked
-    assert "temperature" in api.asked[2][2]
-
-
-NAMED = {"type": "function", "function": {"name": "clock"}}
-
-
-@pytest.mark.parametrize(
-    ("knows", "choice", "sent"),
-    [
-        pytest.param("k3", NAMED, ("required", ["clock"], None), id="named, as required and alone"),
-        pytest.param("moonshot", NAMED, (NAMED, ["get_weather", "clock"], "disabled"), id="named, without thinking"),
-        pytest.param("moonshot", "required", ("required", ["get_weather", "clock"], "disabled"), id="required"),
-        pytest.param("k3", "required", ("required", ["get_weather", "clock"], None), id="required, which it takes"),
-    ],
-)
-def test_a_forced_tool_is_kept_by_other_means(
-    make: Make, both: dict[str, str], api: Api, knows: str, choice: Any, sent: Any
-) -> None:
-    api.always = thinks(*STEPS, knows=knows)
-    app = make(**both)
-    for _ in range(2):
-        assert chat(app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice=choice).status_int == 200
-        body = api.asked[-1][2]
-        names = [tool["function"]["name"] for tool in body["tools"]]
-        assert (body["tool_choice"], names, body.get("thinking", {}).get("type")) == sent
-    count = len(api.asked)
-    assert count <= 4
-    chat(app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice="auto")
-    assert "thinking" not in api.asked[-1][2] and len(api.asked) == count + 1
-
-
-def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
-    make: Make, both: dict[str, str], api: Api
-) -> None:
-    def act(handler: ApiHandler) -> None:
-        body = json.loads(handler.body)
-        choice = f"tool_choice {body['tool_choice']!r:.12} is bad"
-        what = "thinking cannot be disabled" if "thinking" in body else choice
-        api_sends(400, {"error": {"message": what}})(handler)
-
-    api.always = act
-    response = chat(make(**both), model="local/k3", tools=[WEATHER, CLOCK], tool_choice=NAMED)
-    assert response.status_int == 400 and "tool_choice {" in response.json["error"]["message"]
-    assert len(api.asked) == 3
-    mine = {"tool_choice": "required", "thinking": {"type": "enabled"}}
-    assert chat(make(**both), model="local/k3", tools=[WEATHER], **mine).status_int == 400
-    assert len(api.asked) == 4, "what the client says of thinking stays"
-
-
 # ======================================================================================================================
-# 10 Models and fallback
+# 17 Models and fallback
 # ======================================================================================================================
 
 
@@ -3199,7 +3214,7 @@ def test_an_error_that_several_wait_for_is_told_to_each_alone(
 
 
 # ======================================================================================================================
-# 11 Delivery
+# 18 Delivery
 # ======================================================================================================================
 
 
@@ -3394,7 +3409,7 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
 
 
 # ======================================================================================================================
-# 12 Formats
+# 19 Formats
 # ======================================================================================================================
 
 
@@ -3433,7 +3448,7 @@ def test_a_stream_has_the_shape_of_openais(app: Client, kimi: WebChat, include_u
 
 
 # ======================================================================================================================
-# 13 App
+# 20 App
 # ======================================================================================================================
 
 
@@ -3584,7 +3599,7 @@ def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
 
 
 # ======================================================================================================================
-# 14 Demo upstream
+# 21 Demo upstream
 # ======================================================================================================================
 
 
@@ -3610,7 +3625,7 @@ def test_the_demo_answers_with_json_where_json_is_asked_for(demo: Program) -> No
 
 
 # ======================================================================================================================
-# 15 Server
+# 22, 23 Server and command line
 # ======================================================================================================================
 
 
@@ -4052,7 +4067,7 @@ def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: 
 
 
 # ======================================================================================================================
-# 16 Description and page
+# 24 Description and page
 # ======================================================================================================================
 
 
