@@ -659,7 +659,8 @@ def describe(schema: Schema) -> str:
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
     if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
+        values = [value or json.dumps(value) for value in schema["enum"]]
+        return f"one of {', '.join(values)}" if len(values) > 1 else str(values[0])
     words = TYPES[schema["type"]][1]
     if "minLength" in schema:
         words += " that is not empty"
@@ -695,14 +696,10 @@ MESSAGE = record(
 )
 FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
 TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
-TOOL_CHOICE = any_of(
-    choice_of("none", "auto", "required"),
-    record({}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})}))),
-)
-ALLOWED_TOOLS = record({"allowed_tools": record({
-    "mode": choice_of("auto", "required"),
-    "tools": array(record({"function": record({"name": STRING})})),
-})})
+NAMED_TOOL = record(
+    {}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})})))
+TOOL_CHOICE = any_of(choice_of("none", "auto", "required"), NAMED_TOOL)
+ALLOWED_TOOLS = record({"allowed_tools": record({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)})})
 RESPONSE_FORMAT = record(
     {"type": choice_of("text", "json_object", "json_schema")},
     {"json_schema": OBJECT},
@@ -734,6 +731,29 @@ CHAT_REQUEST = record(
         "audio": OBJECT,
     },
 )
+SHARED_PARAMETERS = (
+    "model", "user", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p", "presence_penalty",
+    "frequency_penalty", "seed", "logit_bias",
+)
+COMPLETION_REQUEST = record(  # of the API before chats, for the programs that still speak it
+    {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
+    {
+        "echo": {"enum": [False]},
+        "suffix": {"enum": [""]},
+        "best_of": {"enum": [1]},
+        "logprobs": {"enum": [False]},
+        **{name: CHAT_REQUEST["properties"][name] for name in SHARED_PARAMETERS},
+    },
+)
+EMBEDDINGS_REQUEST = record(
+    {"input": any_of({**STRING, "minLength": 1}, {"type": "array", "minItems": 1})},  # of texts or of tokens
+    {
+        "model": STRING,
+        "user": STRING,
+        "encoding_format": choice_of("float", "base64"),
+        "dimensions": POSITIVE,
+    },
+)
 
 @dataclass(frozen=True)
 class ChatRequest:
@@ -753,10 +773,21 @@ class ChatRequest:
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
         """Raises APIError 400 with `param` naming the field."""
-        body = parse_body(raw)
-        violation = find_violation(body, CHAT_REQUEST)
-        if violation:
-            raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
+        return cls.of(parse_body(raw, CHAT_REQUEST))
+
+    @classmethod
+    def parse_completion(cls, raw: bytes) -> ChatRequest:
+        """A request of the API before chats: its prompt is the message of a user. Raises APIError 400."""
+        body = parse_body(raw, COMPLETION_REQUEST)
+        prompt = body["prompt"] if isinstance(body["prompt"], str) else body["prompt"][0]
+        chat: JSONObject = {"messages": [{"role": "user", "content": prompt}]}
+        for name in SHARED_PARAMETERS:
+            if name in body:
+                chat[name] = body[name]
+        return cls.of(chat)
+
+    @classmethod
+    def of(cls, body: JSONObject) -> ChatRequest:
         stop = body.get("stop") or []
         if isinstance(stop, str):
             stop = [stop]
@@ -794,7 +825,7 @@ class ChatRequest:
         return any(message["role"] == "assistant" for message in self.messages)
 
 
-def parse_body(raw: bytes) -> JSONObject:
+def parse_body(raw: bytes, schema: Schema) -> JSONObject:
     """The caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
     try:
         source = raw.decode("utf-8-sig")
@@ -805,7 +836,15 @@ def parse_body(raw: bytes) -> JSONObject:
         raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.")
+    check(body, schema)
     return body
+
+
+def check(value: Any, schema: Schema, path: str = "") -> None:
+    """Raises APIError 400 for a value that breaks its schema."""
+    violation = find_violation(value, schema, path)
+    if violation:
+        raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
 
 
 def allowed_functions(body: JSONObject) -> list[JSONObject]:
@@ -821,12 +860,10 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
         if not functions:
             raise bad_request("'tool_choice' names a function that is not in 'tools'.", "tool_choice.function.name")
     if allows_tools(choice):
-        violation = find_violation(choice, ALLOWED_TOOLS, "tool_choice")
-        if violation:
-            raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
-        names = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"]}
+        check(choice, ALLOWED_TOOLS, "tool_choice")
+        names = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"] if names_function(tool)}
         functions = [function for function in functions if function["name"] in names]
-        if must_call(choice) and not functions:
+        if must_call(choice) and names and not functions:
             raise bad_request("'tool_choice' allows no function that is in 'tools'.", "tool_choice.allowed_tools.tools")
     return functions
 
@@ -1436,16 +1473,16 @@ class Response:
         self.call = call
         self._transport = transport
 
-    def read(self) -> bytes:
-        """All of the body, at most MAX_UPSTREAM_BYTES, within the call's time."""
+    def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
+        """All of the body, at most so many bytes, within the call's time."""
         try:
-            body: bytes = self.raw.read(MAX_UPSTREAM_BYTES + 1, decode_content=True)
+            body: bytes = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
             raise self._transport.failure(error, self.call) from None
         finally:
             self.close()
-        if len(body) > MAX_UPSTREAM_BYTES:
-            raise self._transport.invalid_response(f"more than {MAX_UPSTREAM_BYTES} bytes")
+        if len(body) > limit:
+            raise self._transport.invalid_response(f"more than {limit} bytes")
         return body
 
     def stream(self) -> Iterator[bytes]:
@@ -1741,6 +1778,10 @@ class Provider:
     def stream(self, chat: Chat) -> Iterator[Delta]:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
         raise NotImplementedError
+
+    def embed(self, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
+        """The answer to a request for embeddings, and headers for it. Raises APIError."""
+        raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         """Go through the upstream step by step: (what was tried, the error that ended it)."""
@@ -2915,6 +2956,7 @@ def server_sent_data(chunks: Iterable[bytes], errors: APIErrors) -> Iterator[byt
 
 MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
 MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
 
 
 class OpenAIProvider(Provider):
@@ -2972,7 +3014,7 @@ class OpenAIProvider(Provider):
         forced: APIError | None = None
         while True:
             sent = notes.adapt(body, self._clock())
-            attempt = partial(self._send, "POST", "/chat/completions", dump_json(sent), chat.cancel)
+            attempt = partial(self._open_stream, sent, chat.cancel)
             try:
                 response = self._retry(attempt, chat.cancel)
             except APIError as error:
@@ -3017,21 +3059,50 @@ class OpenAIProvider(Provider):
             restored.append(message)
         return restored
 
-    def _send(self, method: str, path: str, body: bytes | None, cancel: Cancel) -> Response:
-        """A response with status 200; for a POST, a stream still to be read. Its time-out is for all before that."""
+    def embed(self, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
+        def attempt() -> tuple[JSONObject, Headers]:
+            response = self._send("POST", "/embeddings", body, cancel)
+            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES)
+            if not isinstance(answer.get("data"), list):
+                raise self._errors.invalid_response("no embeddings")
+            return answer, rate_limits(response.headers)
+
+        with self._watched(cancel):
+            return self._retry(attempt, cancel)
+
+    def _open_stream(self, body: JSONObject, cancel: Cancel) -> Response:
+        response = self._send("POST", "/chat/completions", body, cancel)
+        if "json" in response.headers.get("Content-Type", ""):
+            self._read_json(response)  # for an error in it
+            raise self._errors.invalid_response("a complete answer instead of a stream")
+        return response
+
+    def _read_json(self, response: Response, limit: int = MAX_UPSTREAM_BYTES) -> JSONObject:
+        """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
+        try:
+            answer = parse_upstream_json(response.read(limit))
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._errors.invalid_response("no JSON object")
+        if answer.get("error"):
+            raise self._errors.upstream_error(response.status, answer, response.headers)
+        return answer
+
+    def _send(self, method: str, path: str, body: JSONObject | None, cancel: Cancel) -> Response:
+        """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
+        a stream, and for all of another body."""
         headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
         call = Call(self._settings.request_timeout, cancel)
-        response = self._transport.request(method, self._base_url + path, headers, body, call)
-        is_json = "json" in response.headers.get("Content-Type", "")
-        if response.status == 200 and (method == "GET" or not is_json):
+        data = dump_json(body) if body else None
+        response = self._transport.request(method, self._base_url + path, headers, data, call)
+        if response.status == 200:
             return response
-        data = response.read()
+        text = response.read()
         try:
-            answer = parse_upstream_json(data)
+            answer = parse_upstream_json(text)
         except ValueError:
-            answer = data.decode("utf-8", "replace")
-        if response.status == 200 and not (isinstance(answer, dict) and answer.get("error")):
-            raise self._errors.invalid_response("a complete answer instead of a stream")
+            answer = text.decode("utf-8", "replace")
         raise self._errors.upstream_error(response.status, answer, response.headers)
 
     # Models
@@ -3062,9 +3133,9 @@ class OpenAIProvider(Provider):
     def _list_models(self) -> dict[str, JSONObject]:
         response = self._send("GET", "/models", None, Cancel())
         try:
-            listed = parse_upstream_json(response.read())["data"]
+            listed = self._read_json(response)["data"]
             return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             raise self._errors.invalid_response("no list of models") from None
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
@@ -3188,6 +3259,12 @@ class Providers:
         (_, first), *others = failed
         messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
         raise first.copy(message=" ".join(messages))
+
+    def embed(self, model: str, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
+        """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
+        provider, upstream_model = self.resolve(model)
+        answer, headers = provider.embed({**body, "model": upstream_model}, cancel)
+        return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
 
 # ======================================================================================================================
@@ -3348,19 +3425,20 @@ CLIENT_CHECK_INTERVAL = 0.5  # seconds
 
 
 def relay(
-    parts: Iterator[bytes], chat: Chat, calls: Calls, keepalive_interval: float, check_client: Callable[[], None],
+    parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack, calls: Calls, keepalive_interval: float,
+    check_client: Callable[[], None],
 ) -> Generator[bytes, None, None]:
     """Make the parts on a thread of their own and hand them on, joined where several wait; b"" after an interval of
     silence (seconds).
 
-    check_client() is called about twice a second; it raises when the chat has lost its client. Then, and at every
-    other end but its own, the chat is cancelled; a call that goes on all the same, so that its turn is recorded, holds
-    one of `calls` until it ends. Raises what the parts raise.
+    check_client() is called about twice a second; it raises when the client has gone. Then, and at every other end but
+    its own, the call is cancelled; one that goes on all the same, so that its turn is recorded, holds one of `calls`
+    until it ends. cleanup: closed on that thread when the client has everything. Raises what the parts raise.
     """
     mailbox = Mailbox()
 
     def work() -> None:
-        with chat.cleanup:
+        with cleanup:
             try:
                 for part in parts:
                     mailbox.put(part)
@@ -3385,7 +3463,7 @@ def relay(
     finally:
         mailbox.abandon()
         if not mailbox.is_finished:  # else the connection may still be read to its end, for the next to use
-            chat.cancel()
+            cancel()
 
 
 PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
@@ -3474,9 +3552,13 @@ class ChatCompletion:
     Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
     """
 
+    id_prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
     def __init__(self, include_usage: bool = False) -> None:
         self.headers: Headers = {}  # for the response, known once the first delta is there
-        self._head: JSONObject = {"id": f"chatcmpl-{random_hex()}", "created": int(time.time())}
+        self._head: JSONObject = {"id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time())}
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
@@ -3491,13 +3573,13 @@ class ChatCompletion:
             choice["logprobs"] = choice.get("logprobs")
             choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
-        yield dump_json(self._with_head(completion, "chat.completion"))
+        yield dump_json(self._with_head(completion, self.kind))
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         """Server-sent events, [DONE] at the end."""
         for delta in deltas:
             self._note(delta)
-            chunk = self._with_head(delta.chunk, "chat.completion.chunk")
+            chunk = self._with_head(delta.chunk, self.chunk_kind)
             usage = chunk.pop("usage", None)
             if self._include_usage:
                 chunk["usage"] = usage
@@ -3516,6 +3598,26 @@ class ChatCompletion:
         """The fields with ours, listed first for readers; ours override upstream's."""
         head = {**self._head, "object": kind}
         return {**head, **fields, **head}
+
+
+class TextCompletion(ChatCompletion):
+    """One completion of the API before chats. Field by field after OpenAI's CreateCompletionResponse."""
+
+    id_prefix = "cmpl"
+    kind = "text_completion"
+    chunk_kind = "text_completion"
+
+    def _with_head(self, fields: JSONObject, kind: str) -> JSONObject:
+        choices = []
+        for choice in fields["choices"]:
+            message = choice.get("message") or choice["delta"]
+            choices.append({
+                "text": message.get("content") or "",
+                "index": choice["index"],
+                "logprobs": None,
+                "finish_reason": choice["finish_reason"],
+            })
+        return super()._with_head({**fields, "choices": choices}, kind)
 
 
 def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
@@ -3585,18 +3687,21 @@ class App:
     # Routes
 
     def chat(self) -> bytes | EventStream:
-        body = self._read_body()
+        return self._answer(ChatRequest.parse, ChatCompletion)
+
+    def completion(self) -> bytes | EventStream:
+        return self._answer(ChatRequest.parse_completion, TextCompletion)
+
+    def _answer(
+        self, parse: Callable[[bytes], ChatRequest], answer_format: type[ChatCompletion],
+    ) -> bytes | EventStream:
         with ExitStack() as done:
-            size = parsed_size(body)
-            self.memory.acquire(size)
-            done.callback(self.memory.release, size)
-            request = ChatRequest.parse(body)
+            request = parse(self._read_body(done))
             model = request.model or self.settings.default_model
             self.providers.resolve(model)  # an unknown model is refused before it takes a slot
             chat = Chat(request, model)
-            completion = ChatCompletion(request.include_usage)
-            self.chats.acquire()
-            done.callback(self.chats.release)
+            completion = answer_format(request.include_usage)
+            self._take_slot(done)
             ask = partial(self.providers.answer, model)
             deltas = answer_in_session(ask, chat, self.sessions, owner())
             if request.stream:
@@ -3604,8 +3709,7 @@ class App:
                 parts = completion.events(pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel))
             else:
                 parts = completion.json(deltas)
-            data = relay(parts, chat, self.calls, self.settings.sse_keepalive, self._client_check())
-            done.enter_context(closing(data))
+            data = self._relay(parts, chat.cancel, chat.cleanup, done)
             answer: bytes | EventStream
             if request.stream:
                 events = event_stream(data)
@@ -3616,6 +3720,45 @@ class App:
                 answer = b"".join(data)
                 set_headers({"Content-Type": "application/json", **completion.headers})
         return answer
+
+    def embeddings(self) -> bytes:
+        with ExitStack() as done:
+            body = parse_body(self._read_body(done), EMBEDDINGS_REQUEST)
+            model = body.get("model") or self.settings.default_model
+            cancel = Cancel()
+            headers: Headers = {}
+
+            def ask() -> Iterator[bytes]:
+                nonlocal headers
+                answer, headers = self.providers.embed(model, body, cancel)
+                yield dump_json(answer)
+
+            self._take_slot(done)
+            answer = b"".join(self._relay(ask(), cancel, ExitStack(), done))
+            set_headers({"Content-Type": "application/json", **headers})
+        return answer
+
+    def _read_body(self, done: ExitStack) -> bytes:
+        """The body; the memory that it takes once it is parsed is reserved until `done`."""
+        limit = self.settings.max_body_bytes
+        length = bottle.request.content_length
+        if length > limit:
+            raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
+        body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
+        size = parsed_size(body)
+        self.memory.acquire(size)
+        done.callback(self.memory.release, size)
+        return body
+
+    def _take_slot(self, done: ExitStack) -> None:
+        self.chats.acquire()
+        done.callback(self.chats.release)
+
+    def _relay(
+        self, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack, done: ExitStack,
+    ) -> Generator[bytes, None, None]:
+        data = relay(parts, cancel, cleanup, self.calls, self.settings.sse_keepalive, self._client_check())
+        return done.enter_context(closing(data))
 
     def _client_check(self) -> Callable[[], None]:
         """A function that raises when the current request's client has gone, or the server stops."""
@@ -3679,13 +3822,6 @@ class App:
     def page(self) -> str:
         set_headers(page_headers())
         return PAGE
-
-    def _read_body(self) -> bytes:
-        limit = self.settings.max_body_bytes
-        length = bottle.request.content_length
-        if length > limit:
-            raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
-        return bytes(bottle.request.environ["wsgi.input"].read(max(0, length)))
 
     # Before and after every route
 
@@ -3831,7 +3967,8 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     if error.status_code == 404:
         advice = "The base URL for clients ends in /v1."
         if bottle.request.path.startswith("/v1/"):
-            advice = "This server has chat completions, models and sessions, and nothing else of OpenAI's API."
+            advice = ("This server has chat completions, completions, embeddings, models and sessions, and nothing "
+                      "else of OpenAI's API.")
         ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
@@ -3851,6 +3988,8 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi.add_hook("before_request", app.admit)
     wsgi.add_hook("after_request", app.finish)
     wsgi.route("/v1/chat/completions", "POST", app.chat)
+    wsgi.route("/v1/completions", "POST", app.completion)
+    wsgi.route("/v1/embeddings", "POST", app.embeddings)
     wsgi.route("/v1/models", "GET", app.models)
     wsgi.route(r"/v1/models/<name:re:[\s\S]+>", "GET", app.model)
     wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "GET", app.session)
@@ -3907,41 +4046,120 @@ class DemoUpstream(BaseHTTPRequestHandler):
         log.debug("demo upstream: " + format, *args)
 
 
-def smallest_document(schema: Any) -> Any:
-    """A value by a JSON schema, as far as the demo reads one."""
+def smallest_document(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
+    """A value by a JSON schema, as far as the demo reads one. definitions: what it may refer to, by `$ref`."""
     if not isinstance(schema, dict):
         return {}
-    for keyword in ("enum", "anyOf", "oneOf"):
-        if isinstance(schema.get(keyword), list) and schema[keyword]:
-            first = schema[keyword][0]
-            return first if keyword == "enum" else smallest_document(first)
-    kind = schema.get("type")
+    if definitions is None:
+        definitions = {}
+        for keyword in ("$defs", "definitions"):
+            for name, definition in dict_of(schema, keyword).items():
+                definitions[f"#/{keyword}/{name}"] = definition
+    reference = str(schema.get("$ref"))
+    if reference in definitions:  # which can be used once on the way down: it may refer to itself
+        others = {name: definition for name, definition in definitions.items() if name != reference}
+        return smallest_document(definitions[reference], others)
+    if "const" in schema:
+        return schema["const"]
+    if list_of(schema, "enum"):
+        return schema["enum"][0]
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        options = list_of(schema, keyword)
+        if options:
+            return None if NULL in options else smallest_document(options[0], definitions)
+    kind = schema.get("type", "object")
+    if isinstance(kind, list):
+        kind = kind[0] if kind else "null"
+    if kind == "object":
+        properties = dict_of(schema, "properties")
+        document = {}
+        for name in list_of(schema, "required"):
+            document[str(name)] = smallest_document(properties.get(str(name)), definitions)
+        return document
     if kind == "array":
-        return []
-    if kind in ("object", None):
-        properties = schema.get("properties")
-        required = schema.get("required")
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            return {}
-        return {str(name): smallest_document(properties.get(str(name))) for name in required}
-    return {"string": "", "integer": 0, "number": 0, "boolean": False}.get(str(kind))
+        return [smallest_document(schema.get("items"), definitions)] * smallest(schema, "minItems")
+    if kind == "string":
+        return "x" * smallest(schema, "minLength")
+    if kind in ("integer", "number"):
+        return smallest(schema, "minimum")
+    return False if kind == "boolean" else None
+
+
+def dict_of(schema: Schema, keyword: str) -> JSONObject:
+    value = schema.get(keyword)
+    return value if isinstance(value, dict) else {}
+
+
+def list_of(schema: Schema, keyword: str) -> list[Any]:
+    value = schema.get(keyword)
+    return value if isinstance(value, list) else []
+
+
+def smallest(schema: Schema, keyword: str) -> int:
+    bound = schema.get(keyword)
+    return min(max(0, ceil(bound)), 1000) if isinstance(bound, (int, float)) else 0
+
+
+def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
+    """A value of the type that `signature` has written there, and where it ends. Raises ValueError, IndexError."""
+    if form.startswith("{", at) and not form.startswith(("{}", '{"'), at):
+        value: Any = {}
+        at += 1
+        while form[at] != "}":
+            colon = form.index(": ", at)
+            name = form[at:colon].removeprefix(", ")
+            inner, at = smallest_arguments(form, colon + 2)
+            if not name.endswith("?"):
+                value[name] = inner
+        at += 1
+    elif form.startswith("[", at):
+        _, at = smallest_arguments(form, at + 1)
+        value = []
+        at += 1
+    else:
+        word = re.compile("array|boolean|integer|number|object|string").match(form, at)
+        if word:
+            value = smallest_document({"type": word[0]})
+            at = word.end()
+        else:
+            value, at = STRICT_JSON.raw_decode(form, at)
+            if isinstance(value, dict):  # a schema as it is
+                value = smallest_document(value)
+    if form.startswith("|", at):
+        _, at = smallest_arguments(form, at + 1)
+    return value, at
+
+
+SPEAKER = re.compile("^(?:用户|模型|工具)(?: .+?)?: ", re.M)
+OFFERED_TOOL = re.compile(r"^You (may|must) call .*Tools:\n- ([\w.-]+)(.*)", re.M)
+WANTS_JSON = re.compile("^Answer with one JSON document and nothing else(?:, valid by this schema: (.*))?", re.M)
 
 
 def answer_of_demo(prompt: str, model: str) -> str:
-    wants_json = re.search(r"^Answer with one JSON document and nothing else(?:, valid by this schema: (.*))?", prompt,
-                           re.M)
+    """A call of the first tool, then its result; JSON where it is asked for; else what has reached the model."""
+    parts = SPEAKER.split(prompt)
+    marks = SPEAKER.findall(prompt)
+    newest = parts[-1].strip()
+    has_result = bool(marks) and marks[-1].startswith("工具")
+    tool = OFFERED_TOOL.search(prompt)
+    if tool and (tool[1] == "must" or not has_result):
+        arguments: Any = {}
+        with suppress(ValueError, IndexError):  # a form that the demo does not know
+            arguments, _ = smallest_arguments(tool[3])
+        return f"<tool_call>{json.dumps({'name': tool[2], 'arguments': arguments})}</tool_call>"
+    wants_json = WANTS_JSON.search(prompt)
     if wants_json:
         schema: Any = OBJECT
         with suppress(ValueError):  # the words may be the user's own
             schema = parse_json(wants_json[1] or "{}")
         return json.dumps(smallest_document(schema))
-    *before, newest = re.split(r"^(?:用户|模型): ", prompt, flags=re.M)
+    about = "The tool said" if has_result else "You said"
     earlier = ""
-    for part in before:
+    for part in parts[:-1]:
         if part.strip():
             earlier += f"\n- {' '.join(part.split())[:60]}"
     return (
-        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. You said: “{newest.strip()}”\n"
+        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. {about}: “{newest}”\n"
         f"Earlier messages that reached {model} with it:{earlier or ' none.'}")
 
 
@@ -4425,6 +4643,19 @@ SCHEMAS: dict[str, Schema] = {
         },
         {"usage": any_of(USAGE, NULL)},
     ),
+    "CompletionRequest": COMPLETION_REQUEST,
+    "TextCompletion": object_of({
+        "id": STRING,
+        "object": constant("text_completion"),
+        "created": INTEGER,
+        "model": STRING,
+        "choices": array(object_of({
+            "text": STRING, "index": COUNT, "logprobs": NULL, "finish_reason": any_of(FINISH_REASON, NULL),
+        })),
+        "usage": USAGE,
+    }),
+    "EmbeddingsRequest": EMBEDDINGS_REQUEST,
+    "Embeddings": object_of({"object": constant("list"), "data": array(OBJECT), "model": STRING, "usage": OBJECT}),
     "Model": object_of({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING}),
     "Models": object_of({
         "object": constant("list"),
@@ -4453,45 +4684,52 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
-def content_of(schema: str) -> JSONObject:
-    """The content of a body in JSON, by the name of its schema."""
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+def answered(schema: str, stream: str = "") -> JSONObject:
+    """The content of a body in JSON, by the name of its schema; stream: what the data of each event of a stream is."""
+    content: JSONObject = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    if stream:
+        event = object_of({"data": {**STRING, "description": stream}})
+        content["text/event-stream"] = {"schema": {**event, "description": "each event of the stream"}}
+    return content
 
 
-def operation(summary: str, answer: JSONObject, parameter: str = "") -> JSONObject:
-    """A route's description: what it answers with 200, and the parameter in its path."""
+def operation(summary: str, answer: JSONObject, parameter: str = "", request: str = "") -> JSONObject:
+    """A route's description: what it answers with 200, the parameter in its path, and the schema of its request."""
     described: JSONObject = {
         "summary": summary,
         "responses": {
             "200": {"description": summary, "content": answer},
-            "default": {"description": "an error", "content": content_of("Error")},
+            "default": {"description": "an error", "content": answered("Error")},
         },
     }
     if parameter:
         described["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": STRING}]
+    if request:
+        described["requestBody"] = {"required": True, "content": answered(request)}
     return described
 
 
 def openapi(key_required: bool) -> JSONObject:
     """The OpenAPI 3.1 description of the server."""
-    completion = content_of("Completion")
-    event = object_of({"data": {**STRING, "description": "a Chunk as JSON, or [DONE]"}})
-    completion["text/event-stream"] = {"schema": {**event, "description": "each event of the stream"}}
     page = {"text/html": {"schema": STRING}}
     paths: dict[str, JSONObject] = {
-        "/v1/chat/completions": {"post": operation("chat", completion)},
-        "/v1/models": {"get": operation("the models", content_of("Models"))},
-        "/v1/models/{id}": {"get": operation("one model", content_of("Model"), "id")},
+        "/v1/chat/completions": {"post": operation(
+            "chat", answered("Completion", stream="a Chunk as JSON, or [DONE]"), request="Request")},
+        "/v1/completions": {"post": operation(
+            "complete a text", answered("TextCompletion", stream="a TextCompletion as JSON, or [DONE]"),
+            request="CompletionRequest")},
+        "/v1/embeddings": {"post": operation("embeddings", answered("Embeddings"), request="EmbeddingsRequest")},
+        "/v1/models": {"get": operation("the models", answered("Models"))},
+        "/v1/models/{id}": {"get": operation("one model", answered("Model"), "id")},
         "/v1/sessions/{user}": {
-            "get": operation("the turns remembered of a user", content_of("Session"), "user"),
-            "delete": operation("forget a user's turns", content_of("Deleted"), "user"),
+            "get": operation("the turns remembered of a user", answered("Session"), "user"),
+            "delete": operation("forget a user's turns", answered("Deleted"), "user"),
         },
-        "/health": {"get": operation("how the server is", content_of("Health"))},
-        "/openapi.json": {"get": operation("this description", content_of("OpenAPI"))},
+        "/health": {"get": operation("how the server is", answered("Health"))},
+        "/openapi.json": {"get": operation("this description", answered("OpenAPI"))},
         "/docs": {"get": operation("a page to read and to try", page)},
         "/": {"get": operation("the same page", page)},
     }
-    paths["/v1/chat/completions"]["post"]["requestBody"] = {"required": True, "content": content_of("Request")}
     for path in OPEN_PATHS:
         paths[path]["get"]["security"] = []
     return {

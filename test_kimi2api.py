@@ -1728,6 +1728,14 @@ def test_allowed_tools_are_those_that_are_offered(app: Client, kimi: WebChat, mo
     assert is_error(response, 400, None, param="tool_choice.allowed_tools.tools[0].function")
 
 
+def test_allowed_tools_that_are_no_functions_reach_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    allowed = {"mode": "required", "tools": [{"type": "mcp", "server_label": "x"}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    tools = [CLOCK, {"type": "mcp", "server_label": "x"}]
+    assert said(chat(make(**both), model="local/k2", tools=tools, tool_choice=choice))
+    assert api.asked[0][2]["tool_choice"] == choice
+
+
 MANY_TOOLS = [tool(f"tool_{number}", "What it does. " * (50 if number == 1 else 10)) for number in range(28)]
 
 
@@ -3447,6 +3455,132 @@ def test_a_stream_has_the_shape_of_openais(app: Client, kimi: WebChat, include_u
         assert not any("usage" in chunk for chunk in chunks)
 
 
+def test_a_completion_of_a_prompt_is_a_users_message(app: Client, kimi: WebChat) -> None:
+    for prompt in ("Once upon", ["Once upon"]):
+        response = app.post_json("/v1/completions", {"prompt": prompt, "max_tokens": 50, "temperature": 0.1})
+        body = response.json
+        assert body["object"] == "text_completion" and body["id"].startswith("cmpl-") and body["model"] == "kimi"
+        choice = {"text": kimi.answer, "index": 0, "logprobs": None, "finish_reason": "stop"}
+        assert body["choices"] == [choice] and body["usage"]["total_tokens"] > 0
+        assert kimi.posts[-1]["message"] == "Once upon"
+
+
+def test_a_completion_can_be_a_stream(app: Client, kimi: WebChat) -> None:
+    asked = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, done = events(app.post_json("/v1/completions", asked))
+    assert done == "[DONE]" and chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    assert "".join(choice["text"] for choice in choices) == kimi.answer
+    assert choices[-1]["finish_reason"] == "stop" and all("delta" not in choice for choice in choices)
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+def test_a_completion_passes_what_chats_have_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    asked = {"model": "local/k2", "prompt": "x", "seed": 7, "echo": False, "best_of": 1, "suffix": None}
+    assert make(**both).post_json("/v1/completions", asked).json["choices"][0]["text"] == "Hi from the API."
+    path, _, sent = api.asked[0]
+    assert path == "/v1/chat/completions" and sent["seed"] == 7
+    assert sent["messages"] == [{"role": "user", "content": "x"}] and not sent.keys() & {"prompt", "echo", "best_of"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        pytest.param("prompt", ["a", "b"], id="several prompts"),
+        pytest.param("prompt", [1, 2], id="tokens"),
+        pytest.param("prompt", [], id="no prompt"),
+        pytest.param("prompt", None, id="null"),
+        pytest.param("echo", True, id="echo"),
+        pytest.param("suffix", "end", id="suffix"),
+        pytest.param("best_of", 2, id="best of two"),
+        pytest.param("logprobs", 3, id="log probabilities"),
+        pytest.param("max_tokens", 0, id="no tokens"),
+    ],
+)
+def test_a_completion_that_no_chat_can_give_is_a_400(app: Client, kimi: WebChat, field: str, value: Any) -> None:
+    response = app.post_json("/v1/completions", {"prompt": "x", field: value})
+    assert is_error(response, 400, None, "invalid_request_error") and not kimi.posts
+    assert response.json["error"]["param"].startswith(field) and "[False]" not in response.text
+
+
+def embed(app: Client, **body: Any) -> Any:
+    return app.post_json("/v1/embeddings", {"input": "x", **body})
+
+
+EMBEDDINGS = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -1.25e-05]}],
+    "model": "theirs",
+    "usage": {"prompt_tokens": 1, "total_tokens": 1},
+}
+
+
+def test_embeddings_pass_through_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_sends(200, EMBEDDINGS, **{"x-ratelimit-remaining-requests": "4"})
+    app = make(**both, MODELS="kimi=x,small=local/e1")
+    response = embed(app, model="small", input=["x", "y"], dimensions=2, extra={})
+    assert response.json == {**EMBEDDINGS, "model": "small"}
+    assert response.headers["X-Kimi2api-Provider"] == "local"
+    assert response.headers["x-ratelimit-remaining-requests"] == "4"
+    path, headers, sent = api.asked[0]
+    assert path == "/v1/embeddings" and headers["Authorization"] == "Bearer sk-theirs"
+    assert sent == {"model": "e1", "input": ["x", "y"], "dimensions": 2, "extra": {}}
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "code"),
+    [
+        pytest.param(api_sends(400, {"error": {"message": "too many", "code": "c"}}), 400, "c", id="refused"),
+        pytest.param(api_sends(429, {"error": {"message": "slow"}}), 429, "upstream_rate_limited", id="rate limit"),
+        pytest.param(api_sends(401, {}), 502, "upstream_auth", id="our key"),
+        pytest.param(api_sends(200, {"error": {"message": "x"}}), 502, "upstream_unavailable", id="error with 200"),
+        pytest.param(api_sends(200, {"data": None}), 502, "upstream_invalid_response", id="no list"),
+        pytest.param(api_sends(200, b"[[1, 2"), 502, "upstream_invalid_response", id="cut off"),
+        pytest.param(resets, 502, "upstream_unavailable", id="reset"),
+    ],
+)
+def test_errors_of_embeddings_are_those_of_chats(
+    make: Make, both: dict[str, str], api: Api, act: Act, status: int, code: str
+) -> None:
+    api.always = act
+    response = embed(make(**both, FALLBACK_MODELS="kimi"), model="local/e1")
+    assert response.status_int == status and response.json["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param({"input": None}, "input", id="null"),
+        pytest.param({"input": ""}, "input", id="empty text"),
+        pytest.param({"input": []}, "input", id="empty list"),
+        pytest.param({"encoding_format": "hex"}, "encoding_format", id="unknown form"),
+        pytest.param({"dimensions": 0}, "dimensions", id="no dimensions"),
+        pytest.param({"model": "kimi"}, "model", id="the web chat"),
+        pytest.param({}, "model", id="the default, which is the web chat"),
+    ],
+)
+def test_embeddings_that_cannot_be_had_are_a_400(app: Client, kimi: WebChat, body: Any, param: str) -> None:
+    response = embed(app, **body)
+    assert response.status_int == 400 and response.json["error"]["param"] == param and not kimi.posts
+
+
+def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[str, str], api: Api) -> None:
+    def waits(handler: ApiHandler) -> None:
+        if not handler.rfile.read(1):
+            api.hung_up.set()
+
+    api.always = waits
+    program = run(**both)
+    body = b'{"model": "local/e1", "input": "x"}'
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    link = program.open(head + body)
+    wait_for(lambda: api.asked)
+    assert program.running() == 1
+    link.close()
+    assert api.hung_up.wait(PATIENCE)
+    wait_for(lambda: program.running() == 0)
+
+
 # ======================================================================================================================
 # 20 App
 # ======================================================================================================================
@@ -3622,6 +3756,88 @@ def test_the_demo_answers_with_json_where_json_is_asked_for(demo: Program) -> No
         assert status == 200, body
         answered = json.loads(json.loads(body)["choices"][0]["message"]["content"])
         assert answered == ({"a": 0, "b": "x"} if document is None else document)
+
+
+def test_the_demo_calls_the_first_tool_with_arguments_that_fit_then_tells_the_result(demo: Program) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "unit": {"enum": ["C", "F"]},
+            "days": {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}},
+            "near": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "box": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+            "more": {"type": "boolean"},
+        },
+        "required": ["city", "unit", "days", "near", "box"],
+    }
+    first = {"type": "function", "function": {"name": "get_weather", "parameters": parameters, "description": "a: b"}}
+    messages: list[Any] = [{"role": "user", "content": "Weather?"}]
+    status, body = demo.chat(messages=messages, tools=[first, CLOCK])
+    (call,) = json.loads(body)["choices"][0]["message"]["tool_calls"]
+    assert status == 200 and call["function"]["name"] == "get_weather"
+    arguments = json.loads(call["function"]["arguments"])
+    assert arguments == {"city": "", "unit": "C", "days": [], "near": None, "box": {"x": 0}}
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    messages.append({"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"})
+    told = json.loads(demo.chat(messages=messages, tools=[first, CLOCK])[1])["choices"][0]["message"]
+    assert "21 degrees" in told["content"] and not told.get("tool_calls")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        pytest.param(
+            {
+                "$defs": {
+                    "Step": {
+                        "type": "object",
+                        "properties": {"n": {"type": "integer", "minimum": 3}},
+                        "required": ["n"],
+                    }
+                },
+                "type": "object",
+                "properties": {"steps": {"type": "array", "items": {"$ref": "#/$defs/Step"}, "minItems": 2}},
+                "required": ["steps"],
+            },
+            id="definitions",
+        ),
+        pytest.param(
+            {
+                "$defs": {
+                    "Node": {
+                        "type": "object",
+                        "properties": {
+                            "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+                            "name": {"const": "n"},
+                        },
+                        "required": ["next", "name"],
+                    }
+                },
+                "$ref": "#/$defs/Node",
+            },
+            id="a definition that refers to itself",
+        ),
+        pytest.param(
+            {
+                "type": "object",
+                "properties": {
+                    "a": {"type": ["string", "null"]},
+                    "b": {"type": "string", "minLength": 2},
+                    "c": {"allOf": [{"type": "boolean"}]},
+                },
+                "required": ["a", "b", "c"],
+            },
+            id="several types",
+        ),
+    ],
+)
+def test_the_demos_documents_fit_their_schemas(demo: Program, schema: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, body = demo.chat(response_format=form)
+    assert status == 200, body
+    document = json.loads(json.loads(body)["choices"][0]["message"]["content"])
+    pytest.importorskip("jsonschema").validate(document, schema)
 
 
 # ======================================================================================================================
@@ -4175,6 +4391,18 @@ def test_openai_python_chats_streams_and_lists_models(client: Any, kimi: WebChat
     assert stream[-1].usage.total_tokens > 0
     assert next(model.id for model in client.models.list()) == "kimi"
     assert client.models.retrieve("kimi").id == "kimi"
+
+
+def test_openai_python_completes_and_embeds(run: Run, kimi: WebChat, both: dict[str, str], api: Api) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=run(**both).base_url, api_key="none", max_retries=0)
+    assert client.completions.create(model="kimi", prompt="x").choices[0].text == kimi.answer
+    stream = client.completions.create(model="kimi", prompt="x", stream=True)
+    assert "".join(part.choices[0].text for part in stream) == kimi.answer
+    api.always = api_sends(200, EMBEDDINGS)
+    embeddings = client.embeddings.create(model="local/e1", input=["x"])
+    assert embeddings.data[0].embedding == [0.5, -1.25e-05] and embeddings.model == "local/e1"
+    assert api.asked[-1][2]["encoding_format"] == "base64"
 
 
 def test_openai_python_raises_its_own_exception_for_each_error(client: Any, kimi: WebChat) -> None:
