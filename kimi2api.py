@@ -55,7 +55,7 @@ import sys
 import threading
 import time
 import unicodedata
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -562,8 +562,11 @@ def record(required: Schema, optional: Schema | None = None, **more: Any) -> Sch
 
 
 def when(name: str, values: list[Any], then: Schema) -> Schema:
-    """Keywords of an object schema: where the field has one of these values, or is missing, `then` holds too."""
-    return {"if": {"properties": {name: {"enum": values}}}, "then": then}
+    """Keywords of an object schema: where the field has one of these values, `then` holds too. None: or is missing."""
+    condition: Schema = {"properties": {name: {"enum": values}}}
+    if None not in values:
+        condition["required"] = [name]
+    return {"if": condition, "then": then}
 
 
 TYPES: dict[str, tuple[Any, str]] = {
@@ -625,8 +628,11 @@ def find_field_violation(value: JSONObject, schema: Schema, path: str) -> Violat
             violation = find_violation(value[name], field_schema, prefix + name)
             if violation:
                 return violation
-    if "if" in schema and find_violation(value, schema["if"]) is None:
-        return find_violation(value, schema["then"], path)
+    for condition in (schema, *schema.get("allOf", ())):
+        if "if" in condition and find_violation(value, condition["if"]) is None:
+            violation = find_violation(value, condition["then"], path)
+            if violation:
+                return violation
     return None
 
 
@@ -936,7 +942,345 @@ def text_of(message: Message) -> str:
 
 
 # ======================================================================================================================
-# 5 Stores
+# 5 Requests of the Responses API
+#
+# Read as requests for a chat: items become messages, flat tools nested ones. Fields and meanings: OpenAI's Responses
+# reference. What goes wrong with the chat is told in this API's own terms.
+# ======================================================================================================================
+
+TEXT_TYPES = ["input_text", "output_text"]
+TEXT_PART = record({"type": choice_of(*TEXT_TYPES)}, **when("type", TEXT_TYPES, record({"text": STRING})))
+INPUT_PART = record(
+    {"type": choice_of(*TEXT_TYPES, "refusal", "input_image", "input_file")},
+    allOf=[
+        when("type", TEXT_TYPES, record({"text": STRING})),
+        when("type", ["refusal"], record({"refusal": STRING})),
+        when("type", ["input_image"], record({"image_url": STRING}, {"detail": STRING})),
+        when("type", ["input_file"], record({}, {"file_data": STRING, "file_id": STRING, "filename": STRING})),
+    ],
+)
+CALL_ITEM = {"call_id": STRING, "name": {**STRING, "minLength": 1}}
+ITEMS = (
+    "message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
+INPUT_ITEM = record(
+    {},
+    {"type": choice_of(*ITEMS)},
+    allOf=[
+        when("type", ["message", None], record({
+            "role": choice_of("user", "assistant", "system", "developer"),
+            "content": any_of(STRING, array(INPUT_PART)),
+        })),
+        when("type", ["function_call"], record({**CALL_ITEM, "arguments": STRING}, {"namespace": STRING})),
+        when("type", ["custom_tool_call"], record({**CALL_ITEM, "input": STRING}, {"namespace": STRING})),
+        when("type", ["function_call_output", "custom_tool_call_output"], record({
+            "call_id": STRING,
+            "output": any_of(STRING, array(TEXT_PART)),
+        })),
+        when("type", ["reasoning"], record({}, {
+            "summary": array(record({"text": STRING})),
+            "content": array(record({"text": STRING})),
+            "encrypted_content": STRING,
+        })),
+    ],
+)
+NAMED_FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
+FLAT_TOOL = record(
+    {"type": STRING}, allOf=[when("type", ["function"], NAMED_FUNCTION), when("type", ["custom"], NAMED_FUNCTION)])
+RESPONSES_TOOL = record({"type": STRING}, allOf=[
+    *FLAT_TOOL["allOf"],
+    when("type", ["namespace"], record({"name": {**STRING, "minLength": 1}, "tools": array(FLAT_TOOL)})),
+])
+RESPONSES_REQUEST = record(
+    {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
+    {
+        "model": STRING,
+        "instructions": STRING,
+        "previous_response_id": STRING,
+        "store": BOOLEAN,
+        "stream": BOOLEAN,
+        "tools": array(RESPONSES_TOOL),
+        "tool_choice": any_of(choice_of("none", "auto", "required"), record(
+            {"type": choice_of("function", "custom", "allowed_tools")},
+            allOf=[
+                when("type", ["function", "custom"], record({"name": STRING}, {"namespace": STRING})),
+                when("type", ["allowed_tools"], record({
+                    "mode": choice_of("auto", "required"),
+                    "tools": array(record({"type": STRING}, {"name": STRING, "namespace": STRING})),
+                })),
+            ],
+        )),
+        "parallel_tool_calls": BOOLEAN,
+        "text": record({}, {"format": record(
+            {"type": choice_of("text", "json_object", "json_schema")},
+            allOf=[when("type", ["json_schema"], record({"schema": OBJECT}))],
+        )}),
+        "reasoning": record({}, {"effort": STRING}),
+        "include": array(STRING),
+        "max_output_tokens": POSITIVE,
+        "temperature": NUMBER,
+        "top_p": NUMBER,
+        "user": STRING,
+        "metadata": OBJECT,
+        "service_tier": STRING,
+        "safety_identifier": STRING,
+        "prompt_cache_key": STRING,
+        "truncation": choice_of("auto", "disabled"),
+        "max_tool_calls": POSITIVE,
+        "top_logprobs": COUNT,
+    },
+)
+UNSUPPORTED = ("background", "conversation", "prompt")
+SAME_IN_CHATS = (
+    "model", "stream", "temperature", "top_p", "user", "metadata", "service_tier", "safety_identifier",
+    "prompt_cache_key",
+)
+PARAMS = {  # of a request for a chat, in the words of this API
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "tool_choice.function.name": "tool_choice.name",
+    "tool_choice.allowed_tools.tools": "tool_choice.tools",
+}
+ENCODED_REASONING = "kimi2api:"  # before the base64 of what an API has told; it is no secret from the client
+
+
+@dataclass(frozen=True)
+class ToolName:
+    """A tool as the client knows it; the upstream knows all of them as functions."""
+
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False  # it takes a text
+
+    @property
+    def function(self) -> str:
+        return f"{self.namespace}__{self.name}" if self.namespace else self.name
+
+
+@dataclass(frozen=True)
+class ResponsesRequest:
+    """A checked request for a response."""
+
+    body: JSONObject
+    messages: list[Message]  # of its instructions and input
+    places: list[str]  # in the request, where each comes from
+    tools: dict[str, ToolName]  # by the names of their functions
+    functions: list[JSONObject]  # the tools, as chats have them
+    ignored: list[str]  # types of tools that only OpenAI can run
+
+    @classmethod
+    def parse(cls, raw: bytes) -> ResponsesRequest:
+        """Raises APIError 400 with `param` naming the field."""
+        body = parse_body(raw, RESPONSES_REQUEST)
+        for name in UNSUPPORTED:
+            if body.get(name):
+                raise bad_request(f"'{name}' is not supported.", name, "unsupported_value")
+        items = body["input"]
+        if isinstance(items, str):
+            items = [{"role": "user", "content": items}]
+        messages, places = read_items(items)
+        if body.get("instructions"):
+            messages.insert(0, {"role": "system", "content": body["instructions"]})
+            places.insert(0, "instructions")
+        request = cls(body, messages, places, {}, [], [])
+        request._read_tools(body.get("tools") or [], None)
+        return request
+
+    @property
+    def is_stored(self) -> bool:
+        return self.body.get("store") is not False
+
+    @property
+    def wants_encoded_reasoning(self) -> bool:
+        return "reasoning.encrypted_content" in (self.body.get("include") or ())
+
+    @property
+    def system_items(self) -> list[Message]:
+        """System messages of the input, which later responses go on from; the instructions are for this one alone."""
+        return [
+            message for message, place in zip(self.messages, self.places, strict=True)
+            if is_system(message) and place != "instructions"
+        ]
+
+    def chat(self, system: Iterable[Message] = ()) -> ChatRequest:
+        """The request for a chat, after system messages of the responses before it. It opens no session of its `user`.
+
+        Raises APIError 400, in the terms of chats; see `in_own_terms`.
+        """
+        body = self.body
+        chat: JSONObject = {"messages": [*system, *self.messages]}
+        for name in SAME_IN_CHATS:
+            if body.get(name) is not None:
+                chat[name] = body[name]
+        if body.get("max_output_tokens"):
+            chat["max_tokens"] = body["max_output_tokens"]
+        effort = (body.get("reasoning") or {}).get("effort")
+        if effort:
+            chat["reasoning_effort"] = effort
+        choice = body.get("tool_choice")
+        if self.functions:
+            chat["tools"] = self.functions
+            if body.get("parallel_tool_calls") is not None:
+                chat["parallel_tool_calls"] = body["parallel_tool_calls"]
+        if choice and (self.functions or choice not in ("auto", "none")):
+            chat["tool_choice"] = self._tool_choice(choice)
+        form = (body.get("text") or {}).get("format") or {}
+        if form.get("type") == "json_object":
+            chat["response_format"] = form
+        if form.get("type") == "json_schema":
+            schema = {name: value for name, value in form.items() if name != "type"}
+            chat["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
+        return replace(ChatRequest.of(chat), user=None)
+
+    def in_own_terms(self, error: APIError, earlier: int) -> APIError:
+        """An error of the chat, told of the field that this request has for it. earlier: messages that the chat has
+        before those of this request."""
+        if error.param is None:
+            return error
+        param = PARAMS.get(error.param, error.param)
+        found = re.fullmatch(r"messages(?:\[(\d{1,9})\](\.content.*)?.*)?", error.param, re.S)
+        if found:
+            param = "input"
+            index = int(found[1] or -1) - earlier
+            knows_place = not (error.quotes_upstream and self.body.get("previous_response_id"))
+            if knows_place and 0 <= index < len(self.places):
+                param = self.places[index] + (found[2] or "")
+        return error.copy(param=param, message=error.message.replace(f"'{error.param}'", f"'{param}'"))
+
+    def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
+        for tool in tools:
+            if tool["type"] == "namespace" and namespace is None:
+                self._read_tools(tool["tools"], tool["name"])
+            elif tool["type"] in ("function", "custom"):
+                name = ToolName(tool["name"], namespace, tool["type"] == "custom")
+                self.tools[name.function] = name
+                self.functions.append({"type": "function", "function": as_function(tool, name)})
+            elif tool["type"] not in self.ignored:
+                self.ignored.append(tool["type"])
+
+    def _tool_choice(self, choice: Any) -> Any:
+        if isinstance(choice, str):
+            return choice
+        if choice["type"] != "allowed_tools":
+            return {"type": "function", "function": {"name": function_of(choice)}}
+        tools = [{"type": "function", "function": {"name": function_of(tool)}} for tool in choice["tools"]
+                 if tool["type"] in ("function", "custom")]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
+
+
+def function_of(item: JSONObject) -> str:
+    """The function's name of a tool that an item or a choice names."""
+    return ToolName(item.get("name") or "", item.get("namespace")).function
+
+
+def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
+    function: JSONObject = {"name": name.function}
+    if tool.get("description"):
+        function["description"] = tool["description"]
+    if not name.is_custom:
+        function["parameters"] = tool.get("parameters") or {"type": "object", "properties": {}}
+        if tool.get("strict"):
+            function["strict"] = True
+        return function
+    grammar = tool.get("format")
+    if isinstance(grammar, dict) and grammar.get("definition"):
+        about = f"The input follows this grammar ({grammar.get('syntax')}): {grammar['definition']}"
+        function["description"] = "\n".join(filter(None, (tool.get("description"), about)))
+    function["parameters"] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    return function
+
+
+def read_items(items: list[JSONObject]) -> tuple[list[Message], list[str]]:
+    """Items as messages, and where in the input each message begins.
+
+    What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results.
+    """
+    messages: list[Message] = []
+    places: list[str] = []
+    answer: Message | None = None  # the assistant's message that items still add to
+    for index, item in enumerate(items):
+        kind = item.get("type") or "message"
+        place = f"input[{index}]"
+        if kind == "message" and item["role"] != "assistant":
+            role = "user" if item["role"] == "user" else "system"  # not every API knows developers
+            messages.append({"role": role, "content": read_content(item["content"], place)})
+            places.append(place)
+            answer = None
+        elif kind.endswith("_output"):
+            result = {"role": "tool", "tool_call_id": item["call_id"], "content": joined_text(item["output"])}
+            messages.append(result)
+            places.append(place)
+            answer = None
+        else:
+            is_next = kind in ("message", "reasoning") and answer and answer["content"] and "tool_calls" not in answer
+            if answer is None or is_next:
+                answer = {"role": "assistant", "content": None}
+                messages.append(answer)
+                places.append(place)
+            add_to_answer(answer, item, kind, place)
+    kept = [index for index, message in enumerate(messages) if is_message(message)]
+    return [messages[index] for index in kept], [places[index] for index in kept]
+
+
+def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
+    if kind == "message":
+        content = read_content(item["content"], place)
+        both_texts = isinstance(content, str) and isinstance(answer["content"], str)
+        answer["content"] = f"{answer['content']}\n{content}" if both_texts else content or answer["content"]
+    elif kind == "reasoning":
+        text = read_reasoning(item)
+        if text:
+            answer["reasoning_content"] = answer.get("reasoning_content", "") + text
+    else:
+        arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
+        function = {"name": function_of(item), "arguments": arguments}
+        answer.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
+
+
+def is_message(message: Message) -> bool:
+    """False for reasoning that nothing followed."""
+    return message["role"] != "assistant" or message["content"] is not None or "tool_calls" in message
+
+
+def read_content(content: Any, place: str) -> Any:
+    """Content as chats have it: a text, or parts where there is more than text. Raises APIError 400."""
+    if isinstance(content, str) or all(part["type"] in TEXT_TYPES for part in content):
+        return joined_text(content)
+    parts: list[JSONObject] = []
+    for part in content:
+        kind = part["type"]
+        if kind == "refusal":
+            parts.append({"type": "refusal", "refusal": part["refusal"]})
+        elif kind == "input_image":
+            image = {name: part[name] for name in ("image_url", "detail") if part.get(name)}
+            parts.append({"type": "image_url", "image_url": {"url": image.pop("image_url"), **image}})
+        elif kind == "input_file":
+            file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
+            if not file:
+                raise bad_request(f"'{place}.content' has a file without file_data or file_id.", f"{place}.content")
+            parts.append({"type": "file", "file": file})
+        else:
+            parts.append({"type": "text", "text": part["text"]})
+    return parts
+
+
+def joined_text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def read_reasoning(item: JSONObject) -> str:
+    """The reasoning that an item carries, as an API has told it; else its summary."""
+    encoded = item.get("encrypted_content") or ""
+    if item.get("content"):
+        return joined_text(item["content"])
+    if encoded.startswith(ENCODED_REASONING):  # else it is another server's
+        with suppress(ValueError):
+            return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
+    return joined_text(item.get("summary") or [])
+
+
+# ======================================================================================================================
+# 6 Stores
 #
 # A dict, an expiry, a lock. A session belongs to a key (`owner`) and a `user`; it remembers turns, never system
 # messages, which every request carries itself.
@@ -955,6 +1299,8 @@ class Session:
     created: float  # seconds since the epoch, as is `used`
     used: float
     turns: Turns = ()
+    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
+    response: JSONObject | None = None
     size: int = 0  # bytes, about
 
 
@@ -982,9 +1328,12 @@ def new_session_id(now: float) -> str:
     return f"session_{int(now * 1000)}_{name}"
 
 
+Key = tuple[str, str, str]  # of a session: its owner, "user" or "response", and that one's name or id
+
+
 class Sessions:
     """Turns by owner and user, forgotten `ttl` seconds after the last. At most `limit` sessions are kept, and
-    MAX_STORE_BYTES of them; the least recently used goes first.
+    MAX_STORE_BYTES of them; the least recently used goes first. A stored response is a session of its own.
 
     The reasoning behind tool calls is kept beside them, by owner, provider and call id: Moonshot and DeepSeek want it
     back, and clients of OpenAI's protocol drop it.
@@ -995,7 +1344,7 @@ class Sessions:
         self.limit = limit
         self._clock = clock
         # Least recently used first, which is also the first to expire
-        self._sessions: dict[tuple[str, str], Session] = {}
+        self._sessions: dict[Key, Session] = {}
         self._size = 0  # bytes of all sessions, about
         self._reasoning: dict[tuple[str, str, str], tuple[float, str]] = {}  # when it was kept, and the text
         self._reasoning_size = 0
@@ -1012,28 +1361,38 @@ class Sessions:
         slim = [tuple(slimmed(message) for message in turn) for turn in turns]
         with self._lock:
             self._drop_expired()
-            session = self._forget(owner, user) or replace(opened, turns=())
+            session = self._sessions.get((owner, "user", user)) or replace(opened, turns=())
             if replace_turns:  # but for those that others have recorded meanwhile
                 turns = (*slim, *(turn for turn in session.turns if not any(turn is old for old in opened.turns)))
             else:
                 turns = append_turns(session.turns, slim)
             kept, size = latest_turns(turns)
             size += len(user) + MESSAGE_BYTES
-            self._sessions[owner, user] = replace(session, used=self._clock(), turns=kept, size=size)
-            self._size += size
-            while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
-                self._forget(*next(iter(self._sessions)))
+            self._put((owner, "user", user), replace(session, used=self._clock(), turns=kept, size=size))
 
-    def get(self, owner: str, user: str) -> Session | None:
+    def record_response(
+        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
+    ) -> None:
+        """Keep a response, and the conversation up to its end for those that go on from it."""
+        now = self._clock()
+        kept, size = latest_turns(tuple(tuple(slimmed(message) for message in turn) for turn in turns))
+        slim = tuple(slimmed(message) for message in system)
+        size += len(dump_json(response)) + size_of_turn(slim) + MESSAGE_BYTES
+        session = Session(opened.id, now, now, kept, slim, response, size)
         with self._lock:
             self._drop_expired()
-            return self._sessions.get((owner, user))
+            self._put((owner, "response", response["id"]), session)
 
-    def forget(self, owner: str, user: str) -> bool:
+    def get(self, owner: str, name: str, kind: str = "user") -> Session | None:
+        with self._lock:
+            self._drop_expired()
+            return self._sessions.get((owner, kind, name))
+
+    def forget(self, owner: str, name: str, kind: str = "user") -> bool:
         """Whether there was anything to forget."""
         with self._lock:
             self._drop_expired()
-            return self._forget(owner, user) is not None
+            return self._forget((owner, kind, name)) is not None
 
     def keep_reasoning(self, owner: str, provider: str, call_ids: Iterable[str], text: str) -> None:
         now = self._clock()
@@ -1061,8 +1420,15 @@ class Sessions:
 
     # The caller of these holds the lock
 
-    def _forget(self, owner: str, user: str) -> Session | None:
-        session = self._sessions.pop((owner, user), None)
+    def _put(self, key: Key, session: Session) -> None:
+        self._forget(key)
+        self._sessions[key] = session
+        self._size += session.size
+        while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
+            self._forget(next(iter(self._sessions)))
+
+    def _forget(self, key: Key) -> Session | None:
+        session = self._sessions.pop(key, None)
         if session:
             self._size -= session.size
         return session
@@ -1077,11 +1443,11 @@ class Sessions:
             oldest = next(iter(self._sessions))
             if self._sessions[oldest].used > self._clock() - self.ttl:
                 return
-            self._forget(*oldest)
+            self._forget(oldest)
 
 
 # ======================================================================================================================
-# 6 Deltas
+# 7 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -1259,7 +1625,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 7 Connections
+# 8 Connections
 #
 # http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
 # when a chat's client has gone.
@@ -1451,7 +1817,7 @@ class UpstreamConnection:
 
 
 # ======================================================================================================================
-# 8 Transport
+# 9 Transport
 #
 # Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
 # ======================================================================================================================
@@ -1641,7 +2007,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 # ======================================================================================================================
-# 9 Upstreams
+# 10 Upstreams
 #
 # What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
 # that is down; what many chats want at once is fetched once.
@@ -1661,7 +2027,7 @@ class Chat:
     history: Turns = ()  # remembered before it
     session_id: str = ""
     owner: str = ""  # whose it is
-    store: Sessions | None = None
+    store: Sessions = field(default_factory=lambda: Sessions(0.0, 0))  # keeps nothing
     cancel: Cancel = field(default_factory=Cancel)
     cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
 
@@ -1836,7 +2202,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 10 Prompts
+# 11 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -2039,7 +2405,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 11 Reading answers
+# 12 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -2205,7 +2571,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 12 Scraper
+# 13 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -2304,7 +2670,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 13 Kimi's web chat
+# 14 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -2612,7 +2978,7 @@ def read_text(response: requests.Response) -> str:
 
 
 # ======================================================================================================================
-# 14 Model notes
+# 15 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -2707,7 +3073,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 15 API streams
+# 16 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -2885,7 +3251,7 @@ class APIAnswer:
     def _keep_reasoning(self, index: int) -> None:
         text = "".join(self._reasoning.get(index, ()))
         ids = self._call_ids.get(index)
-        if text and ids and self._chat.store is not None:
+        if text and ids:
             asked = sha256()
             for message in self._messages:
                 add_question(asked, message)
@@ -2947,7 +3313,7 @@ def server_sent_data(chunks: Iterable[bytes], errors: APIErrors) -> Iterator[byt
 
 
 # ======================================================================================================================
-# 16 OpenAI-style APIs
+# 17 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -3041,7 +3407,7 @@ class OpenAIProvider(Provider):
         """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
         store = chat.store
         ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
-        if store is None or not ids:
+        if not ids:
             return messages
         restored = []
         asked = sha256()
@@ -3153,7 +3519,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 17 Models and fallback
+# 18 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -3268,7 +3634,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 18 Delivery
+# 19 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
 # arrived in one piece, with keep-alives during silence.
@@ -3330,15 +3696,13 @@ class Calls(Slots):
                 self.release()
 
 
-def answer_in_session(
-    ask: Callable[[Chat], Iterator[Delta]], chat: Chat, sessions: Sessions, owner: str,
-) -> Iterator[Delta]:
+def answer_in_session(ask: Callable[[Chat], Iterator[Delta]], chat: Chat) -> Iterator[Delta]:
     """An answer with the user's session before it. The turn is recorded before the last delta is handed on, so a
     client that has seen the end finds it remembered."""
     request = chat.request
-    session = sessions.open(owner, request.user)
+    session = chat.store.open(chat.owner, request.user)
     history = () if request.has_history else session.turns
-    deltas = ask(replace(chat, history=history, session_id=session.id, owner=owner, store=sessions))
+    deltas = ask(replace(chat, history=history, session_id=session.id))
     if not request.user:
         yield from deltas
         return
@@ -3359,7 +3723,7 @@ def answer_in_session(
     elif request.turns:
         *older, newest = request.turns
         turns = [*older, (*newest, message)]
-        sessions.record(owner, request.user, session, turns, replace_turns=request.has_history)
+        chat.store.record(chat.owner, request.user, session, turns, replace_turns=request.has_history)
     yield from held
 
 
@@ -3372,6 +3736,24 @@ def answer_to_remember(completion: JSONObject) -> Message:
                 message["content"] = message["content"] or ""  # APIs refuse null without tool calls
             return message
     return {"role": "assistant", "content": ""}
+
+
+def answer_after(previous: Session, ask: Callable[[Chat], Iterator[Delta]], chat: Chat) -> Iterator[Delta]:
+    """An answer with a stored response and what led to it before it."""
+    return ask(replace(chat, history=previous.turns, session_id=previous.id))
+
+
+def record_response(
+    sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
+    response: JSONObject,
+) -> None:
+    """Keep a response, with all that a next one goes on from."""
+    answer, _ = read_items(response["output"])
+    turns = append_turns(previous.turns, request.turns)
+    if turns:
+        *older, newest = turns
+        turns = (*older, (*newest, *answer))
+    sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
 
 
 class Mailbox:
@@ -3538,7 +3920,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 19 Formats
+# 20 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -3588,6 +3970,10 @@ class ChatCompletion:
             yield b"data: " + dump_json(chunk) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
+    def failure(self, error: APIError, sent: int) -> bytes:
+        """The event that ends a stream. Without [DONE] after it: half an answer must not look whole."""
+        return b"data: " + dump_json(error.body()) + b"\n\n"
+
     def _note(self, delta: Delta) -> None:
         if delta.headers:
             self.headers = delta.headers
@@ -3620,25 +4006,347 @@ class TextCompletion(ChatCompletion):
         return super()._with_head({**fields, "choices": choices}, kind)
 
 
-def event_stream(data: Iterator[bytes]) -> Iterator[bytes]:
+def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes]) -> Iterator[bytes]:
     """What is relayed, as a stream: keep-alive comments where there was silence.
 
-    Raises what the relay raises only before the first bytes; later it becomes an event, without [DONE] after it: half
-    an answer must not look whole.
+    Raises what the relay raises only before the first bytes; later it becomes an event. failure: makes that event, told
+    how many were sent before it.
     """
     begun = False
+    sent = 0
     try:
         for part in data:
             begun = True
+            sent += part.count(b"\n\n")
             yield part or KEEPALIVE
     except Exception as error:
         if not begun:
             raise
-        yield b"data: " + dump_json(as_api_error(error).body()) + b"\n\n"
+        yield failure(as_api_error(error), sent)
 
 
 # ======================================================================================================================
-# 20 App
+# 21 Responses
+#
+# Deltas in, a Response or its events out, in the order in which OpenAI sends them.
+# ======================================================================================================================
+
+
+class OutputItem:
+    """An item of a response under way: its events, without their numbers."""
+
+    def __init__(self, item: JSONObject, index: int) -> None:
+        self.item = item
+        self._place = {"item_id": item["id"], "output_index": index}
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def begin(self) -> Iterator[JSONObject]:
+        yield {"type": "response.output_item.added", "output_index": self._place["output_index"], "item": self.item}
+
+    def add(self, text: str) -> Iterator[JSONObject]:
+        raise NotImplementedError
+
+    def end(self, status: str) -> Iterator[JSONObject]:
+        if "status" in self.item:
+            self.item = {**self.item, "status": status}
+        yield {"type": "response.output_item.done", "output_index": self._place["output_index"], "item": self.item}
+
+    def _event(self, kind: str, **fields: Any) -> JSONObject:
+        return {"type": f"response.{kind}", **self._place, **fields}
+
+
+class TextItem(OutputItem):
+    """A message, or reasoning: an item with one part."""
+
+    def __init__(self, item: JSONObject, index: int, part: JSONObject, name: str) -> None:
+        super().__init__({**item, "content": []}, index)
+        self._place["content_index"] = 0
+        self._part = part  # empty
+        self._name = name  # of its events
+        self._more: JSONObject = {"logprobs": []} if "logprobs" in part else {}
+
+    @property
+    def _field(self) -> str:
+        return "refusal" if self._part["type"] == "refusal" else "text"
+
+    def begin(self) -> Iterator[JSONObject]:
+        yield from super().begin()
+        yield self._event("content_part.added", part=self._part)
+
+    def add(self, text: str) -> Iterator[JSONObject]:
+        self._pieces.append(text)
+        yield self._event(f"{self._name}.delta", delta=text, **self._more)
+
+    def end(self, status: str) -> Iterator[JSONObject]:
+        part = {**self._part, self._field: self.text}
+        self.item = {**self.item, "content": [part]}
+        yield self._event(f"{self._name}.done", **{self._field: self.text}, **self._more)
+        yield self._event("content_part.done", part=part)
+        yield from super().end(status)
+
+
+class ReasoningItem(TextItem):
+    def __init__(self, index: int, encoded: bool) -> None:
+        item = {"id": f"rs_{random_hex()}", "type": "reasoning", "summary": []}
+        super().__init__(item, index, {"type": "reasoning_text", "text": ""}, "reasoning_text")
+        self._encoded = encoded
+
+    def end(self, status: str) -> Iterator[JSONObject]:
+        if self._encoded:
+            self.item["encrypted_content"] = ENCODED_REASONING + b64encode(self.text.encode()).decode()
+        yield from super().end(status)
+
+
+class CallItem(OutputItem):
+    """A call of a function."""
+
+    def __init__(self, index: int, call_id: str, name: ToolName) -> None:
+        item = {
+            "id": f"fc_{random_hex()}",
+            "type": "function_call",
+            "status": "in_progress",
+            "call_id": call_id,
+            "name": name.name,
+            "arguments": "",
+        }
+        if name.namespace:
+            item["namespace"] = name.namespace
+        super().__init__(item, index)
+
+    def add(self, text: str) -> Iterator[JSONObject]:
+        self._pieces.append(text)
+        yield self._event("function_call_arguments.delta", delta=text)
+
+    def end(self, status: str) -> Iterator[JSONObject]:
+        self.item = {**self.item, "arguments": self.text}
+        yield self._event("function_call_arguments.done", arguments=self.text)
+        yield from super().end(status)
+
+
+class CustomCallItem(OutputItem):
+    """A call of a custom tool. Its input stands in JSON, and is known when that is complete."""
+
+    def __init__(self, index: int, call_id: str, name: ToolName) -> None:
+        item = {
+            "id": f"ctc_{random_hex()}",
+            "type": "custom_tool_call",
+            "call_id": call_id,
+            "name": name.name,
+            "input": "",
+        }
+        if name.namespace:
+            item["namespace"] = name.namespace
+        super().__init__(item, index)
+
+    def add(self, text: str) -> Iterator[JSONObject]:
+        self._pieces.append(text)
+        yield from ()
+
+    def end(self, status: str) -> Iterator[JSONObject]:
+        value: Any = None
+        with suppress(ValueError):
+            value = parse_json(self.text)
+        text = value.get("input") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            text = self.text
+        self.item = {**self.item, "input": text}
+        yield self._event("custom_tool_call_input.delta", delta=text)
+        yield self._event("custom_tool_call_input.done", input=text)
+        yield from super().end(status)
+
+
+class ResponseWriter:
+    """One response on its way out. record: called with it when it is complete, before the client can see that it is."""
+
+    def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None = None) -> None:
+        self.headers: Headers = {}
+        self._request = request
+        self._record = record
+        self._id = f"resp_{random_hex()}"
+        self._created = int(time.time())
+        self._model = request.body.get("model") or ""
+        self._begun = False
+        self._items: list[OutputItem] = []  # all but the last are complete
+        self._open: tuple[str, int] | None = None  # what is under way: its kind, and the index of a call
+        self._calls: set[int] = set()  # their indexes
+        self._finish_reason = ""
+        self._usage: Any = None
+
+    def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
+        last = deque(self._events(deltas), maxlen=1)
+        yield dump_json(last[0]["response"])
+
+    def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
+        for number, event in enumerate(self._events(deltas)):
+            yield write_event(event, number)
+
+    def failure(self, error: APIError, sent: int) -> bytes:
+        """The events that end a stream of which so many have been sent."""
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        response = self._response("failed", error={"code": code, "message": error.message})
+        events = [{"type": "response.failed", "response": response}]
+        if not sent:
+            events = [*self._begin(), *events]
+        return b"".join(write_event(event, sent + index) for index, event in enumerate(events))
+
+    def _events(self, deltas: Iterable[Delta]) -> Iterator[JSONObject]:
+        for delta in deltas:
+            if delta.headers:
+                self.headers = self._with_ignored(delta.headers)
+            self._model = delta.chunk.get("model") or self._model
+            if not self._begun:
+                self._begun = True
+                yield from self._begin()
+            self._usage = delta.chunk.get("usage") or self._usage
+            for choice in delta.chunk["choices"]:
+                if choice["index"] == 0:
+                    yield from self._add(choice["delta"])
+                    self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._finish_reason)
+        status = "incomplete" if reason else "completed"
+        yield from self._end_item(status)
+        response = self._response(
+            status, incomplete_details={"reason": reason} if reason else None, usage=self._usage_fields())
+        if self._record:
+            self._record(response)
+        yield {"type": f"response.{status}", "response": response}
+
+    def _begin(self) -> Iterator[JSONObject]:
+        response = self._response("in_progress")
+        yield {"type": "response.created", "response": response}
+        yield {"type": "response.in_progress", "response": response}
+
+    def _add(self, delta: JSONObject) -> Iterator[JSONObject]:
+        if delta.get("reasoning_content"):
+            yield from self._add_text("reasoning", delta["reasoning_content"])
+        if delta.get("content"):
+            yield from self._add_text("message", delta["content"])
+        if delta.get("refusal"):
+            yield from self._add_text("refusal", delta["refusal"])
+        for call in delta.get("tool_calls") or ():
+            yield from self._add_call(call)
+
+    def _add_text(self, kind: str, text: str) -> Iterator[JSONObject]:
+        if self._open != (kind, 0):
+            yield from self._end_item("completed")
+            index = len(self._items)
+            if kind == "reasoning":
+                yield from self._begin_item(kind, 0, ReasoningItem(index, self._request.wants_encoded_reasoning))
+            else:
+                message = {"id": f"msg_{random_hex()}", "type": "message", "status": "in_progress", "role": "assistant"}
+                part: JSONObject = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                if kind == "refusal":
+                    part = {"type": "refusal", "refusal": ""}
+                yield from self._begin_item(kind, 0, TextItem(message, index, part, part["type"]))
+        yield from self._items[-1].add(text)
+
+    def _add_call(self, call: JSONObject) -> Iterator[JSONObject]:
+        function = call.get("function") or {}
+        if self._open != ("call", call["index"]):
+            yield from self._end_item("completed")
+            if call["index"] in self._calls:
+                raise upstream_error(502, "upstream_invalid_response", "The pieces of tool calls came in no order.")
+            self._calls.add(call["index"])
+            name = function.get("name") or ""
+            tool = self._request.tools.get(name) or ToolName(name)
+            kind = CustomCallItem if tool.is_custom else CallItem
+            call_id = call.get("id") or f"call_{random_hex()[:24]}"
+            yield from self._begin_item("call", call["index"], kind(len(self._items), call_id, tool))
+        if function.get("arguments"):
+            yield from self._items[-1].add(function["arguments"])
+
+    def _begin_item(self, kind: str, number: int, item: OutputItem) -> Iterator[JSONObject]:
+        self._open = kind, number
+        self._items.append(item)
+        yield from item.begin()
+
+    def _end_item(self, status: str) -> Iterator[JSONObject]:
+        if self._open:
+            self._open = None
+            yield from self._items[-1].end(status)
+
+    def _usage_fields(self) -> JSONObject:
+        usage = self._usage
+        cached = count_of(usage, "prompt_tokens_details", "cached_tokens") or count_of(usage, "cached_tokens")
+        reasoning = count_of(usage, "completion_tokens_details", "reasoning_tokens")
+        return {
+            "input_tokens": count_of(usage, "prompt_tokens"),
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": count_of(usage, "completion_tokens"),
+            "output_tokens_details": {"reasoning_tokens": reasoning},
+            "total_tokens": count_of(usage, "total_tokens"),
+        }
+
+    def _with_ignored(self, headers: Headers) -> Headers:
+        ignored = [*self._request.ignored, *filter(None, [headers.get("X-Kimi2api-Ignored")])]
+        return {**headers, "X-Kimi2api-Ignored": ", ".join(ignored)} if ignored else headers
+
+    def _response(self, status: str, **fields: Any) -> JSONObject:
+        """The Response object, with the settings of the request as they hold."""
+        body = self._request.body
+        response = {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "model": self._model,
+            "output": [item.item for item in self._items],
+            "usage": None,
+            **fields,
+        }
+        for name, default in ECHOED.items():
+            value = body.get(name)
+            response[name] = default if value is None else value
+        response["tools"] = [{"parameters": None, "strict": None, **tool} if tool["type"] == "function" else tool
+                             for tool in response["tools"]]
+        response["text"] = {"format": {"type": "text"}, **response["text"]}
+        response["reasoning"] = {"effort": None, "summary": None, **response["reasoning"]}
+        return response
+
+
+ECHOED: JSONObject = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 1.0,
+    "text": {},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+
+
+def count_of(usage: Any, *names: str) -> int:
+    """A number of an upstream's usage, 0 where there is none."""
+    for name in names:
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if type(usage) is int and usage > 0 else 0
+
+
+def write_event(event: JSONObject, number: int) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), dump_json({**event, "sequence_number": number}))
+
+
+# ======================================================================================================================
+# 22 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
@@ -3687,39 +4395,58 @@ class App:
     # Routes
 
     def chat(self) -> bytes | EventStream:
-        return self._answer(ChatRequest.parse, ChatCompletion)
+        with ExitStack() as done:
+            request = ChatRequest.parse(self._read_body(done))
+            return self._answer(request, ChatCompletion(request.include_usage), answer_in_session, done)
 
     def completion(self) -> bytes | EventStream:
-        return self._answer(ChatRequest.parse_completion, TextCompletion)
+        with ExitStack() as done:
+            request = ChatRequest.parse_completion(self._read_body(done))
+            return self._answer(request, TextCompletion(request.include_usage), answer_in_session, done)
+
+    def response(self) -> bytes | EventStream:
+        with ExitStack() as done:
+            asked = ResponsesRequest.parse(self._read_body(done))
+            caller = owner()
+            previous = self.sessions.open(caller, None)
+            previous_id = asked.body.get("previous_response_id")
+            if previous_id:
+                found = self.sessions.get(caller, previous_id, "response")
+                if found is None:
+                    raise bad_request(
+                        f"Previous response with id {previous_id[:100]!r} not found.", "previous_response_id",
+                        "previous_response_not_found")
+                previous = found
+            earlier = len(previous.system)
+            try:
+                request = asked.chat(previous.system)
+                record = partial(record_response, self.sessions, caller, previous, asked, request)
+                writer = ResponseWriter(asked, record if asked.is_stored else None)
+                return self._answer(request, writer, partial(answer_after, previous), done)
+            except APIError as error:
+                raise asked.in_own_terms(error, earlier) from None
 
     def _answer(
-        self, parse: Callable[[bytes], ChatRequest], answer_format: type[ChatCompletion],
+        self, request: ChatRequest, writer: ChatCompletion | ResponseWriter,
+        ask: Callable[[Callable[[Chat], Iterator[Delta]], Chat], Iterator[Delta]], done: ExitStack,
     ) -> bytes | EventStream:
-        with ExitStack() as done:
-            request = parse(self._read_body(done))
-            model = request.model or self.settings.default_model
-            self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-            chat = Chat(request, model)
-            completion = answer_format(request.include_usage)
-            self._take_slot(done)
-            ask = partial(self.providers.answer, model)
-            deltas = answer_in_session(ask, chat, self.sessions, owner())
-            if request.stream:
-                interval = self.settings.stream_interval_ms / 1000
-                parts = completion.events(pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel))
-            else:
-                parts = completion.json(deltas)
-            data = self._relay(parts, chat.cancel, chat.cleanup, done)
-            answer: bytes | EventStream
-            if request.stream:
-                events = event_stream(data)
-                first = next(events)  # what goes wrong before the first event is a real status
-                set_headers({**EVENT_STREAM_HEADERS, **completion.headers})
-                answer = EventStream(itertools.chain([first], events), done.pop_all())
-            else:
-                answer = b"".join(data)
-                set_headers({"Content-Type": "application/json", **completion.headers})
-        return answer
+        """Have a chat answered, in a session (`ask`) and in a format (`writer`). What it takes is given back when it is
+        done, which may be later, with the end of a stream."""
+        model = request.model or self.settings.default_model
+        self.providers.resolve(model)  # an unknown model is refused before it takes a slot
+        chat = Chat(request, model, owner=owner(), store=self.sessions)
+        self._take_slot(done)
+        deltas = ask(partial(self.providers.answer, model), chat)
+        if not request.stream:
+            answer = b"".join(self._relay(writer.json(deltas), chat.cancel, chat.cleanup, done))
+            set_headers({"Content-Type": "application/json", **writer.headers})
+            return answer
+        interval = self.settings.stream_interval_ms / 1000
+        parts = writer.events(pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel))
+        events = event_stream(self._relay(parts, chat.cancel, chat.cleanup, done), writer.failure)
+        first = next(events)  # what goes wrong before the first event is a real status
+        set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
+        return EventStream(itertools.chain([first], events), done.pop_all())
 
     def embeddings(self) -> bytes:
         with ExitStack() as done:
@@ -3790,6 +4517,17 @@ class App:
             "expires_at": int(session.used + self.sessions.ttl),
             "turns": session.turns,
         }
+
+    def stored_response(self, id: str) -> JSONObject:
+        session = self.sessions.get(owner(), id, "response")
+        if session is None or session.response is None:
+            raise response_not_found(id)
+        return session.response
+
+    def forget_response(self, id: str) -> JSONObject:
+        if not self.sessions.forget(owner(), id, "response"):
+            raise response_not_found(id)
+        return {"id": id, "object": "response", "deleted": True}
 
     def forget(self, user: str) -> JSONObject:
         if not self.sessions.forget(owner(), user):
@@ -3924,6 +4662,10 @@ def session_not_found() -> APIError:
     return APIError(404, "There is no session for this user, or it has expired.", code="session_not_found")
 
 
+def response_not_found(id: str) -> APIError:
+    return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
+
+
 def host_of(address: str) -> str | None:
     try:
         return urlsplit(address).hostname
@@ -3967,8 +4709,8 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     if error.status_code == 404:
         advice = "The base URL for clients ends in /v1."
         if bottle.request.path.startswith("/v1/"):
-            advice = ("This server has chat completions, completions, embeddings, models and sessions, and nothing "
-                      "else of OpenAI's API.")
+            advice = ("This server has chat completions, Responses, completions, embeddings, models and sessions, and "
+                      "nothing else of OpenAI's API.")
         ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
@@ -3990,6 +4732,9 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi.route("/v1/chat/completions", "POST", app.chat)
     wsgi.route("/v1/completions", "POST", app.completion)
     wsgi.route("/v1/embeddings", "POST", app.embeddings)
+    wsgi.route("/v1/responses", "POST", app.response)
+    wsgi.route("/v1/responses/<id>", "GET", app.stored_response)
+    wsgi.route("/v1/responses/<id>", "DELETE", app.forget_response)
     wsgi.route("/v1/models", "GET", app.models)
     wsgi.route(r"/v1/models/<name:re:[\s\S]+>", "GET", app.model)
     wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "GET", app.session)
@@ -4001,7 +4746,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 21 Demo upstream
+# 23 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -4164,7 +4909,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 22 Server
+# 24 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -4459,7 +5204,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 23 Command line
+# 25 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -4590,7 +5335,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 24 Description and page
+# 26 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
@@ -4654,6 +5399,25 @@ SCHEMAS: dict[str, Schema] = {
         })),
         "usage": USAGE,
     }),
+    "ResponsesRequest": RESPONSES_REQUEST,
+    "Response": object_of({
+        "id": STRING,
+        "object": constant("response"),
+        "created_at": INTEGER,
+        "status": choice_of("completed", "incomplete"),
+        "incomplete_details": any_of(object_of({"reason": choice_of("max_output_tokens", "content_filter")}), NULL),
+        "error": NULL,
+        "model": STRING,
+        "output": array(object_of({"type": STRING, "id": STRING})),
+        "usage": object_of({
+            "input_tokens": COUNT,
+            "input_tokens_details": object_of({"cached_tokens": COUNT}),
+            "output_tokens": COUNT,
+            "output_tokens_details": object_of({"reasoning_tokens": COUNT}),
+            "total_tokens": COUNT,
+        }),
+    }),
+    "DeletedResponse": object_of({"id": STRING, "object": constant("response"), "deleted": BOOLEAN}),
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
     "Embeddings": object_of({"object": constant("list"), "data": array(OBJECT), "model": STRING, "usage": OBJECT}),
     "Model": object_of({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING}),
@@ -4715,6 +5479,13 @@ def openapi(key_required: bool) -> JSONObject:
     paths: dict[str, JSONObject] = {
         "/v1/chat/completions": {"post": operation(
             "chat", answered("Completion", stream="a Chunk as JSON, or [DONE]"), request="Request")},
+        "/v1/responses": {"post": operation(
+            "a response", answered("Response", stream="an event of the Responses API as JSON"),
+            request="ResponsesRequest")},
+        "/v1/responses/{id}": {
+            "get": operation("a stored response", answered("Response"), "id"),
+            "delete": operation("forget a stored response", answered("DeletedResponse"), "id"),
+        },
         "/v1/completions": {"post": operation(
             "complete a text", answered("TextCompletion", stream="a TextCompletion as JSON, or [DONE]"),
             request="CompletionRequest")},

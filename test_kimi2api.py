@@ -15,6 +15,7 @@ import gzip
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -1073,7 +1074,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
 
 
 # ======================================================================================================================
-# 5 Stores
+# 6 Stores
 # ======================================================================================================================
 
 
@@ -1223,7 +1224,7 @@ def test_sessions_are_bounded_in_bytes_each_and_all(
 
 
 # ======================================================================================================================
-# 6 Deltas
+# 7 Deltas
 # ======================================================================================================================
 
 
@@ -1308,7 +1309,7 @@ def test_a_cut_never_splits_what_is_read_as_one(
 
 
 # ======================================================================================================================
-# 7, 8 Connections and transport
+# 8, 9 Connections and transport
 # ======================================================================================================================
 
 
@@ -1580,7 +1581,7 @@ def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(ma
 
 
 # ======================================================================================================================
-# 9 Upstreams
+# 10 Upstreams
 # ======================================================================================================================
 
 
@@ -1666,7 +1667,7 @@ def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_pro
 
 
 # ======================================================================================================================
-# 10 Prompts
+# 11 Prompts
 # ======================================================================================================================
 
 
@@ -1886,7 +1887,7 @@ NATIVE = (
 
 
 # ======================================================================================================================
-# 11 Reading answers
+# 12 Reading answers
 # ======================================================================================================================
 
 
@@ -2112,7 +2113,7 @@ def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text:
 
 
 # ======================================================================================================================
-# 12, 13 Scraper and Kimi's web chat
+# 13, 14 Scraper and Kimi's web chat
 # ======================================================================================================================
 
 
@@ -2391,7 +2392,7 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplo
 
 
 # ======================================================================================================================
-# 14 Model notes
+# 15 Model notes
 # ======================================================================================================================
 
 
@@ -2658,7 +2659,7 @@ def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
 
 
 # ======================================================================================================================
-# 15, 16 OpenAI-style APIs and their streams
+# 16, 17 OpenAI-style APIs and their streams
 # ======================================================================================================================
 
 
@@ -3090,7 +3091,7 @@ def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str,
 
 
 # ======================================================================================================================
-# 17 Models and fallback
+# 18 Models and fallback
 # ======================================================================================================================
 
 
@@ -3222,7 +3223,7 @@ def test_an_error_that_several_wait_for_is_told_to_each_alone(
 
 
 # ======================================================================================================================
-# 18 Delivery
+# 19 Delivery
 # ======================================================================================================================
 
 
@@ -3417,7 +3418,7 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
 
 
 # ======================================================================================================================
-# 19 Formats
+# 20 Formats
 # ======================================================================================================================
 
 
@@ -3582,7 +3583,418 @@ def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[s
 
 
 # ======================================================================================================================
-# 20 App
+# 5, 21 Responses
+# ======================================================================================================================
+
+
+def respond(app: Client, input: Any = "Hello", headers: dict[str, str] | None = None, **body: Any) -> Any:
+    return app.post_json("/v1/responses", {"input": input, **body}, headers=headers)
+
+
+def output_text(response: Any) -> str:
+    assert response.status_int == 200, response.text
+    messages = [item for item in response.json["output"] if item["type"] == "message"]
+    return "".join(part["text"] for message in messages for part in message["content"])
+
+
+def response_events(response: Any) -> list[Any]:
+    """The events of a stream, whose names and numbers are checked, and whose shapes too where openai is installed."""
+    body = (response if isinstance(response, bytes) else response.body).decode()
+    parsed = []
+    for number, text in enumerate(re.findall(r"(?:event: .*\ndata: .*)(?=\n\n)", body)):
+        name, data = re.fullmatch(r"event: (.*)\ndata: (.*)", text).groups()
+        event = json.loads(data)
+        assert event["type"] == name and event["sequence_number"] == number
+        parsed.append(event)
+    with suppress(ImportError):
+        from openai.types.responses import ResponseStreamEvent
+        from pydantic import TypeAdapter
+
+        for event in parsed:
+            assert TypeAdapter(ResponseStreamEvent).validate_python(event).type == event["type"]
+    assert "[DONE]" not in body
+    return parsed
+
+
+def kinds(events: list[Any]) -> list[str]:
+    """The types of events, without `response.`, each run of one type once."""
+    return [kind for kind, _ in itertools.groupby(event["type"].removeprefix("response.") for event in events)]
+
+
+def test_a_response_has_every_field_that_openais_types_require(app: Client, kimi: WebChat) -> None:
+    body = respond(app, model="kimi-k2-instruct", instructions="Be short.", metadata={"a": "b"}, temperature=0.5).json
+    assert body["object"] == "response" and body["id"].startswith("resp_") and body["status"] == "completed"
+    assert body["model"] == "kimi-k2-instruct" and abs(body["created_at"] - time.time()) < PATIENCE
+    assert body["instructions"] == "Be short." and body["metadata"] == {"a": "b"} and body["temperature"] == 0.5
+    (message,) = body["output"]
+    assert message["type"] == "message" and message["role"] == "assistant" and message["status"] == "completed"
+    assert message["content"] == [{"type": "output_text", "text": kimi.answer, "annotations": [], "logprobs": []}]
+    usage = body["usage"]
+    assert usage["input_tokens"] + usage["output_tokens"] == usage["total_tokens"] > 0
+    assert kimi.posts[0]["message"] == "Be short.\n\n用户: Hello"
+    types = pytest.importorskip("openai.types.responses")
+    assert types.Response.model_validate(body).output_text == kimi.answer
+
+
+def test_the_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> None:
+    told = response_events(respond(app, stream=True))
+    assert kinds(told) == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert "".join(event["delta"] for event in told if event["type"].endswith(".delta")) == kimi.answer
+    assert told[0]["response"]["status"] == "in_progress" and told[0]["response"]["output"] == []
+    final = told[-1]["response"]
+    assert final["output"] == [told[-2]["item"]] and final["usage"]["total_tokens"] > 0
+    assert {event["item_id"] for event in told if "item_id" in event} == {final["output"][0]["id"]}
+
+
+THOUGHT_AND_CALLS = api_answers(
+    deltas=[
+        {"role": "assistant", "reasoning_content": "Let me "},
+        {"reasoning_content": "see."},
+        {"content": "I look."},
+        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "clock", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+        {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "box__open", "arguments": '{"a":'}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "1}"}}]},
+        {"tool_calls": [{"index": 2, "id": "c3", "function": {"name": "patch", "arguments": '{"input": "x\\ny"}'}}]},
+    ],
+    finish="tool_calls",
+)
+TOOLS = [
+    {"type": "function", "name": "clock", "parameters": {"type": "object", "properties": {}}, "strict": False},
+    {"type": "namespace", "name": "box", "description": "", "tools": [{"type": "function", "name": "open"}]},
+    {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}},
+    {"type": "web_search", "external_web_access": False},
+]
+REASONING = {"include": ["reasoning.encrypted_content"]}
+
+
+@json_and_stream
+def test_reasoning_text_and_calls_of_every_kind_are_items(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = THOUGHT_AND_CALLS
+    response = respond(make(**both), model="local/k2", tools=TOOLS, stream=stream, store=False, **REASONING)
+    assert response.headers["X-Kimi2api-Ignored"] == "web_search"
+    if stream:
+        told = response_events(response)
+        call = ["output_item.added", "{}.delta", "{}.done", "output_item.done"]
+        text = [*call[:1], "content_part.added", *call[1:3], "content_part.done", *call[3:]]
+        assert kinds(told) == [
+            "created",
+            "in_progress",
+            *(kind.format("reasoning_text") for kind in text),
+            *(kind.format("output_text") for kind in text),
+            *(kind.format("function_call_arguments") for kind in call * 2),
+            *(kind.format("custom_tool_call_input") for kind in call),
+            "completed",
+        ]
+        final = told[-1]["response"]
+        done = [event["item"] for event in told if event["type"] == "response.output_item.done"]
+        assert done == final["output"]
+        assert [event["output_index"] for event in told if event["type"] == "response.output_item.added"] == [*range(5)]
+    else:
+        final = response.json
+    reasoning, message, clock, box, patch = final["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Let me see."}] and reasoning["summary"] == []
+    assert message["content"][0]["text"] == "I look."
+    assert (clock["type"], clock["call_id"]) == ("function_call", "c1")
+    assert (clock["name"], clock["arguments"]) == ("clock", "{}")
+    assert (box["name"], box["namespace"], box["arguments"]) == ("open", "box", '{"a":1}')
+    assert (patch["type"], patch["call_id"], patch["input"]) == ("custom_tool_call", "c3", "x\ny")
+    assert final["usage"]["input_tokens"] == 5 and final["usage"]["input_tokens_details"]["cached_tokens"] == 1
+    functions = {entry["function"]["name"]: entry["function"] for entry in api.asked[0][2]["tools"]}
+    assert functions.keys() == {"clock", "box__open", "patch"}
+    assert functions["patch"]["parameters"]["required"] == ["input"] and "start: X" in functions["patch"]["description"]
+    # and back, as a client without a state sends it
+    results = [
+        {"type": "function_call_output", "call_id": "c1", "output": "12:00"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "open"}]},
+        {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"},
+    ]
+    carried = {**reasoning, "content": None}
+    assert carried["encrypted_content"]
+    items = [{"role": "user", "content": "x"}, carried, message, clock, box, patch, *results]
+    api.always = api_answers("Fine.")
+    assert output_text(respond(make(**both), items, model="local/k2", tools=TOOLS, store=False)) == "Fine."
+    question, answered, *told_results = api.asked[-1][2]["messages"]
+    assert question == {"role": "user", "content": "x"}
+    assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
+    assert [(call["id"], call["function"]) for call in answered["tool_calls"]] == [
+        ("c1", {"name": "clock", "arguments": "{}"}),
+        ("c2", {"name": "box__open", "arguments": '{"a":1}'}),
+        ("c3", {"name": "patch", "arguments": '{"input":"x\\ny"}'}),
+    ]
+    assert told_results == [
+        {"role": "tool", "tool_call_id": "c1", "content": "12:00"},
+        {"role": "tool", "tool_call_id": "c2", "content": "open"},
+        {"role": "tool", "tool_call_id": "c3", "content": "done"},
+    ]
+
+
+def test_settings_of_a_response_reach_an_api_under_the_names_of_chats(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    response = respond(
+        make(**both),
+        [
+            {"type": "message", "role": "developer", "content": "d"},
+            {"role": "user", "content": [
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": "data:image/png;base64,xx", "detail": "low"},
+                {"type": "input_file", "file_data": "data:x", "filename": "f.pdf"},
+            ]},
+        ],
+        model="local/k2",
+        tools=TOOLS[:1],
+        tool_choice={"type": "function", "name": "clock"},
+        parallel_tool_calls=False,
+        text={"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}},
+        max_output_tokens=50,
+        reasoning={"effort": "low", "summary": "auto"},
+        temperature=0.5,
+        top_p=0.5,
+        user="ada",
+        metadata={"a": "b"},
+        truncation="auto",
+        include=[],
+    )
+    assert output_text(response) == "Hi from the API."
+    sent = api.asked[0][2]
+    assert sent.pop("messages") == [
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": [
+            {"type": "text", "text": "a"},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,xx", "detail": "low"}},
+            {"type": "file", "file": {"file_data": "data:x", "filename": "f.pdf"}},
+        ]},
+    ]
+    assert sent.pop("tools")[0]["function"]["name"] == "clock" and sent.pop("stream_options")
+    assert sent == {
+        "model": "k2",
+        "stream": True,
+        "tool_choice": {"type": "function", "function": {"name": "clock"}},
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
+        "max_tokens": 50,
+        "reasoning_effort": "low",
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "user": "ada",
+        "metadata": {"a": "b"},
+    }
+
+
+USER = {"role": "user", "content": "x"}
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,xx"}
+
+
+def parts(*content: Any) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param({"input": None}, "input", id="no input"),
+        pytest.param({"input": []}, "input", id="no items"),
+        pytest.param({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", id="reference"),
+        pytest.param({"input": [USER, {"type": "web_search_call"}]}, "input[1].type", id="unknown item"),
+        pytest.param({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", id="role"),
+        pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
+        pytest.param(parts({"type": "text", "text": "x"}), "input[0].content[0].type", id="part of chats"),
+        pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
+        pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
+        pytest.param(parts({"type": "input_file"}), "input[0].content", id="no file"),
+        pytest.param(
+            {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
+            "input[1].content[1].type",
+            id="image for the web chat",
+        ),
+        pytest.param(
+            {"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments", id="half a call"
+        ),
+        pytest.param({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", id="no call id"),
+        pytest.param(
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": [IMAGE]}]},
+            "input[0].output[0].type",
+            id="image as output",
+        ),
+        pytest.param({"tools": [{"type": "function"}]}, "tools[0].name", id="tool without a name"),
+        pytest.param(
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
+            "tools[0].tools[0].name",
+            id="nested tool without a name",
+        ),
+        pytest.param({"tools": [{"name": "f"}]}, "tools[0].type", id="tool without a type"),
+        pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
+        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
+        pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
+        pytest.param({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", id="no schema"),
+        pytest.param({"max_output_tokens": 0}, "max_output_tokens", id="no tokens"),
+        pytest.param({"background": True}, "background", id="background"),
+        pytest.param({"conversation": "conv_1"}, "conversation", id="conversation"),
+        pytest.param({"prompt": {"id": "p"}}, "prompt", id="prompt"),
+        pytest.param({"previous_response_id": "resp_x"}, "previous_response_id", id="unknown response"),
+        pytest.param({"instructions": "i", "input": "x" * 2000}, "input", id="too long"),
+        pytest.param({"input": " "}, "input", id="no text"),
+    ],
+)
+def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
+    app: Client, kimi: WebChat, body: Any, param: str
+) -> None:
+    response = app.post_json("/v1/responses", {"input": "x", **body})
+    assert response.status_int == 400 and response.json["error"]["param"] == param, response.text
+    assert "messages[" not in response.text and "'messages'" not in response.text and not kimi.posts
+
+
+def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat) -> None:
+    items = [{"role": "developer", "content": "Rule."}, {"role": "user", "content": "One"}]
+    first = respond(app, items, instructions="Once.").json["id"]
+    second = respond(app, "Two", previous_response_id=first).json
+    assert second["previous_response_id"] == first
+    assert kimi.posts[-1]["message"] == f"Rule.\n\n用户: One\n模型: {kimi.answer}\n用户: Two"
+    respond(app, "Three", previous_response_id=second["id"])
+    assert "用户: Two" in kimi.posts[-1]["message"] and "Once." not in kimi.posts[-1]["message"]
+    respond(app, "Fork", previous_response_id=first)
+    assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
+
+
+def test_a_stored_response_can_be_had_and_forgotten_by_its_key_alone(make: Make) -> None:
+    app = make(API_MASTER_KEY="sk-1,sk-2")
+    mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
+    made = respond(app, headers=mine).json
+    path = f"/v1/responses/{made['id']}"
+    assert app.get(path, headers=mine).json == made
+    for response in (app.get(path, headers=other), app.delete(path, headers=other)):
+        assert is_error(response, 404, "response_not_found")
+    refused = respond(app, headers=other, previous_response_id=made["id"])
+    assert is_error(refused, 400, "previous_response_not_found", param="previous_response_id")
+    assert app.delete(path, headers=mine).json == {"id": made["id"], "object": "response", "deleted": True}
+    assert is_error(app.get(path, headers=mine), 404, "response_not_found")
+    assert is_error(respond(app, headers=mine, previous_response_id=made["id"]), 400, "previous_response_not_found")
+
+
+def test_a_stream_is_stored_before_its_end_is_told(app: Client) -> None:
+    final = response_events(respond(app, stream=True))[-1]["response"]
+    assert app.get(f"/v1/responses/{final['id']}").json == final
+
+
+def test_store_false_leaves_nothing_behind_and_user_opens_no_session(app: Client, kimi: WebChat) -> None:
+    made = respond(app, store=False, user="ada").json
+    assert made["store"] is False and made["user"] == "ada"
+    assert is_error(app.get(f"/v1/responses/{made['id']}"), 404, "response_not_found")
+    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+    assert app.get("/health").json["sessions"]["kept"] == 0
+    respond(app, user="ada")
+    assert kimi.posts[-1]["message"] == "Hello" and app.get("/health").json["sessions"]["kept"] == 1
+
+
+def test_stored_responses_count_among_sessions_and_expire(clock: Clock, kimi: WebChat) -> None:
+    app = clock.app(**kimi.settings, MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60", STREAM_INTERVAL_MS="0")
+    ids = [respond(app).json["id"] for _ in range(3)]
+    assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 200, 200]
+    clock.now += 61
+    assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 404, 404]
+
+
+@json_and_stream
+def test_a_response_that_was_cut_is_incomplete(app: Client, kimi: WebChat, stream: bool) -> None:
+    kimi.answer = "word " * 50
+    response = respond(app, stream=stream, max_output_tokens=5)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    assert final["status"] == "incomplete" and final["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert final["output"][0]["status"] == "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="told"),
+        pytest.param([], "ended the stream", id="cut off"),
+        pytest.param(
+            [
+                api_chunk({"tool_calls": [{"index": index, "id": f"c{index}", "function": {"name": "f"}}]})
+                for index in (0, 1, 0)
+            ],
+            "in no order",
+            id="pieces of calls in no order",
+        ),
+    ],
+)
+def test_a_response_that_breaks_off_ends_with_failed(
+    make: Make, both: dict[str, str], api: Api, chunks: list[Any], words: str
+) -> None:
+    api.always = api_plays(api_chunk({"content": "half"}), *chunks)
+    app = make(**both)
+    told = response_events(respond(app, model="local/k2", stream=True))
+    final = told[-1]
+    assert final["type"] == "response.failed" and told[4]["delta"] == "half"
+    assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
+    assert words in final["response"]["error"]["message"]
+    assert is_error(app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
+
+
+def test_a_response_that_fails_in_silence_begins_all_the_same(run: Run, kimi: WebChat) -> None:
+    kimi.always = late(sends(403, JUST_A_MOMENT))
+    program = run(SSE_KEEPALIVE="0.05")
+    connection = program.connect()
+    connection.request("POST", "/v1/responses", '{"input": "x", "stream": true}')
+    response = connection.getresponse()
+    assert response.status == 200 and response.readline() == b": keep-alive\n"
+    kimi.gate.set()
+    told = response_events(response.read())
+    assert kinds(told) == ["created", "in_progress", "failed"]
+
+
+def test_errors_before_the_first_event_of_a_response_are_real_statuses(app: Client, kimi: WebChat) -> None:
+    kimi.always = sends(403, JUST_A_MOMENT)
+    for stream in (False, True):
+        assert is_error(respond(app, stream=stream), 503, "upstream_blocked")
+    assert is_error(respond(app, model="gpt-5"), 404, "model_not_found", param="model")
+
+
+@json_and_stream
+@pytest.mark.parametrize("usage", [[], "x", {"prompt_tokens": "5"}, {"prompt_tokens": 1, "prompt_tokens_details": []}])
+def test_usage_of_any_shape_breaks_no_response(
+    make: Make, both: dict[str, str], api: Api, stream: bool, usage: Any
+) -> None:
+    last = {**api_chunk(), "choices": [], "usage": usage}
+    api.always = api_plays(api_chunk({"content": "x"}, "stop"), last, b"[DONE]")
+    response = respond(make(**both), model="local/k2", stream=stream)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    assert final["status"] == "completed" and final["usage"]["input_tokens"] < 3
+
+
+def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, str], api: Api) -> None:
+    items = [
+        {"role": "user", "content": "x"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAB"},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "kimi2api:%%%"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "y"}]},
+        {"role": "user", "content": "z"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "nothing followed"}]},
+    ]
+    assert output_text(respond(make(**both), items, model="local/k2"))
+    assert api.asked[0][2]["messages"] == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "z"},
+    ]
+
+
+# ======================================================================================================================
+# 22 App
 # ======================================================================================================================
 
 
@@ -3733,7 +4145,7 @@ def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
 
 
 # ======================================================================================================================
-# 21 Demo upstream
+# 23 Demo upstream
 # ======================================================================================================================
 
 
@@ -3841,7 +4253,7 @@ def test_the_demos_documents_fit_their_schemas(demo: Program, schema: Any) -> No
 
 
 # ======================================================================================================================
-# 22, 23 Server and command line
+# 24, 25 Server and command line
 # ======================================================================================================================
 
 
@@ -4283,7 +4695,7 @@ def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: 
 
 
 # ======================================================================================================================
-# 24 Description and page
+# 26 Description and page
 # ======================================================================================================================
 
 
