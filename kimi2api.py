@@ -1339,10 +1339,9 @@ class Sessions:
     back, and clients of OpenAI's protocol drop it.
     """
 
-    def __init__(self, ttl: float, limit: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit
-        self._clock = clock
         # Least recently used first, which is also the first to expire
         self._sessions: dict[Key, Session] = {}
         self._size = 0  # bytes of all sessions, about
@@ -1353,7 +1352,7 @@ class Sessions:
     def open(self, owner: str, user: str | None) -> Session:
         """The user's session, or a new one, which is kept only when a turn is recorded."""
         session = self.get(owner, user) if user else None
-        now = self._clock()
+        now = time.time()
         return session or Session(new_session_id(now), now, now)
 
     def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
@@ -1368,13 +1367,13 @@ class Sessions:
                 turns = append_turns(session.turns, slim)
             kept, size = latest_turns(turns)
             size += len(user) + MESSAGE_BYTES
-            self._put((owner, "user", user), replace(session, used=self._clock(), turns=kept, size=size))
+            self._put((owner, "user", user), replace(session, used=time.time(), turns=kept, size=size))
 
     def record_response(
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
         """Keep a response, and the conversation up to its end for those that go on from it."""
-        now = self._clock()
+        now = time.time()
         kept, size = latest_turns(tuple(tuple(slimmed(message) for message in turn) for turn in turns))
         slim = tuple(slimmed(message) for message in system)
         size += len(dump_json(response)) + size_of_turn(slim) + MESSAGE_BYTES
@@ -1395,7 +1394,7 @@ class Sessions:
             return self._forget((owner, kind, name)) is not None
 
     def keep_reasoning(self, owner: str, provider: str, call_ids: Iterable[str], text: str) -> None:
-        now = self._clock()
+        now = time.time()
         with self._lock:
             for call_id in call_ids:
                 self._drop_reasoning((owner, provider, call_id))
@@ -1411,7 +1410,7 @@ class Sessions:
     def find_reasoning(self, owner: str, provider: str, call_id: str) -> str | None:
         with self._lock:
             kept, text = self._reasoning.get((owner, provider, call_id), (0.0, None))
-            return text if kept > self._clock() - self.ttl else None
+            return text if kept > time.time() - self.ttl else None
 
     def __len__(self) -> int:
         with self._lock:
@@ -1441,7 +1440,7 @@ class Sessions:
     def _drop_expired(self) -> None:
         while self._sessions:
             oldest = next(iter(self._sessions))
-            if self._sessions[oldest].used > self._clock() - self.ttl:
+            if self._sessions[oldest].used > time.time() - self.ttl:
                 return
             self._forget(oldest)
 
@@ -1984,9 +1983,9 @@ def plain_line(answer: Any, secret: str = "") -> str:
     return replace_lone_surrogates(words[:300]) or "(no reason given)"
 
 
-def rate_limited(message: str, type: str, code: str, headers: Headers, now: float) -> APIError:
+def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
     """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
-    wait = parse_retry_after(headers.get("Retry-After"), now)
+    wait = parse_retry_after(headers.get("Retry-After"))
     if wait is None:
         return APIError(429, message, type, code)
     passed_on = {"Retry-After": str(ceil(wait))}
@@ -1994,14 +1993,14 @@ def rate_limited(message: str, type: str, code: str, headers: Headers, now: floa
     return APIError(429, message, type, code, headers=passed_on, retryable=is_short, retry_after=wait)
 
 
-def parse_retry_after(value: str | None, now: float) -> float | None:
+def parse_retry_after(value: str | None) -> float | None:
     """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
     if not value:
         return None
     try:
         if value.strip().isdecimal():
             return min(float(value[:20]), 1e9)
-        return max(0.0, parsedate_to_datetime(value[:100]).timestamp() - now)
+        return max(0.0, parsedate_to_datetime(value[:100]).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -2067,9 +2066,8 @@ class CircuitBreaker:
     a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
     """
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._clock = clock
         self._lock = threading.Lock()  # guards all below; never held while upstream is asked
         self._failures = 0
         self._error: APIError | None = None  # the last one while the circuit is open or half-open
@@ -2102,7 +2100,7 @@ class CircuitBreaker:
             return
         with self._lock:
             self._end_probe(probe)
-            self.failing = self.failing or (self._clock(), error.reason)
+            self.failing = self.failing or (time.time(), error.reason)
             if error.status == 429 or error.code == "upstream_refused":  # it answers, be it with a no
                 self._close()
             elif probe or self._error is None:  # else the call began before the circuit opened
@@ -2135,11 +2133,10 @@ class CircuitBreaker:
 class Provider:
     """An upstream: subclasses know its protocol."""
 
-    def __init__(self, name: str, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
-        self.breaker = CircuitBreaker(name, clock)
+        self.breaker = CircuitBreaker(name)
         self._settings = settings
-        self._clock = clock
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
@@ -2712,8 +2709,8 @@ def find_nonce(html: str) -> str | None:
 class KimiProvider(Provider):
     """Kimi's web chat."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        super().__init__("kimi", settings, clock)
+    def __init__(self, settings: Settings) -> None:
+        super().__init__("kimi", settings)
         self._lock = threading.Lock()  # guards _nonce; never held while upstream is asked
         self._nonce: Nonce | None = None
         self._nonce_fetch = SharedFetch("nonce", self._fetch_nonce)
@@ -2862,7 +2859,7 @@ class KimiProvider(Provider):
             raise self._blocked(f"HTTP {status} with a web page")
         if status == 429:
             raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
-                               "upstream_rate_limited", response.headers, self._clock())
+                               "upstream_rate_limited", response.headers)
         if status >= 500:
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
@@ -2879,7 +2876,7 @@ class KimiProvider(Provider):
         """The nonce, fetched anew when there is none or it is old: once for all chats that want one meanwhile."""
         with self._lock:
             nonce = self._nonce
-            if nonce and self._clock() - nonce.fetched < NONCE_MAX_AGE:
+            if nonce and time.time() - nonce.fetched < NONCE_MAX_AGE:
                 return nonce
             fetch = self._nonce_fetch.start()
         try:
@@ -2899,7 +2896,7 @@ class KimiProvider(Provider):
                 502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the site has changed. "
                 "Look for a newer version of this program.")
         log.info("nonce renewed")
-        nonce = Nonce(found, self._clock())
+        nonce = Nonce(found, time.time())
         with self._lock:
             self._nonce = nonce
         return nonce
@@ -2907,7 +2904,7 @@ class KimiProvider(Provider):
     def _fetch_page(self, deadline: float) -> requests.Response:
         """The chat page, after redirects on its own host."""
         home = self._settings.chat_page_url
-        url = f"{home}{'&' if '?' in home else '?'}_={int(self._clock() * 1000)}"  # no cache has seen it yet
+        url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"  # no cache has seen it yet
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 page = self._send(self._scraper.request, "GET", url, deadline, None, {"Cache-Control": "no-cache"})
@@ -3100,10 +3097,9 @@ CHUNK_CHOICE = object_of({
 class APIErrors:
     """What goes wrong with an API: told in its name, and never with our key for it."""
 
-    def __init__(self, name: str, key: str, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, key: str) -> None:
         self._name = name
         self._key = key
-        self._clock = clock
 
     def invalid_response(self, what: str) -> APIError:
         return upstream_error(502, "upstream_invalid_response", f"{self._name} sent {what}.")
@@ -3124,11 +3120,11 @@ class APIErrors:
         type, code, param = told("type"), told("code"), told("param")
         if status == 429:
             ours = rate_limited(
-                message, type or "rate_limit_error", code or "upstream_rate_limited", headers, self._clock())
+                message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
         elif 400 <= status < 500:
             ours = APIError(status, message, type or "invalid_request_error", code, param)
         else:
-            wait = parse_retry_after(headers.get("Retry-After"), self._clock())
+            wait = parse_retry_after(headers.get("Retry-After"))
             ours = APIError(
                 status if 500 <= status < 600 else 502, message, type or "upstream_error",
                 code or "upstream_unavailable", param, retryable=500 <= status < 600,
@@ -3328,12 +3324,10 @@ MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that Ope
 class OpenAIProvider(Provider):
     """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
-    def __init__(
-        self, name: str, api: API, settings: Settings, clock: Callable[[], float] = time.time,
-    ) -> None:
-        super().__init__(name, settings, clock)
+    def __init__(self, name: str, api: API, settings: Settings) -> None:
+        super().__init__(name, settings)
         self._base_url = api.base_url.rstrip("/")
-        self._errors = APIErrors(name, api.key, clock)
+        self._errors = APIErrors(name, api.key)
         self._transport = Transport(name, connections=2 * settings.max_concurrent_chats)
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
@@ -3379,12 +3373,12 @@ class OpenAIProvider(Provider):
         notes = self._notes.get(chat.model, ModelNotes())
         forced: APIError | None = None
         while True:
-            sent = notes.adapt(body, self._clock())
+            sent = notes.adapt(body, time.time())
             attempt = partial(self._open_stream, sent, chat.cancel)
             try:
                 response = self._retry(attempt, chat.cancel)
             except APIError as error:
-                better = notes.after(error, sent, self._clock()) if error.status == 400 else None
+                better = notes.after(error, sent, time.time()) if error.status == 400 else None
                 if better is None:
                     raise forced or error from None
                 if better.forcing != notes.forcing:
@@ -3476,8 +3470,8 @@ class OpenAIProvider(Provider):
     def models(self, wait: float) -> Mapping[str, JSONObject]:
         """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
         with self._lock:
-            if self._clock() >= self._models_due:
-                self._models_due = self._clock() + MODELS_RETRY
+            if time.time() >= self._models_due:
+                self._models_due = time.time() + MODELS_RETRY
                 self._models_coming = self._models_fetch.start()
             coming = self._models_coming
         if coming:
@@ -3494,7 +3488,7 @@ class OpenAIProvider(Provider):
             return
         with self._lock:
             self._models = models
-            self._models_due = self._clock() + MODELS_MAX_AGE
+            self._models_due = time.time() + MODELS_MAX_AGE
 
     def _list_models(self) -> dict[str, JSONObject]:
         response = self._send("GET", "/models", None, Cancel())

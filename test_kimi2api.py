@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -39,7 +38,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -481,25 +479,15 @@ def app(make: Make) -> Client:
 
 
 class Clock:
-    """The system's clock for the program: a copy of the module that was loaded under it, and reads `now`."""
+    """The system's clock, as the program reads it."""
 
-    def __init__(self) -> None:
-        self.now = 1e9
-        self.module = ModuleType("")
-
-    def app(self, **settings: str) -> Client:
-        return Client(self.module.create_app(self.module.Settings.load(settings)))
+    now = 1e9
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    spec = importlib.util.spec_from_file_location("kimi2api_by_the_clock", HERE / "kimi2api.py")
-    assert spec and spec.loader
-    clock.module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, clock.module)  # dataclasses look their module up there
     monkeypatch.setattr(time, "time", lambda: clock.now)
-    spec.loader.exec_module(clock.module)
     return clock
 
 
@@ -1138,9 +1126,9 @@ def test_sessions_belong_to_a_key_and_can_be_forgotten(make: Make) -> None:
 
 
 def test_a_session_expires_after_its_last_turn_and_the_least_recently_used_goes_first(
-    clock: Clock, kimi: WebChat
+    clock: Clock, make: Make
 ) -> None:
-    app = clock.app(**kimi.settings, SESSION_CACHE_TTL="60", MAX_SESSION_SIZE="2")
+    app = make(SESSION_CACHE_TTL="60", MAX_SESSION_SIZE="2")
 
     def turns(user: str) -> int:
         response = app.get(f"/v1/sessions/{user}")
@@ -2215,8 +2203,7 @@ def test_a_failed_fetch_of_the_page_is_shared_by_all_who_wait(make: Make, kimi: 
     assert len(kimi.pages) == 1
 
 
-def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(clock: Clock, kimi: WebChat) -> None:
-    app = clock.app(**kimi.settings)
+def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(clock: Clock, kimi: WebChat, app: Client) -> None:
     fetched = clock.now
     for hours, pages in ((0, 1), (10, 1), (11.9, 2)):
         clock.now = fetched + hours * 3600
@@ -2572,10 +2559,10 @@ def test_a_parameter_that_a_model_refuses_is_left_out(
 
 
 def test_what_a_model_refuses_is_tried_again_after_an_hour(
-    kimi: WebChat, api: Api, both: dict[str, str], clock: Clock
+    make: Make, api: Api, both: dict[str, str], clock: Clock
 ) -> None:
     api.always = thinks()
-    app = Client(clock.module.create_app(clock.module.Settings.load(both, kimi.settings)))
+    app = make(**both)
     chat(app, model="local/k3", temperature=0.7)
     clock.now += 3599
     chat(app, model="local/k3", temperature=0.7)
