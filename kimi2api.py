@@ -2032,30 +2032,44 @@ class Chat:
 
 
 class SharedFetch(Generic[T]):
-    """Fetches something once for all who ask meanwhile, on a thread of its own; they get its result, or its error."""
+    """Something that all chats share: fetched once for all who ask meanwhile, on a thread of its own, and kept."""
 
-    def __init__(self, name: str, fetch: Callable[[], T]) -> None:
+    def __init__(self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0) -> None:
         self._name = name
         self._fetch = fetch
-        self._lock = threading.Lock()  # guards _future
-        self._future: Future[T] | None = None  # of the fetch under way
+        self._max_age = max_age  # seconds that it is kept
+        self._retry_after = retry_after  # seconds before it is fetched again after a failure
+        self.known: T | None = None  # what was fetched last, however old it is
+        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
+        self._latest: Future[T] = Future()
+        self._due = 0.0  # when it is to be fetched again, seconds since the epoch; infinite during a fetch
 
-    def start(self) -> Future[T]:
-        """The fetch under way, or a new one."""
+    def latest(self) -> Future[T]:
+        """The latest fetch, under way or done; a new one if that is too old."""
         with self._lock:
-            if self._future is None:
-                future: Future[T] = Future()
-                threading.Thread(target=self._run, args=(future,), name=self._name, daemon=True).start()
-                self._future = future
-            return self._future
+            if time.time() >= self._due:
+                fetch: Future[T] = Future()
+                threading.Thread(target=self._run, args=(fetch,), name=self._name, daemon=True).start()
+                self._latest = fetch
+                self._due = inf
+            return self._latest
 
-    def _run(self, future: Future[T]) -> None:
+    def reject(self, fetch: Future[T]) -> None:
+        """What this fetch brought is of no use any more: whoever asks next starts another, unless somebody has."""
+        with self._lock:
+            if self._latest is fetch:
+                self._due = 0.0
+
+    def _run(self, fetch: Future[T]) -> None:
+        keep = self._retry_after
         try:
-            settle = partial(future.set_result, self._fetch())
+            self.known = self._fetch()
+            settle = partial(fetch.set_result, self.known)
+            keep = self._max_age
         except Exception as error:  # raised again in those who wait
-            settle = partial(future.set_exception, error)
-        with self._lock:  # first, so that a caller who has seen the outcome and asks again starts a new fetch
-            self._future = None
+            settle = partial(fetch.set_exception, error)
+        with self._lock:  # first, so that a caller who has seen a failure and asks again starts a new fetch
+            self._due = time.time() + keep
         settle()
 
 
@@ -2680,14 +2694,6 @@ CHALLENGE_SECONDS = 10.0  # that solving one may take beyond REQUEST_TIMEOUT, as
 MAX_REDIRECTS = 4
 
 
-@dataclass(frozen=True, eq=False)
-class Nonce:
-    """The token without which the web chat answers nothing. Each fetch makes a new object, equal text or not."""
-
-    value: str
-    fetched: float  # seconds since the epoch
-
-
 class StaleNonce(Exception):
     """Upstream answered something that a new nonce may mend. `error` is for the caller if it does not."""
 
@@ -2711,9 +2717,7 @@ class KimiProvider(Provider):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__("kimi", settings)
-        self._lock = threading.Lock()  # guards _nonce; never held while upstream is asked
-        self._nonce: Nonce | None = None
-        self._nonce_fetch = SharedFetch("nonce", self._fetch_nonce)
+        self._nonce = SharedFetch("nonce", self._fetch_nonce, NONCE_MAX_AGE)
 
     @cached_property
     def _scraper(self) -> Scraper:
@@ -2772,7 +2776,7 @@ class KimiProvider(Provider):
         steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
         failed: APIError | None = None
         try:
-            self._fetch_nonce()
+            self._wait_for(self._nonce.latest())
         except APIError as error:
             failed = error
             reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
@@ -2811,11 +2815,12 @@ class KimiProvider(Provider):
     def _post(self, prompt: str, chat: Chat, cancel: Cancel) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
         deadline = time.monotonic() + self._settings.request_timeout
-        nonce = self._current_nonce()
+        fetch = self._nonce.latest()
+        nonce = self._wait_for(fetch)
         page = urlsplit(self._settings.chat_page_url)
         form = {
             "action": "kimi_send_message",
-            "nonce": nonce.value,
+            "nonce": nonce,
             "message": prompt,
             "model": chat.model,
             "session_id": chat.session_id,
@@ -2832,10 +2837,8 @@ class KimiProvider(Provider):
             return read_text(self._send(
                 send, "POST", self._settings.upstream_url, deadline, urlencode(form).encode(), headers))
         except StaleNonce as stale:
-            with self._lock:
-                if self._nonce is nonce:  # else somebody has renewed it meanwhile
-                    self._nonce = None
-            message = stale.error.message.replace(nonce.value, "…")
+            self._nonce.reject(fetch)
+            message = stale.error.message.replace(nonce, "…")
             raise StaleNonce(stale.error.copy(message=message)) from None
 
     def _send(
@@ -2872,13 +2875,7 @@ class KimiProvider(Provider):
 
     # The nonce
 
-    def _current_nonce(self) -> Nonce:
-        """The nonce, fetched anew when there is none or it is old: once for all chats that want one meanwhile."""
-        with self._lock:
-            nonce = self._nonce
-            if nonce and time.time() - nonce.fetched < NONCE_MAX_AGE:
-                return nonce
-            fetch = self._nonce_fetch.start()
+    def _wait_for(self, fetch: Future[str]) -> str:
         try:
             return fetch.result(self._settings.request_timeout + CHALLENGE_SECONDS)
         except APIError as error:
@@ -2886,19 +2883,16 @@ class KimiProvider(Provider):
         except FutureTimeout:
             raise self._scraper.transport.timed_out(self._settings.request_timeout) from None
 
-    def _fetch_nonce(self) -> Nonce:
+    def _fetch_nonce(self) -> str:
         """Fetch the chat page, solving an old-style challenge on the way if there is one, and find its nonce."""
         home = self._settings.chat_page_url
         page = self._fetch_page(time.monotonic() + self._settings.request_timeout)
-        found = find_nonce(page.content.decode("utf-8", "replace"))
-        if page.status_code != 200 or not found:
+        nonce = find_nonce(page.content.decode("utf-8", "replace"))
+        if page.status_code != 200 or not nonce:
             raise upstream_error(
                 502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the site has changed. "
                 "Look for a newer version of this program.")
         log.info("nonce renewed")
-        nonce = Nonce(found, time.time())
-        with self._lock:
-            self._nonce = nonce
         return nonce
 
     def _fetch_page(self, deadline: float) -> requests.Response:
@@ -3332,12 +3326,9 @@ class OpenAIProvider(Provider):
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards changes of _notes
         self._notes: dict[str, ModelNotes] = {}
-        self._models: dict[str, JSONObject] = {}
-        self._models_due = 0.0  # when the list is to be fetched again, seconds since the epoch
-        self._models_coming: Future[None] | None = None
-        self._models_fetch = SharedFetch(f"{name} models", self._refresh_models)
+        self._models = SharedFetch(f"{name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
@@ -3469,26 +3460,16 @@ class OpenAIProvider(Provider):
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
         """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
-        with self._lock:
-            if time.time() >= self._models_due:
-                self._models_due = time.time() + MODELS_RETRY
-                self._models_coming = self._models_fetch.start()
-            coming = self._models_coming
-        if coming:
-            with suppress(FutureTimeout, APIError):
-                coming.result(wait)
-        with self._lock:
-            return self._models
+        with suppress(FutureTimeout, APIError):
+            return self._models.latest().result(wait)
+        return self._models.known or {}
 
-    def _refresh_models(self) -> None:
+    def _fetch_models(self) -> dict[str, JSONObject]:
         try:
-            models = self._list_models()
+            return self._list_models()
         except APIError as error:
             log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
-            return
-        with self._lock:
-            self._models = models
-            self._models_due = time.time() + MODELS_MAX_AGE
+            raise
 
     def _list_models(self) -> dict[str, JSONObject]:
         response = self._send("GET", "/models", None, Cancel())
