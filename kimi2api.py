@@ -199,8 +199,9 @@ def setting(default: str, meaning: str, kind: Kind = TEXT) -> Any:
 
 @dataclass(frozen=True)
 class API:
-    """Where an OpenAI-style API is, and this server's key for it."""
+    """An OpenAI-style API: where it is, and this server's key for it."""
 
+    name: str
     base_url: str
     key: str
 
@@ -300,7 +301,7 @@ class Settings:
             key = parsed(f"{name}_api_key".upper(), ASCII_KEY)
             if key or name in values["providers"]:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
-                apis[name] = API(base_url, key)
+                apis[name] = API(name, base_url, key)
         settings = cls(**values, apis=apis)
         settings._check()
         return settings
@@ -435,6 +436,10 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 def upstream_error(status: int, code: str, message: str, **more: Any) -> APIError:
     return APIError(status, message, "upstream_error", code, **more)
+
+
+def invalid_response(upstream: str, what: str, retryable: bool = False) -> APIError:
+    return upstream_error(502, "upstream_invalid_response", f"{upstream} sent {what}.", retryable=retryable)
 
 
 def random_hex() -> str:
@@ -1946,7 +1951,7 @@ class Transport:
             502, "upstream_unavailable", f"{self._name} cannot be reached: {root_cause(error)}.", retryable=True)
 
     def invalid_response(self, what: str) -> APIError:
-        return upstream_error(502, "upstream_invalid_response", f"{self._name} sent {what}.", retryable=True)
+        return invalid_response(self._name, what, retryable=True)
 
     def timed_out(self, seconds: float) -> APIError:
         message = f"{self._name} did not answer within {seconds:g} s."
@@ -2958,14 +2963,14 @@ def read_text(response: requests.Response) -> str:
         raise StaleNonce(upstream_error(
             502, "upstream_refused", f"The web chat refused: {plain_line(data)}", quotes_upstream=True))
     if response.status_code != 200:
-        raise upstream_error(502, "upstream_invalid_response", f"The web chat sent HTTP {response.status_code}.")
+        raise invalid_response("The web chat", f"HTTP {response.status_code}")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
     if isinstance(text, str) and text.strip():
         return text
     what = "something that is not JSON"
     if answer:
         what = "an empty answer" if isinstance(text, str) else "JSON of an unknown shape"
-    raise upstream_error(502, "upstream_invalid_response", f"The web chat sent {what}.", retryable=True)
+    raise invalid_response("The web chat", what, retryable=True)
 
 
 # ======================================================================================================================
@@ -3088,42 +3093,34 @@ CHUNK_CHOICE = object_of({
 })
 
 
-class APIErrors:
-    """What goes wrong with an API: told in its name, and never with our key for it."""
+def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
+    """An API's error as ours, in its name and never with our key for it.
 
-    def __init__(self, name: str, key: str) -> None:
-        self._name = name
-        self._key = key
+    Status, type, code and rate-limit headers stay, except where it is about that key.
+    """
+    if status in (401, 403):
+        return upstream_error(
+            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
+            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    fields = error if isinstance(error, dict) else {}
 
-    def invalid_response(self, what: str) -> APIError:
-        return upstream_error(502, "upstream_invalid_response", f"{self._name} sent {what}.")
+    def told(name: str) -> str | None:
+        return plain_line(fields[name], api.key) if fields.get(name) else None
 
-    def upstream_error(self, status: int, answer: Any, headers: Headers) -> APIError:
-        """Their error as ours: status, type, code and rate-limit headers stay, except where it is about our own key."""
-        if status in (401, 403):
-            return upstream_error(
-                502, "upstream_auth", f"{self._name} does not accept the key that this server has for it "
-                f"(HTTP {status}); see {self._name.upper()}_API_KEY.")
-        error = answer.get("error", answer) if isinstance(answer, dict) else answer
-        fields = error if isinstance(error, dict) else {}
-
-        def told(name: str) -> str | None:
-            return plain_line(fields[name], self._key) if fields.get(name) else None
-
-        message = f"{self._name}: {plain_line(error, self._key)}"
-        type, code, param = told("type"), told("code"), told("param")
-        if status == 429:
-            ours = rate_limited(
-                message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
-        elif 400 <= status < 500:
-            ours = APIError(status, message, type or "invalid_request_error", code, param)
-        else:
-            wait = parse_retry_after(headers.get("Retry-After"))
-            ours = APIError(
-                status if 500 <= status < 600 else 502, message, type or "upstream_error",
-                code or "upstream_unavailable", param, retryable=500 <= status < 600,
-                headers={} if wait is None else {"Retry-After": str(ceil(wait))})
-        return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
+    message = f"{api.name}: {plain_line(error, api.key)}"
+    type, code, param = told("type"), told("code"), told("param")
+    if status == 429:
+        ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
+    elif 400 <= status < 500:
+        ours = APIError(status, message, type or "invalid_request_error", code, param)
+    else:
+        wait = parse_retry_after(headers.get("Retry-After"))
+        ours = APIError(
+            status if 500 <= status < 600 else 502, message, type or "upstream_error",
+            code or "upstream_unavailable", param, retryable=500 <= status < 600,
+            headers={} if wait is None else {"Retry-After": str(ceil(wait))})
+    return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
 
 def add_question(asked: Any, message: Message) -> None:
@@ -3137,12 +3134,10 @@ class APIAnswer:
     after that is no failure."""
 
     def __init__(
-        self, provider: str, errors: APIErrors, response: Response, chat: Chat, headers: Headers,
-        messages: list[Message],
+        self, api: API, response: Response, chat: Chat, headers: Headers, messages: list[Message],
     ) -> None:
         self.is_done = False  # [DONE] has come
-        self._provider = provider
-        self._errors = errors
+        self._api = api
         self._response = response
         self._chat = chat
         self._headers = headers
@@ -3161,7 +3156,7 @@ class APIAnswer:
         headers = self._headers
         call = self._response.call
         try:
-            for data in server_sent_data(self._response.stream(), self._errors):
+            for data in server_sent_data(self._response.stream(), self._api.name):
                 if data == b"[DONE]":
                     self.is_done = True
                     break
@@ -3178,10 +3173,10 @@ class APIAnswer:
             if not self._is_complete:
                 raise
         if not (self.is_done or self._is_complete):
-            message = f"{self._provider} ended the stream before the answer was complete."
+            message = f"{self._api.name} ended the stream before the answer was complete."
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._seen:
-            raise self._errors.invalid_response("an empty answer")
+            raise invalid_response(self._api.name, "an empty answer")
         if not self._has_usage:
             prompt = "\n".join(map(text_of, self._chat.request.messages))
             yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
@@ -3191,16 +3186,16 @@ class APIAnswer:
         try:
             chunk = parse_upstream_json(data)
         except ValueError:
-            raise self._errors.invalid_response("something that is not JSON") from None
+            raise invalid_response(self._api.name, "something that is not JSON") from None
         if not isinstance(chunk, dict):
-            raise self._errors.invalid_response("a malformed chunk")
+            raise invalid_response(self._api.name, "a malformed chunk")
         if chunk.get("error"):
-            raise self._errors.upstream_error(500, chunk, {})
+            raise api_error(self._api, 500, chunk, {})
         choices = chunk.get("choices")
         if choices is None:
             choices = chunk["choices"] = []
         if not isinstance(choices, list):
-            raise self._errors.invalid_response("a malformed chunk")
+            raise invalid_response(self._api.name, "a malformed chunk")
         for choice in choices:
             self._check_choice(choice)
         if chunk.get("usage"):
@@ -3209,12 +3204,12 @@ class APIAnswer:
 
     def _check_choice(self, choice: Any) -> None:
         if not isinstance(choice, dict):
-            raise self._errors.invalid_response("a malformed chunk")
+            raise invalid_response(self._api.name, "a malformed chunk")
         choice.setdefault("index", 0)
         choice.setdefault("finish_reason", None)
         delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
         if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
-            raise self._errors.invalid_response("a malformed chunk")
+            raise invalid_response(self._api.name, "a malformed chunk")
         index = choice["index"] = int(choice["index"])
         self._seen.add(index)
         if delta.get("tool_calls"):
@@ -3246,7 +3241,7 @@ class APIAnswer:
             for message in self._messages:
                 add_question(asked, message)
             places = [f"{asked.hexdigest()} {call_id}" for call_id in ids]
-            self._chat.store.keep_reasoning(self._chat.owner, self._provider, places, text)
+            self._chat.store.keep_reasoning(self._chat.owner, self._api.name, places, text)
 
 
 def is_text_only(choice: JSONObject) -> bool:
@@ -3268,7 +3263,7 @@ def rate_limits(headers: Headers) -> dict[str, str]:
     return limits
 
 
-def server_sent_data(chunks: Iterable[bytes], errors: APIErrors) -> Iterator[bytes]:
+def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line: list[bytes] = []  # the pieces of a line whose end has not come
     line_size = 0
@@ -3297,9 +3292,9 @@ def server_sent_data(chunks: Iterable[bytes], errors: APIErrors) -> Iterator[byt
                     data = []
                     data_size = 0
         if line_size + data_size > MAX_UPSTREAM_BYTES:
-            raise errors.invalid_response(f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
+            raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
-            raise errors.invalid_response(f"an answer of more than {MAX_STREAM_BYTES} bytes")
+            raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
 
 
 # ======================================================================================================================
@@ -3318,17 +3313,17 @@ MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that Ope
 class OpenAIProvider(Provider):
     """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
-    def __init__(self, name: str, api: API, settings: Settings) -> None:
-        super().__init__(name, settings)
+    def __init__(self, api: API, settings: Settings) -> None:
+        super().__init__(api.name, settings)
+        self._api = api
         self._base_url = api.base_url.rstrip("/")
-        self._errors = APIErrors(name, api.key)
-        self._transport = Transport(name, connections=2 * settings.max_concurrent_chats)
+        self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats)
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
         self._lock = threading.Lock()  # guards changes of _notes
         self._notes: dict[str, ModelNotes] = {}
-        self._models = SharedFetch(f"{name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
+        self._models = SharedFetch(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
@@ -3349,7 +3344,7 @@ class OpenAIProvider(Provider):
             ignored = [name for name in request.body if name not in sent]
             if ignored:
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-            answer = APIAnswer(self.name, self._errors, response, chat, headers, sent["messages"])
+            answer = APIAnswer(self._api, response, chat, headers, sent["messages"])
             try:
                 yield from answer.deltas()
             finally:
@@ -3415,7 +3410,7 @@ class OpenAIProvider(Provider):
             response = self._send("POST", "/embeddings", body, cancel)
             answer = self._read_json(response, MAX_EMBEDDINGS_BYTES)
             if not isinstance(answer.get("data"), list):
-                raise self._errors.invalid_response("no embeddings")
+                raise invalid_response(self._api.name, "no embeddings")
             return answer, rate_limits(response.headers)
 
         with self._watched(cancel):
@@ -3425,7 +3420,7 @@ class OpenAIProvider(Provider):
         response = self._send("POST", "/chat/completions", body, cancel)
         if "json" in response.headers.get("Content-Type", ""):
             self._read_json(response)  # for an error in it
-            raise self._errors.invalid_response("a complete answer instead of a stream")
+            raise invalid_response(self._api.name, "a complete answer instead of a stream")
         return response
 
     def _read_json(self, response: Response, limit: int = MAX_UPSTREAM_BYTES) -> JSONObject:
@@ -3435,9 +3430,9 @@ class OpenAIProvider(Provider):
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise self._errors.invalid_response("no JSON object")
+            raise invalid_response(self._api.name, "no JSON object")
         if answer.get("error"):
-            raise self._errors.upstream_error(response.status, answer, response.headers)
+            raise api_error(self._api, response.status, answer, response.headers)
         return answer
 
     def _send(self, method: str, path: str, body: JSONObject | None, cancel: Cancel) -> Response:
@@ -3454,7 +3449,7 @@ class OpenAIProvider(Provider):
             answer = parse_upstream_json(text)
         except ValueError:
             answer = text.decode("utf-8", "replace")
-        raise self._errors.upstream_error(response.status, answer, response.headers)
+        raise api_error(self._api, response.status, answer, response.headers)
 
     # Models
 
@@ -3477,7 +3472,7 @@ class OpenAIProvider(Provider):
             listed = self._read_json(response)["data"]
             return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
         except (KeyError, TypeError):
-            raise self._errors.invalid_response("no list of models") from None
+            raise invalid_response(self._api.name, "no list of models") from None
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         step = f"{self._base_url} reached, key accepted"
@@ -3516,7 +3511,7 @@ class Providers:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.web = KimiProvider(settings)
-        self.apis = {name: OpenAIProvider(name, api, settings) for name, api in settings.apis.items()}
+        self.apis = {name: OpenAIProvider(api, settings) for name, api in settings.apis.items()}
 
     @property
     def all(self) -> list[Provider]:
