@@ -167,6 +167,18 @@ def parse_model_table(text: str) -> dict[str, str]:
     return table
 
 
+def last_name(table: Mapping[str, str], model: str) -> str:
+    """The upstream name of an entry of MODELS, which may lead to it by way of others. Raises SettingError."""
+    seen = [model]
+    name = table[model]
+    while name in table and name != seen[-1]:
+        if name in seen:
+            raise SettingError(f"MODELS: {' = '.join([*seen, name])} is a cycle")
+        seen.append(name)
+        name = table[name]
+    return name
+
+
 def parse_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
@@ -184,6 +196,9 @@ MODEL_IDS = comma_separated(r"\S+", "a model's id")
 ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
 API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
 LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
+
+
+WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
 
 
 class SettingError(Exception):
@@ -295,6 +310,8 @@ class Settings:
         for f in cls.table():
             name = f.name.upper()
             values[f.name] = parsed(name, f.metadata["kind"], f.metadata["default"])
+        table = values["models"]
+        values["models"] = {model: last_name(table, model) for model in table}
         presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
         for name in (*presets, *values["providers"]):
@@ -303,20 +320,31 @@ class Settings:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
                 apis[name] = API(name, base_url, key)
         settings = cls(**values, apis=apis)
-        settings._check()
+        settings._check_model("DEFAULT_MODEL", settings.default_model)
+        for model in settings.fallback_models:
+            settings._check_model("FALLBACK_MODELS", model)
         return settings
 
     @classmethod
     def table(cls) -> list[Field[Any]]:
         return [f for f in fields(cls) if f.metadata]
 
-    def _check(self) -> None:
-        """Raises SettingError for combinations of settings that are not allowed."""
-        for model in self.models:
-            self._check_for_cycle(model)
-        self._check_model("DEFAULT_MODEL", self.default_model)
-        for model in self.fallback_models:
-            self._check_model("FALLBACK_MODELS", model)
+    def resolve(self, model: str) -> tuple[str, str] | None:
+        """Whom a model's id means: a provider's name, and that provider's own name for the model. None: nobody."""
+        if model in self.models:
+            return self._split(self.models[model])
+        provider, own_name = self._split(model)
+        if provider != WEB_CHAT:
+            return provider, own_name
+        if "*" in self.models:
+            return self._split(self.models["*"])
+        return None
+
+    def _split(self, name: str) -> tuple[str, str]:
+        prefix, _, own_name = name.partition("/")
+        if prefix in self.apis and own_name:
+            return prefix, own_name
+        return WEB_CHAT, name
 
     def check_host(self) -> None:
         """Raises SettingError for an address that other machines can reach, when no key is asked."""
@@ -325,23 +353,11 @@ class Settings:
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
                 "without a key only a loopback host such as 127.0.0.1 is accepted")
 
-    def _check_for_cycle(self, model: str) -> None:
-        seen = [model]
-        while self.models.get(seen[-1], seen[-1]) != seen[-1]:
-            following = self.models[seen[-1]]
-            if following in seen:
-                raise SettingError(f"MODELS: {' = '.join([*seen, following])} is a cycle")
-            seen.append(following)
-
     def _check_model(self, name: str, model: str) -> None:
-        prefix, _, own_name = model.partition("/")
-        if model in self.models or "*" in self.models:
-            return
-        if prefix in self.apis and own_name:
-            return
-        raise SettingError(
-            f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
-            f"({', '.join(self.apis) or 'none'})")
+        if self.resolve(model) is None:
+            raise SettingError(
+                f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
+                f"({', '.join(self.apis) or 'none'})")
 
 
 @lru_cache(maxsize=256)
@@ -2165,11 +2181,21 @@ class Provider:
         """The answer to a request for embeddings, and headers for it. Raises APIError."""
         raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
 
+    def models(self, wait: float) -> Mapping[str, JSONObject]:
+        """What the upstream lists, by its own names, as far as is known after so many seconds."""
+        return {}
+
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         """Go through the upstream step by step: (what was tried, the error that ended it)."""
         raise NotImplementedError
 
     def _check_answer(self, model: str) -> Iterator[tuple[str, APIError | None]]:
+        """Ask for one answer, of a model that the settings name, or else of this one."""
+        for configured in (*self._settings.fallback_models, *self._settings.models):
+            provider, own_name = self._settings.resolve(configured) or ("", "")
+            if provider == self.name:
+                model = own_name
+                break
         began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
         chat = Chat(question, model, session_id=new_session_id(time.time()))
@@ -2721,7 +2747,7 @@ class KimiProvider(Provider):
     """Kimi's web chat."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__("kimi", settings)
+        super().__init__(WEB_CHAT, settings)
         self._nonce = SharedFetch("nonce", self._fetch_nonce, NONCE_MAX_AGE)
 
     @cached_property
@@ -2790,13 +2816,7 @@ class KimiProvider(Provider):
             yield step, None
         yield steps[-1], failed
         if not failed:
-            yield from self._check_answer(self._model_to_check())
-
-    def _model_to_check(self) -> str:
-        for name in self._settings.models.values():
-            if name not in self._settings.models and name.partition("/")[0] not in self._settings.apis:
-                return name
-        return "moonshotai/Kimi-K2-Instruct-0905"
+            yield from self._check_answer("moonshotai/Kimi-K2-Instruct-0905")
 
     # Asking
 
@@ -3482,10 +3502,7 @@ class OpenAIProvider(Provider):
             yield step, error
             return
         yield step, None
-        prefix = f"{self.name}/"
-        configured = (*self._settings.fallback_models, *self._settings.models.values())
-        models = [model.removeprefix(prefix) for model in configured if model.startswith(prefix)]
-        yield from self._check_answer([*models, *listed, "default"][0])
+        yield from self._check_answer(next(iter(listed), "default"))
 
 
 # ======================================================================================================================
@@ -3510,47 +3527,33 @@ class Providers:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.web = KimiProvider(settings)
-        self.apis = {name: OpenAIProvider(api, settings) for name, api in settings.apis.items()}
-
-    @property
-    def all(self) -> list[Provider]:
-        return [self.web, *self.apis.values()]
+        self.by_name: dict[str, Provider] = {WEB_CHAT: KimiProvider(settings)}
+        for name, api in settings.apis.items():
+            self.by_name[name] = OpenAIProvider(api, settings)
 
     def resolve(self, model: str) -> tuple[Provider, str]:
         """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
-        table = self._settings.models
-        name = table.get(model) or (model if self._api_of(model) else table.get("*"))
-        if name is None:
+        resolved = self._settings.resolve(model)
+        if resolved is None:
             raise model_not_found(model)
-        while table.get(name, name) != name:
-            name = table[name]
-        api = self._api_of(name)
-        if api:
-            return api, name.partition("/")[2]
-        return self.web, name
-
-    def _api_of(self, model: str) -> OpenAIProvider | None:
-        prefix, _, name = model.partition("/")
-        return self.apis.get(prefix) if name else None
+        name, own_name = resolved
+        return self.by_name[name], own_name
 
     def models(self) -> list[JSONObject]:
         """MODELS, then what each API lists, as OpenAI's model objects."""
-        for api in self.apis.values():
-            api.models(wait=0)  # all are asked before the first is waited for
+        for provider in self.by_name.values():
+            provider.models(wait=0)  # all are asked before the first is waited for
         end = time.monotonic() + LISTING_WAIT
         names = [name for name in self._settings.models if name != "*"]
-        for api in self.apis.values():
-            listed = api.models(wait=max(0.0, end - time.monotonic()))
-            names += [f"{api.name}/{model}" for model in listed]
+        for provider in self.by_name.values():
+            listed = provider.models(wait=max(0.0, end - time.monotonic()))
+            names += [f"{provider.name}/{model}" for model in listed]
         return [self.model(name, wait=0) for name in names]
 
     def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
         """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
         provider, own_name = self.resolve(name)
         model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
-        if not isinstance(provider, OpenAIProvider):
-            return model
         listed = provider.models(wait)
         if listed and own_name not in listed and name not in self._settings.models:
             raise model_not_found(name)
@@ -4507,7 +4510,7 @@ class App:
     def health(self) -> JSONObject:
         upstreams: dict[str, JSONObject] = {}
         status = "ok"
-        for provider in self.providers.all:
+        for provider in self.providers.by_name.values():
             upstreams[provider.name] = {}
             failing = provider.breaker.failing
             if failing:
@@ -5230,7 +5233,7 @@ ADVICE = {  # what to do about an error of a check, where its message does not s
 def run_check(settings: Settings) -> int:
     """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
-    for provider in Providers(settings).all:
+    for provider in Providers(settings).by_name.values():
         print(f"{provider.name}:")
         for step, error in provider.check():
             print(f"  {'✗' if error else '✓'} {step}", flush=True)
