@@ -2857,23 +2857,19 @@ class KimiProvider(Provider):
             "Origin": f"{page.scheme}://{page.netloc}",
             "Referer": self._settings.chat_page_url,
         }
-        send = partial(self._scraper.perform_request, cancel=cancel)
+        send = partial(
+            self._scraper.perform_request, "POST", self._settings.upstream_url, data=form, headers=headers,
+            cancel=cancel)
         try:
-            return read_text(self._send(
-                send, "POST", self._settings.upstream_url, deadline, urlencode(form).encode(), headers))
-        except StaleNonce as stale:
+            return read_text(self._send(send, deadline), nonce)
+        except StaleNonce:
             self._nonce.reject(fetch)
-            message = stale.error.message.replace(nonce, "…")
-            raise StaleNonce(stale.error.copy(message=message)) from None
+            raise
 
-    def _send(
-        self, send: Callable[..., requests.Response], method: str, url: str, deadline: float, data: bytes | None,
-        headers: dict[str, str],
-    ) -> requests.Response:
+    def _send(self, send: Callable[..., requests.Response], deadline: float) -> requests.Response:
         """Send one request; what any answer of this site can mean, page or chat, is sorted out here."""
-        seconds = max(0.01, deadline - time.monotonic())
         try:
-            response = send(method, url, data=data, headers=headers, timeout=seconds)
+            response = send(timeout=max(0.01, deadline - time.monotonic()))
             solvable = self._scraper.is_challenge(response)
         except CloudflareException as error:
             raise self._blocked(str(error)) from None
@@ -2925,8 +2921,9 @@ class KimiProvider(Provider):
         home = self._settings.chat_page_url
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"  # no cache has seen it yet
         for _ in range(MAX_REDIRECTS + 1):
+            send = partial(self._scraper.request, "GET", url, headers={"Cache-Control": "no-cache"})
             try:
-                page = self._send(self._scraper.request, "GET", url, deadline, None, {"Cache-Control": "no-cache"})
+                page = self._send(send, deadline)
             except StaleNonce as stale:
                 raise stale.error from None
             if not page.is_redirect:
@@ -2967,7 +2964,7 @@ def reject_unsupported(request: ChatRequest) -> None:
             violation.path, "unsupported_value")
 
 
-def read_text(response: requests.Response) -> str:
+def read_text(response: requests.Response, nonce: str) -> str:
     """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
     body = response.content.strip()
     if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
@@ -2981,7 +2978,7 @@ def read_text(response: requests.Response) -> str:
     data = answer.get("data")
     if answer.get("success") is False:
         raise StaleNonce(upstream_error(
-            502, "upstream_refused", f"The web chat refused: {plain_line(data)}", quotes_upstream=True))
+            502, "upstream_refused", f"The web chat refused: {plain_line(data, nonce)}", quotes_upstream=True))
     if response.status_code != 200:
         raise invalid_response("The web chat", f"HTTP {response.status_code}")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
