@@ -3140,10 +3140,14 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
 
-def add_question(asked: Any, message: Message) -> None:
-    """Add a user's message to the digest of a conversation: ids such as functions.f:0 occur in every one of them."""
-    if message["role"] == "user":
-        asked.update(text_of(message).encode() + b"\0")
+def digests_of_questions(messages: Iterable[Message]) -> Iterator[str]:
+    """For each message, a digest of all that the user had said by then, which tells one conversation from another:
+    ids of calls such as functions.f:0 occur in every one of them."""
+    said = sha256()
+    for message in messages:
+        if message["role"] == "user":
+            said.update(text_of(message).encode() + b"\0")
+        yield said.hexdigest()
 
 
 class APIAnswer:
@@ -3254,10 +3258,8 @@ class APIAnswer:
         text = "".join(self._reasoning.get(index, ()))
         ids = self._call_ids.get(index)
         if text and ids:
-            asked = sha256()
-            for message in self._messages:
-                add_question(asked, message)
-            places = [f"{asked.hexdigest()} {call_id}" for call_id in ids]
+            asked = list(digests_of_questions(self._messages))[-1]
+            places = [f"{asked} {call_id}" for call_id in ids]
             self._chat.store.keep_reasoning(self._chat.owner, self._api.name, places, text)
 
 
@@ -3407,15 +3409,13 @@ class OpenAIProvider(Provider):
         if not ids:
             return messages
         restored = []
-        asked = sha256()
-        for message in messages:
-            add_question(asked, message)
-            if message.get("tool_calls") and message.get("reasoning_content") is None:
-                for call in message["tool_calls"]:
+        for message, asked in zip(messages, digests_of_questions(messages), strict=True):
+            if message.get("reasoning_content") is None:
+                for call in message.get("tool_calls") or ():
                     call_id = call.get("id")
-                    known = call_id and ids[call_id] == 1  # one that occurs twice could be another answer's
-                    place = f"{asked.hexdigest()} {call_id}"
-                    text = store.find_reasoning(chat.owner, self.name, place) if known else None
+                    if not call_id or ids[call_id] > 1:  # one that occurs twice could be another answer's
+                        continue
+                    text = store.find_reasoning(chat.owner, self.name, f"{asked} {call_id}")
                     if text:
                         message = {**message, "reasoning_content": text}
                         break
