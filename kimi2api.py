@@ -1868,7 +1868,7 @@ class Response:
         finally:
             self.close()
         if len(body) > limit:
-            raise self._transport.invalid_response(f"more than {limit} bytes")
+            raise invalid_response(self._transport.name, f"more than {limit} bytes", retryable=True)
         return body
 
     def stream(self) -> Iterator[bytes]:
@@ -1913,7 +1913,7 @@ class Transport:
     """
 
     def __init__(self, name: str, connections: int, adapter: HTTPAdapter | None = None) -> None:
-        self._name = name
+        self.name = name
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, tuple[Any, bool]] = {}
@@ -1962,15 +1962,12 @@ class Transport:
         if isinstance(innermost(error), TimeoutError):
             return self.timed_out(call.timeout)
         if isinstance(error, DecodeError):
-            return self.invalid_response("an answer that cannot be decoded")
+            return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(
-            502, "upstream_unavailable", f"{self._name} cannot be reached: {root_cause(error)}.", retryable=True)
-
-    def invalid_response(self, what: str) -> APIError:
-        return invalid_response(self._name, what, retryable=True)
+            502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
 
     def timed_out(self, seconds: float) -> APIError:
-        message = f"{self._name} did not answer within {seconds:g} s."
+        message = f"{self.name} did not answer within {seconds:g} s."
         return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)  # the prompt was taken
 
 
