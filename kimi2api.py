@@ -3912,11 +3912,9 @@ class ChatCompletion:
 
     def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         """The fold of all deltas into one object, in one piece."""
-        whole: Any = None
-        for delta in deltas:
-            self._note(delta)
-            whole = merge(whole, delta.chunk)
-        completion = unfold(whole)
+        whole = folded(deltas)
+        self._note(whole)
+        completion = whole.chunk
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
             choice["logprobs"] = choice.get("logprobs")
