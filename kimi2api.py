@@ -3147,6 +3147,15 @@ def digests_of_questions(messages: Iterable[Message]) -> Iterator[str]:
         yield said.hexdigest()
 
 
+@dataclass
+class ChoiceState:
+    """What has come of one of an answer's choices."""
+
+    last_call: int = -1  # the index of its last tool call
+    call_ids: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+
+
 class APIAnswer:
     """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
     after that is no failure."""
@@ -3161,12 +3170,9 @@ class APIAnswer:
         self._headers = headers
         self._messages = messages  # that it answers
         self._wanted = chat.request.body.get("n") or 1
-        self._seen: set[int] = set()  # choices
+        self._seen: dict[int, ChoiceState] = {}
         self._finished: set[int] = set()
-        self._last_calls: dict[int, int] = {}  # the index of the last tool call, by choice
-        self._text: list[str] = []
-        self._reasoning: dict[int, list[str]] = {}  # by choice, as are the ids of its tool calls
-        self._call_ids: dict[int, list[str]] = {}
+        self._text: list[str] = []  # of the first choice
         self._is_complete = False
         self._has_usage = False
 
@@ -3229,35 +3235,36 @@ class APIAnswer:
         if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
             raise invalid_response(self._api.name, "a malformed chunk")
         index = choice["index"] = int(choice["index"])
-        self._seen.add(index)
+        if index not in self._seen:
+            self._seen[index] = ChoiceState()
+        state = self._seen[index]
         if delta.get("tool_calls"):
-            self._number_calls(index, delta["tool_calls"])
+            number_calls(delta["tool_calls"], state)
         if delta.get("reasoning_content"):
-            self._reasoning.setdefault(index, []).append(delta["reasoning_content"])
+            state.reasoning.append(delta["reasoning_content"])
         if index == 0 and delta.get("content"):
             self._text.append(delta["content"])
         if choice["finish_reason"]:
             self._finished.add(index)
-            self._keep_reasoning(index)  # before the client can ask with the results of its calls
+            self._keep_reasoning(state)  # before the client can ask with the results of its calls
 
-    def _number_calls(self, index: int, calls: list[JSONObject]) -> None:
-        """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
-        last = self._last_calls.get(index, -1)
-        for call in calls:
-            if not isinstance(call.get("index"), int):
-                call["index"] = last + 1 if last < 0 or call.get("id") else last
-            last = call["index"]
-            if call.get("id"):
-                self._call_ids.setdefault(index, []).append(call["id"])
-        self._last_calls[index] = last
-
-    def _keep_reasoning(self, index: int) -> None:
-        text = "".join(self._reasoning.get(index, ()))
-        ids = self._call_ids.get(index)
-        if text and ids:
+    def _keep_reasoning(self, state: ChoiceState) -> None:
+        text = "".join(state.reasoning)
+        if text and state.call_ids:
             asked = list(digests_of_questions(self._messages))[-1]
-            places = [f"{asked} {call_id}" for call_id in ids]
+            places = [f"{asked} {call_id}" for call_id in state.call_ids]
             self._chat.store.keep_reasoning(self._chat.owner, self._api.name, places, text)
+
+
+def number_calls(calls: list[JSONObject], state: ChoiceState) -> None:
+    """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
+    for call in calls:
+        if not isinstance(call.get("index"), int):
+            is_new = state.last_call < 0 or call.get("id")
+            call["index"] = state.last_call + 1 if is_new else state.last_call
+        state.last_call = call["index"]
+        if call.get("id"):
+            state.call_ids.append(call["id"])
 
 
 def is_text_only(choice: JSONObject) -> bool:
