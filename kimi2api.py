@@ -2163,7 +2163,11 @@ class CircuitBreaker:
 
 
 class Provider:
-    """An upstream: subclasses know its protocol."""
+    """An upstream: subclasses know its protocol.
+
+    One more OpenAI-style API is two settings, NAME_API_KEY and NAME_BASE_URL. Anything else is a subclass with
+    `stream` and `check`, an entry in Providers, and in Settings.resolve the ids of its models.
+    """
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -2716,7 +2720,6 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 # ======================================================================================================================
 
 NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
-NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
 CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
 CHALLENGE_SECONDS = 10.0  # that solving one may take beyond REQUEST_TIMEOUT, as cloudscraper waits before it answers
 MAX_REDIRECTS = 4
@@ -2728,6 +2731,10 @@ class StaleNonce(Exception):
     def __init__(self, error: APIError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+# As the chat page has it: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; where it is sent, see KimiProvider._post
+NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
 
 
 def find_nonce(html: str) -> str | None:
