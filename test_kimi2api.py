@@ -2362,6 +2362,42 @@ def test_a_redirect_of_the_page_is_followed_on_its_own_host_only(app: Client, ki
     assert said(chat(app)) and len(kimi.pages) == 2
 
 
+def challenge_page(action: str = "/?__cf_chl_f_tk=abc", init: str = "(1)") -> str:
+    """One of Cloudflare's old challenges, which cloudscraper solves."""
+    script = f"""setTimeout(function(){{
+        var s,t,o,p,b,r,e,a,k,i,n,g,f, zz={{"y":{init}}}; ('challenge-form'); ;zz.y+=(1);a.value = zz.y.toFixed(10);"""
+    form = f'<form id="challenge-form" action="{action}" method="POST"></form>'
+    return f'<html><img src="/cdn-cgi/images/trace/jsch/js/transparent.gif">{form}<script>{script}</script></html>'
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="cloudscraper's solver wants ast.Num, which is gone")
+def test_an_old_challenge_is_solved(app: Client, kimi: WebChat) -> None:
+    kimi.page_script.append(sends(503, challenge_page(), **CLOUDFLARE))
+    kimi.script.append(sends(302, Location="/chat/"))
+    assert said(chat(app))
+    assert kimi.posts[0] == {"jschl_answer": "2.0000000000"} and len(kimi.pages) == 2
+
+
+@pytest.mark.parametrize("where", ["http://localhost:{}/", "http://[::1", "//localhost:{}/", "form"])
+def test_a_challenge_leads_to_no_other_host(app: Client, kimi: WebChat, where: str) -> None:
+    other = WebChat()
+    try:
+        action = f"@localhost:{other.port}/__cf_chl_f_tk=abc" if where == "form" else "/?__cf_chl_f_tk=abc"
+        page = challenge_page(action).replace("<script>", '<form ="challenge-form" action="/?__cf_chl_f_tk=">')
+        kimi.page_script.append(sends(503, page, **CLOUDFLARE))
+        kimi.script.append(sends(302, Location=where.format(other.port)))
+        assert is_error(chat(app), *BLOCKED)
+        assert not other.pages and not other.posts
+    finally:
+        other.stop()
+
+
+def test_a_captcha_is_looked_at_once(app: Client, kimi: WebChat) -> None:
+    page = challenge_page().replace("jsch", "captcha")
+    kimi.page_script.append(sends(403, page, **CLOUDFLARE))
+    assert is_error(chat(app), *BLOCKED) and len(kimi.pages) == 1
+
+
 def test_a_page_in_a_circle_of_redirects_is_an_error(app: Client, kimi: WebChat) -> None:
     kimi.page_script.extend([sends(301, Location="/chat/again")] * 9)
     assert is_error(chat(app), 502, "upstream_changed")
@@ -5208,6 +5244,11 @@ def hostile_web_chats() -> Iterator[Any]:
         html = "<html>" + trace + many(text, 3 * MB)
         yield pytest.param("post", sends(503, html, **CLOUDFLARE), id=f"503 of {text}")
         yield pytest.param("page", sends(503, html[:90_000], **CLOUDFLARE), id=f"503 page of {text}")
+    fields = ("__cf_chl_f_tk='" * 540 + " ").replace("'", '"') * 2
+    html = f'<html>{trace}<form x="challenge-form" action="/{fields}'
+    yield pytest.param("page", sends(503, html, **CLOUDFLARE), id="challenge of form fields")
+    html = challenge_page(init="(" * 60 + "+1+" + "(1" * 60)
+    yield pytest.param("page", sends(503, html, **CLOUDFLARE), id="challenge of brackets")
     yield pytest.param("post", raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
     yield pytest.param("post", raw(b"<" * MB), id="no HTTP")
     cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
@@ -5234,7 +5275,8 @@ def beside() -> Iterator[tuple[Program, WebChat]]:
     """One program for all hostile texts, which none of them may hold up."""
     kimi = WebChat()
     settings = {**kimi.settings, "MAX_RETRIES": "0", "CONTEXT_MAX_LENGTH": "99999999", "STREAM_INTERVAL_MS": "1"}
-    with closing(Program(**settings, before="kimi2api.FAILURES_TO_OPEN = 10**9", LOG_LEVEL="ERROR")) as program:
+    before = "kimi2api.FAILURES_TO_OPEN = 10**9; kimi2api.CHALLENGE_DELAY = 0.1"
+    with closing(Program(**settings, before=before, LOG_LEVEL="ERROR")) as program:
         yield program, kimi
     kimi.stop()
 
