@@ -2631,7 +2631,7 @@ from cloudscraper.cloudflare import Cloudflare
 print(json.dumps(Cloudflare(CloudScraper()).IUAM_Challenge_Response(*json.load(sys.stdin))))
 """
 MAX_COOKIES = 20
-MAX_COOKIE_BYTES = 8 << 10  # of all that one answer sets
+MAX_COOKIE_BYTES = 8 << 10  # of all that one answer sets, and of all that are kept
 
 
 class Challenge(Cloudflare):  # type: ignore[misc]
@@ -2739,10 +2739,15 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         """Keep the cookies of an answer; the oldest go when there are more than a browser would send."""
         if sum(map(len, answer.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
             return
+        if "Set-Cookie2" in answer.headers:  # cookie jars read it too, in quadratic time; no site sends it any more
+            return
         with self._jar_lock:
             extract_cookies_to_jar(self.cookies, request, answer.raw)
-            for cookie in list(self.cookies)[:-MAX_COOKIES]:
-                self.cookies.clear(cookie.domain, cookie.path, cookie.name)
+            size = 0
+            for count, cookie in enumerate(reversed(list(self.cookies)), start=1):
+                size += len(cookie.name) + len(cookie.value or "")
+                if count > MAX_COOKIES or size > MAX_COOKIE_BYTES:
+                    self.cookies.clear(cookie.domain, cookie.path, cookie.name)
 
 
 # ======================================================================================================================

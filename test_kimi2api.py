@@ -2403,6 +2403,15 @@ def test_a_page_in_a_circle_of_redirects_is_an_error(app: Client, kimi: WebChat)
     assert is_error(chat(app), 502, "upstream_changed")
 
 
+def test_cookies_never_make_a_request_that_a_server_would_refuse(app: Client, kimi: WebChat) -> None:
+    for number in range(8):
+        body = '{"success": true, "data": {"message": "x"}}'
+        kimi.script.append(sends(200, body, Set_Cookie=f"c{number}={'x' * 3000}"))
+        assert said(chat(app))
+    assert said(chat(app)) and kimi.heads[-1]["Cookie"].startswith("c6=") and "c7=" in kimi.heads[-1]["Cookie"]
+    assert len(kimi.heads[-1]["Cookie"]) < 10_000
+
+
 def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     app = make(API_MASTER_KEY="sk-secret")
@@ -5253,6 +5262,8 @@ def hostile_web_chats() -> Iterator[Any]:
     yield pytest.param("post", raw(b"<" * MB), id="no HTTP")
     cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
     yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
+    cookies = b"Set-Cookie: a=b\r\n" + (b"Set-Cookie2: %b\r\n" % (b"a," * 32_000)) * 90
+    yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="older cookies")
 
 
 def hostile_requests() -> Iterator[Any]:
