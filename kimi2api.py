@@ -491,6 +491,8 @@ LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"} 
 
 
 MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
+VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
+MAX_PARSED_DOCUMENT = 24 << 20  # bytes that one of an upstream's may take
 
 
 def parse_json(source: str) -> Any:
@@ -520,8 +522,15 @@ def check_depth(value: Any) -> None:
     raise ValueError("nested too deep")
 
 
-def parse_upstream_json(data: bytes) -> Any:
+def parsed_size(source: bytes) -> int:
+    """Bytes that JSON takes when it is read, about: 4 MB of brackets take 90."""
+    return len(source) + VALUE_BYTES * (source.count(b",") + source.count(b"[") + source.count(b"{"))
+
+
+def parse_upstream_json(data: bytes, max_parsed: int = MAX_PARSED_DOCUMENT) -> Any:
     """What an upstream sent, with U+FFFD for what cannot be sent on as UTF-8. Raises ValueError."""
+    if parsed_size(data) > max_parsed:
+        raise ValueError("too many values")
     source = data.decode("utf-8-sig", "replace")
     value = parse_json(source)
     if "\\ud" in source.lower():  # escapes are the only way that surrogates get in
@@ -1847,6 +1856,7 @@ MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one ev
 LAST_CHUNK = b"0\r\n\r\n"
 DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
 DRAIN_BYTES = 65536
+MAX_POOLS = 20  # hosts and ports; a page that redirects may name any number
 MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
 
 
@@ -1941,9 +1951,11 @@ class Transport:
         Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
         """
         parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc}/"
+        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
         with self._lock:
             if origin not in self._pools:
+                if len(self._pools) >= MAX_POOLS:
+                    self._pools.clear()
                 self._pools[origin] = self._make_pool(origin)
             return self._pools[origin]
 
@@ -3134,6 +3146,8 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 # ======================================================================================================================
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
+MAX_PARSED_STREAM = 300 << 20  # of the same, as Python's objects
+MAX_CHOICES = 128  # OpenAI's limit for n
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
 
 TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
@@ -3220,6 +3234,7 @@ class APIAnswer:
         self._text: list[str] = []  # of the first choice
         self._is_complete = False
         self._has_usage = False
+        self._parsed = 0  # bytes that all chunks take, about
 
     def deltas(self) -> Iterator[Delta]:
         headers = self._headers
@@ -3252,6 +3267,9 @@ class APIAnswer:
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
+        self._parsed += parsed_size(data)
+        if self._parsed > MAX_PARSED_STREAM:
+            raise invalid_response(self._api.name, "an answer of too many values")
         try:
             chunk = parse_upstream_json(data)
         except ValueError:
@@ -3280,6 +3298,8 @@ class APIAnswer:
         if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
             raise invalid_response(self._api.name, "a malformed chunk")
         index = choice["index"] = int(choice["index"])
+        if index >= max(self._wanted, MAX_CHOICES):
+            raise invalid_response(self._api.name, "a malformed chunk")
         if index not in self._seen:
             self._seen[index] = ChoiceState()
         state = self._seen[index]
@@ -3333,20 +3353,17 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
-    line: list[bytes] = []  # the pieces of a line whose end has not come
-    line_size = 0
+    line = bytearray()  # whose end has not come
     total = 0
     data: list[bytes] = []
     data_size = 0
     is_first = True
     for chunk in itertools.chain(chunks, [b"\n\n"]):  # the end of the stream ends the last event too
-        line.append(chunk)
-        line_size += len(chunk)
+        line += chunk
         total += len(chunk)
         if b"\n" in chunk:
-            *lines, rest = b"".join(line).split(b"\n")
-            line = [rest]
-            line_size = len(rest)
+            *lines, rest = bytes(line).split(b"\n")
+            line = bytearray(rest)
             if is_first:
                 lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
                 is_first = False
@@ -3359,7 +3376,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                     yield b"\n".join(data)
                     data = []
                     data_size = 0
-        if line_size + data_size > MAX_UPSTREAM_BYTES:
+        if len(line) + data_size > MAX_UPSTREAM_BYTES:
             raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
             raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
@@ -3376,6 +3393,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
 MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
 MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
+MAX_PARSED_EMBEDDINGS = 192 << 20  # of the same, as Python's objects
 
 
 class OpenAIProvider(Provider):
@@ -3474,7 +3492,7 @@ class OpenAIProvider(Provider):
     def embed(self, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
         def attempt() -> tuple[JSONObject, Headers]:
             response = self._send("POST", "/embeddings", body, cancel)
-            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES)
+            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_PARSED_EMBEDDINGS)
             if not isinstance(answer.get("data"), list):
                 raise invalid_response(self._api.name, "no embeddings")
             return answer, rate_limits(response.headers)
@@ -3489,10 +3507,12 @@ class OpenAIProvider(Provider):
             raise invalid_response(self._api.name, "a complete answer instead of a stream")
         return response
 
-    def _read_json(self, response: Response, limit: int = MAX_UPSTREAM_BYTES) -> JSONObject:
+    def _read_json(
+        self, response: Response, limit: int = MAX_UPSTREAM_BYTES, max_parsed: int = MAX_PARSED_DOCUMENT,
+    ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
         try:
-            answer = parse_upstream_json(response.read(limit))
+            answer = parse_upstream_json(response.read(limit), max_parsed)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -4371,7 +4391,6 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
-VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
     "x-should-retry",
@@ -4654,11 +4673,6 @@ def matching_key(keys: Iterable[str], authorization: str) -> str | None:
     given = token.strip().encode("latin-1", "replace")
     matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all: no timing leak
     return matches[0] if matches and scheme.lower() == "bearer" else None
-
-
-def parsed_size(body: bytes) -> int:
-    """Bytes that a body takes when it is read, about: one of 4 MB of brackets takes 90."""
-    return len(body) + VALUE_BYTES * (body.count(b",") + body.count(b"[") + body.count(b"{"))
 
 
 def request_id(given: str) -> str:

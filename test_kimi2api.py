@@ -2398,6 +2398,21 @@ def test_a_captcha_is_looked_at_once(app: Client, kimi: WebChat) -> None:
     assert is_error(chat(app), *BLOCKED) and len(kimi.pages) == 1
 
 
+def test_a_page_that_redirects_from_port_to_port_leaves_no_connections_open(run: Run, kimi: WebChat) -> None:
+    with ExitStack() as others:
+        ports = []
+        for _ in range(60):
+            other = WebChat()
+            others.callback(other.stop)
+            ports.append(other.port)
+            other.page_script.append(lambda handler: sends(302, Location=f"http://127.0.0.1:{ports.pop()}/")(handler))
+        program = run(REQUEST_TIMEOUT="20", before="kimi2api.FAILURES_TO_OPEN = 10**9")
+        kimi.page_script.extend([lambda handler: sends(302, Location=f"http://127.0.0.1:{ports.pop()}/")(handler)] * 15)
+        while len(ports) > 5:
+            assert program.chat()[0] == 502
+        assert len(os.listdir(f"/proc/{program.process.pid}/fd")) < 40
+
+
 def test_a_page_in_a_circle_of_redirects_is_an_error(app: Client, kimi: WebChat) -> None:
     kimi.page_script.extend([sends(301, Location="/chat/again")] * 9)
     assert is_error(chat(app), 502, "upstream_changed")
@@ -3932,8 +3947,8 @@ def test_store_false_leaves_nothing_behind_and_user_opens_no_session(app: Client
     assert kimi.posts[-1]["message"] == "Hello" and app.get("/health").json["sessions"]["kept"] == 1
 
 
-def test_stored_responses_count_among_sessions_and_expire(clock: Clock, kimi: WebChat) -> None:
-    app = clock.app(**kimi.settings, MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60", STREAM_INTERVAL_MS="0")
+def test_stored_responses_count_among_sessions_and_expire(make: Make, clock: Clock) -> None:
+    app = make(MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60")
     ids = [respond(app).json["id"] for _ in range(3)]
     assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 200, 200]
     clock.now += 61
@@ -5371,6 +5386,35 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
     wait_for(lambda: len(json.loads(program.ask("GET", "/v1/models")[1])["data"]) > 20_000)
     assert time.monotonic() - began < STALL * 2
     assert program.memory() < 400
+
+
+def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api: Api, kimi: WebChat) -> None:
+    brackets = many("[],", 4 * MB - 100)
+    kimi.always = sends(200, '{"success": true, "data": [' + brackets + "0]}", "application/json")
+    api.list_act = api_sends(200, ('{"data": [' + brackets + "0]}").encode())
+
+    def one_chunk(handler: ApiHandler) -> None:
+        api_plays(('{"choices": [' + brackets.replace("[]", "{}") + "{}]}").encode())(handler)
+
+    def lists(handler: ApiHandler) -> None:
+        chunk = {**api_chunk({"content": "x"}), "x": [[]] * 150_000}
+        api_plays(*[json.dumps(chunk).encode()] * 60)(handler)
+
+    def choices(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        for number in range(0, 600_000, 2000):
+            chunks = range(number, number + 2000)
+            handler.send(b"".join(b'data:{"choices":[{"index":%d,"delta":{}}]}\n\n' % index for index in chunks))
+
+    program = run(**both, MAX_RETRIES="0")
+    with ThreadPoolExecutor(8) as pool:
+        assert {status for status, _ in pool.map(lambda _: program.chat(), range(8))} == {502}
+    program.ask("GET", "/v1/models")
+    for act in (one_chunk, lists, choices):
+        api.always = act
+        assert program.chat(model="local/k2")[0] == 502
+    status = Path(f"/proc/{program.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+)", status)[1]) < 400 * 1024
 
 
 # ======================================================================================================================
