@@ -1835,14 +1835,18 @@ class UpstreamResponse(HTTPResponse):
 
 
 class UpstreamConnection:
-    """Put before urllib3's class of a connection. Sending has the deadline that reading has."""
+    """Put before urllib3's class of a connection. Sending has the deadline that reading has, and nothing is sent for a
+    client that has left while the connection was made."""
 
     response_class = UpstreamResponse
     sock: socket.socket | None
 
     def send(self, data: Any) -> None:
+        call = CURRENT_CALL.get()
+        if call.cancel.is_set():
+            raise client_disconnected()
         if self.sock is not None:
-            self.sock.settimeout(CURRENT_CALL.get().remaining())
+            self.sock.settimeout(call.remaining())
         super().send(data)  # type: ignore[misc]
 
 

@@ -1495,6 +1495,18 @@ def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
     assert len(api.asked) == 1
 
 
+def test_a_question_is_not_sent_for_a_client_that_left_while_it_was_prepared(run: Run, kimi: WebChat) -> None:
+    kimi.page_script.append(late(page))
+    program = run()
+    with program.open_chat("given up"):
+        wait_for(lambda: kimi.pages)
+    wait_for(lambda: program.running() == 0)
+    kimi.gate.set()
+    assert program.chat("wanted")[0] == 200
+    time.sleep(0.2)
+    assert [form["message"] for form in kimi.posts] == ["wanted"]
+
+
 def test_proxies_of_the_environment_are_honoured(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = WebChat()  # asked for an absolute URL, it answers as the site would
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
