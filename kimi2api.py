@@ -1818,7 +1818,7 @@ class UpstreamResponse(HTTPResponse):
         """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
         line = self.fp.readline(MAX_CHUNK_LINE)
         size = line.partition(b";")[0].strip()
-        if not CHUNK_SIZE.fullmatch(size):
+        if not (line.endswith(b"\n") and CHUNK_SIZE.fullmatch(size)):
             raise ValueError("no size of a chunk")
         return int(size, 16)
 

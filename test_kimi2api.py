@@ -2906,6 +2906,14 @@ def test_a_chunk_of_a_size_that_is_none_is_an_error(make: Make, both: dict[str, 
     assert response.status_int == 502, response.text
 
 
+def test_a_long_extension_of_a_chunk_is_not_its_text(app: Client, kimi: WebChat) -> None:
+    body = json.dumps({"success": True, "data": {"message": "extension"}}).encode()
+    line = b"%x;" % len(body)
+    chunks = line + b"x" * (4096 - len(line)) + body + b"\r\n0\r\n\r\n"
+    kimi.always = raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    assert is_error(chat(app), 502, "upstream_unavailable")
+
+
 def test_a_control_character_in_a_header_of_an_api_is_no_crash(make: Make, both: dict[str, str], api: Api) -> None:
     api.always = api_answers("Hi", x_ratelimit_limit_requests="5\x00", x_ratelimit_remaining_requests="4")
     response = chat(make(**both), model="local/k2")
