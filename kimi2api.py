@@ -3347,10 +3347,10 @@ def is_text_only(choice: JSONObject) -> bool:
 
 
 def rate_limits(headers: Headers) -> dict[str, str]:
-    """The rate-limit headers that may be passed on."""
+    """The rate-limit headers that may be passed on; clients refuse an answer whose head is too long."""
     limits = {}
     for name, value in headers.items():
-        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]+: [ -~]*", f"{name}: {value}", re.A):
+        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]{1,100}: [ -~]{0,100}", f"{name}: {value}", re.A):
             limits[name] = value
     return limits
 
