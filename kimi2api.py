@@ -432,7 +432,10 @@ class APIError(Exception):
     @property
     def reason(self) -> str:
         """What may go into the log and /health: without the prompt."""
-        kind = f"{self.code or self.type} ({self.status})"
+        code = self.code or self.type
+        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):  # upstream's own may quote the prompt too
+            code = "error"
+        kind = f"{code} ({self.status})"
         return kind if self.quotes_upstream else f"{kind}: {self.message}"
 
     @property

@@ -2798,6 +2798,17 @@ def test_our_key_for_an_api_is_never_told(make: Make, both: dict[str, str], api:
         assert "sk-th" not in chat(make(**both), model="local/k2").text
 
 
+def test_a_prompt_in_the_code_of_an_apis_error_gets_neither_into_the_log_nor_into_health(
+    make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    app = make(**both)
+    for field in ("code", "type"):
+        api.always = api_sends(500, {"error": {"message": "m", field: "you said: my secret"}})
+        assert chat(app, "my secret", model="local/k2").json["error"][field] == "you said: my secret"
+    assert "secret" not in caplog.text and "secret" not in app.get("/health").text
+
+
 def api_fails(status: int, message: str, **fields: str) -> Act:
     """An error in OpenAI's shape."""
     return api_sends(status, {"error": {"message": message, **fields}})
