@@ -3560,12 +3560,14 @@ class OpenAIProvider(Provider):
             raise
 
     def _list_models(self) -> dict[str, JSONObject]:
-        response = self._send("GET", "/models", None, Cancel())
-        try:
-            listed = self._read_json(response)["data"]
-            return {model["id"]: model for model in listed if isinstance(model["id"], str) and model["id"]}
-        except (KeyError, TypeError):
-            raise invalid_response(self._api.name, "no list of models") from None
+        listed = self._read_json(self._send("GET", "/models", None, Cancel())).get("data")
+        if not isinstance(listed, list):
+            raise invalid_response(self._api.name, "no list of models")
+        models = {}
+        for model in listed:
+            if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"]:
+                models[model["id"]] = model
+        return models
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         step = f"{self._base_url} reached, key accepted"

@@ -3163,9 +3163,20 @@ def test_pieces_of_tool_calls_without_an_index_belong_to_the_last_call(
     assert said(chat(app, messages=[result], model="local/k2", user="ada")) == "It is noon."
 
 
-@pytest.mark.parametrize("bad", ["", "k\ud800", 5, None], ids=["empty", "half a surrogate pair", "number", "null"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param({"id": ""}, id="empty"),
+        pytest.param({"id": "k\ud800"}, id="half a surrogate pair"),
+        pytest.param({"id": 5}, id="number"),
+        pytest.param({"id": None}, id="null"),
+        pytest.param({"name": "k1"}, id="no id"),
+        pytest.param("k1", id="a string"),
+        pytest.param(None, id="nothing"),
+    ],
+)
 def test_one_bad_model_of_an_api_hides_no_other(make: Make, both: dict[str, str], api: Api, bad: Any) -> None:
-    api.list_act = api_sends(200, {"data": [{"id": bad}, {"id": "k2"}]})
+    api.list_act = api_sends(200, {"data": [bad, {"id": "k2"}]})
     app = make(**both)
     wait_for(lambda: "local/k2" in [model["id"] for model in app.get("/v1/models").json["data"]])
 
