@@ -1719,6 +1719,7 @@ class Call:
         self.cancel = cancel
         self.reader: ResponseReader | None = None  # of the answer, once it begins
         self.deadline = deadline or time.monotonic() + timeout  # infinite: the time-out is for each read alone
+        self.is_usable = True  # the answer, as far as is known; after one that is not, its connection is not used again
 
     def limit_reads(self) -> None:
         """From now on the time-out is for each read alone."""
@@ -1797,7 +1798,9 @@ class ResponseReader(io.BufferedReader):
         if not self.closed:
             self._call.cancel.detach(self._sock)
             decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
-            if self.waiting() or decrypted:  # more than the answer: nobody else may find it there
+            # More than the answer, or an answer that may have been to another request, so that ours is still to come:
+            # nobody else may find it there
+            if self.waiting() or decrypted or not self._call.is_usable:
                 shut_down(self._sock)
         super().close()
 
@@ -3249,7 +3252,7 @@ class APIAnswer:
         try:
             for data in server_sent_data(self._response.stream(), self._api.name):
                 if data == b"[DONE]":
-                    self.is_done = True
+                    self.is_done = call.is_usable = True
                     break
                 had_begun = bool(self._seen)
                 chunk = self._parse_chunk(data)
@@ -3533,6 +3536,7 @@ class OpenAIProvider(Provider):
         a stream, and for all of another body."""
         headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
         call = Call(self._settings.request_timeout, cancel)
+        call.is_usable = path != "/chat/completions"  # a stream is once its end has come
         data = dump_json(body) if body else None
         response = self._transport.request(method, self._base_url + path, headers, data, call)
         if response.status == 200:

@@ -1412,6 +1412,25 @@ def test_what_comes_after_an_answer_in_one_tls_record_is_nobodys(
         assert said(chat(app, question, model="local/k2")) == question
 
 
+def test_a_stray_answer_that_comes_late_makes_no_later_answer_another_ones(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    def act(handler: ApiHandler) -> None:
+        question = json.loads(handler.body)["messages"][-1]["content"]
+        if question == "two":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray")
+            handler.wfile.flush()
+            time.sleep(0.2)  # by now the stray answer has been read, and its connection could be another's
+        api_answers(question)(handler)
+
+    api.always = act
+    app = make(**both, MAX_RETRIES="0")
+    assert said(chat(app, "one", model="local/k2")) == "one"
+    assert is_error(chat(app, "two", model="local/k2"), 502, "upstream_unavailable")
+    for question in ("three", "four"):
+        assert said(chat(app, question, model="local/k2")) == question
+
+
 def test_a_request_that_the_upstream_does_not_read_is_a_timeout(
     make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
