@@ -72,6 +72,7 @@ from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from queue import SimpleQueue
+from traceback import clear_frames
 from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
@@ -406,7 +407,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    One error may be raised in several threads, so it is immutable by convention: `copy` makes a changed one.
+    One error may be raised in several threads, so it is immutable by convention: `copy` makes a changed one. What is
+    kept is a copy: the traceback of a raised one holds all that its functions knew, a request of megabytes too.
     """
 
     status: int
@@ -1982,6 +1984,7 @@ class Transport:
     # Failures
 
     def failure(self, error: Exception, call: Call) -> APIError:
+        clear_frames(error.__traceback__)  # urllib3's functions hold the error that holds them, and so the request
         if isinstance(innermost(error), TimeoutError):
             return self.timed_out(call.timeout)
         if isinstance(error, DecodeError):
@@ -2107,8 +2110,8 @@ class SharedFetch(Generic[T]):
             self.known = self._fetch()
             settle = partial(fetch.set_result, self.known)
             keep = self._max_age
-        except Exception as error:  # raised again in those who wait
-            settle = partial(fetch.set_exception, error)
+        except Exception as error:  # for those who wait
+            settle = partial(fetch.set_exception, as_api_error(error).copy())
         with self._lock:  # first, so that a caller who has seen a failure and asks again starts a new fetch
             self._due = time.time() + keep
         settle()
@@ -2180,7 +2183,7 @@ class CircuitBreaker:
         self._failures += 1
         if self._failures >= FAILURES_TO_OPEN:
             pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
-            self._error = error
+            self._error = error.copy()
             self._open_until = time.monotonic() + pause
             log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
 
@@ -2962,11 +2965,12 @@ class KimiProvider(Provider):
 
     def _wait_for(self, fetch: Future[str]) -> str:
         try:
-            return fetch.result(self._settings.request_timeout + CHALLENGE_SECONDS)
-        except APIError as error:
-            raise error.copy() from None
+            error = fetch.exception(self._settings.request_timeout + CHALLENGE_SECONDS)
         except FutureTimeout:
             raise self._scraper.transport.timed_out(self._settings.request_timeout) from None
+        if isinstance(error, APIError):
+            raise error.copy()
+        return fetch.result()
 
     def _fetch_nonce(self) -> str:
         """Fetch the chat page, solving an old-style challenge on the way if there is one, and find its nonce."""
@@ -3464,7 +3468,7 @@ class OpenAIProvider(Provider):
                 if better is None:
                     raise forced or error from None
                 if better.forcing != notes.forcing:
-                    forced = forced or error
+                    forced = forced or error.copy()
                 log.info("%s/%s: %s; asking again in another way", self.name, chat.model, error.reason)
                 notes = better
             else:
@@ -3662,7 +3666,7 @@ class Providers:
                 else:
                     begun.append(folded(deltas))
             except APIError as error:
-                failed.append((name, error))
+                failed.append((name, error.copy()))
                 if not error.may_fall_back or chat.cancel.is_set():
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
@@ -3745,6 +3749,7 @@ class Calls(Slots):
             except Exception as error:
                 as_api_error(error)  # which logs it
             finally:
+                del work  # else its request would stay until this thread has another
                 self.release()
 
 
@@ -3832,7 +3837,7 @@ class Mailbox:
     def finish(self, error: APIError | None = None) -> None:
         """There is no more, or an error instead."""
         with self._changed:
-            self._error = error
+            self._error = error and error.copy()
             self.is_finished = True
             self._changed.notify()
 
@@ -3845,7 +3850,7 @@ class Mailbox:
             self._waiting.clear()
             self._changed.notify()
             if not data and self._error:
-                raise self._error
+                raise self._error.copy()
             return data
 
     def abandon(self) -> None:

@@ -11,6 +11,7 @@ Routes are called through WebTest; where behaviour is about sockets or signals, 
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import http.client
 import io
@@ -3531,6 +3532,41 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
         wait_for(lambda: program.running() == 0)
     assert program.memory() - before < 120
     assert b"word" in program.chat()[1]
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(sends(200, json.dumps({"success": True, "data": {"message": "Hi"}})), id="answered"),
+        pytest.param(sends(418, "{}"), id="refused"),
+        pytest.param(sends(500, "{}"), id="down"),
+        pytest.param(sends(200, "<html>"), id="no JSON"),
+        pytest.param(sends(403, b"-1"), id="stale nonce"),
+        pytest.param(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"), id="blocked"),
+        pytest.param(resets, id="reset"),
+        pytest.param(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"), id="cut off"),
+        pytest.param(hangs, id="timed out"),
+    ],
+)
+@json_and_stream
+def test_nothing_of_a_request_stays_once_it_has_ended(
+    make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act, stream: bool
+) -> None:
+    app = make(**both, REQUEST_TIMEOUT="0.3", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
+    kimi.always = api.always = act
+    kimi.page_script.extend([page, act])
+    chat(app)
+    gc.collect()
+    gc.disable()  # what only it could free would stay for thousands of chats
+    try:
+        for model in ("kimi", "local/k2") * 2:
+            chat(app, model=model, stream=stream, tools=[WEATHER], tool_choice="required")
+        wait_for(lambda: not requests_in_memory(), "every request is freed")
+    finally:
+        gc.enable()
+
+
+def requests_in_memory() -> list[Any]:
+    return [thing for thing in gc.get_objects() if type(thing) is kimi2api.ChatRequest]
 
 
 # ======================================================================================================================
