@@ -3875,17 +3875,12 @@ def relay(
     until it ends. cleanup: closed on that thread when the client has everything. Raises what the parts raise.
     """
     mailbox = Mailbox()
-
-    def work() -> None:
-        with cleanup:
-            try:
-                for part in parts:
-                    mailbox.put(part)
-                mailbox.finish()
-            except Exception as error:  # raised again in the reading thread
-                mailbox.finish(as_api_error(error))
-
-    calls.start(work)
+    try:
+        calls.start(partial(fill, mailbox, parts, cleanup))
+    except BaseException:
+        cleanup.close()
+        raise
+    del parts, cleanup  # a client that reads slowly must not keep its request here
     last_sign = time.monotonic()
     try:
         while True:
@@ -3903,6 +3898,17 @@ def relay(
         mailbox.abandon()
         if not mailbox.is_finished:  # else the connection may still be read to its end, for the next to use
             cancel()
+
+
+def fill(mailbox: Mailbox, parts: Iterator[bytes], cleanup: ExitStack) -> None:
+    """Put the parts into the mailbox, or the error that ended them."""
+    with cleanup:
+        try:
+            for part in parts:
+                mailbox.put(part)
+            mailbox.finish()
+        except Exception as error:  # raised again in the reading thread
+            mailbox.finish(as_api_error(error))
 
 
 PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
@@ -4450,17 +4456,20 @@ class App:
 
     def chat(self) -> bytes | EventStream:
         with ExitStack() as done:
-            request = ChatRequest.parse(self._read_body(done))
-            return self._answer(request, ChatCompletion(request.include_usage), answer_in_session, done)
+            body, call = self._read_body(done)
+            request = ChatRequest.parse(body)
+            return self._answer(request, ChatCompletion(request.include_usage), answer_in_session, call, done)
 
     def completion(self) -> bytes | EventStream:
         with ExitStack() as done:
-            request = ChatRequest.parse_completion(self._read_body(done))
-            return self._answer(request, TextCompletion(request.include_usage), answer_in_session, done)
+            body, call = self._read_body(done)
+            request = ChatRequest.parse_completion(body)
+            return self._answer(request, TextCompletion(request.include_usage), answer_in_session, call, done)
 
     def response(self) -> bytes | EventStream:
         with ExitStack() as done:
-            asked = ResponsesRequest.parse(self._read_body(done))
+            body, call = self._read_body(done)
+            asked = ResponsesRequest.parse(body)
             caller = owner()
             previous = self.sessions.open(caller, None)
             previous_id = asked.body.get("previous_response_id")
@@ -4476,20 +4485,20 @@ class App:
                 request = asked.chat(previous.system)
                 record = partial(record_response, self.sessions, caller, previous, asked, request)
                 writer = ResponseWriter(asked, record if asked.is_stored else None)
-                return self._answer(request, writer, partial(answer_after, previous), done)
+                return self._answer(request, writer, partial(answer_after, previous), call, done)
             except APIError as error:
                 raise asked.in_own_terms(error, earlier) from None
 
     def _answer(
         self, request: ChatRequest, writer: ChatCompletion | ResponseWriter,
-        ask: Callable[[Callable[[Chat], Iterator[Delta]], Chat], Iterator[Delta]], done: ExitStack,
+        ask: Callable[[Callable[[Chat], Iterator[Delta]], Chat], Iterator[Delta]], call: ExitStack, done: ExitStack,
     ) -> bytes | EventStream:
-        """Have a chat answered, in a session (`ask`) and in a format (`writer`). What it takes is given back when it is
-        done, which may be later, with the end of a stream."""
+        """Have a chat answered, in a session (`ask`) and in a format (`writer`). call: closed when its call has ended,
+        which may be after its client has left; done: when it is answered, which may be with the end of a stream."""
         model = request.model or self.settings.default_model
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-        chat = Chat(request, model, owner=owner(), store=self.sessions)
         self._take_slot(done)
+        chat = Chat(request, model, owner=owner(), store=self.sessions, cleanup=call.pop_all())
         deltas = ask(partial(self.providers.answer, model), chat)
         if not request.stream:
             answer = b"".join(self._relay(writer.json(deltas), chat.cancel, chat.cleanup, done))
@@ -4504,7 +4513,8 @@ class App:
 
     def embeddings(self) -> bytes:
         with ExitStack() as done:
-            body = parse_body(self._read_body(done), EMBEDDINGS_REQUEST)
+            raw, call = self._read_body(done)
+            body = parse_body(raw, EMBEDDINGS_REQUEST)
             model = body.get("model") or self.settings.default_model
             cancel = Cancel()
             headers: Headers = {}
@@ -4515,12 +4525,12 @@ class App:
                 yield dump_json(answer)
 
             self._take_slot(done)
-            answer = b"".join(self._relay(ask(), cancel, ExitStack(), done))
+            answer = b"".join(self._relay(ask(), cancel, call.pop_all(), done))
             set_headers({"Content-Type": "application/json", **headers})
         return answer
 
-    def _read_body(self, done: ExitStack) -> bytes:
-        """The body; the memory that it takes once it is parsed is reserved until `done`."""
+    def _read_body(self, done: ExitStack) -> tuple[bytes, ExitStack]:
+        """The body, and what gives the memory back that it takes once it is parsed; `done` does if nothing else has."""
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
@@ -4528,8 +4538,9 @@ class App:
         body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
         size = parsed_size(body)
         self.memory.acquire(size)
-        done.callback(self.memory.release, size)
-        return body
+        call = done.enter_context(ExitStack())
+        call.callback(self.memory.release, size)
+        return body, call
 
     def _take_slot(self, done: ExitStack) -> None:
         self.chats.acquire()

@@ -4748,6 +4748,19 @@ def test_many_large_bodies_at_once_do_not_take_all_memory(run: Run, kimi: WebCha
     assert program.chat()[0] == 200 and program.running() == 0
 
 
+def test_chats_whose_clients_left_count_among_the_large_requests(run: Run, kimi: WebChat) -> None:
+    kimi.always = at_the_gate
+    program = run(before="kimi2api.MAX_PARSED_BYTES = 5_000_000")
+    large = [[]] * 20_000  # counts as 2.4 MB
+    with program.open_chat(user="ada", x=large), program.open_chat(user="bob", x=large):
+        wait_for(lambda: len(kimi.posts) == 2)
+    wait_for(lambda: program.running() == 0)
+    status, body = program.chat(x=large)
+    assert status == 429 and b"large requests" in body
+    kimi.gate.set()
+    wait_for(lambda: program.chat(x=large)[0] == 200)
+
+
 def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None:
     program = run(before="kimi2api.HEAD_TIMEOUT = 0.5")
     with program.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as idle:
