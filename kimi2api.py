@@ -4977,6 +4977,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
 IDLE_CONNECTIONS = 4096
 HEAD_TIMEOUT = 10.0  # seconds that a client may take to send the head of a request
+MAX_PIPELINED = 8  # requests that one connection may have waiting
 STALLED_AFTER = 30.0  # seconds in which a client has taken nothing of what waits for it
 EXTRA_BODY_BYTES = 16 << 20  # received above MAX_BODY_BYTES: a client still sending would miss our 413
 
@@ -5056,6 +5057,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def received(self, data: bytes) -> bool:
         received: bool = super().received(data)
+        with self.requests_lock:
+            # 64 KB hold 2,400 requests: a thread that writes their answers would wait for a client that reads none
+            if len(self.requests) > MAX_PIPELINED:
+                for request in self.requests[MAX_PIPELINED:]:
+                    request.close()
+                del self.requests[MAX_PIPELINED:]
+                self.requests[-1].headers["CONNECTION"] = "close"  # so that its client sends the others again
         if self.request is None or self.request.headers_finished:
             self._map.heads.pop(self, None)
         else:

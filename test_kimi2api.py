@@ -4772,6 +4772,20 @@ def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None
         assert read_response(idle)[0].status == 200, "one that has asked before may be idle for longer"
 
 
+def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run) -> None:
+    program = run(MAX_CONCURRENT_CHATS="1")
+    page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with ExitStack() as links:
+        for _ in range(20):
+            links.enter_context(program.open(page * (60_000 // len(page))))
+        for _ in range(20):
+            began = time.monotonic()
+            program.health()
+            assert time.monotonic() - began < PATIENCE / 4
+    with program.open(page * 20) as link:
+        assert read_all(link).count(b"HTTP/1.1 200 OK") == kimi2api.MAX_PIPELINED
+
+
 def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
     pytest.importorskip("resource")
     allow_descriptors(2000)
