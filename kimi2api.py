@@ -5052,7 +5052,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         heads[self] = time.time()
         if len(self._map) >= self.adj.connection_limit:
             oldest = next(iter(heads))
-            if oldest is not self:  # else waitress accepts no more for now
+            if oldest is self:
+                idle = [channel for channel in list(self.server.active_channels.values()) if not channel.is_busy]
+                oldest = min(idle, key=lambda channel: float(channel.last_activity))
+            if oldest is not self:  # else all are busy, and waitress accepts no more for now
                 oldest.handle_close()
 
     def received(self, data: bytes) -> bool:
@@ -5253,7 +5256,10 @@ class Server:
 
 
 def connection_limit(chats: int) -> int:
-    """Connections to keep open at once: as many as the system has descriptors for, upstream's and spare ones aside."""
+    """Connections to keep open at once: as many as the system has descriptors for, upstream's and spare ones aside.
+
+    Each may take two: waitress keeps a large body in a file.
+    """
     wanted = IDLE_CONNECTIONS + chats
     reserve = 2 * chats + 64
     try:
@@ -5262,12 +5268,12 @@ def connection_limit(chats: int) -> int:
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard - reserve)
-    if soft != resource.RLIM_INFINITY and soft < wanted + reserve:
+        wanted = min(wanted, (hard - reserve) // 2)
+    if soft != resource.RLIM_INFINITY and soft < 2 * wanted + reserve:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted + reserve, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * wanted + reserve, hard))
         except (OSError, ValueError):  # some systems allow less than they say
-            wanted = soft - reserve
+            wanted = (soft - reserve) // 2
     return max(wanted, chats)
 
 

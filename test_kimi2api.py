@@ -4786,6 +4786,29 @@ def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run
         assert read_all(link).count(b"HTTP/1.1 200 OK") == kimi2api.MAX_PIPELINED
 
 
+BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="idle"),
+        pytest.param(BODY_HEAD + b"{", id="in a body"),
+        pytest.param(BODY_HEAD + b"{" * 600_000, id="in a body that is kept in a file"),
+    ],
+)
+def test_connections_that_ask_nothing_leave_room_for_others(run: Run, start: bytes) -> None:
+    pytest.importorskip("resource")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))"
+    program = run(before=limit, MAX_CONCURRENT_CHATS="4")
+    with ExitStack() as links:
+        for _ in range(150):
+            links.enter_context(program.open(start))
+            time.sleep(0.01)  # so that one has been read before the next is there
+        assert program.health()["status"] == "ok"
+        assert program.chat()[0] == 200
+
+
 def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
     pytest.importorskip("resource")
     allow_descriptors(2000)
