@@ -5309,7 +5309,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     header = ""
     if keys:
         key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
-        if sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
+        if sys.stdout and sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
             key = keys[0]
         header = f' -H "Authorization: Bearer {key}"'
     return "\n".join([

@@ -4833,7 +4833,7 @@ def test_a_client_that_leaves_while_its_bad_request_is_refused_leaves_no_traceba
     assert "Traceback" not in "".join(program.log)
 
 
-@pytest.mark.parametrize("where", [">&-", ">/dev/full", "2>&-", "2>/dev/full", "| true"])
+@pytest.mark.parametrize("where", [">&-", "--api-master-key sk-1 >&-", ">/dev/full", "2>&-", "2>/dev/full", "| true"])
 def test_nobody_has_to_read_what_the_program_prints(kimi: WebChat, where: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -4844,7 +4844,8 @@ def test_nobody_has_to_read_what_the_program_prints(kimi: WebChat, where: str) -
 
     def answers() -> bool:
         with suppress(OSError), closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-            connection.request("POST", "/v1/chat/completions", '{"messages": [{"role": "user", "content": "x"}]}')
+            body = '{"messages": [{"role": "user", "content": "x"}]}'
+            connection.request("POST", "/v1/chat/completions", body, {"Authorization": "Bearer sk-1"})
             return connection.getresponse().status == 200
         return False
 
