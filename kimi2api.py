@@ -385,9 +385,11 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
     values = {}
     try:
         with open(path, encoding="utf-8-sig") as lines:
-            for line in lines:
+            for number_of_line, line in enumerate(lines, 1):
                 entry = ENV_LINE.match(line)
                 if entry:
+                    if entry["bare"] and entry["bare"][0] in "\"'":
+                        raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
                     values[entry["name"]] = entry["double"] or entry["single"] or entry["bare"] or ""
     except (OSError, UnicodeDecodeError) as error:
         if required or not isinstance(error, FileNotFoundError):

@@ -4436,6 +4436,14 @@ def test_an_env_file_in_another_encoding_is_refused_in_one_line(tmp_path: Path) 
     assert_refused(command("--env-file", str(tmp_path / "latin")), "latin")
 
 
+@pytest.mark.parametrize("value", ['"sk-1', "'sk-1", '"sk-1"x', '"'])
+def test_an_env_file_whose_quotes_do_not_match_is_refused_in_one_line(tmp_path: Path, value: str) -> None:
+    (tmp_path / "quotes").write_text(f"API_PORT=0\nAPI_MASTER_KEY={value}\n")
+    done = command("--env-file", str(tmp_path / "quotes"), "--api-host", "0.0.0.0")
+    assert_refused(done, "line 2: the quotes of API_MASTER_KEY")
+    assert "sk-1" not in done.stderr
+
+
 def test_a_check_listens_nowhere_and_asks_for_no_key(kimi: WebChat) -> None:
     done = command("--check", "--api-host", "0.0.0.0", **kimi.settings)
     assert done.returncode == 0 and done.stdout.count("✓") == 4
