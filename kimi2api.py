@@ -71,7 +71,7 @@ from html import unescape
 from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from traceback import clear_frames
 from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
@@ -1973,6 +1973,15 @@ class Transport:
                 self._pools[origin] = self._make_pool(origin)
             return self._pools[origin]
 
+    def close_idle(self, url: str) -> None:
+        """Close the connections to a URL's host that no request is using."""
+        pool, _ = self._pool(url)
+        with suppress(Empty):
+            while True:
+                connection = pool.pool.get(block=False)
+                if connection:
+                    connection.close()
+
     def _make_pool(self, origin: str) -> tuple[Any, bool]:
         request = requests.Request("GET", origin).prepare()
         local = is_loopback(urlsplit(origin).hostname)  # a proxy's loopback is not ours
@@ -2237,11 +2246,19 @@ class Provider:
             yield f"one question answered in {time.monotonic() - began:.1f} s", None
 
     @contextmanager
-    def _watched(self, cancel: Cancel) -> Iterator[None]:
-        """Around a whole call: the circuit breaker may refuse it, and learns how it ends."""
+    def _watched(self, cancel: Cancel) -> Iterator[Callable[[], None]]:
+        """Around a whole call: the circuit breaker may refuse it, and learns how it ends. What it yields is called when
+        the answer has begun, which is enough of a probe: the rest may take long."""
         probe = self.breaker.allow()
+
+        def has_begun() -> None:
+            nonlocal probe
+            if probe:
+                self.breaker.succeeded(probe)
+                probe = False
+
         try:
-            yield
+            yield has_begun
         except APIError as error:
             if cancel.is_set():
                 self.breaker.ignored(probe)
@@ -2934,6 +2951,9 @@ class KimiProvider(Provider):
         except StaleNonce:
             self._nonce.reject(fetch)
             raise
+        except APIError:  # it may have been the answer to another's question, so that ours is still to come
+            self._scraper.transport.close_idle(self._settings.upstream_url)
+            raise
 
     def _send(self, send: Callable[..., requests.Response], deadline: float) -> requests.Response:
         """Send one request; what any answer of this site can mean, page or chat, is sorted out here."""
@@ -3440,7 +3460,7 @@ class OpenAIProvider(Provider):
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }
-        with self._watched(chat.cancel):
+        with self._watched(chat.cancel) as has_begun:
             response, sent = self._ask(body, chat)
             headers = rate_limits(response.headers)
             ignored = [name for name in request.body if name not in sent]
@@ -3448,7 +3468,9 @@ class OpenAIProvider(Provider):
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
             answer = APIAnswer(self._api, response, chat, headers, sent["messages"])
             try:
-                yield from answer.deltas()
+                for delta in answer.deltas():
+                    has_begun()
+                    yield delta
             finally:
                 if answer.is_done:
                     response.finish(chat.cleanup)
@@ -5093,6 +5115,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:
             super().handle_write()
 
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        if self.socket is None:  # closed by the loop just now, while a request's thread was about to send
+            return 0
+        sent: int = super().send(data, do_close)
+        return sent
+
     # These run in the thread of a request. What they leave to be done is for the loop, which must hear of it.
 
     def write_soon(self, data: bytes) -> int:
@@ -5239,7 +5267,7 @@ class Server:
             self._map.ask_all()  # a listening socket, when asked, also marks those that were idle for long
 
     def _channels(self) -> list[Channel]:
-        return [entry for entry in self._map.values() if isinstance(entry, Channel)]
+        return [entry for entry in list(self._map.values()) if isinstance(entry, Channel)]
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -5260,7 +5288,7 @@ class Server:
 def connection_limit(chats: int) -> int:
     """Connections to keep open at once: as many as the system has descriptors for, upstream's and spare ones aside.
 
-    Each may take two: waitress keeps a large body in a file.
+    Each may take two: waitress keeps a large body in a file. Raises ValueError when there are too few for the chats.
     """
     wanted = IDLE_CONNECTIONS + chats
     reserve = 2 * chats + 64
@@ -5276,6 +5304,8 @@ def connection_limit(chats: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (2 * wanted + reserve, hard))
         except (OSError, ValueError):  # some systems allow less than they say
             wanted = (soft - reserve) // 2
+    if wanted < 1:
+        raise ValueError(f"the system allows too few open files (ulimit -n) for MAX_CONCURRENT_CHATS={chats}")
     return max(wanted, chats)
 
 

@@ -1432,6 +1432,22 @@ def test_a_stray_answer_that_comes_late_makes_no_later_answer_another_ones(
         assert said(chat(app, question, model="local/k2")) == question
 
 
+def test_after_an_unusable_answer_the_web_chats_connection_is_used_no_more(make: Make, kimi: WebChat) -> None:
+    links = []
+
+    def noting(act: Act) -> Act:
+        def acts(handler: WebChatHandler) -> None:
+            links.append(handler.client_address)
+            act(handler)
+
+        return acts
+
+    app = make(MAX_RETRIES="0")
+    kimi.script.extend(map(noting, [answer, answer, sends(200, "?"), answer]))
+    assert [chat(app).status_int for _ in range(4)] == [200, 200, 502, 200]
+    assert links[0] == links[1] == links[2] != links[3]
+
+
 def test_a_request_that_the_upstream_does_not_read_is_a_timeout(
     make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1655,6 +1671,26 @@ def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(
         kimi.gate.set()
         assert said(trial.result())
     assert said(chat(app)) and app.get("/health").json["status"] == "ok"
+
+
+def test_a_probe_whose_answer_has_begun_holds_nobody_back(run: Run, both: dict[str, str], api: Api) -> None:
+    program = run("--max-retries", "0", before="kimi2api.FIRST_PAUSE = 0.05", **both)
+    api.always = api_sends(500, {"error": {"message": "down"}})
+    for _ in range(5):
+        assert program.chat(model="local/k2")[0] == 500
+    api.always = steady
+    probe = wait_for(lambda: begun_stream(program), "the circuit is half-open")
+    api.always = api_answers("fine")
+    assert b"fine" in program.chat(model="local/k2")[1]
+    probe.close()
+
+
+def begun_stream(program: Program) -> socket.socket | None:
+    link = program.open_chat(model="local/k2", stream=True)
+    if link.recv(65536).startswith(b"HTTP/1.1 200"):
+        return link
+    link.close()
+    return None
 
 
 def test_refusals_and_rate_limits_are_no_reason_to_stop_asking(make: Make, kimi: WebChat) -> None:
@@ -2463,9 +2499,9 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplo
     caplog.set_level(logging.INFO)
     app = make(API_MASTER_KEY="sk-secret")
     kimi.script.extend([sends(200, '{"success": false, "data": "its words"}'), sends(500)])
-    assert said(chat(app, "my prompt", user="ada", headers={"Authorization": "Bearer sk-secret"}))
+    assert said(chat(app, "my prompt", user="somebody", headers={"Authorization": "Bearer sk-secret"}))
     chat(app, "my prompt", headers={"Authorization": "Bearer sk-wrong"})
-    for secret in ("sk-secret", "sk-wrong", "my prompt", kimi.nonce, "ada", "its words"):
+    for secret in ("sk-secret", "sk-wrong", "my prompt", kimi.nonce, "somebody", "its words"):
         assert secret not in caplog.text, secret
     assert "retry 1 of 1" in caplog.text and "401" in caplog.text
 
@@ -4407,6 +4443,17 @@ def test_the_demos_documents_fit_their_schemas(demo: Program, schema: Any) -> No
 # ======================================================================================================================
 # 24, 25 Server and command line
 # ======================================================================================================================
+
+
+def test_too_few_open_files_are_told_at_the_start(kimi: WebChat) -> None:
+    pytest.importorskip("resource")
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
+    start = f"sys.path.insert(0, {str(HERE)!r}); import kimi2api; sys.exit(kimi2api.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", limit + start, "--demo", "--api-port", "0"],
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert_refused(done, "MAX_CONCURRENT_CHATS=64")
 
 
 @pytest.mark.parametrize(
