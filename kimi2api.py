@@ -1320,123 +1320,142 @@ def read_reasoning(item: JSONObject) -> str:
 # ======================================================================================================================
 # 6 Stores
 #
-# A dict, an expiry, a lock. A session belongs to a key (`owner`) and a `user`; it remembers turns, never system
-# messages, which every request carries itself.
+# Where sessions, stored responses, reasoning and counters are kept. A store knows how to keep them, `Sessions` what is
+# in them. They belong to an owner, which is a hash of a key.
 # ======================================================================================================================
 
 MAX_TURNS = 1000  # of one session; more than any prompt holds
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns, as JSON
-MAX_STORE_BYTES = 64 << 20  # of all sessions
-MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls
+MAX_STORE_BYTES = 64 << 20  # of all sessions, where they are kept in memory
+MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls, likewise
 MESSAGE_BYTES = 500  # that a message takes beside its text
 
 
 @dataclass(frozen=True)
 class Session:
+    """What is remembered of a user, or of a stored response and what led to it."""
+
     id: str
     created: float  # seconds since the epoch, as is `used`
     used: float
     turns: Turns = ()
     system: Turn = ()  # of a stored response: system messages among its input and that of those before it
     response: JSONObject | None = None
-    size: int = 0  # bytes, about
 
-
-def size_of_turn(turn: Turn) -> int:
-    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
-
-
-def latest_turns(turns: Turns) -> tuple[Turns, int]:
-    """As many of the latest turns as a session may keep, and their size."""
-    kept: list[Turn] = []
-    size = 0
-    for turn in reversed(turns[-MAX_TURNS:]):
-        if size_of_turn(turn) > MAX_SESSION_BYTES:
-            continue
-        if size + size_of_turn(turn) > MAX_SESSION_BYTES:
-            break
-        size += size_of_turn(turn)
-        kept.append(turn)
-    return tuple(reversed(kept)), size
-
-
-def new_session_id(now: float) -> str:
-    """An id in the form that the web chat's own page uses."""
-    name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
-    return f"session_{int(now * 1000)}_{name}"
+    @cached_property
+    def size(self) -> int:
+        """Bytes, about."""
+        size = sum(map(size_of_turn, self.turns)) + size_of_turn(self.system) + MESSAGE_BYTES
+        return size + len(dump_json(self.response)) if self.response else size
 
 
 Key = tuple[str, str, str]  # of a session: its owner, "user" or "response", and that one's name or id
 
 
-class Sessions:
-    """Turns by owner and user, forgotten `ttl` seconds after the last. At most `limit` sessions are kept, and
-    MAX_STORE_BYTES of them; the least recently used goes first. A stored response is a session of its own.
+class Store:
+    """What all stores do, for many threads. Each may raise APIError 503 when the store cannot be reached.
 
-    The reasoning behind tool calls is kept beside them, by owner, provider and call id: Moonshot and DeepSeek want it
-    back, and clients of OpenAI's protocol drop it.
+    Sessions are forgotten `ttl` seconds after their last use; at most `limit` are kept, and the least recently used
+    goes first. Counters are numbers by owner, period and name.
     """
+
+    kind = ""  # for /health
 
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit
+
+    def check(self) -> None:
+        """Raises APIError when the store cannot be reached."""
+
+    def get(self, key: Key) -> Session | None:
+        raise NotImplementedError
+
+    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
+        """Put what change() makes of the session in its place; all of it, or nothing. Two updates of one session come
+        after one another, whoever makes them; change() may be called more than once."""
+        raise NotImplementedError
+
+    def forget(self, key: Key) -> bool:
+        """Whether there was anything to forget."""
+        raise NotImplementedError
+
+    def users(self, owner: str) -> dict[str, Session]:
+        """The sessions of an owner's users, by their names."""
+        raise NotImplementedError
+
+    def count(self) -> int:
+        """Sessions kept."""
+        raise NotImplementedError
+
+    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
+        """Keep a text under each of these names, for `ttl` seconds."""
+        raise NotImplementedError
+
+    def find_reasoning(self, owner: str, place: str) -> str | None:
+        raise NotImplementedError
+
+    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
+        """Add to the counters of a period, all at once, and return what these are then. They are forgotten when nothing
+        was added for so many seconds."""
+        raise NotImplementedError
+
+    def read(self, owner: str, period: str) -> dict[str, int]:
+        """The counters of a period."""
+        raise NotImplementedError
+
+
+class MemoryStore(Store):
+    """Dicts with an expiry, and a lock. Ends with the process."""
+
+    kind = "memory"
+
+    def __init__(self, ttl: float, limit: int) -> None:
+        super().__init__(ttl, limit)
         # Least recently used first, which is also the first to expire
         self._sessions: dict[Key, Session] = {}
         self._size = 0  # bytes of all sessions, about
-        self._reasoning: dict[tuple[str, str, str], tuple[float, str]] = {}  # when it was kept, and the text
+        self._reasoning: dict[tuple[str, str], tuple[float, str]] = {}  # when it was kept, and the text
         self._reasoning_size = 0
-        self._lock = threading.Lock()  # guards all four; held for little work only
+        self._counters: dict[tuple[str, str], tuple[float, dict[str, int]]] = {}  # when they expire, and the counters
+        self._lock = threading.Lock()  # guards all five; held for little work only
 
-    def open(self, owner: str, user: str | None) -> Session:
-        """The user's session, or a new one, which is kept only when a turn is recorded."""
-        session = self.get(owner, user) if user else None
-        now = time.time()
-        return session or Session(new_session_id(now), now, now)
-
-    def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
-        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
-        slim = [tuple(slimmed(message) for message in turn) for turn in turns]
+    def get(self, key: Key) -> Session | None:
         with self._lock:
             self._drop_expired()
-            session = self._sessions.get((owner, "user", user)) or replace(opened, turns=())
-            if replace_turns:  # but for those that others have recorded meanwhile
-                turns = (*slim, *(turn for turn in session.turns if not any(turn is old for old in opened.turns)))
-            else:
-                turns = append_turns(session.turns, slim)
-            kept, size = latest_turns(turns)
-            size += len(user) + MESSAGE_BYTES
-            self._put((owner, "user", user), replace(session, used=time.time(), turns=kept, size=size))
+            return self._sessions.get(key)
 
-    def record_response(
-        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
-    ) -> None:
-        """Keep a response, and the conversation up to its end for those that go on from it."""
-        now = time.time()
-        kept, size = latest_turns(tuple(tuple(slimmed(message) for message in turn) for turn in turns))
-        slim = tuple(slimmed(message) for message in system)
-        size += len(dump_json(response)) + size_of_turn(slim) + MESSAGE_BYTES
-        session = Session(opened.id, now, now, kept, slim, response, size)
+    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
         with self._lock:
             self._drop_expired()
-            self._put((owner, "response", response["id"]), session)
+            session = change(self._sessions.get(key))
+            self._forget(key)
+            self._sessions[key] = session
+            self._size += session.size
+            while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
+                self._forget(next(iter(self._sessions)))
 
-    def get(self, owner: str, name: str, kind: str = "user") -> Session | None:
+    def forget(self, key: Key) -> bool:
         with self._lock:
             self._drop_expired()
-            return self._sessions.get((owner, kind, name))
+            return self._forget(key)
 
-    def forget(self, owner: str, name: str, kind: str = "user") -> bool:
-        """Whether there was anything to forget."""
+    def users(self, owner: str) -> dict[str, Session]:
         with self._lock:
             self._drop_expired()
-            return self._forget((owner, kind, name)) is not None
+            return {key[2]: session for key, session in self._sessions.items() if key[:2] == (owner, "user")}
 
-    def keep_reasoning(self, owner: str, provider: str, call_ids: Iterable[str], text: str) -> None:
+    def count(self) -> int:
+        with self._lock:
+            self._drop_expired()
+            return len(self._sessions)
+
+    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
         now = time.time()
         with self._lock:
-            for call_id in call_ids:
-                self._drop_reasoning((owner, provider, call_id))
-                self._reasoning[owner, provider, call_id] = now, text
+            for place in places:
+                self._drop_reasoning((owner, place))
+                self._reasoning[owner, place] = now, text
                 self._reasoning_size += len(text) + MESSAGE_BYTES
             while self._reasoning:
                 oldest = next(iter(self._reasoning))
@@ -1445,32 +1464,36 @@ class Sessions:
                     return
                 self._drop_reasoning(oldest)
 
-    def find_reasoning(self, owner: str, provider: str, call_id: str) -> str | None:
+    def find_reasoning(self, owner: str, place: str) -> str | None:
         with self._lock:
-            kept, text = self._reasoning.get((owner, provider, call_id), (0.0, None))
+            kept, text = self._reasoning.get((owner, place), (0.0, None))
             return text if kept > time.time() - self.ttl else None
 
-    def __len__(self) -> int:
+    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
+        now = time.time()
         with self._lock:
-            self._drop_expired()
-            return len(self._sessions)
+            if (owner, period) not in self._counters:  # a new period: the old ones may have expired
+                self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
+            _, counters = self._counters.get((owner, period), (0.0, {}))
+            for name, amount in amounts.items():
+                counters[name] = counters.get(name, 0) + amount
+            self._counters[owner, period] = now + max_age, counters
+            return {name: counters[name] for name in amounts}
+
+    def read(self, owner: str, period: str) -> dict[str, int]:
+        with self._lock:
+            expires, counters = self._counters.get((owner, period), (0.0, {}))
+            return dict(counters) if expires > time.time() else {}
 
     # The caller of these holds the lock
 
-    def _put(self, key: Key, session: Session) -> None:
-        self._forget(key)
-        self._sessions[key] = session
-        self._size += session.size
-        while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
-            self._forget(next(iter(self._sessions)))
-
-    def _forget(self, key: Key) -> Session | None:
+    def _forget(self, key: Key) -> bool:
         session = self._sessions.pop(key, None)
         if session:
             self._size -= session.size
-        return session
+        return session is not None
 
-    def _drop_reasoning(self, key: tuple[str, str, str]) -> None:
+    def _drop_reasoning(self, key: tuple[str, str]) -> None:
         _, text = self._reasoning.pop(key, (0.0, None))
         if text is not None:
             self._reasoning_size -= len(text) + MESSAGE_BYTES
@@ -1484,7 +1507,116 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 7 Deltas
+# 7 Sessions
+#
+# What is remembered of users and responses, in whichever store: turns, never system messages, which every request
+# carries itself.
+# ======================================================================================================================
+
+
+def size_of_turn(turn: Turn) -> int:
+    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
+
+
+def latest_turns(turns: Turns) -> Turns:
+    """As many of the latest turns as a session may keep."""
+    kept: list[Turn] = []
+    size = 0
+    for turn in reversed(turns[-MAX_TURNS:]):
+        if size_of_turn(turn) > MAX_SESSION_BYTES:
+            continue
+        if size + size_of_turn(turn) > MAX_SESSION_BYTES:
+            break
+        size += size_of_turn(turn)
+        kept.append(turn)
+    return tuple(reversed(kept))
+
+
+def new_session_id(now: float) -> str:
+    """An id in the form that the web chat's own page uses."""
+    name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
+    return f"session_{int(now * 1000)}_{name}"
+
+
+def slim_turns(turns: Iterable[Turn]) -> Turns:
+    return tuple(tuple(map(slimmed, turn)) for turn in turns)
+
+
+def turns_since(opened: Turns, turns: Turns) -> Turns:
+    """Those turns that were recorded after a session was opened with the others."""
+    known = Counter(map(dump_json, opened))
+    since = []
+    for turn in turns:
+        source = dump_json(turn)
+        if known[source]:
+            known[source] -= 1
+        else:
+            since.append(turn)
+    return tuple(since)
+
+
+class Sessions:
+    """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
+    want it back, and clients of OpenAI's protocol drop it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def get(self, owner: str, user: str) -> Session | None:
+        return self.store.get((owner, "user", user))
+
+    def open(self, owner: str, user: str | None) -> Session:
+        """The user's session, or a new one, which is kept only when a turn is recorded."""
+        session = self.get(owner, user) if user else None
+        now = time.time()
+        return session or Session(new_session_id(now), now, now)
+
+    def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
+        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
+        slim = slim_turns(turns)
+
+        def change(session: Session | None) -> Session:
+            session = session or replace(opened, turns=())
+            if replace_turns:  # but for those that others have recorded meanwhile
+                now = (*slim, *turns_since(opened.turns, session.turns))
+            else:
+                now = append_turns(session.turns, slim)
+            return replace(session, used=time.time(), turns=latest_turns(now))
+
+        self.store.update((owner, "user", user), change)
+
+    def forget(self, owner: str, user: str) -> bool:
+        """Whether there was anything to forget."""
+        return self.store.forget((owner, "user", user))
+
+    def response(self, owner: str, id: str) -> Session | None:
+        """A stored response and what led to it."""
+        return self.store.get((owner, "response", id))
+
+    def record_response(
+        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
+    ) -> None:
+        """Keep a response, and the conversation up to its end for those that go on from it."""
+        now = time.time()
+        kept = latest_turns(slim_turns(turns))
+        session = Session(opened.id, now, now, kept, tuple(map(slimmed, system)), response)
+        self.store.update((owner, "response", response["id"]), lambda _: session)
+
+    def forget_response(self, owner: str, id: str) -> bool:
+        return self.store.forget((owner, "response", id))
+
+    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
+        with suppress(APIError):  # without it, the upstream is given empty reasoning
+            self.store.keep_reasoning(owner, places, text)
+
+    def find_reasoning(self, owner: str, place: str) -> str | None:
+        with suppress(APIError):
+            return self.store.find_reasoning(owner, place)
+        return None
+
+
+# ======================================================================================================================
+# 8 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -1662,7 +1794,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 8 Connections
+# 9 Connections
 #
 # http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
 # when a chat's client has gone.
@@ -1861,7 +1993,7 @@ class UpstreamConnection:
 
 
 # ======================================================================================================================
-# 9 Transport
+# 10 Transport
 #
 # Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
 # ======================================================================================================================
@@ -2061,7 +2193,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 # ======================================================================================================================
-# 10 Upstreams
+# 11 Upstreams
 #
 # What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
 # that is down; what many chats want at once is fetched once.
@@ -2081,7 +2213,7 @@ class Chat:
     history: Turns = ()  # remembered before it
     session_id: str = ""
     owner: str = ""  # whose it is
-    store: Sessions = field(default_factory=lambda: Sessions(0.0, 0))  # keeps nothing
+    store: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
     cancel: Cancel = field(default_factory=Cancel)
     cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
 
@@ -2260,7 +2392,7 @@ class Provider:
         try:
             yield has_begun
         except APIError as error:
-            if cancel.is_set():
+            if cancel.is_set() or error.code == "internal_error":  # a bug of ours in a fetch that chats share
                 self.breaker.ignored(probe)
             else:
                 self.breaker.failed(error, probe)
@@ -2290,7 +2422,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 11 Prompts
+# 12 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -2493,7 +2625,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 12 Reading answers
+# 13 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -2659,7 +2791,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 13 Scraper
+# 14 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -2795,7 +2927,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 14 Kimi's web chat
+# 15 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -3081,7 +3213,7 @@ def read_text(response: requests.Response, nonce: str) -> str:
 
 
 # ======================================================================================================================
-# 15 Model notes
+# 16 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -3176,7 +3308,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 16 API streams
+# 17 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -3353,8 +3485,8 @@ class APIAnswer:
         text = "".join(state.reasoning)
         if text and state.call_ids:
             asked = list(digests_of_questions(self._messages))[-1]
-            places = [f"{asked} {call_id}" for call_id in state.call_ids]
-            self._chat.store.keep_reasoning(self._chat.owner, self._api.name, places, text)
+            places = [f"{self._api.name} {asked} {call_id}" for call_id in state.call_ids]
+            self._chat.store.keep_reasoning(self._chat.owner, places, text)
 
 
 def number_calls(calls: list[JSONObject], state: ChoiceState) -> None:
@@ -3419,7 +3551,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 17 OpenAI-style APIs
+# 18 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -3520,7 +3652,7 @@ class OpenAIProvider(Provider):
                     call_id = call.get("id")
                     if not call_id or ids[call_id] > 1:  # one that occurs twice could be another answer's
                         continue
-                    text = store.find_reasoning(chat.owner, self.name, f"{asked} {call_id}")
+                    text = store.find_reasoning(chat.owner, f"{self.name} {asked} {call_id}")
                     if text:
                         message = {**message, "reasoning_content": text}
                         break
@@ -3613,7 +3745,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 18 Models and fallback
+# 19 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -3714,7 +3846,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 19 Delivery
+# 20 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
 # arrived in one piece, with keep-alives during silence.
@@ -4007,7 +4139,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 20 Formats
+# 21 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -4111,7 +4243,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 21 Responses
+# 22 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -4431,7 +4563,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 22 App
+# 23 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
@@ -4469,7 +4601,8 @@ class App:
         self.settings = settings
         self.stopping = stopping
         self.providers = Providers(settings)
-        self.sessions = Sessions(settings.session_cache_ttl, settings.max_session_size)
+        self.store = MemoryStore(settings.session_cache_ttl, settings.max_session_size)
+        self.sessions = Sessions(self.store)
         self.chats = Slots(settings.max_concurrent_chats)
         self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
         # Upstream calls, those included whose client has left: they may be as many again, and no more
@@ -4498,7 +4631,7 @@ class App:
             previous = self.sessions.open(caller, None)
             previous_id = asked.body.get("previous_response_id")
             if previous_id:
-                found = self.sessions.get(caller, previous_id, "response")
+                found = self.sessions.response(caller, previous_id)
                 if found is None:
                     raise bad_request(
                         f"Previous response with id {previous_id[:100]!r} not found.", "previous_response_id",
@@ -4603,18 +4736,18 @@ class App:
             "user": user,
             "created": int(session.created),
             "last_used": int(session.used),
-            "expires_at": int(session.used + self.sessions.ttl),
+            "expires_at": int(session.used + self.store.ttl),
             "turns": session.turns,
         }
 
     def stored_response(self, id: str) -> JSONObject:
-        session = self.sessions.get(owner(), id, "response")
+        session = self.sessions.response(owner(), id)
         if session is None or session.response is None:
             raise response_not_found(id)
         return session.response
 
     def forget_response(self, id: str) -> JSONObject:
-        if not self.sessions.forget(owner(), id, "response"):
+        if not self.sessions.forget_response(owner(), id):
             raise response_not_found(id)
         return {"id": id, "object": "response", "deleted": True}
 
@@ -4639,7 +4772,7 @@ class App:
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.time() - self.started),
             "chats": {"running": self.chats.used, "limit": self.chats.limit},
-            "sessions": {"kept": len(self.sessions), "limit": self.sessions.limit},
+            "sessions": {"kept": self.store.count(), "limit": self.store.limit},
             "upstreams": upstreams,
         }
 
@@ -4830,7 +4963,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 23 Demo upstream
+# 24 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -4993,7 +5126,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 24 Server
+# 25 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -5310,7 +5443,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 25 Command line
+# 26 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -5441,7 +5574,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 26 Description and page
+# 27 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
