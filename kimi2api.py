@@ -1803,7 +1803,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 MAX_INTERIM_RESPONSES = 16
 MAX_CHUNK_LINE = 4096
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
-TIMEOUT_PRECISION = 0.1  # seconds; setting a socket's time-out is a system call
+TIMEOUT_PRECISION = 0.1  # seconds
 
 
 class Cancel:
@@ -1873,6 +1873,12 @@ class Call:
         return min(seconds, self.timeout)
 
 
+def set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Set a socket's time-out unless it is nearly that: setting is a system call and releases the GIL."""
+    if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
+        sock.settimeout(seconds)
+
+
 CURRENT_CALL: ContextVar[Call] = ContextVar("current_call")  # for the classes that http.client makes by itself
 
 
@@ -1886,7 +1892,6 @@ class DeadlineReader(io.RawIOBase):
         self._source = source
         self._sock = sock
         self._call = call
-        self._timeout = sock.gettimeout() or inf
         self.is_paused = False  # it gives nothing, so that what has come already can be told from what has not
 
     def readable(self) -> bool:
@@ -1895,10 +1900,7 @@ class DeadlineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> Any:
         if self.is_paused:
             return 0
-        timeout = self._call.remaining()
-        if abs(timeout - self._timeout) > TIMEOUT_PRECISION:
-            self._sock.settimeout(timeout)
-            self._timeout = timeout
+        set_timeout(self._sock, self._call.remaining())
         return self._source.readinto(buffer)
 
     def close(self) -> None:
@@ -1981,14 +1983,29 @@ class UpstreamConnection:
     client that has left while the connection was made."""
 
     response_class = UpstreamResponse
-    sock: socket.socket | None
+    sock: Any
+    _unsent: list[bytes] | None = None  # of the request that is being written
 
-    def send(self, data: Any) -> None:
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
+        unsent: list[bytes] = []
+        self._unsent = unsent
+        try:
+            super().request(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._unsent = None
+        self.send(b"".join(unsent))
+
+    def send(self, data: bytes) -> None:
+        if self._unsent is not None:
+            self._unsent.append(data)
+            return
         call = CURRENT_CALL.get()
+        if self.sock is None:
+            self.connect()  # type: ignore[attr-defined]
         if call.cancel.is_set():
             raise client_disconnected()
-        if self.sock is not None:
-            self.sock.settimeout(call.remaining())
+        set_timeout(self.sock, call.remaining())
         super().send(data)  # type: ignore[misc]
 
 
