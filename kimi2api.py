@@ -5110,22 +5110,26 @@ def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
 
 
 SPEAKER = re.compile("^(?:用户|模型|工具)(?: .+?)?: ", re.M)
-OFFERED_TOOL = re.compile(r"^You (may|must) call .*Tools:\n- ([\w.-]+)(.*)", re.M)
+OFFERED_TOOLS = re.compile(r"^You (may|must) call .*Tools:((?:\n- .*)+)", re.M)
+OFFERED_TOOL = re.compile(r"^- ([\w.-]+)(.*)", re.M)
 WANTS_JSON = re.compile("^Answer with one JSON document and nothing else(?:, valid by this schema: (.*))?", re.M)
 
 
 def answer_of_demo(prompt: str, model: str) -> str:
-    """A call of the first tool, then its result; JSON where it is asked for; else what has reached the model."""
+    """A call of the first tool, then its result; JSON where it is asked for; else what has reached the model. Where a
+    call is demanded even then, it is of the last tool: an agent's tools end with the one that ends its loop."""
     parts = SPEAKER.split(prompt)
     marks = SPEAKER.findall(prompt)
     newest = parts[-1].strip()
     has_result = bool(marks) and marks[-1].startswith("工具")
-    tool = OFFERED_TOOL.search(prompt)
-    if tool and (tool[1] == "must" or not has_result):
+    offered = OFFERED_TOOLS.search(prompt)
+    tools = OFFERED_TOOL.findall(offered[2]) if offered else []
+    if offered and tools and (offered[1] == "must" or not has_result):
+        name, form = tools[-1 if has_result else 0]
         arguments: Any = {}
         with suppress(ValueError, IndexError):  # a form that the demo does not know
-            arguments, _ = smallest_arguments(tool[3])
-        return f"<tool_call>{json.dumps({'name': tool[2], 'arguments': arguments})}</tool_call>"
+            arguments, _ = smallest_arguments(form)
+        return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
     wants_json = WANTS_JSON.search(prompt)
     if wants_json:
         schema: Any = OBJECT

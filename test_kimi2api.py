@@ -4384,6 +4384,21 @@ def test_the_demo_calls_the_first_tool_with_arguments_that_fit_then_tells_the_re
     assert "21 degrees" in told["content"] and not told.get("tool_calls")
 
 
+def test_the_demo_ends_the_loop_of_an_agent_that_demands_a_call_each_time(demo: Program) -> None:
+    finish = tool("final_result", "The last", ok={"type": "boolean"})
+    messages: list[Any] = [{"role": "user", "content": "Weather?"}]
+    used = []
+    for _ in range(2):
+        status, body = demo.chat(messages=messages, tools=[WEATHER, CLOCK, finish], tool_choice="required")
+        assert status == 200, body
+        (call,) = json.loads(body)["choices"][0]["message"]["tool_calls"]
+        used.append(call["function"]["name"])
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": "fine"})
+    assert used == ["get_weather", "final_result"]
+    assert json.loads(call["function"]["arguments"]) == {"ok": False}
+
+
 @pytest.mark.parametrize(
     "schema",
     [
