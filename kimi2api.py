@@ -987,7 +987,6 @@ def text_of(message: Message) -> str:
 # ======================================================================================================================
 
 TEXT_TYPES = ["input_text", "output_text"]
-TEXT_PART = record({"type": choice_of(*TEXT_TYPES)}, **when("type", TEXT_TYPES, record({"text": STRING})))
 INPUT_PART = record(
     {"type": choice_of(*TEXT_TYPES, "refusal", "input_image", "input_file")},
     allOf=[
@@ -1012,7 +1011,7 @@ INPUT_ITEM = record(
         when("type", ["custom_tool_call"], record({**CALL_ITEM, "input": STRING}, {"namespace": STRING})),
         when("type", ["function_call_output", "custom_tool_call_output"], record({
             "call_id": STRING,
-            "output": any_of(STRING, array(TEXT_PART)),
+            "output": any_of(STRING, array(INPUT_PART)),
         })),
         when("type", ["reasoning"], record({}, {
             "summary": array(record({"text": STRING})),
@@ -1183,6 +1182,8 @@ class ResponsesRequest:
             knows_place = not (error.quotes_upstream and self.body.get("previous_response_id"))
             if knows_place and 0 <= index < len(self.places):
                 param = self.places[index] + (found[2] or "")
+                if self.messages[index]["role"] == "tool":
+                    param = param.replace(".content", ".output", 1)
         return error.copy(param=param, message=error.message.replace(f"'{error.param}'", f"'{param}'"))
 
     def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
@@ -1241,12 +1242,12 @@ def read_items(items: list[JSONObject]) -> tuple[list[Message], list[str]]:
         place = f"input[{index}]"
         if kind == "message" and item["role"] != "assistant":
             role = "user" if item["role"] == "user" else "system"  # not every API knows developers
-            messages.append({"role": role, "content": read_content(item["content"], place)})
+            messages.append({"role": role, "content": read_content(item["content"], f"{place}.content")})
             places.append(place)
             answer = None
         elif kind.endswith("_output"):
-            result = {"role": "tool", "tool_call_id": item["call_id"], "content": joined_text(item["output"])}
-            messages.append(result)
+            content = read_content(item["output"], f"{place}.output")
+            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
             places.append(place)
             answer = None
         else:
@@ -1262,7 +1263,7 @@ def read_items(items: list[JSONObject]) -> tuple[list[Message], list[str]]:
 
 def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
     if kind == "message":
-        content = read_content(item["content"], place)
+        content = read_content(item["content"], f"{place}.content")
         both_texts = isinstance(content, str) and isinstance(answer["content"], str)
         answer["content"] = f"{answer['content']}\n{content}" if both_texts else content or answer["content"]
     elif kind == "reasoning":
@@ -1295,7 +1296,7 @@ def read_content(content: Any, place: str) -> Any:
         elif kind == "input_file":
             file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
             if not file:
-                raise bad_request(f"'{place}.content' has a file without file_data or file_id.", f"{place}.content")
+                raise bad_request(f"'{place}' has a file without file_data or file_id.", place)
             parts.append({"type": "file", "file": file})
         else:
             parts.append({"type": "text", "text": part["text"]})

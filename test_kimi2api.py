@@ -4014,9 +4014,14 @@ def parts(*content: Any) -> dict[str, Any]:
         ),
         pytest.param({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", id="no call id"),
         pytest.param(
-            {"input": [{"type": "function_call_output", "call_id": "c", "output": [IMAGE]}]},
+            {"input": [USER, {"type": "function_call_output", "call_id": "c", "output": [IMAGE]}]},
+            "input[1].output[0].type",
+            id="image from a tool for the web chat",
+        ),
+        pytest.param(
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "text", "text": "x"}]}]},
             "input[0].output[0].type",
-            id="image as output",
+            id="part of chats as output",
         ),
         pytest.param({"tools": [{"type": "function"}]}, "tools[0].name", id="tool without a name"),
         pytest.param(
@@ -4044,6 +4049,15 @@ def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
     response = app.post_json("/v1/responses", {"input": "x", **body})
     assert response.status_int == 400 and response.json["error"]["param"] == param, response.text
     assert "messages[" not in response.text and "'messages'" not in response.text and not kimi.posts
+
+
+def test_an_image_from_a_tool_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
+    output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:x", "detail": "high"}]
+    items = [USER, call, {"type": "function_call_output", "call_id": "c", "output": output}]
+    assert output_text(respond(make(**both), items, model="local/k2"))
+    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}]
+    assert api.asked[0][2]["messages"][2] == {"role": "tool", "tool_call_id": "c", "content": content}
 
 
 def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat) -> None:
