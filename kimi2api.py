@@ -998,7 +998,9 @@ INPUT_PART = record(
 )
 CALL_ITEM = {"call_id": STRING, "name": {**STRING, "minLength": 1}}
 ITEMS = (
-    "message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
+    "message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output",
+    "item_reference",
+)
 INPUT_ITEM = record(
     {},
     {"type": choice_of(*ITEMS)},
@@ -1018,6 +1020,7 @@ INPUT_ITEM = record(
             "content": array(record({"text": STRING})),
             "encrypted_content": STRING,
         })),
+        when("type", ["item_reference"], record({"id": STRING})),
     ],
 )
 NAMED_FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
@@ -1106,8 +1109,8 @@ class ResponsesRequest:
     ignored: list[str]  # types of tools that only OpenAI can run
 
     @classmethod
-    def parse(cls, raw: bytes) -> ResponsesRequest:
-        """Raises APIError 400 with `param` naming the field."""
+    def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
+        """find_item: an item of a stored response, by its id. Raises APIError 400 with `param` naming the field."""
         body = parse_body(raw, RESPONSES_REQUEST)
         for name in UNSUPPORTED:
             if body.get(name):
@@ -1115,6 +1118,12 @@ class ResponsesRequest:
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
+        for index, item in enumerate(items):
+            if item.get("type") == "item_reference":
+                found = find_item(item["id"])
+                if found is None:
+                    raise bad_request(f"Item with id {item['id'][:100]!r} not found.", f"input[{index}].type")
+                items[index] = found
         messages, places = read_items(items)
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": body["instructions"]})
@@ -4268,11 +4277,11 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 class OutputItem:
-    """An item of a response under way: its events, without their numbers."""
+    """An item of a response under way: its events, without their numbers. item: its id is a prefix yet."""
 
-    def __init__(self, item: JSONObject, index: int) -> None:
-        self.item = item
-        self._place = {"item_id": item["id"], "output_index": index}
+    def __init__(self, item: JSONObject, response_id: str, index: int) -> None:
+        self.item = {**item, "id": f"{item['id']}_{response_id.removeprefix('resp_')}_{index}"}
+        self._place = {"item_id": self.item["id"], "output_index": index}
         self._pieces: list[str] = []
 
     @property
@@ -4297,8 +4306,8 @@ class OutputItem:
 class TextItem(OutputItem):
     """A message, or reasoning: an item with one part."""
 
-    def __init__(self, item: JSONObject, index: int, part: JSONObject, name: str) -> None:
-        super().__init__({**item, "content": []}, index)
+    def __init__(self, item: JSONObject, response_id: str, index: int, part: JSONObject, name: str) -> None:
+        super().__init__({**item, "content": []}, response_id, index)
         self._place["content_index"] = 0
         self._part = part  # empty
         self._name = name  # of its events
@@ -4325,9 +4334,9 @@ class TextItem(OutputItem):
 
 
 class ReasoningItem(TextItem):
-    def __init__(self, index: int, encoded: bool) -> None:
-        item = {"id": f"rs_{random_hex()}", "type": "reasoning", "summary": []}
-        super().__init__(item, index, {"type": "reasoning_text", "text": ""}, "reasoning_text")
+    def __init__(self, response_id: str, index: int, encoded: bool) -> None:
+        item = {"id": "rs", "type": "reasoning", "summary": []}
+        super().__init__(item, response_id, index, {"type": "reasoning_text", "text": ""}, "reasoning_text")
         self._encoded = encoded
 
     def end(self, status: str) -> Iterator[JSONObject]:
@@ -4339,9 +4348,9 @@ class ReasoningItem(TextItem):
 class CallItem(OutputItem):
     """A call of a function."""
 
-    def __init__(self, index: int, call_id: str, name: ToolName) -> None:
+    def __init__(self, response_id: str, index: int, call_id: str, name: ToolName) -> None:
         item = {
-            "id": f"fc_{random_hex()}",
+            "id": "fc",
             "type": "function_call",
             "status": "in_progress",
             "call_id": call_id,
@@ -4350,7 +4359,7 @@ class CallItem(OutputItem):
         }
         if name.namespace:
             item["namespace"] = name.namespace
-        super().__init__(item, index)
+        super().__init__(item, response_id, index)
 
     def add(self, text: str) -> Iterator[JSONObject]:
         self._pieces.append(text)
@@ -4365,9 +4374,9 @@ class CallItem(OutputItem):
 class CustomCallItem(OutputItem):
     """A call of a custom tool. Its input stands in JSON, and is known when that is complete."""
 
-    def __init__(self, index: int, call_id: str, name: ToolName) -> None:
+    def __init__(self, response_id: str, index: int, call_id: str, name: ToolName) -> None:
         item = {
-            "id": f"ctc_{random_hex()}",
+            "id": "ctc",
             "type": "custom_tool_call",
             "call_id": call_id,
             "name": name.name,
@@ -4375,7 +4384,7 @@ class CustomCallItem(OutputItem):
         }
         if name.namespace:
             item["namespace"] = name.namespace
-        super().__init__(item, index)
+        super().__init__(item, response_id, index)
 
     def add(self, text: str) -> Iterator[JSONObject]:
         self._pieces.append(text)
@@ -4470,13 +4479,14 @@ class ResponseWriter:
             yield from self._end_item("completed")
             index = len(self._items)
             if kind == "reasoning":
-                yield from self._begin_item(kind, 0, ReasoningItem(index, self._request.wants_encoded_reasoning))
+                item: OutputItem = ReasoningItem(self._id, index, self._request.wants_encoded_reasoning)
             else:
-                message = {"id": f"msg_{random_hex()}", "type": "message", "status": "in_progress", "role": "assistant"}
+                message = {"id": "msg", "type": "message", "status": "in_progress", "role": "assistant"}
                 part: JSONObject = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
                 if kind == "refusal":
                     part = {"type": "refusal", "refusal": ""}
-                yield from self._begin_item(kind, 0, TextItem(message, index, part, part["type"]))
+                item = TextItem(message, self._id, index, part, part["type"])
+            yield from self._begin_item(kind, 0, item)
         yield from self._items[-1].add(text)
 
     def _add_call(self, call: JSONObject) -> Iterator[JSONObject]:
@@ -4490,7 +4500,7 @@ class ResponseWriter:
             tool = self._request.tools.get(name) or ToolName(name)
             kind = CustomCallItem if tool.is_custom else CallItem
             call_id = call.get("id") or f"call_{random_hex()[:24]}"
-            yield from self._begin_item("call", call["index"], kind(len(self._items), call_id, tool))
+            yield from self._begin_item("call", call["index"], kind(self._id, len(self._items), call_id, tool))
         if function.get("arguments"):
             yield from self._items[-1].add(function["arguments"])
 
@@ -4569,6 +4579,11 @@ ECHOED: JSONObject = {
 }
 
 
+def response_of(item_id: str) -> str:
+    """The id of the response that an item belongs to."""
+    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
+
+
 def count_of(usage: Any, *names: str) -> int:
     """A number of an upstream's usage, 0 where there is none."""
     for name in names:
@@ -4644,7 +4659,7 @@ class App:
     def response(self) -> bytes | EventStream:
         with ExitStack() as done:
             body, call = self._read_body(done)
-            asked = ResponsesRequest.parse(body)
+            asked = ResponsesRequest.parse(body, self._stored_item)
             caller = owner()
             previous = self.sessions.open(caller, None)
             previous_id = asked.body.get("previous_response_id")
@@ -4763,6 +4778,11 @@ class App:
         if session is None or session.response is None:
             raise response_not_found(id)
         return session.response
+
+    def _stored_item(self, id: str) -> JSONObject | None:
+        session = self.sessions.response(owner(), response_of(id))
+        items = session.response["output"] if session and session.response else []
+        return next((item for item in items if item["id"] == id), None)
 
     def forget_response(self, id: str) -> JSONObject:
         if not self.sessions.forget_response(owner(), id):

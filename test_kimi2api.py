@@ -4072,6 +4072,26 @@ def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat
     assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
 
 
+@json_and_stream
+def test_items_of_stored_responses_may_be_told_by_their_ids(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    app = make(**both, API_MASTER_KEY="sk-1,sk-2")
+    mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
+    api.always = THOUGHT_AND_CALLS
+    response = respond(app, headers=mine, model="local/k2", tools=TOOLS, stream=stream)
+    made = response_events(response)[-1]["response"] if stream else response.json
+    references = [{"type": "item_reference", "id": item["id"]} for item in made["output"][:3]]
+    assert len({entry["id"] for entry in references}) == 3
+    items = [USER, *references, {"type": "function_call_output", "call_id": "c1", "output": "12:00"}]
+    api.always = api_answers("Fine.")
+    assert output_text(respond(app, items, headers=mine, model="local/k2")) == "Fine."
+    _, answered, told = api.asked[-1][2]["messages"]
+    assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
+    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and told["content"] == "12:00"
+    assert is_error(respond(app, items, headers=other, model="local/k2"), 400, None, param="input[1].type")
+
+
 def test_a_stored_response_can_be_had_and_forgotten_by_its_key_alone(make: Make) -> None:
     app = make(API_MASTER_KEY="sk-1,sk-2")
     mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
