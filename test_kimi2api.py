@@ -5208,8 +5208,14 @@ def test_openai_python_calls_tools_and_parses_into_a_model(run: Run, kimi: WebCh
     assert json.loads(message.tool_calls[0].function.arguments) == {"city": "Paris"}
 
 
+chats_and_responses = pytest.mark.parametrize("responses", [False, True], ids=["chats", "responses"])
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["json", "stream"])
-def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat, streaming: bool) -> None:
+@chats_and_responses
+def test_langchain_runs_an_agent_loop_of_several_steps(
+    run: Run, kimi: WebChat, responses: bool, streaming: bool
+) -> None:
     langchain = pytest.importorskip("langchain_openai")
     from langchain_core.messages import HumanMessage, ToolMessage
 
@@ -5222,6 +5228,7 @@ def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat, 
         streaming=streaming,
         stream_usage=True,
         temperature=0,
+        use_responses_api=responses,
     ).bind_tools([WEATHER, tool("book", "Book", city={"type": "string"})])
     results = {"get_weather": "21 degrees", "book": "order 7"}
     messages: list[Any] = [HumanMessage("Find out how Paris is and book it.")]
@@ -5234,7 +5241,7 @@ def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat, 
             used.append((call["name"], call["args"]))
             messages.append(ToolMessage(results[call["name"]], tool_call_id=call["id"]))
     assert used == [("get_weather", {"city": "Paris"}), ("book", {"city": "Paris"})]
-    assert messages[-1].content == "Booked Paris: 21 degrees, order 7."
+    assert messages[-1].text == "Booked Paris: 21 degrees, order 7."
     assert messages[-1].usage_metadata["total_tokens"] > 0
 
 
@@ -5250,7 +5257,10 @@ def assert_thinking_was_served(api: Api) -> None:
 
 
 @json_and_stream
-def test_langchains_agent_works_with_a_thinking_model(run: Run, both: dict[str, str], api: Api, stream: bool) -> None:
+@chats_and_responses
+def test_langchains_agent_works_with_a_thinking_model(
+    run: Run, both: dict[str, str], api: Api, responses: bool, stream: bool
+) -> None:
     agents, langchain = pytest.importorskip("langchain.agents"), pytest.importorskip("langchain_openai")
     used = []
 
@@ -5272,18 +5282,22 @@ def test_langchains_agent_works_with_a_thinking_model(run: Run, both: dict[str, 
         temperature=0.7,
         max_retries=0,
         streaming=stream,
-        use_responses_api=False,
+        use_responses_api=responses,
     )
     agent = agents.create_agent(model, [get_weather, book])
     answer = agent.invoke({"messages": [{"role": "user", "content": "Find out how Paris is and book it."}]})
-    assert answer["messages"][-1].content == "Done." and used == ["Paris", "Paris"]
+    assert answer["messages"][-1].text == "Done." and used == ["Paris", "Paris"]
     assert_thinking_was_served(api)
 
 
 @json_and_stream
-def test_the_agents_sdk_works_with_a_thinking_model(run: Run, both: dict[str, str], api: Api, stream: bool) -> None:
+@chats_and_responses
+def test_the_agents_sdk_works_with_a_thinking_model(
+    run: Run, both: dict[str, str], api: Api, responses: bool, stream: bool
+) -> None:
     agents, openai = pytest.importorskip("agents"), pytest.importorskip("openai")
     agents.set_tracing_disabled(True)
+    agents.set_default_openai_api("responses" if responses else "chat_completions")
     used = []
 
     @agents.function_tool  # type: ignore[misc]
@@ -5298,10 +5312,11 @@ def test_the_agents_sdk_works_with_a_thinking_model(run: Run, both: dict[str, st
 
     async def ask() -> Any:
         client = openai.AsyncOpenAI(base_url=program.base_url, api_key="none", max_retries=0)
+        agents.set_default_openai_client(client)
         agent = agents.Agent(
             name="travel",
             tools=[get_weather, book],
-            model=agents.OpenAIChatCompletionsModel(model="local/k3", openai_client=client),
+            model="thinker",  # it takes what stands before a slash for a prefix of its own
             model_settings=agents.ModelSettings(temperature=0.7),
         )
         if not stream:
@@ -5312,9 +5327,130 @@ def test_the_agents_sdk_works_with_a_thinking_model(run: Run, both: dict[str, st
         return result.final_output
 
     api.always = thinks(*TRAVEL)
-    program = run(**both)
+    program = run(**both, MODELS="kimi=kimi,thinker=local/k3")
     assert asyncio.run(ask()) == "Done." and used == ["Paris", "Paris"]
     assert_thinking_was_served(api)
+
+
+FORGETFUL = "kimi2api.MAX_REASONING_BYTES = 0"  # a program that keeps no reasoning: what it knows a client has sent
+
+
+def strict_client(program: Program) -> Any:
+    """The openai package, which checks all that it reads against its own types."""
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(
+        base_url=program.base_url, api_key="none", max_retries=0, _strict_response_validation=True)
+
+
+def reasoning_sent(api: Api) -> list[str]:
+    """The reasoning of the assistant's messages in the last request."""
+    messages = api.asked[-1][2]["messages"]
+    return [message["reasoning_content"] for message in messages if message["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("model", ["kimi", "local/k2"])
+def test_openai_python_has_responses_goes_on_from_them_and_forgets_them(
+    run: Run, kimi: WebChat, both: dict[str, str], api: Api, model: str
+) -> None:
+    api.always = api_answers(kimi.answer[:5], kimi.answer[5:])
+    client = strict_client(run(**both))
+    import openai
+
+    first = client.responses.create(model=model, instructions="Be short.", input="One", metadata={"a": "b"})
+    assert first.output_text == kimi.answer and first.status == "completed" and first.usage.total_tokens > 0
+    assert first.instructions == "Be short." and first.metadata == {"a": "b"}
+    *others, last = client.responses.create(model=model, input="Two", previous_response_id=first.id, stream=True)
+    assert last.type == "response.completed" and last.response.output_text == kimi.answer
+    assert [event.sequence_number for event in (*others, last)] == [*range(len(others) + 1)]
+    sent = kimi.posts[-1]["message"] if model == "kimi" else json.dumps(api.asked[-1][2]["messages"])
+    assert "One" in sent and "Two" in sent and kimi.answer in sent and "Be short." not in sent
+    kept = client.responses.retrieve(last.response.id)
+    assert kept.output_text == kimi.answer and kept.previous_response_id == first.id
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.responses.create(model=model, input="Three", previous_response_id=first.id)
+    assert raised.value.param == "previous_response_id" and raised.value.code == "previous_response_not_found"
+
+
+@pytest.mark.parametrize("model", ["kimi", "local/k2"])
+def test_openai_python_streams_and_parses_a_response_into_a_model(
+    run: Run, kimi: WebChat, both: dict[str, str], api: Api, model: str
+) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    City = pydantic.create_model("City", name=(str, ...), people=(int, ...))
+    paris = '{"name": "Paris", "people": 2100000}'
+    kimi.answer = f"Of course:\n```json\n{paris}\n```"
+    api.always = api_answers(paris[:9], paris[9:])
+    client = strict_client(run(**both))
+    asks = {"model": model, "input": "Which city?", "text_format": City}
+    assert client.responses.parse(**asks).output_parsed == City(name="Paris", people=2100000)
+    with client.responses.stream(**asks) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert final.output_parsed == City(**json.loads(text)) == City(name="Paris", people=2100000)
+
+
+@json_and_stream
+def test_openai_python_without_a_state_carries_reasoning_through_rounds_of_tools(
+    run: Run, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = thinks(*TRAVEL)
+    client = strict_client(run(**both, before=FORGETFUL))
+    items: list[Any] = [{"role": "user", "content": "Find out how Paris is and book it."}]
+    tools = [{"type": "function", **entry["function"]} for entry in (WEATHER, tool("book", city={"type": "string"}))]
+    used = []
+    while not used or items[-1]["type"] == "function_call_output":
+        asks = {"model": "local/k3", "input": items, "tools": tools, "store": False, **REASONING}
+        if stream:
+            with client.responses.stream(**asks) as events:
+                response = events.get_final_response()
+        else:
+            response = client.responses.create(**asks)
+        items += [item.to_dict() for item in response.output]
+        for call in response.output:
+            if call.type == "function_call":
+                used.append((call.name, json.loads(call.arguments)))
+                items.append({"type": "function_call_output", "call_id": call.call_id, "output": "fine"})
+    assert used == [("get_weather", {"city": "Paris"}), ("book", {"city": "Paris"})]
+    assert response.output_text == "Done." and len(api.asked) == 3
+    assert reasoning_sent(api) == ["I think of step 0.", "I think of step 1."]
+
+
+def test_openai_python_raises_its_own_exceptions_before_a_response(run: Run, kimi: WebChat) -> None:
+    client = strict_client(run())
+    import openai
+
+    def fails(expected: type[Exception], param: str | None, **request: Any) -> Any:
+        for stream in (False, True):
+            with pytest.raises(expected) as raised:
+                client.responses.create(**{"model": "kimi", "input": "x", "stream": stream, **request})
+            assert raised.value.param == param
+        return raised.value
+
+    image = {"role": "user", "content": [{"type": "input_image", "image_url": "data:x", "detail": "low"}]}
+    fails(openai.BadRequestError, "input[1].content[0].type", input=[{"role": "user", "content": "x"}, image])
+    fails(openai.BadRequestError, "background", background=True)
+    fails(openai.NotFoundError, "model", model="gpt-5")
+    kimi.always = sends(403, JUST_A_MOMENT)
+    assert fails(openai.InternalServerError, None).code == "upstream_blocked"
+
+
+def test_openai_python_sees_why_a_response_failed_in_the_middle(
+    run: Run, kimi: WebChat, both: dict[str, str], api: Api
+) -> None:
+    kimi.always = at_the_gate
+    api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": "out of order"}})
+    client = strict_client(run(**both, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5"))
+    for model, words in (("kimi", "0.5 s"), ("local/k2", "out of order")):
+        *_, last = client.responses.create(model=model, input="x", stream=True)
+        assert last.type == "response.failed" and last.response.status == "failed"
+        assert words in last.response.error.message
+    with client.responses.stream(model="local/k2", input="x") as stream:
+        assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == "half"
+        with pytest.raises(RuntimeError):
+            stream.get_final_response()
 
 
 def test_a_hard_kill_and_restart_cost_a_retrying_client_only_time(run: Run, kimi: WebChat) -> None:
@@ -5358,21 +5494,27 @@ def test_the_page_works_in_a_browser_on_a_phone_in_the_dark(run: Run, kimi: WebC
     assert kimi.posts[-1]["message"] == "Hello <b>browser</b>"
 
 
-@pytest.mark.parametrize("client_name", ["openai", "ai"])
+clients_of_node = pytest.mark.parametrize("client_name", ["openai", "openai-responses", "ai", "ai-responses"])
+
+
+def run_client(client_name: str, program: Program, model: str) -> Any:
+    needs = {"ai-responses": "@ai-sdk/openai"}.get(client_name, client_name.removesuffix("-responses"))
+    return node("clients.mjs", client_name, program.base_url, "sk-1", model, needs=needs)
+
+
+@clients_of_node
 def test_clients_of_node_chat_stream_and_call_tools(run: Run, kimi: WebChat, client_name: str) -> None:
     kimi.always = plays_travel_agent
-    program = run(API_MASTER_KEY="sk-1")
-    result = node("clients.mjs", client_name, program.base_url, "sk-1", "kimi", needs=client_name)
+    result = run_client(client_name, run(API_MASTER_KEY="sk-1"), "kimi")
     assert result == {"calls": ["get_weather", "book"], "text": "Booked Paris: 21 degrees, order 7.", "status": 401}
 
 
-@pytest.mark.parametrize("client_name", ["openai", "ai"])
+@clients_of_node
 def test_clients_of_node_work_with_a_thinking_model(
     run: Run, both: dict[str, str], api: Api, client_name: str
 ) -> None:
     api.always = thinks(*TRAVEL)
-    program = run(**both, API_MASTER_KEY="sk-1")
-    result = node("clients.mjs", client_name, program.base_url, "sk-1", "local/k3", needs=client_name)
+    result = run_client(client_name, run(**both, API_MASTER_KEY="sk-1"), "local/k3")
     assert result == {"calls": ["get_weather", "book"], "text": "Done.", "status": 401}
     assert_thinking_was_served(api)
 
