@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import unicodedata
+from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -5517,6 +5518,62 @@ def test_clients_of_node_work_with_a_thinking_model(
     result = run_client(client_name, run(**both, API_MASTER_KEY="sk-1"), "local/k3")
     assert result == {"calls": ["get_weather", "book"], "text": "Done.", "status": 401}
     assert_thinking_was_served(api)
+
+
+A_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        pytest.param(
+            [],
+            [
+                [("exec_command", {"cmd": "echo made by $((40 + 2)) > proof"})],
+                [("multi_agent_v1__wait_agent", {"targets": ["nobody"]}), ("view_image", {"path": "pixel.png"})],
+            ],
+            id="as the README says",
+        ),
+        pytest.param(
+            ["--model", "gpt-5.5"],
+            [[("apply_patch", {"input": "*** Begin Patch\n*** Add File: proof\n+made by 42\n*** End Patch"})]],
+            id="a model that Codex knows",
+        ),
+    ],
+)
+def test_codex_does_what_a_thinking_model_asks_for(
+    run: Run, api: Api, tmp_path: Path, flags: list[str], steps: Any
+) -> None:
+    codex = HERE / ".ci" / "node_modules" / ".bin" / "codex"
+    if not codex.exists():
+        pytest.skip("needs npm's @openai/codex, which .ci/run installs")
+    api.always = thinks(*([(name, json.dumps(arguments)) for name, arguments in step] for step in steps))
+    models = "kimi=kimi,gpt-5.5=moonshot/kimi-k3"
+    moonshot = {"MOONSHOT_API_KEY": "sk-theirs", "MOONSHOT_BASE_URL": api.url, "MODELS": models}
+    program = run(before=FORGETFUL, API_MASTER_KEY="sk-codex", **moonshot)
+    home = tmp_path / ".codex"
+    home.mkdir()
+    config = re.search(r"```toml\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    (home / "config.toml").write_text(config.replace(":8088/", f":{program.port}/"))
+    (tmp_path / "pixel.png").write_bytes(b64decode(A_PIXEL))
+    done = subprocess.run(
+        [codex, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", *flags, "Prove it."],
+        env={**os.environ, "HOME": str(tmp_path), "CODEX_HOME": str(home), "KIMI2API_KEY": "sk-codex"},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=PATIENCE * 3,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "Done.", done.stderr
+    assert (tmp_path / "proof").read_text() == "made by 42\n"
+    assert len(api.asked) == len(steps) + 1
+    assert reasoning_sent(api) == [f"I think of step {number}." for number in range(len(steps))]
+    messages = api.asked[-1][2]["messages"]
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    called = [(call["name"], json.loads(call["arguments"])) for call in calls]
+    assert called == [call for step in steps for call in step]
 
 
 # ======================================================================================================================
