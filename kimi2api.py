@@ -708,6 +708,8 @@ def describe(schema: Schema) -> str:
     words = TYPES[schema["type"]][1]
     if "minLength" in schema:
         words += " that is not empty"
+    if "minItems" in schema and schema["minItems"] == schema.get("maxItems"):
+        return f"{words} of {schema['minItems']}"
     for keyword in ("minimum", "minItems"):
         if keyword in schema:
             words += f" of at least {schema[keyword]}"

@@ -3691,6 +3691,8 @@ def test_a_completion_that_no_chat_can_give_is_a_400(app: Client, kimi: WebChat,
     response = app.post_json("/v1/completions", {"prompt": "x", field: value})
     assert is_error(response, 400, None, "invalid_request_error") and not kimi.posts
     assert response.json["error"]["param"].startswith(field) and "[False]" not in response.text
+    if value == ["a", "b"]:
+        assert response.json["error"]["message"] == "'prompt' must be a string or a list of 1."
 
 
 def embed(app: Client, **body: Any) -> Any:
