@@ -57,6 +57,7 @@ import threading
 import time
 import unicodedata
 from base64 import b64decode, b64encode
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -181,6 +182,40 @@ def last_name(table: Mapping[str, str], model: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class ClientKey:
+    """A key that clients send. Its name appears in usage and in the log, it itself nowhere."""
+
+    key: str = ""  # none is asked
+    name: str | None = None
+
+    @cached_property
+    def owner(self) -> str:
+        """What sessions and counters are kept under."""
+        return sha256(self.key.encode()).hexdigest()[:32]
+
+
+def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
+    keys = []
+    for entry in split_commas(text):
+        found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
+        if not found:
+            raise ValueError
+        keys.append(ClientKey(found[2], found[1]))
+    return tuple(keys)
+
+
+def parse_limits(text: str) -> dict[str, int]:
+    """Limits by the names of keys; that of "" is for all others."""
+    limits = {"": 0}
+    for entry in split_commas(text):
+        name, _, limit = entry.rpartition("=")
+        if not re.fullmatch(r"\d{1,15}", limit.strip(), re.A):
+            raise ValueError
+        limits[name.strip()] = int(limit)
+    return limits
+
+
 def parse_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
@@ -192,7 +227,10 @@ TEXT = Kind("any text", str)
 HOST = Kind("a host's name or address", lambda text: text.strip("[]"))
 URL = Kind("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-ASCII_KEYS = comma_separated("[!-~]+", "printable ASCII without spaces")
+CLIENT_KEYS = Kind(
+    "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
+    parse_client_keys)
+LIMITS = Kind("a whole number, and name=number for named keys, separated by commas", parse_limits)
 MODEL_TABLE = Kind("`id=upstream name`, separated by commas", parse_model_table)
 MODEL_IDS = comma_separated(r"\S+", "a model's id")
 ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
@@ -227,9 +265,9 @@ class API:
 class Settings:
     """All settings, parsed. The name of a setting is the name of its field in capitals."""
 
-    api_master_key: tuple[str, ...] = setting(
-        "", "key that clients send as `Authorization: Bearer …`; several are separated by commas. "
-        "Empty: no key is asked, and only this machine may call", ASCII_KEYS)
+    api_master_key: tuple[ClientKey, ...] = setting(
+        "", "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
+        "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call", CLIENT_KEYS)
     api_host: str = setting(
         "127.0.0.1", "address to listen on; one that is not loopback needs a key", HOST)
     api_port: int = setting(
@@ -240,6 +278,10 @@ class Settings:
         "3600", "seconds a session lives after its last turn", number(1, 1e9))
     max_session_size: int = setting(
         "1000", "sessions kept; the least recently used goes first", integer(1, 10**9))
+    requests_per_minute: dict[str, int] = setting(
+        "0", "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own", LIMITS)
+    tokens_per_day: dict[str, int] = setting(
+        "0", "tokens per key and day (UTC), 0: no limit; in the same form", LIMITS)
     request_timeout: float = setting(
         "60", "seconds one upstream attempt may take", number(0.1, 86400))
     max_retries: int = setting(
@@ -325,6 +367,8 @@ class Settings:
         settings._check_model("DEFAULT_MODEL", settings.default_model)
         for model in settings.fallback_models:
             settings._check_model("FALLBACK_MODELS", model)
+        settings._check_names("REQUESTS_PER_MINUTE", settings.requests_per_minute)
+        settings._check_names("TOKENS_PER_DAY", settings.tokens_per_day)
         return settings
 
     @classmethod
@@ -360,6 +404,13 @@ class Settings:
             raise SettingError(
                 f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
                 f"({', '.join(self.apis) or 'none'})")
+
+
+    def _check_names(self, setting_name: str, limits: Mapping[str, int]) -> None:
+        names = {client.name for client in self.api_master_key}
+        for name in limits:
+            if name and name not in names:
+                raise SettingError(f"{setting_name}: {name!r} is not the name of a key in API_MASTER_KEY")
 
 
 @lru_cache(maxsize=256)
@@ -1628,7 +1679,253 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 8 Deltas
+# 8 Limits and usage
+#
+# What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
+# While the store cannot be reached, this process counts by itself.
+# ======================================================================================================================
+
+MINUTE = 60
+DAY = 86400
+USAGE_DAYS = 31
+STORE_RETRY = 5.0  # seconds that a store that failed is not asked to count
+
+
+def limit_of(limits: Mapping[str, int], client: ClientKey) -> int:
+    """The limit for a key, by its name or else the one for all; 0: none."""
+    return limits.get(client.name or "", limits.get("", 0))
+
+
+def date_of(now: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(now))
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI writes it in headers: 12s, 1m3s, 5h0m1s."""
+    minutes, rest = divmod(ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest}s"
+    if minutes or hours:
+        text = f"{minutes}m{text}"
+    return f"{hours}h{text}" if hours else text
+
+
+def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{what}": str(limit),
+        f"x-ratelimit-remaining-{what}": str(max(0, limit - used)),
+        f"x-ratelimit-reset-{what}": duration(reset),
+    }
+
+
+class Accounts:
+    """The counters of every key."""
+
+    def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
+        self.requests_per_minute = requests_per_minute
+        self.tokens_per_day = tokens_per_day
+        self._store = store
+        self._own = MemoryStore(0.0, 0)  # counts while the store cannot be reached
+        self._lock = threading.Lock()  # guards the two below
+        self._unsaved: dict[tuple[str, str], Counter[str]] = {}  # usage that the store does not know yet
+        self._retry_at = 0.0  # by the monotonic clock
+
+    def admit(self, client: ClientKey) -> dict[str, str]:
+        """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
+        now = time.time()
+        headers: dict[str, str] = {}
+        tokens = limit_of(self.tokens_per_day, client)
+        requests_limit = limit_of(self.requests_per_minute, client)
+        if tokens:
+            reset = DAY - now % DAY
+            used = self._used_today(client, now)
+            headers.update(limit_headers("tokens", tokens, used, reset))
+            if used >= tokens:
+                raise APIError(
+                    429, f"You have used {used} of {tokens} tokens of today (TOKENS_PER_DAY).", "insufficient_quota",
+                    "insufficient_quota", headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
+        if requests_limit:
+            reset = MINUTE - now % MINUTE
+            period = f"minute {int(now // MINUTE)}"
+            used = self._add(client, period, {"requests": 1}, 2 * MINUTE)["requests"]
+            headers.update(limit_headers("requests", requests_limit, used, reset))
+            if used > requests_limit:
+                raise APIError(
+                    429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
+                    "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(reset))})
+        return headers
+
+    def record(
+        self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
+    ) -> None:
+        """Count what an answer took. model: one of a bounded number of ids; is_answered: it did not break off."""
+        amounts = {"requests": int(is_answered), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        named = {f"{name} {model}": amount for name, amount in amounts.items()}
+        self._add(client, f"day {date_of(time.time())}", named, (USAGE_DAYS + 1) * DAY)
+
+    def usage(self, client: ClientKey) -> JSONObject:
+        """What the key has used in the last 31 days, the oldest first, and its limits."""
+        now = time.time()
+        days = []
+        for ago in reversed(range(USAGE_DAYS)):
+            date = date_of(now - ago * DAY)
+            days.append({"date": date, **summed(self._read(client, f"day {date}"))})
+        today = {name: value for name, value in days[-1].items() if name != "models"}
+        return {
+            "object": "usage",
+            "key": client.name,
+            "limits": {
+                "requests_per_minute": limit_of(self.requests_per_minute, client),
+                "tokens_per_day": limit_of(self.tokens_per_day, client),
+            },
+            "today": today,
+            "days": days,
+        }
+
+    def _used_today(self, client: ClientKey, now: float) -> int:
+        total: int = summed(self._read(client, f"day {date_of(now)}"))["total_tokens"]
+        return total
+
+    def _read(self, client: ClientKey, period: str) -> Mapping[str, int]:
+        own = Counter(self._own.read(client.owner, period))
+        if self._may_ask():
+            try:
+                known = Counter(self._store.read(client.owner, period))
+                return known + self._unsaved.get((client.owner, period), Counter())
+            except APIError as error:
+                self._note_failure(error)
+        return own
+
+    def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
+        if self._may_ask():
+            try:
+                counters = self._store.add(client.owner, period, amounts, max_age)
+                self._save()
+                return counters
+            except APIError as error:
+                self._note_failure(error)
+        with self._lock:
+            if max_age > DAY:
+                self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
+        return self._own.add(client.owner, period, amounts, max_age)
+
+    def _may_ask(self) -> bool:
+        return time.monotonic() >= self._retry_at
+
+    def _note_failure(self, error: APIError) -> None:
+        log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
+        with self._lock:
+            self._retry_at = time.monotonic() + STORE_RETRY
+
+    def _save(self) -> None:
+        """Tell the store what was used while it could not be reached."""
+        while self._unsaved:
+            with self._lock:
+                if not self._unsaved:
+                    return
+                (owner, period), amounts = self._unsaved.popitem()
+            try:
+                self._store.add(owner, period, amounts, (USAGE_DAYS + 1) * DAY)
+            except APIError:
+                with self._lock:
+                    self._unsaved.setdefault((owner, period), Counter()).update(amounts)
+                raise
+
+
+def summed(counters: Mapping[str, int]) -> JSONObject:
+    """Counters of a day, such as `prompt_tokens kimi`, by model and in all."""
+    models: dict[str, dict[str, int]] = {}
+    total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for name, amount in counters.items():
+        what, _, model = name.partition(" ")
+        of_model = models.setdefault(model, dict.fromkeys(total, 0))
+        for sums in (total, of_model):
+            sums[what] += amount
+            if what != "requests":
+                sums["total_tokens"] += amount
+    return {**total, "models": models}
+
+
+# ======================================================================================================================
+# 9 Metrics
+#
+# Counters and histograms of this process, in Prometheus's text format 0.0.4; names, units and buckets after
+# OpenTelemetry's conventions for generative AI.
+# ======================================================================================================================
+
+BUCKETS = [0.01 * 2 ** power for power in range(14)]  # seconds, up to 81.92
+METRICS = {
+    "kimi2api_chats_total": ("counter", "Chats asked for, by the status of their answer."),
+    "kimi2api_chat_duration_seconds": ("histogram", "From the request to the end of the answer."),
+    "kimi2api_time_to_first_chunk_seconds": ("histogram", "From the request to the first of the answer."),
+    "kimi2api_tokens_total": ("counter", "Tokens, as the upstream counts them or else by estimate."),
+    "kimi2api_upstream_errors_total": ("counter", "Calls of an upstream that ended with an error."),
+    "kimi2api_upstream_retries_total": ("counter", "Further attempts after a failure."),
+    "kimi2api_upstream_healthy": ("gauge", "0 while an upstream fails."),
+    "kimi2api_chats_running": ("gauge", "Chats running now."),
+    "kimi2api_chats_limit": ("gauge", "Chats that may run at once."),
+    "kimi2api_sessions": ("gauge", "Sessions and stored responses kept."),
+    "kimi2api_build_info": ("gauge", "The version."),
+    "process_start_time_seconds": ("gauge", "Start of the process, in seconds since the epoch."),
+}
+Labels = tuple[tuple[str, str], ...]
+
+
+class Metrics:
+    """Everything that is counted while the process runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards both
+        self._counters: dict[tuple[str, Labels], float] = {}
+        # Of each the counts by bucket, the last of them for all above, and the sum
+        self._histograms: dict[tuple[str, Labels], list[float]] = {}
+
+    def count(self, metric: str, labels: Mapping[str, str], amount: float = 1) -> None:
+        key = metric, tuple(labels.items())
+        with self._lock:
+            self._counters[key] = self._counters.get(key, 0) + amount
+
+    def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
+        key = metric, tuple(labels.items())
+        with self._lock:
+            histogram = self._histograms.setdefault(key, [0.0] * (len(BUCKETS) + 2))
+            histogram[bisect_left(BUCKETS, seconds)] += 1
+            histogram[-1] += seconds
+
+    def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
+        """All of them, and these gauges: name, labels and value."""
+        samples: dict[str, list[str]] = {name: [] for name in METRICS}
+        for name, labels, value in gauges:
+            samples[name].append(sample(name, tuple(labels.items()), value))
+        with self._lock:
+            counters = list(self._counters.items())
+            histograms = [(key, list(histogram)) for key, histogram in self._histograms.items()]
+        for (name, label_set), value in counters:
+            samples[name].append(sample(name, label_set, value))
+        for (name, label_set), (*counts, seconds) in histograms:
+            total = 0.0
+            for bound, count in zip([*map(str, BUCKETS), "+Inf"], counts, strict=True):
+                total += count
+                samples[name].append(sample(f"{name}_bucket", (*label_set, ("le", bound)), total))
+            samples[name].append(sample(f"{name}_sum", label_set, seconds))
+            samples[name].append(sample(f"{name}_count", label_set, total))
+        lines = []
+        for name, (kind, about) in METRICS.items():
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *samples[name]]
+        return "\n".join(lines) + "\n"
+
+
+def sample(name: str, labels: Labels, value: float) -> str:
+    escaped = []
+    for label, text in labels:
+        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        escaped.append(f'{label}="{text}"')
+    shown = f"{{{','.join(escaped)}}}" if escaped else ""
+    return f"{name}{shown} {value:.17g}"
+
+
+# ======================================================================================================================
+# 10 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -1768,6 +2065,13 @@ def estimate_tokens(text: str) -> int:
     return ceil(wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS)
 
 
+def count_of(usage: Any, *names: str) -> int:
+    """A number of an upstream's usage, 0 where there is none."""
+    for name in names:
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if type(usage) is int and usage > 0 else 0
+
+
 def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
     usage = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(completion)}
     return {**usage, "total_tokens": sum(usage.values())}
@@ -1806,7 +2110,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 9 Connections
+# 11 Connections
 #
 # http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
 # when a chat's client has gone.
@@ -2022,7 +2326,7 @@ class UpstreamConnection:
 
 
 # ======================================================================================================================
-# 10 Transport
+# 12 Transport
 #
 # Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
 # ======================================================================================================================
@@ -2222,7 +2526,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 # ======================================================================================================================
-# 11 Upstreams
+# 13 Upstreams
 #
 # What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
 # that is down; what many chats want at once is fetched once.
@@ -2231,6 +2535,37 @@ def parse_retry_after(value: str | None) -> float | None:
 FAILURES_TO_OPEN = 5  # in a row
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
+
+
+class Tally:
+    """What an answer has taken so far, for usage and metrics."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.provider = ""  # that was asked last
+        self.model = ""  # by the id that clients know
+        self.first_chunk: float | None = None  # seconds after the beginning
+        self.usage: Any = None
+        self._text: list[str] = []
+
+    def count(self, provider: str, model: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        """The deltas of this provider's answer, counted."""
+        self.provider = provider
+        self.model = model
+        self.first_chunk = None
+        for delta in deltas:
+            if self.first_chunk is None:
+                self.first_chunk = time.monotonic() - self.began
+            self.usage = delta.chunk.get("usage") or self.usage
+            if not self.usage:
+                self._text.append(delta.text)
+            yield delta
+
+    def tokens(self, messages: list[Message]) -> tuple[int, int]:
+        """Of the prompt and of the answer, as the upstream counts them, else by estimate."""
+        if not count_of(self.usage, "prompt_tokens"):
+            self.usage = estimate_usage("\n".join(map(text_of, messages)), "".join(self._text))
+        return count_of(self.usage, "prompt_tokens"), count_of(self.usage, "completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -2243,6 +2578,7 @@ class Chat:
     session_id: str = ""
     owner: str = ""  # whose it is
     store: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
+    tally: Tally = field(default_factory=Tally)
     cancel: Cancel = field(default_factory=Cancel)
     cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
 
@@ -2287,6 +2623,12 @@ class SharedFetch(Generic[T]):
         with self._lock:  # first, so that a caller who has seen a failure and asks again starts a new fetch
             self._due = time.time() + keep
         settle()
+
+
+UPSTREAM_CODES = frozenset({
+    "upstream_auth", "upstream_blocked", "upstream_changed", "upstream_invalid_response", "upstream_rate_limited",
+    "upstream_refused", "upstream_timeout", "upstream_unavailable", "invalid_json_answer", "context_length_exceeded",
+})
 
 
 class CircuitBreaker:
@@ -2367,10 +2709,11 @@ class Provider:
     `stream` and `check`, an entry in Providers, and in Settings.resolve the ids of its models.
     """
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
         self.name = name
         self.breaker = CircuitBreaker(name)
         self._settings = settings
+        self._metrics = metrics
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
@@ -2425,6 +2768,8 @@ class Provider:
                 self.breaker.ignored(probe)
             else:
                 self.breaker.failed(error, probe)
+                code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"  # theirs could be any
+                self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
             raise
         except BaseException:  # our own bugs do not count against upstream, nor does a client that leaves
             self.breaker.ignored(probe)
@@ -2445,13 +2790,14 @@ class Provider:
                 back_off = min(FIRST_BACK_OFF * 2 ** retries, MAX_BACK_OFF) * random.uniform(0.5, 1)
                 pause = error.retry_after or back_off
                 retries += 1
+                self._metrics.count("kimi2api_upstream_retries_total", {"provider": self.name})
                 log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
                             self._settings.max_retries, pause)
                 cancel.wait(pause)
 
 
 # ======================================================================================================================
-# 12 Prompts
+# 14 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -2654,7 +3000,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 13 Reading answers
+# 15 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -2820,7 +3166,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 14 Scraper
+# 16 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -2956,7 +3302,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 15 Kimi's web chat
+# 17 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -2993,8 +3339,8 @@ def find_nonce(html: str) -> str | None:
 class KimiProvider(Provider):
     """Kimi's web chat."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(WEB_CHAT, settings)
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(WEB_CHAT, settings, metrics)
         self._nonce = SharedFetch("nonce", self._fetch_nonce, NONCE_MAX_AGE)
 
     @cached_property
@@ -3242,7 +3588,7 @@ def read_text(response: requests.Response, nonce: str) -> str:
 
 
 # ======================================================================================================================
-# 16 Model notes
+# 18 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -3337,7 +3683,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 17 API streams
+# 19 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -3580,7 +3926,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 18 OpenAI-style APIs
+# 20 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -3596,8 +3942,8 @@ MAX_PARSED_EMBEDDINGS = 192 << 20  # of the same, as Python's objects
 class OpenAIProvider(Provider):
     """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
-    def __init__(self, api: API, settings: Settings) -> None:
-        super().__init__(api.name, settings)
+    def __init__(self, api: API, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(api.name, settings, metrics)
         self._api = api
         self._base_url = api.base_url.rstrip("/")
         self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats)
@@ -3774,7 +4120,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 19 Models and fallback
+# 21 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -3793,11 +4139,11 @@ def model_not_found(name: str) -> APIError:
 class Providers:
     """Every configured provider, and which of them a model's id means."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
-        self.by_name: dict[str, Provider] = {WEB_CHAT: KimiProvider(settings)}
+        self.by_name: dict[str, Provider] = {WEB_CHAT: KimiProvider(settings, metrics)}
         for name, api in settings.apis.items():
-            self.by_name[name] = OpenAIProvider(api, settings)
+            self.by_name[name] = OpenAIProvider(api, settings, metrics)
 
     def resolve(self, model: str) -> tuple[Provider, str]:
         """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
@@ -3840,7 +4186,7 @@ class Providers:
         failed: list[tuple[str, APIError]] = []
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            deltas = provider.stream(replace(chat, model=upstream_model))
+            deltas = chat.tally.count(provider.name, name, provider.stream(replace(chat, model=upstream_model)))
             begun: list[Delta] = []
             try:
                 if chat.request.stream:
@@ -3867,15 +4213,19 @@ class Providers:
         messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
         raise first.copy(message=" ".join(messages))
 
-    def embed(self, model: str, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
+    def embed(self, model: str, body: JSONObject, cancel: Cancel, tally: Tally) -> tuple[JSONObject, Headers]:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
+        tally.provider = provider.name
+        tally.model = model
         answer, headers = provider.embed({**body, "model": upstream_model}, cancel)
+        tally.first_chunk = time.monotonic() - tally.began
+        tally.usage = answer.get("usage")
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
 
 # ======================================================================================================================
-# 20 Delivery
+# 22 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
 # arrived in one piece, with keep-alives during silence.
@@ -4168,7 +4518,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 21 Formats
+# 23 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -4272,7 +4622,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 22 Responses
+# 24 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -4586,24 +4936,19 @@ def response_of(item_id: str) -> str:
     return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
-def count_of(usage: Any, *names: str) -> int:
-    """A number of an upstream's usage, 0 where there is none."""
-    for name in names:
-        usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and usage > 0 else 0
-
-
 def write_event(event: JSONObject, number: int) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), dump_json({**event, "sequence_number": number}))
 
 
 # ======================================================================================================================
-# 23 App
+# 25 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
 # ======================================================================================================================
 
+CHAT_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+MAX_MODEL_LABELS = 100
 OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 EXPOSED_HEADERS = ", ".join([
@@ -4635,9 +4980,12 @@ class App:
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
         self.settings = settings
         self.stopping = stopping
-        self.providers = Providers(settings)
+        self.metrics = Metrics()
+        self.providers = Providers(settings, self.metrics)
         self.store = MemoryStore(settings.session_cache_ttl, settings.max_session_size)
         self.sessions = Sessions(self.store)
+        self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
+        self._api_models: set[str] = set()  # of APIs, that have answered and are labels of metrics
         self.chats = Slots(settings.max_concurrent_chats)
         self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
         # Upstream calls, those included whose client has left: they may be as many again, and no more
@@ -4689,9 +5037,9 @@ class App:
         which may be after its client has left; done: when it is answered, which may be with the end of a stream."""
         model = request.model or self.settings.default_model
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-        self._take_slot(done)
-        chat = Chat(request, model, owner=owner(), store=self.sessions, cleanup=call.pop_all())
-        deltas = ask(partial(self.providers.answer, model), chat)
+        tally = self._begin(done)
+        chat = Chat(request, model, owner=owner(), store=self.sessions, tally=tally, cleanup=call.pop_all())
+        deltas = ask(partial(self._observed, client(), model), chat)
         if not request.stream:
             answer = b"".join(self._relay(writer.json(deltas), chat.cancel, chat.cleanup, done))
             set_headers({"Content-Type": "application/json", **writer.headers})
@@ -4709,17 +5057,62 @@ class App:
             body = parse_body(raw, EMBEDDINGS_REQUEST)
             model = body.get("model") or self.settings.default_model
             cancel = Cancel()
+            caller = client()
+            tally = self._begin(done)
             headers: Headers = {}
 
             def ask() -> Iterator[bytes]:
                 nonlocal headers
-                answer, headers = self.providers.embed(model, body, cancel)
+                with self._counted(caller, tally, cancel, []):
+                    answer, headers = self.providers.embed(model, body, cancel, tally)
                 yield dump_json(answer)
 
-            self._take_slot(done)
             answer = b"".join(self._relay(ask(), cancel, call.pop_all(), done))
             set_headers({"Content-Type": "application/json", **headers})
         return answer
+
+    def _observed(self, caller: ClientKey, model: str, chat: Chat) -> Iterator[Delta]:
+        """The answer, counted when it ends, however it ends."""
+        with self._counted(caller, chat.tally, chat.cancel, chat.request.messages):
+            yield from self.providers.answer(model, chat)
+
+    @contextmanager
+    def _counted(self, caller: ClientKey, tally: Tally, cancel: Cancel, messages: list[Message]) -> Iterator[None]:
+        status = 500
+        try:
+            yield
+            status = 200
+        except APIError as error:
+            status = 499 if cancel.is_set() else error.status
+            raise
+        except GeneratorExit:  # its client left during the replay
+            status = 499
+            raise
+        finally:
+            self._count(caller, tally, status, messages)
+
+    def _count(self, caller: ClientKey, tally: Tally, status: int, messages: list[Message]) -> None:
+        labels = {"provider": tally.provider or "none", "model": self._label(tally)}
+        self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
+        if tally.first_chunk is None:  # nothing came, so nothing was used
+            return
+        prompt_tokens, completion_tokens = tally.tokens(messages)
+        seconds = time.monotonic() - tally.began
+        self.metrics.observe("kimi2api_chat_duration_seconds", labels, seconds)
+        self.metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, tally.first_chunk)
+        self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
+        self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
+        is_answered = status in (200, 499)
+        self.accounts.record(caller, labels["model"], prompt_tokens, completion_tokens, is_answered)
+
+    def _label(self, tally: Tally) -> str:
+        """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
+        if tally.model in self.settings.models and tally.model != "*":
+            return tally.model
+        answers = tally.first_chunk is not None and tally.provider != WEB_CHAT
+        if answers and len(self._api_models) < MAX_MODEL_LABELS:
+            self._api_models.add(tally.model)
+        return tally.model if tally.model in self._api_models else "other"
 
     def _read_body(self, done: ExitStack) -> tuple[bytes, ExitStack]:
         """The body, and what gives the memory back that it takes once it is parsed; `done` does if nothing else has."""
@@ -4734,9 +5127,14 @@ class App:
         call.callback(self.memory.release, size)
         return body, call
 
-    def _take_slot(self, done: ExitStack) -> None:
+    def _begin(self, done: ExitStack) -> Tally:
+        """Count a chat against its key's limits, and give it a slot until it is `done`. Raises APIError 429."""
+        environ = bottle.request.environ
+        environ["kimi2api.limits"] = self.accounts.admit(client())
         self.chats.acquire()
         done.callback(self.chats.release)
+        tally = environ["kimi2api.tally"] = Tally()
+        return tally
 
     def _relay(
         self, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack, done: ExitStack,
@@ -4796,6 +5194,37 @@ class App:
             raise session_not_found()
         return {"object": "session.deleted", "user": user, "deleted": True}
 
+    def users(self) -> JSONObject:
+        """The caller's sessions, without what was said in them."""
+        sessions = self.store.users(owner())
+        listed = []
+        for user, session in sessions.items():
+            listed.append({
+                "object": "session",
+                "user": user,
+                "created": int(session.created),
+                "last_used": int(session.used),
+                "turns": len(session.turns),
+            })
+        return {"object": "list", "data": listed}
+
+    def usage(self) -> JSONObject:
+        return self.accounts.usage(client())
+
+    def metrics_page(self) -> str:
+        set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        gauges: list[tuple[str, Headers, float]] = [
+            ("kimi2api_chats_running", {}, self.chats.used),
+            ("kimi2api_chats_limit", {}, self.chats.limit),
+            ("kimi2api_build_info", {"version": __version__}, 1),
+            ("process_start_time_seconds", {}, self.started),
+        ]
+        for name, provider in self.providers.by_name.items():
+            gauges.append(("kimi2api_upstream_healthy", {"provider": name}, not provider.breaker.failing))
+        with suppress(APIError):  # a store that cannot be reached is told by /health
+            gauges.append(("kimi2api_sessions", {}, self.store.count()))
+        return self.metrics.render(gauges)
+
     def health(self) -> JSONObject:
         upstreams: dict[str, JSONObject] = {}
         status = "ok"
@@ -4834,7 +5263,8 @@ class App:
             self._check_caller(environ)
             if environ["REQUEST_METHOD"] == "OPTIONS":
                 raise preflight(environ)
-            environ["kimi2api.owner"] = "" if environ["PATH_INFO"] in OPEN_PATHS else self._owner_of_key(environ)
+            is_open = environ["PATH_INFO"] in OPEN_PATHS
+            environ["kimi2api.client"] = ClientKey() if is_open else self._client_of(environ)
         except APIError as error:
             raise as_response(error) from None
 
@@ -4865,12 +5295,12 @@ class App:
             return origin in allowed or "*" in allowed
         return bool(self.settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _owner_of_key(self, environ: dict[str, Any]) -> str:
-        """The key that the request carries, "" when none is asked."""
+    def _client_of(self, environ: dict[str, Any]) -> ClientKey:
+        """The key that the request carries, an empty one when none is asked."""
         authorization = environ.get("HTTP_AUTHORIZATION", "")
-        key = matching_key(self.settings.api_master_key, authorization)
-        if key is not None:
-            return key
+        found = matching_key(self.settings.api_master_key, authorization)
+        if found is not None:
+            return found
         message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
         raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
@@ -4884,20 +5314,25 @@ class App:
             response.set_header("Access-Control-Allow-Origin", origin)
             response.set_header("Access-Control-Expose-Headers", EXPOSED_HEADERS)
             response.add_header("Vary", "Origin")
+        set_headers(environ.get("kimi2api.limits", {}))
+        caller = environ.get("kimi2api.client", ClientKey())
         route = environ.get("bottle.route")
+        rule = route.rule if route else "(no route)"
+        if rule in CHAT_PATHS and "kimi2api.tally" not in environ and environ["REQUEST_METHOD"] == "POST":
+            self._count(caller, Tally(), response.status_code, [])  # refused before an upstream could be asked
         log.log(
-            logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s %s %d %.0f ms",
-            environ["kimi2api.id"], environ["REQUEST_METHOD"], route.rule if route else "(no route)",
+            logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s%s %s %d %.0f ms",
+            environ["kimi2api.id"], f"{caller.name} " if caller.name else "", environ["REQUEST_METHOD"], rule,
             response.status_code, (time.monotonic() - environ["kimi2api.began"]) * 1000)
 
 
-def matching_key(keys: Iterable[str], authorization: str) -> str | None:
-    """The key that an Authorization header carries, "" when none is asked, None when it is not one of ours."""
+def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
+    """The key that an Authorization header carries, an empty one when none is asked, None when it is not ours."""
     if not keys:
-        return ""
+        return ClientKey()
     scheme, _, token = authorization.partition(" ")
     given = token.strip().encode("latin-1", "replace")
-    matches = [key for key in keys if hmac.compare_digest(key.encode(), given)]  # all: no timing leak
+    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]  # all: no timing leak
     return matches[0] if matches and scheme.lower() == "bearer" else None
 
 
@@ -4905,9 +5340,15 @@ def request_id(given: str) -> str:
     return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{random_hex()}"
 
 
+def client() -> ClientKey:
+    """The key that the current request was sent with."""
+    found: ClientKey = bottle.request.environ["kimi2api.client"]
+    return found
+
+
 def owner() -> str:
-    """The key that the current request was sent with: sessions belong to it."""
-    return str(bottle.request.environ["kimi2api.owner"])
+    """What the sessions of the current request's key are kept under."""
+    return client().owner
 
 
 def set_headers(headers: Headers) -> None:
@@ -4994,8 +5435,11 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi.route("/v1/responses/<id>", "DELETE", app.forget_response)
     wsgi.route("/v1/models", "GET", app.models)
     wsgi.route(r"/v1/models/<name:re:[\s\S]+>", "GET", app.model)
+    wsgi.route("/v1/sessions", "GET", app.users)
     wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "GET", app.session)
     wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "DELETE", app.forget)
+    wsgi.route("/v1/usage", "GET", app.usage)
+    wsgi.route("/metrics", "GET", app.metrics_page)
     wsgi.route("/health", "GET", app.health)
     wsgi.route("/openapi.json", "GET", app.openapi)
     wsgi.route(["/", "/docs"], "GET", app.page)
@@ -5003,7 +5447,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 24 Demo upstream
+# 26 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -5170,7 +5614,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 25 Server
+# 27 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -5487,7 +5931,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 26 Command line
+# 28 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -5519,7 +5963,9 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     if keys:
         key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
         if sys.stdout and sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
-            key = keys[0]
+            key = keys[0].key
+        elif keys[0].name:
+            key = "YOUR_KEY"
         header = f' -H "Authorization: Bearer {key}"'
     return "\n".join([
         f"kimi2api {__version__} listens on {settings.api_host} port {port}; base URL for clients: {address}/v1",
@@ -5543,7 +5989,7 @@ ADVICE = {  # what to do about an error of a check, where its message does not s
 def run_check(settings: Settings) -> int:
     """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
     failed = 0
-    for provider in Providers(settings).by_name.values():
+    for provider in Providers(settings, Metrics()).by_name.values():
         print(f"{provider.name}:")
         for step, error in provider.check():
             print(f"  {'✗' if error else '✓'} {step}", flush=True)
@@ -5618,7 +6064,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 27 Description and page
+# 29 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
@@ -5648,6 +6094,7 @@ COMPLETION_CHOICE = object_of({
 })
 ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
 FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
+COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
 SCHEMAS: dict[str, Schema] = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
@@ -5716,6 +6163,21 @@ SCHEMAS: dict[str, Schema] = {
         "expires_at": INTEGER,
         "turns": array(array({"$ref": "#/components/schemas/Message"})),
     }),
+    "Sessions": object_of({
+        "object": constant("list"),
+        "data": array(object_of({
+            "object": constant("session"), "user": STRING, "created": INTEGER, "last_used": INTEGER, "turns": COUNT,
+        })),
+    }),
+    "Usage": object_of({
+        "object": constant("usage"),
+        "key": OR_NULL_STRING,
+        "limits": object_of({"requests_per_minute": COUNT, "tokens_per_day": COUNT}),
+        "today": object_of({"date": STRING, **COUNTED}),
+        "days": array(object_of({
+            "date": STRING, **COUNTED, "models": {"type": "object", "additionalProperties": object_of(COUNTED)},
+        })),
+    }),
     "Deleted": object_of({"object": constant("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
     "Health": object_of({
         "status": choice_of("ok", "degraded"),
@@ -5775,10 +6237,13 @@ def openapi(key_required: bool) -> JSONObject:
         "/v1/embeddings": {"post": operation("embeddings", answered("Embeddings"), request="EmbeddingsRequest")},
         "/v1/models": {"get": operation("the models", answered("Models"))},
         "/v1/models/{id}": {"get": operation("one model", answered("Model"), "id")},
+        "/v1/sessions": {"get": operation("the sessions of the key", answered("Sessions"))},
         "/v1/sessions/{user}": {
             "get": operation("the turns remembered of a user", answered("Session"), "user"),
             "delete": operation("forget a user's turns", answered("Deleted"), "user"),
         },
+        "/v1/usage": {"get": operation("what the key has used, and its limits", answered("Usage"))},
+        "/metrics": {"get": operation("counters for Prometheus", {"text/plain": {"schema": STRING}})},
         "/health": {"get": operation("how the server is", answered("Health"))},
         "/openapi.json": {"get": operation("this description", answered("OpenAPI"))},
         "/docs": {"get": operation("a page to read and to try", page)},

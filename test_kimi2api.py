@@ -754,7 +754,7 @@ def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(t
         {"API_PORT": "1"}, {"API_PORT": "2", "MAX_SESSION_SIZE": "9", "LOG_LEVEL": ""}, values
     )
     assert (settings.api_port, settings.max_session_size, settings.max_retries) == (1, 9, 7)
-    assert (settings.session_cache_ttl, settings.api_master_key) == (5.0, ("sk#1",))
+    assert (settings.session_cache_ttl, settings.api_master_key) == (5.0, (kimi2api.ClientKey("sk#1"),))
     assert (settings.log_level, settings.request_timeout, settings.default_model) == ("INFO", 60.0, "kimi")
 
 
@@ -1211,6 +1211,207 @@ def test_sessions_are_bounded_in_bytes_each_and_all(
     chat(app, "z" * 9_000, user="eve")
     [turn] = app.get("/v1/sessions/eve").json["turns"]
     assert turn[0]["content"][0] == "y", "a turn that is too large is not kept, what was remembered is"
+
+
+# ======================================================================================================================
+# 8, 9 Limits and usage, metrics
+# ======================================================================================================================
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+NAMED_KEYS = {"API_MASTER_KEY": "ann:sk-1, bob:sk-2, sk-3"}
+
+
+def test_keys_may_have_names_which_the_log_tells_and_the_keys_never(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    app = make(**NAMED_KEYS)
+    for key, name in (("sk-1", "ann"), ("sk-2", "bob"), ("sk-3", None)):
+        assert app.get("/v1/usage", headers=bearer(key)).json["key"] == name
+    assert is_error(app.get("/v1/usage", headers=bearer("ann:sk-1")), 401, "invalid_api_key")
+    assert " ann GET /v1/usage 200" in caplog.text and "sk-1" not in caplog.text
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "20,ann", "1.5", "carl=3"])
+def test_a_limit_that_makes_no_sense_is_refused(value: str) -> None:
+    with pytest.raises(kimi2api.SettingError, match="REQUESTS_PER_MINUTE"):
+        kimi2api.Settings.load({**NAMED_KEYS, "REQUESTS_PER_MINUTE": value})
+
+
+def test_chats_per_minute_are_limited_by_key(make: Make, clock: Clock, kimi: WebChat) -> None:
+    app = make(**NAMED_KEYS, REQUESTS_PER_MINUTE="2,ann=3,bob=0")
+    clock.now = 60 * 10**7 + 15
+    remaining = []
+    for _ in range(3):
+        response = chat(app, headers=bearer("sk-1"))
+        assert said(response) and response.headers["x-ratelimit-limit-requests"] == "3"
+        assert response.headers["x-ratelimit-reset-requests"] == "45s"
+        remaining.append(response.headers["x-ratelimit-remaining-requests"])
+    assert remaining == ["2", "1", "0"]
+    refused = chat(app, headers=bearer("sk-1"), stream=True)
+    assert is_error(refused, 429, "rate_limit_exceeded", "rate_limit_error") and refused.headers["Retry-After"] == "45"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0" and len(kimi.posts) == 3
+    assert "x-ratelimit-limit-requests" not in chat(app, headers=bearer("sk-2")).headers
+    statuses = [respond(app, headers=bearer("sk-3")).status_int, embed_status(app, "sk-3"), embed_status(app, "sk-3")]
+    assert statuses == [200, 400, 429]
+    clock.now += 45
+    assert said(chat(app, headers=bearer("sk-1"))) and said(chat(app, headers=bearer("sk-3")))
+
+
+def embed_status(app: Client, key: str) -> int:
+    return app.post_json("/v1/embeddings", {"input": "x"}, headers=bearer(key)).status_int
+
+
+def test_a_limited_chat_that_fails_tells_its_limits_too(make: Make, kimi: WebChat) -> None:
+    kimi.always = sends(403, JUST_A_MOMENT)
+    response = chat(make(REQUESTS_PER_MINUTE="5"))
+    assert is_error(response, 503, "upstream_blocked") and response.headers["x-ratelimit-remaining-requests"] == "4"
+
+
+def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answered(
+    make: Make, clock: Clock, kimi: WebChat
+) -> None:
+    app = make(TOKENS_PER_DAY="30")
+    clock.now = 86400 * 10**4 + 86400 - 3723
+    kimi.answer = "word " * 20
+    response = chat(app)
+    assert said(response) and response.headers["x-ratelimit-limit-tokens"] == "30"
+    assert response.headers["x-ratelimit-remaining-tokens"] == "30"
+    assert response.headers["x-ratelimit-reset-tokens"] == "1h2m3s"
+    assert said(chat(app)), "27 tokens are used, so there are 3 left"
+    refused = chat(app)
+    assert is_error(refused, 429, "insufficient_quota", "insufficient_quota")
+    assert refused.headers["Retry-After"] == "3723" and refused.headers["x-should-retry"] == "false"
+    clock.now += 3723
+    assert said(chat(app))
+
+
+def test_usage_counts_every_kind_of_answer_and_of_its_own_key_alone(
+    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+) -> None:
+    app = make(**both, **NAMED_KEYS, FALLBACK_MODELS="kimi", TOKENS_PER_DAY="1000000,ann=7000000")
+    ann = bearer("sk-1")
+    assert said(chat(app, model="local/k2", headers=ann))
+    assert events(chat(app, model="local/k2", headers=ann, stream=True))[-1] == "[DONE]"
+    assert output_text(respond(app, model="local/k2", headers=ann))
+    assert app.post_json("/v1/completions", {"model": "local/k2", "prompt": "x"}, headers=ann).status_int == 200
+    api.always = api_sends(200, EMBEDDINGS)
+    assert app.post_json("/v1/embeddings", {"model": "local/k2", "input": "x"}, headers=ann).status_int == 200
+    api.always = api_sends(500, {})
+    assert said(chat(app, model="local/k2", headers=ann)) == kimi.answer
+    kimi.always = sends(403, JUST_A_MOMENT)
+    assert chat(app, headers=ann).status_int == 503
+    usage = app.get("/v1/usage", headers=ann).json
+    assert usage["object"] == "usage" and usage["key"] == "ann"
+    assert usage["limits"] == {"requests_per_minute": 0, "tokens_per_day": 7000000}
+    models = usage["days"][-1]["models"]
+    assert models["local/k2"] == {
+        "requests": 5, "prompt_tokens": 4 * 5 + 1, "completion_tokens": 4 * 3, "total_tokens": 4 * 8 + 1,
+    }  # fmt: skip
+    assert models["kimi"]["requests"] == 1 and models["kimi"]["total_tokens"] > 0
+    assert len(usage["days"]) == 31 and usage["days"][-1]["date"] == usage["today"]["date"]
+    assert usage["today"]["requests"] == 6
+    assert usage["today"]["total_tokens"] == sum(model["total_tokens"] for model in models.values())
+    assert app.get("/v1/usage", headers=bearer("sk-2")).json["today"]["requests"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_usage_counts_an_answer_whose_client_has_left(
+    run: Run, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = steady
+    program = run(**both)
+    link = program.open_chat("four words of prompt", model="local/k2", stream=stream)
+    if stream:
+        read_until(link, b"word", 5)
+    else:
+        wait_for(lambda: api.asked)
+        time.sleep(0.2)  # some of the answer has come
+    link.close()
+    assert api.hung_up.wait(PATIENCE)
+    today = wait_for(lambda: json.loads(program.ask("GET", "/v1/usage")[1])["today"]["requests"] and json.loads(
+        program.ask("GET", "/v1/usage")[1])["today"])
+    assert today["requests"] == 1 and today["prompt_tokens"] == 5 and today["completion_tokens"] >= 4
+
+
+def metrics(app: Any, headers: dict[str, str] | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All samples by name and labels, read by Prometheus's own parser."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    response = app.get("/metrics", headers=headers)
+    assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = parser.text_string_to_metric_families(response.text)
+    samples = [sample for family in families for sample in family.samples]
+    assert len({(sample.name, frozenset(sample.labels.items())) for sample in samples}) == len(samples)
+    return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
+
+
+def test_metrics_agree_with_what_was_asked(make: Make, both: dict[str, str], api: Api, kimi: WebChat) -> None:
+    app = make(**both, MAX_RETRIES="1")
+    for _ in range(3):
+        assert said(chat(app))
+    assert events(chat(app, model="local/k2", stream=True))[-1] == "[DONE]"
+    assert output_text(respond(app, model="local/k2"))
+    assert chat(app, model="gpt-5").status_int == 404 and chat(app, messages=[]).status_int == 400
+    kimi.always = sends(500)
+    assert chat(app).status_int == 502
+    samples = metrics(app)
+
+    def value(name: str, **labels: str) -> float:
+        return samples.get((f"kimi2api_{name}", frozenset(labels.items())), 0)
+
+    kimi_labels, api_labels = {"provider": "kimi", "model": "kimi"}, {"provider": "local", "model": "local/k2"}
+    assert value("chats_total", **kimi_labels, status="200") == 3
+    assert value("chats_total", **kimi_labels, status="502") == 1
+    assert value("chats_total", **api_labels, status="200") == 2
+    assert value("chats_total", provider="none", model="other", status="404") == 1
+    assert value("chats_total", provider="none", model="other", status="400") == 1
+    assert sum(count for (name, _), count in samples.items() if name == "kimi2api_chats_total") == 8
+    assert value("tokens_total", **api_labels, type="input") == 10
+    assert value("tokens_total", **api_labels, type="output") == 6
+    assert value("upstream_errors_total", provider="kimi", code="upstream_unavailable") == 1
+    assert value("upstream_retries_total", provider="kimi") == 1
+    assert value("upstream_healthy", provider="kimi") == 0 and value("upstream_healthy", provider="local") == 1
+    assert value("chats_running") == 0 and value("chats_limit") == 64 and value("sessions") == 1
+    for name in ("chat_duration_seconds", "time_to_first_chunk_seconds"):
+        assert value(f"{name}_count", **kimi_labels) == value(f"{name}_bucket", **kimi_labels, le="+Inf") == 3
+        assert 0 < value(f"{name}_sum", **kimi_labels) < PATIENCE
+    buckets = {dict(labels)["le"] for (name, labels) in samples if name.endswith("first_chunk_seconds_bucket")}
+    assert {"0.01", "0.02", "81.92", "+Inf"} <= buckets and len(buckets) == 15
+    assert value("build_info", version=kimi2api.__version__) == 1
+
+
+def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
+    app = make(MODELS="kimi=x,*=y")
+    assert said(chat(app, model="made-up-0"))
+    before = len(metrics(app))
+    for number in range(1, 30):
+        assert said(chat(app, model=f"made-up-{number}"))
+    assert len(metrics(app)) == before
+    assert set(app.get("/v1/usage").json["days"][-1]["models"]) == {"other"}
+
+
+def test_metrics_ask_for_a_key_where_keys_are_set(make: Make) -> None:
+    app = make(**NAMED_KEYS)
+    assert is_error(app.get("/metrics"), 401, "invalid_api_key")
+    assert metrics(app, bearer("sk-1"))
+
+
+def test_sessions_are_listed_for_their_own_key(make: Make, clock: Clock) -> None:
+    app = make(**NAMED_KEYS)
+    for user in ("ada", "ada", "bob"):
+        chat(app, user=user, headers=bearer("sk-1"))
+    respond(app, headers=bearer("sk-1"))
+    listed = app.get("/v1/sessions", headers=bearer("sk-1")).json
+    assert listed["object"] == "list"
+    assert [(entry["user"], entry["turns"], entry["last_used"]) for entry in listed["data"]] == [
+        ("ada", 2, int(clock.now)),
+        ("bob", 1, int(clock.now)),
+    ]
+    assert app.get("/v1/sessions", headers=bearer("sk-2")).json["data"] == []
 
 
 # ======================================================================================================================
