@@ -2817,9 +2817,10 @@ class Prompt:
 def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
     """System messages and instructions, what fits of tools and of what was said before, and the newest message.
 
-    What gives way to the limit (characters), in this order: older turns; older rounds of tools in the newest turn;
-    tools that need not be called; the middle of long results in its last round. remark: of an earlier answer that could
-    not be used. Raises APIError 400 for what is too long even so, or has no text at all.
+    What gives way to the limit (characters), in this order: older turns beyond a third of it; older rounds of tools in
+    the newest turn; tools that need not be called; all older turns; the middle of long results in the last round.
+    remark: of an earlier answer that could not be used. Raises APIError 400 for what is too long even so, or has no
+    text at all.
     """
     turns = append_turns(history, request.turns)
     functions = called_functions(turns)
@@ -2854,13 +2855,14 @@ def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str =
             "response format": len(form),
             "newest message": joined_length([*lines_of(question), *lines_of(last)]),
         })
-    offered = offered or tools_that_fit(tools, room_beside([]) - (1 if head([]) else 2))
+    before = ["\n".join(lines_of(turn)) for turn in older]
+    if not offered:
+        for_older = min(joined_length(before), limit // 3)  # else 28 tools would leave no room for what was said
+        offered = tools_that_fit(tools, room_beside([]) - (1 if head([]) else 2) - for_older)
     room = room_beside(offered)
     kept = latest_that_fit(["\n".join(lines_of(messages)) for messages in rounds], room)
-    before: list[str] = []
-    if len(kept) == len(rounds):
-        room -= sum(len(text) + 1 for text in kept)
-        before = latest_that_fit(["\n".join(lines_of(turn)) for turn in older], room)
+    room -= sum(len(text) + 1 for text in kept)
+    before = latest_that_fit(before, room) if len(kept) == len(rounds) else []
     text = "\n".join([*head(offered), *before, *lines_of(question), *kept, *lines_of(last)])
     if not text.strip():
         raise bad_request("'messages' contain no text.", "messages")
@@ -3709,6 +3711,9 @@ CHUNK_CHOICE = object_of({
 })
 
 
+TOO_LONG = re.compile("(?i)maximum context length|exceeded model token limit|context_length_exceeded|context window")
+
+
 def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     """An API's error as ours, in its name and never with our key for it.
 
@@ -3726,6 +3731,8 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
 
     message = f"{api.name}: {plain_line(error, api.key)}"
     type, code, param = told("type"), told("code"), told("param")
+    if status == 400 and TOO_LONG.search(message):  # by this code clients, and FALLBACK_MODELS, know what to do
+        code = "context_length_exceeded"
     if status == 429:
         ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
     elif 400 <= status < 500:

@@ -2014,6 +2014,13 @@ def test_tools_that_do_not_fit_are_left_out_and_the_answer_says_how_many(
     assert "X-Kimi2api-Tools-Dropped" not in chat(app, tools=[CLOCK]).headers
 
 
+def test_tools_leave_room_for_what_was_said_before(app: Client, kimi: WebChat) -> None:
+    said(chat(app, "My name is Ada.", user="ada"))
+    said(chat(app, "What is my name?", user="ada", tools=MANY_TOOLS))
+    prompt = kimi.posts[-1]["message"]
+    assert "My name is Ada." in prompt and "- tool_0" in prompt and len(prompt) <= 1000
+
+
 def test_tools_that_must_be_called_and_do_not_fit_are_a_400(app: Client) -> None:
     assert is_error(chat(app, tools=MANY_TOOLS, tool_choice="required"), 400, "context_length_exceeded")
 
@@ -3080,6 +3087,12 @@ def api_fails(status: int, message: str, **fields: str) -> Act:
             (400, "x", "invalid_request_error"),
             1,
             id="400",
+        ),
+        pytest.param(
+            api_fails(400, "Invalid request: Your request exceeded model token limit: 8192"),
+            (400, "context_length_exceeded", "invalid_request_error"),
+            1,
+            id="too long",
         ),
         pytest.param(
             api_fails(404, "no model", type="resource_not_found_error"),
