@@ -72,6 +72,7 @@ from html import unescape
 from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
+from operator import itemgetter
 from queue import Empty, SimpleQueue
 from traceback import clear_frames
 from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
@@ -1294,48 +1295,71 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 def read_items(items: list[JSONObject]) -> tuple[list[Message], list[str]]:
     """Items as messages, and where in the input each message begins.
 
-    What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results.
+    What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results. These
+    come right behind it, as APIs want them, also where the input has something in between.
     """
-    messages: list[Message] = []
-    places: list[str] = []
+    found: list[tuple[int, str, Message]] = []  # by the index of the item that each belongs behind
+    steps: dict[str, int] = {}  # the same of calls, by their ids
     answer: Message | None = None  # the assistant's message that items still add to
+    step = 0  # and where it begins
     for index, item in enumerate(items):
         kind = item.get("type") or "message"
         place = f"input[{index}]"
         if kind == "message" and item["role"] != "assistant":
             role = "user" if item["role"] == "user" else "system"  # not every API knows developers
-            messages.append({"role": role, "content": read_content(item["content"], f"{place}.content")})
-            places.append(place)
+            found.append((index, place, {"role": role, "content": read_content(item["content"], f"{place}.content")}))
             answer = None
         elif kind.endswith("_output"):
             content = read_content(item["output"], f"{place}.output")
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
-            places.append(place)
+            result = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+            found.append((steps.get(item["call_id"], index), place, result))
             answer = None
         else:
             is_next = kind in ("message", "reasoning") and answer and answer["content"] and "tool_calls" not in answer
             if answer is None or is_next:
-                answer = {"role": "assistant", "content": None}
-                messages.append(answer)
-                places.append(place)
+                answer = {"role": "assistant", "content": []}
+                step = index
+                found.append((step, place, answer))
             add_to_answer(answer, item, kind, place)
-    kept = [index for index, message in enumerate(messages) if is_message(message)]
-    return [messages[index] for index in kept], [places[index] for index in kept]
+            if "call_id" in item:
+                steps[item["call_id"]] = step
+    found.sort(key=itemgetter(0))
+    messages: list[Message] = []
+    places: list[str] = []
+    for _, place, message in found:
+        if message["role"] == "assistant":
+            put_together(message)
+        if is_message(message):
+            messages.append(message)
+            places.append(place)
+    return messages, places
 
 
 def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
+    """Add an item to an assistant's message, whose content and reasoning are lists of pieces yet."""
     if kind == "message":
         content = read_content(item["content"], f"{place}.content")
-        both_texts = isinstance(content, str) and isinstance(answer["content"], str)
-        answer["content"] = f"{answer['content']}\n{content}" if both_texts else content or answer["content"]
+        if content:
+            answer["content"].append(content)
     elif kind == "reasoning":
         text = read_reasoning(item)
         if text:
-            answer["reasoning_content"] = answer.get("reasoning_content", "") + text
+            answer.setdefault("reasoning_content", []).append(text)
     else:
         arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
         function = {"name": function_of(item), "arguments": arguments}
         answer.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
+
+
+def put_together(answer: Message) -> None:
+    pieces = answer["content"]
+    if all(isinstance(piece, str) for piece in pieces):
+        answer["content"] = "\n".join(pieces) or None
+    else:
+        texts = ([{"type": "text", "text": piece}] if isinstance(piece, str) else piece for piece in pieces)
+        answer["content"] = [part for parts in texts for part in parts]
+    if "reasoning_content" in answer:
+        answer["reasoning_content"] = "".join(answer["reasoning_content"])
 
 
 def is_message(message: Message) -> bool:

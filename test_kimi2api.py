@@ -4268,6 +4268,38 @@ def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
     assert "messages[" not in response.text and "'messages'" not in response.text and not kimi.posts
 
 
+def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[str, str], api: Api) -> None:
+    def call(id: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": id, "name": "f", "arguments": "{}"}
+
+    def result(id: str) -> dict[str, Any]:
+        return {"type": "function_call_output", "call_id": id, "output": id}
+
+    rule = {"role": "developer", "content": "rule"}
+    items = [USER, call("a"), call("b"), rule, result("b"), USER, result("a"), call("a"), result("a"), result("other")]
+    assert output_text(respond(make(**both), items, model="local/k2"))
+    order = [message.get("tool_call_id") or message["role"] for message in api.asked[0][2]["messages"]]
+    assert order == ["user", "assistant", "b", "a", "system", "user", "assistant", "a", "other"]
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "texts"])
+def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    item = {
+        "reasoning": {"type": "reasoning", "summary": [{"text": "x" * 500}]},
+        "texts": {"role": "assistant", "content": "x" * 500},
+    }[kind]
+
+    def seconds(count: int) -> float:
+        items = [call, *[item] * count]
+        started = time.perf_counter()
+        (message,), _ = kimi2api.read_items(items)
+        assert len(message["content"] or message["reasoning_content"]) >= count * 500
+        return time.perf_counter() - started
+
+    assert min(seconds(40_000) for _ in range(3)) < 20 * min(seconds(5_000) for _ in range(3))
+
+
 def test_an_image_from_a_tool_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
     call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
     output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:x", "detail": "high"}]
