@@ -1179,6 +1179,8 @@ class ResponsesRequest:
                     raise bad_request(f"Item with id {item['id'][:100]!r} not found.", f"input[{index}].type")
                 items[index] = found
         messages, places = read_items(items)
+        if not messages:
+            raise bad_request("'input' has no message.", "input")
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": body["instructions"]})
             places.insert(0, "instructions")

@@ -4300,6 +4300,11 @@ def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
     assert min(seconds(40_000) for _ in range(3)) < 20 * min(seconds(5_000) for _ in range(3))
 
 
+def test_input_without_a_message_never_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    items = [{"type": "reasoning", "summary": [{"text": "x"}]}, {"role": "assistant", "content": ""}]
+    assert is_error(respond(make(**both), items, model="local/k2"), 400, None, param="input") and not api.asked
+
+
 def test_an_image_from_a_tool_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
     call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
     output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:x", "detail": "high"}]
