@@ -1130,7 +1130,9 @@ SAME_IN_CHATS = (
 )
 PARAMS = {  # of a request for a chat, in the words of this API
     "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "tool_choice.function.name": "tool_choice.name",
     "tool_choice.allowed_tools.tools": "tool_choice.tools",
@@ -1160,6 +1162,7 @@ class ResponsesRequest:
     places: list[str]  # in the request, where each comes from
     tools: dict[str, ToolName]  # by the names of their functions
     functions: list[JSONObject]  # the tools, as chats have them
+    function_places: list[str]  # in the request, where each comes from
     ignored: list[str]  # types of tools that only OpenAI can run
 
     @classmethod
@@ -1184,8 +1187,8 @@ class ResponsesRequest:
         if body.get("instructions"):
             messages.insert(0, {"role": "system", "content": body["instructions"]})
             places.insert(0, "instructions")
-        request = cls(body, messages, places, {}, [], [])
-        request._read_tools(body.get("tools") or [], None)
+        request = cls(body, messages, places, {}, [], [], [])
+        request._read_tools(body.get("tools") or [], "tools", None)
         return request
 
     @property
@@ -1239,26 +1242,42 @@ class ResponsesRequest:
         before those of this request."""
         if error.param is None:
             return error
-        param = PARAMS.get(error.param, error.param)
-        found = re.fullmatch(r"messages(?:\[(\d{1,9})\](\.content.*)?.*)?", error.param, re.S)
-        if found:
-            param = "input"
-            index = int(found[1] or -1) - earlier
-            knows_place = not (error.quotes_upstream and self.body.get("previous_response_id"))
-            if knows_place and 0 <= index < len(self.places):
-                param = self.places[index] + (found[2] or "")
-                if self.messages[index]["role"] == "tool":
-                    param = param.replace(".content", ".output", 1)
+        param = self._own_param(error, earlier)
         return error.copy(param=param, message=error.message.replace(f"'{error.param}'", f"'{param}'"))
 
-    def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
-        for tool in tools:
+    def _own_param(self, error: APIError, earlier: int) -> str:
+        name = error.param or ""
+        found = re.fullmatch(r"(messages|tools)(?:\.?\[(\d{1,9})\])?(.*)", name, re.S)
+        if not found:
+            for of_chats, own in PARAMS.items():
+                if name == of_chats or name.startswith(f"{of_chats}."):
+                    return own + name[len(of_chats):]
+            return name
+        if found[1] == "tools":
+            index = int(found[2] or -1)
+            known = 0 <= index < len(self.function_places)
+            return self.function_places[index] + found[3].removeprefix(".function") if known else "tools"
+        index = int(found[2] or -1) - earlier
+        knows_place = not (error.quotes_upstream and self.body.get("previous_response_id"))
+        if not knows_place or not 0 <= index < len(self.places):
+            return "input"
+        place = self.places[index]
+        if place != "instructions" and found[3].startswith(".content"):
+            field = ".output" if self.messages[index]["role"] == "tool" else ".content"
+            place += field + found[3].removeprefix(".content")
+        return place
+
+    def _read_tools(self, tools: list[JSONObject], path: str, namespace: str | None) -> None:
+        for index, tool in enumerate(tools):
+            place = f"{path}[{index}]"
             if tool["type"] == "namespace" and namespace is None:
-                self._read_tools(tool["tools"], tool["name"])
+                self._read_tools(tool["tools"], f"{place}.tools", tool["name"])
             elif tool["type"] in ("function", "custom"):
                 name = ToolName(tool["name"], namespace, tool["type"] == "custom")
-                self.tools[name.function] = name
+                if self.tools.setdefault(name.function, name) != name:
+                    raise bad_request(f"'{place}.name': another tool is {name.function!r} too.", f"{place}.name")
                 self.functions.append({"type": "function", "function": as_function(tool, name)})
+                self.function_places.append(place)
             elif tool["type"] not in self.ignored:
                 self.ignored.append(tool["type"])
 

@@ -4247,6 +4247,14 @@ def parts(*content: Any) -> dict[str, Any]:
             id="nested tool without a name",
         ),
         pytest.param({"tools": [{"name": "f"}]}, "tools[0].type", id="tool without a type"),
+        pytest.param(
+            {"tools": [
+                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
+                {"type": "function", "name": "n__f"},
+            ]},
+            "tools[1].name",
+            id="two tools of one name",
+        ),
         pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
         pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
         pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
@@ -4266,6 +4274,36 @@ def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
     response = app.post_json("/v1/responses", {"input": "x", **body})
     assert response.status_int == 400 and response.json["error"]["param"] == param, response.text
     assert "messages[" not in response.text and "'messages'" not in response.text and not kimi.posts
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("messages[1].content[0].type", "input[0].content[0].type"),
+        ("messages.[3].content", "input[2].output"),
+        ("messages[2].tool_calls[0].id", "input[1]"),
+        ("messages[0].content", "instructions"),
+        ("messages[9]", "input"),
+        ("tools[0].function.parameters", "tools[1].parameters"),
+        ("tools[1].function.name", "tools[2].tools[0].name"),
+        ("response_format.json_schema.name", "text.format.name"),
+        ("max_completion_tokens", "max_output_tokens"),
+        ("service_tier", "service_tier"),
+    ],
+)
+def test_an_apis_refusal_names_the_field_of_the_response(
+    make: Make, both: dict[str, str], api: Api, theirs: str, ours: str
+) -> None:
+    tools = [
+        {"type": "web_search"},
+        {"type": "function", "name": "f"},
+        {"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "g"}]},
+    ]
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [USER, call, {"type": "function_call_output", "call_id": "c", "output": "x"}]
+    api.always = api_sends(400, {"error": {"message": f"Bad '{theirs}'.", "param": theirs}})
+    response = respond(make(**both), items, model="local/k2", instructions="i", tools=tools)
+    assert is_error(response, 400, None, param=ours) and f"Bad '{ours}'." in response.text
 
 
 def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[str, str], api: Api) -> None:
