@@ -15,18 +15,21 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Settings         every setting, in one table       13 Kimi's web chat      the nonce, the form, its answers
-     2 Errors and JSON  in OpenAI's form; strict reading  14 Model notes          what models refuse
-     3 Schemas          what a value must be like         15 API streams          the events of an answer
-     4 Requests         what a caller may send            16 OpenAI-style APIs    Moonshot, DeepSeek, a local one
-     5 Stores           the turns of a `user`             17 Models and fallback  who answers for a model
-     6 Deltas           folding, tokens, graphemes        18 Delivery             sessions, threads, pace
-     7 Connections      deadlines, strict reading         19 Formats              deltas to JSON or to events
-     8 Transport        pools, failures as errors         20 App                  routes, keys, browsers, limits
-     9 Upstreams        circuit breaker, retries          21 Demo upstream        a small web chat of our own
-    10 Prompts          a request as plain text           22 Server               waitress, and how it stops
-    11 Reading answers  calls and JSON in plain text      23 Command line         flags, --check, main()
-    12 Scraper          cloudscraper, many threads        24 Description, page    OpenAPI, and HTML
+     1 Settings           every setting, in one table       16 Scraper              cloudscraper, many threads
+     2 Errors and JSON    in OpenAI's form; strict reading  17 Kimi's web chat      the nonce, the form, its answers
+     3 Schemas            what a value must be like         18 Model notes          what models refuse
+     4 Requests           what a caller may send            19 API streams          the events of an answer
+     5 Responses requests read as chats                     20 OpenAI-style APIs    Moonshot, DeepSeek, a local one
+     6 Stores             where sessions are kept           21 Models and fallback  who answers for a model
+     7 Sessions           what is remembered of users       22 Delivery             sessions, threads, pace
+     8 Limits and usage   of each key                       23 Formats              deltas to JSON or to events
+     9 Metrics            for Prometheus                    24 Responses            deltas to items and events
+    10 Deltas             folding, tokens, graphemes        25 Access               keys, hosts, browsers
+    11 Connections        deadlines, strict reading         26 App                  routes
+    12 Transport          pools, failures as errors         27 Demo upstream        a small web chat of our own
+    13 Upstreams          circuit breaker, retries          28 Server               waitress, and how it stops
+    14 Prompts            a request as plain text           29 Command line         flags, --check, main()
+    15 Reading answers    calls and JSON in text            30 Description, page    OpenAPI, and HTML
 
 A section knows those above it and never one below; the last holds constants that the App serves.
 """
@@ -4993,7 +4996,120 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 25 App
+# 25 Access
+#
+# Who may call: keys, and browsers, which may be sent here by anybody's page.
+# ======================================================================================================================
+
+OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
+
+
+class Access:
+    """Lets requests in."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def admit(self) -> None:
+        """Let a request in, or raise what to answer instead."""
+        environ = bottle.request.environ  # also for headers: Bottle's own accessors fail on some bytes above 127
+        environ["kimi2api.began"] = time.monotonic()
+        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        try:
+            self._check_caller(environ)
+            if environ["REQUEST_METHOD"] == "OPTIONS":
+                raise preflight(environ)
+            is_open = environ["PATH_INFO"] in OPEN_PATHS
+            environ["kimi2api.client"] = ClientKey() if is_open else self._client_of(environ)
+        except APIError as error:
+            raise as_response(error) from None
+
+    def _check_caller(self, environ: dict[str, Any]) -> None:
+        host = environ.get("HTTP_HOST")
+        origin = environ.get("HTTP_ORIGIN")
+        # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
+        # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
+        if not self._settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
+            raise APIError(
+                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to localhost "
+                "are accepted.", code="host_not_allowed")
+        if origin and not self._origin_allowed(origin, host):
+            raise APIError(
+                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
+                code="origin_not_allowed")
+        environ["kimi2api.origin"] = origin
+        try:
+            environ["bottle.raw_path"].encode("latin-1").decode()
+        except UnicodeError:  # Bottle would drop the bytes that are none and go on to another's path
+            raise bad_request("The path is not UTF-8.") from None
+
+    def _origin_allowed(self, origin: str, host: str | None) -> bool:
+        allowed = self._settings.cors_origins
+        if host and origin.partition("://")[2] == host:  # the server's own pages
+            return True
+        if allowed:
+            return origin in allowed or "*" in allowed
+        return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
+
+    def _client_of(self, environ: dict[str, Any]) -> ClientKey:
+        """The key that the request carries, an empty one when none is asked."""
+        authorization = environ.get("HTTP_AUTHORIZATION", "")
+        found = matching_key(self._settings.api_master_key, authorization)
+        if found is not None:
+            return found
+        message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
+        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
+    """The key that an Authorization header carries, an empty one when none is asked, None when it is not ours."""
+    if not keys:
+        return ClientKey()
+    scheme, _, token = authorization.partition(" ")
+    given = token.strip().encode("latin-1", "replace")
+    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]  # all: no timing leak
+    return matches[0] if matches and scheme.lower() == "bearer" else None
+
+
+def request_id(given: str) -> str:
+    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{random_hex()}"
+
+
+def client() -> ClientKey:
+    """The key that the current request was sent with."""
+    found: ClientKey = bottle.request.environ["kimi2api.client"]
+    return found
+
+
+def owner() -> str:
+    """What the sessions of the current request's key are kept under."""
+    return client().owner
+
+
+def host_of(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:  # such as half an IPv6 address
+        return None
+
+
+def preflight(environ: dict[str, Any]) -> bottle.HTTPResponse:
+    """The answer to a browser that asks whether a page may send a request; it carries no key yet."""
+    return bottle.HTTPResponse(status=204, headers={
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
+        "Access-Control-Allow-Private-Network": "true",
+        "Access-Control-Max-Age": "600",
+    })
+
+
+def as_response(error: APIError) -> bottle.HTTPResponse:
+    headers = {**error.headers, "Content-Type": "application/json"}
+    return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
+
+
+# ======================================================================================================================
+# 26 App
 #
 # The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
@@ -5001,7 +5117,6 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 CHAT_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 MAX_MODEL_LABELS = 100
-OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
@@ -5304,57 +5419,7 @@ class App:
         set_headers(page_headers())
         return PAGE
 
-    # Before and after every route
-
-    def admit(self) -> None:
-        """Let a request in, or raise what to answer instead."""
-        environ = bottle.request.environ  # also for headers: Bottle's own accessors fail on some bytes above 127
-        environ["kimi2api.began"] = time.monotonic()
-        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
-        try:
-            self._check_caller(environ)
-            if environ["REQUEST_METHOD"] == "OPTIONS":
-                raise preflight(environ)
-            is_open = environ["PATH_INFO"] in OPEN_PATHS
-            environ["kimi2api.client"] = ClientKey() if is_open else self._client_of(environ)
-        except APIError as error:
-            raise as_response(error) from None
-
-    def _check_caller(self, environ: dict[str, Any]) -> None:
-        host = environ.get("HTTP_HOST")
-        origin = environ.get("HTTP_ORIGIN")
-        # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
-        # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
-        if not self.settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
-            raise APIError(
-                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to localhost "
-                "are accepted.", code="host_not_allowed")
-        if origin and not self._origin_allowed(origin, host):
-            raise APIError(
-                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
-                code="origin_not_allowed")
-        environ["kimi2api.origin"] = origin
-        try:
-            environ["bottle.raw_path"].encode("latin-1").decode()
-        except UnicodeError:  # Bottle would drop the bytes that are none and go on to another's path
-            raise bad_request("The path is not UTF-8.") from None
-
-    def _origin_allowed(self, origin: str, host: str | None) -> bool:
-        allowed = self.settings.cors_origins
-        if host and origin.partition("://")[2] == host:  # the server's own pages
-            return True
-        if allowed:
-            return origin in allowed or "*" in allowed
-        return bool(self.settings.api_master_key) or is_loopback(host_of(origin))
-
-    def _client_of(self, environ: dict[str, Any]) -> ClientKey:
-        """The key that the request carries, an empty one when none is asked."""
-        authorization = environ.get("HTTP_AUTHORIZATION", "")
-        found = matching_key(self.settings.api_master_key, authorization)
-        if found is not None:
-            return found
-        message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
-        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    # After every route
 
     def finish(self) -> None:
         """Headers that every response carries, and a line in the log."""
@@ -5378,31 +5443,6 @@ class App:
             response.status_code, (time.monotonic() - environ["kimi2api.began"]) * 1000)
 
 
-def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
-    """The key that an Authorization header carries, an empty one when none is asked, None when it is not ours."""
-    if not keys:
-        return ClientKey()
-    scheme, _, token = authorization.partition(" ")
-    given = token.strip().encode("latin-1", "replace")
-    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]  # all: no timing leak
-    return matches[0] if matches and scheme.lower() == "bearer" else None
-
-
-def request_id(given: str) -> str:
-    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{random_hex()}"
-
-
-def client() -> ClientKey:
-    """The key that the current request was sent with."""
-    found: ClientKey = bottle.request.environ["kimi2api.client"]
-    return found
-
-
-def owner() -> str:
-    """What the sessions of the current request's key are kept under."""
-    return client().owner
-
-
 def set_headers(headers: Headers) -> None:
     for name, value in headers.items():
         bottle.response.set_header(name, value)
@@ -5414,28 +5454,6 @@ def session_not_found() -> APIError:
 
 def response_not_found(id: str) -> APIError:
     return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
-
-
-def host_of(address: str) -> str | None:
-    try:
-        return urlsplit(address).hostname
-    except ValueError:  # such as half an IPv6 address
-        return None
-
-
-def preflight(environ: dict[str, Any]) -> bottle.HTTPResponse:
-    """The answer to a browser that asks whether a page may send a request; it carries no key yet."""
-    return bottle.HTTPResponse(status=204, headers={
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-        "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
-        "Access-Control-Allow-Private-Network": "true",
-        "Access-Control-Max-Age": "600",
-    })
-
-
-def as_response(error: APIError) -> bottle.HTTPResponse:
-    headers = {**error.headers, "Content-Type": "application/json"}
-    return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
 
 
 def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
@@ -5477,7 +5495,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi = bottle.Bottle()
     wsgi.install(json_plugin)
     wsgi.default_error_handler = routing_error
-    wsgi.add_hook("before_request", app.admit)
+    wsgi.add_hook("before_request", Access(settings).admit)
     wsgi.add_hook("after_request", app.finish)
     wsgi.route("/v1/chat/completions", "POST", app.chat)
     wsgi.route("/v1/completions", "POST", app.completion)
@@ -5499,7 +5517,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 26 Demo upstream
+# 27 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -5666,7 +5684,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 27 Server
+# 28 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -5983,7 +6001,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 28 Command line
+# 29 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -6116,7 +6134,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 29 Description and page
+# 30 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
