@@ -15,21 +15,22 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Settings           every setting, in one table       16 Scraper              cloudscraper, many threads
-     2 Errors and JSON    in OpenAI's form; strict reading  17 Kimi's web chat      the nonce, the form, its answers
-     3 Schemas            what a value must be like         18 Model notes          what models refuse
-     4 Requests           what a caller may send            19 API streams          the events of an answer
-     5 Responses requests read as chats                     20 OpenAI-style APIs    Moonshot, DeepSeek, a local one
-     6 Stores             where sessions are kept           21 Models and fallback  who answers for a model
-     7 Sessions           what is remembered of users       22 Delivery             sessions, threads, pace
-     8 Limits and usage   of each key                       23 Formats              deltas to JSON or to events
-     9 Metrics            for Prometheus                    24 Responses            deltas to items and events
-    10 Deltas             folding, tokens, graphemes        25 Access               keys, hosts, browsers
-    11 Connections        deadlines, strict reading         26 App                  routes
-    12 Transport          pools, failures as errors         27 Demo upstream        a small web chat of our own
-    13 Upstreams          circuit breaker, retries          28 Server               waitress, and how it stops
-    14 Prompts            a request as plain text           29 Command line         flags, --check, main()
-    15 Reading answers    calls and JSON in text            30 Description, page    OpenAPI, and HTML
+     1 Settings           every setting, in one table       17 Kimi's web chat      the nonce, the form, its answers
+     2 Errors and JSON    in OpenAI's form; strict reading  18 Model notes          what models refuse
+     3 Schemas            what a value must be like         19 API streams          the events of an answer
+     4 Requests           what a caller may send            20 OpenAI-style APIs    Moonshot, DeepSeek, a local one
+     5 Responses requests read as chats                     21 Models and fallback  who answers for a model
+     6 Stores             where sessions are kept           22 Metering             every answer is counted
+     7 Sessions           what is remembered of users       23 Delivery             sessions, threads, pace
+     8 Limits and usage   of each key                       24 Formats              deltas to JSON or to events
+     9 Metrics            for Prometheus                    25 Responses            deltas to items and events
+    10 Deltas             folding, tokens, graphemes        26 Access               keys, hosts, browsers
+    11 Connections        deadlines, strict reading         27 App                  routes
+    12 Transport          pools, failures as errors         28 Demo upstream        a small web chat of our own
+    13 Upstreams          circuit breaker, retries          29 Server               waitress, and how it stops
+    14 Prompts            a request as plain text           30 Command line         flags, --check, main()
+    15 Reading answers    calls and JSON in text            31 Description, page    OpenAPI, and HTML
+    16 Scraper            cloudscraper, many threads
 
 A section knows those above it and never one below; the last holds constants that the App serves.
 """
@@ -4280,7 +4281,66 @@ class Providers:
 
 
 # ======================================================================================================================
-# 22 Delivery
+# 22 Metering
+#
+# Every answer is counted here, for its key and for metrics, when it ends: streams, lost clients, fallbacks alike.
+# ======================================================================================================================
+
+MAX_MODEL_LABELS = 100
+
+
+class Meter:
+    """Counts answers. models: those of MODELS."""
+
+    def __init__(self, metrics: Metrics, accounts: Accounts, models: Mapping[str, str]) -> None:
+        self._metrics = metrics
+        self._accounts = accounts
+        self._models = models
+        self._api_models: set[str] = set()  # of APIs, that have answered
+
+    @contextmanager
+    def counted(self, caller: ClientKey, tally: Tally, cancel: Cancel, messages: list[Message]) -> Iterator[None]:
+        """Around an answer: it is counted when it ends, however it ends."""
+        status = 500
+        try:
+            yield
+            status = 200
+        except APIError as error:
+            status = 499 if cancel.is_set() else error.status
+            raise
+        except GeneratorExit:  # its client left during the replay
+            status = 499
+            raise
+        finally:
+            self.count(caller, tally, status, messages)
+
+    def count(self, caller: ClientKey, tally: Tally, status: int, messages: list[Message]) -> None:
+        """messages: what the tokens of a prompt are estimated by."""
+        labels = {"provider": tally.provider or "none", "model": self._label(tally)}
+        self._metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
+        if tally.first_chunk is None:  # nothing came, so nothing was used
+            return
+        prompt_tokens, completion_tokens = tally.tokens(messages)
+        seconds = time.monotonic() - tally.began
+        self._metrics.observe("kimi2api_chat_duration_seconds", labels, seconds)
+        self._metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, tally.first_chunk)
+        self._metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
+        self._metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
+        is_answered = status in (200, 499)
+        self._accounts.record(caller, labels["model"], prompt_tokens, completion_tokens, is_answered)
+
+    def _label(self, tally: Tally) -> str:
+        """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
+        if tally.model in self._models and tally.model != "*":
+            return tally.model
+        answers = tally.first_chunk is not None and tally.provider != WEB_CHAT
+        if answers and len(self._api_models) < MAX_MODEL_LABELS:
+            self._api_models.add(tally.model)
+        return tally.model if tally.model in self._api_models else "other"
+
+
+# ======================================================================================================================
+# 23 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
 # arrived in one piece, with keep-alives during silence.
@@ -4573,7 +4633,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 23 Formats
+# 24 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -4677,7 +4737,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 24 Responses
+# 25 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -4996,7 +5056,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 25 Access
+# 26 Access
 #
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
@@ -5109,14 +5169,13 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 26 App
+# 27 App
 #
-# The routes and who may call them. `create_app(settings)` builds a Bottle application with state of its own, so a
+# The routes. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
 # ======================================================================================================================
 
 CHAT_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
-MAX_MODEL_LABELS = 100
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
@@ -5152,7 +5211,7 @@ class App:
         self.store = MemoryStore(settings.session_cache_ttl, settings.max_session_size)
         self.sessions = Sessions(self.store)
         self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
-        self._api_models: set[str] = set()  # of APIs, that have answered and are labels of metrics
+        self.meter = Meter(self.metrics, self.accounts, settings.models)
         self.chats = Slots(settings.max_concurrent_chats)
         self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
         # Upstream calls, those included whose client has left: they may be as many again, and no more
@@ -5230,7 +5289,7 @@ class App:
 
             def ask() -> Iterator[bytes]:
                 nonlocal headers
-                with self._counted(caller, tally, cancel, []):
+                with self.meter.counted(caller, tally, cancel, []):
                     answer, headers = self.providers.embed(model, body, cancel, tally)
                 yield dump_json(answer)
 
@@ -5240,46 +5299,8 @@ class App:
 
     def _observed(self, caller: ClientKey, model: str, chat: Chat) -> Iterator[Delta]:
         """The answer, counted when it ends, however it ends."""
-        with self._counted(caller, chat.tally, chat.cancel, chat.request.messages):
+        with self.meter.counted(caller, chat.tally, chat.cancel, chat.request.messages):
             yield from self.providers.answer(model, chat)
-
-    @contextmanager
-    def _counted(self, caller: ClientKey, tally: Tally, cancel: Cancel, messages: list[Message]) -> Iterator[None]:
-        status = 500
-        try:
-            yield
-            status = 200
-        except APIError as error:
-            status = 499 if cancel.is_set() else error.status
-            raise
-        except GeneratorExit:  # its client left during the replay
-            status = 499
-            raise
-        finally:
-            self._count(caller, tally, status, messages)
-
-    def _count(self, caller: ClientKey, tally: Tally, status: int, messages: list[Message]) -> None:
-        labels = {"provider": tally.provider or "none", "model": self._label(tally)}
-        self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
-        if tally.first_chunk is None:  # nothing came, so nothing was used
-            return
-        prompt_tokens, completion_tokens = tally.tokens(messages)
-        seconds = time.monotonic() - tally.began
-        self.metrics.observe("kimi2api_chat_duration_seconds", labels, seconds)
-        self.metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, tally.first_chunk)
-        self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
-        self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
-        is_answered = status in (200, 499)
-        self.accounts.record(caller, labels["model"], prompt_tokens, completion_tokens, is_answered)
-
-    def _label(self, tally: Tally) -> str:
-        """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
-        if tally.model in self.settings.models and tally.model != "*":
-            return tally.model
-        answers = tally.first_chunk is not None and tally.provider != WEB_CHAT
-        if answers and len(self._api_models) < MAX_MODEL_LABELS:
-            self._api_models.add(tally.model)
-        return tally.model if tally.model in self._api_models else "other"
 
     def _read_body(self, done: ExitStack) -> tuple[bytes, ExitStack]:
         """The body, and what gives the memory back that it takes once it is parsed; `done` does if nothing else has."""
@@ -5295,11 +5316,11 @@ class App:
         return body, call
 
     def _begin(self, done: ExitStack) -> Tally:
-        """Count a chat against its key's limits, and give it a slot until it is `done`. Raises APIError 429."""
-        environ = bottle.request.environ
-        environ["kimi2api.limits"] = self.accounts.admit(client())
+        """Give a chat a slot until it is `done`, and count it against its key's limits. Raises APIError 429."""
         self.chats.acquire()
         done.callback(self.chats.release)
+        environ = bottle.request.environ
+        environ["kimi2api.limits"] = self.accounts.admit(client())
         tally = environ["kimi2api.tally"] = Tally()
         return tally
 
@@ -5436,7 +5457,7 @@ class App:
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
         if rule in CHAT_PATHS and "kimi2api.tally" not in environ and environ["REQUEST_METHOD"] == "POST":
-            self._count(caller, Tally(), response.status_code, [])  # refused before an upstream could be asked
+            self.meter.count(caller, Tally(), response.status_code, [])  # refused before an upstream could be asked
         log.log(
             logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s%s %s %d %.0f ms",
             environ["kimi2api.id"], f"{caller.name} " if caller.name else "", environ["REQUEST_METHOD"], rule,
@@ -5517,7 +5538,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 27 Demo upstream
+# 28 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -5684,7 +5705,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 28 Server
+# 29 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -6001,7 +6022,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 29 Command line
+# 30 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -6134,7 +6155,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 30 Description and page
+# 31 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
