@@ -1464,6 +1464,15 @@ class Session:
 Key = tuple[str, str, str]  # of a session: its owner, "user" or "response", and that one's name or id
 
 
+@dataclass(frozen=True)
+class SessionSummary:
+    """What a list of sessions says of one; an owner's turns together may be a gigabyte."""
+
+    created: float  # seconds since the epoch, as is `used`
+    used: float
+    turns: int
+
+
 class Store:
     """What all stores do, for many threads. Each may raise APIError 503 when the store cannot be reached.
 
@@ -1492,8 +1501,8 @@ class Store:
         """Whether there was anything to forget."""
         raise NotImplementedError
 
-    def users(self, owner: str) -> dict[str, Session]:
-        """The sessions of an owner's users, by their names."""
+    def users(self, owner: str) -> dict[str, SessionSummary]:
+        """The sessions of an owner's users, by their names; the least recently used is the first."""
         raise NotImplementedError
 
     def count(self) -> int:
@@ -1552,10 +1561,13 @@ class MemoryStore(Store):
             self._drop_expired()
             return self._forget(key)
 
-    def users(self, owner: str) -> dict[str, Session]:
+    def users(self, owner: str) -> dict[str, SessionSummary]:
         with self._lock:
             self._drop_expired()
-            return {key[2]: session for key, session in self._sessions.items() if key[:2] == (owner, "user")}
+            return {
+                name: SessionSummary(session.created, session.used, len(session.turns))
+                for (whose, kind, name), session in self._sessions.items() if (whose, kind) == (owner, "user")
+            }
 
     def count(self) -> int:
         with self._lock:
