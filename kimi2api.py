@@ -1596,9 +1596,10 @@ class MemoryStore(Store):
     def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
         now = time.time()
         with self._lock:
-            if (owner, period) not in self._counters:  # a new period: the old ones may have expired
+            expires, counters = self._counters.get((owner, period), (0.0, {}))
+            if expires <= now:  # a new period: others may have expired
                 self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
-            _, counters = self._counters.get((owner, period), (0.0, {}))
+                counters = {}
             for name, amount in amounts.items():
                 counters[name] = counters.get(name, 0) + amount
             self._counters[owner, period] = now + max_age, counters
