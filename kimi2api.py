@@ -1185,7 +1185,7 @@ class ResponsesRequest:
                 if found is None:
                     raise bad_request(f"Item with id {item['id'][:100]!r} not found.", f"input[{index}].type")
                 items[index] = found
-        messages, places = read_items(items)
+        messages, places = read_items(items, bool(body.get("previous_response_id")))
         if not messages:
             raise bad_request("'input' has no message.", "input")
         if body.get("instructions"):
@@ -1317,11 +1317,12 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     return function
 
 
-def read_items(items: list[JSONObject]) -> tuple[list[Message], list[str]]:
+def read_items(items: list[JSONObject], go_on: bool = False) -> tuple[list[Message], list[str]]:
     """Items as messages, and where in the input each message begins.
 
     What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results. These
-    come right behind it, as APIs want them, also where the input has something in between.
+    come right behind it, as APIs want them, also where the input has something in between. go_on: those of calls that
+    are not here come first, behind the response that the input goes on from.
     """
     found: list[tuple[int, str, Message]] = []  # by the index of the item that each belongs behind
     steps: dict[str, int] = {}  # the same of calls, by their ids
@@ -1337,7 +1338,7 @@ def read_items(items: list[JSONObject]) -> tuple[list[Message], list[str]]:
         elif kind.endswith("_output"):
             content = read_content(item["output"], f"{place}.output")
             result = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-            found.append((steps.get(item["call_id"], index), place, result))
+            found.append((steps.get(item["call_id"], -1 if go_on else index), place, result))
             answer = None
         else:
             is_next = kind in ("message", "reasoning") and answer and answer["content"] and "tool_calls" not in answer

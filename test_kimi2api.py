@@ -4320,6 +4320,18 @@ def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[
     assert order == ["user", "assistant", "b", "a", "system", "user", "assistant", "a", "other"]
 
 
+def test_what_tools_gave_stands_right_behind_the_response_that_called_them(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both)
+    api.script.append(THOUGHT_AND_CALLS)
+    called = respond(app, model="local/k2", tools=TOOLS).json["id"]
+    items = [USER, *({"type": "function_call_output", "call_id": id, "output": id} for id in ("c1", "c2", "c3"))]
+    assert output_text(respond(app, items, model="local/k2", tools=TOOLS, previous_response_id=called))
+    order = [message.get("tool_call_id") or message["role"] for message in api.asked[1][2]["messages"]]
+    assert order == ["user", "assistant", "c1", "c2", "c3", "user"]
+
+
 @pytest.mark.parametrize("kind", ["reasoning", "texts"])
 def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
