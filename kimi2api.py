@@ -5406,7 +5406,7 @@ class App:
                 "user": user,
                 "created": int(session.created),
                 "last_used": int(session.used),
-                "turns": len(session.turns),
+                "turns": session.turns,
             })
         return {"object": "list", "data": listed}
 
