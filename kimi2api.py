@@ -15,22 +15,23 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Settings           every setting, in one table       17 Kimi's web chat      the nonce, the form, its answers
-     2 Errors and JSON    in OpenAI's form; strict reading  18 Model notes          what models refuse
-     3 Schemas            what a value must be like         19 API streams          the events of an answer
-     4 Requests           what a caller may send            20 OpenAI-style APIs    Moonshot, DeepSeek, a local one
-     5 Responses requests read as chats                     21 Models and fallback  who answers for a model
-     6 Stores             where sessions are kept           22 Metering             every answer is counted
-     7 Sessions           what is remembered of users       23 Delivery             sessions, threads, pace
-     8 Limits and usage   of each key                       24 Formats              deltas to JSON or to events
-     9 Metrics            for Prometheus                    25 Responses            deltas to items and events
-    10 Deltas             folding, tokens, graphemes        26 Access               keys, hosts, browsers
-    11 Connections        deadlines, strict reading         27 App                  routes
-    12 Transport          pools, failures as errors         28 Demo upstream        a small web chat of our own
-    13 Upstreams          circuit breaker, retries          29 Server               waitress, and how it stops
-    14 Prompts            a request as plain text           30 Command line         flags, --check, main()
-    15 Reading answers    calls and JSON in text            31 Description, page    OpenAPI, and HTML
-    16 Scraper            cloudscraper, many threads
+     1 Settings           every setting, in one table       18 Reading answers      calls and JSON in text
+     2 Errors and JSON    in OpenAI's form; strict reading  19 Scraper              cloudscraper, many threads
+     3 Schemas            what a value must be like         20 Kimi's web chat      the nonce, the form, its answers
+     4 Requests           what a caller may send            21 Model notes          what models refuse
+     5 Responses requests read as chats                     22 API streams          the events of an answer
+     6 Stores             where sessions are kept           23 OpenAI-style APIs    Moonshot, DeepSeek, a local one
+     7 Shared stores      failures, formats                 24 Models and fallback  who answers for a model
+     8 SQLite store       one file                          25 Metering             every answer is counted
+     9 Redis store        many machines                     26 Delivery             sessions, threads, pace
+    10 Sessions           what is remembered of users       27 Formats              deltas to JSON or to events
+    11 Limits and usage   of each key                       28 Responses            deltas to items and events
+    12 Metrics            for Prometheus                    29 Access               keys, hosts, browsers
+    13 Deltas             folding, tokens, graphemes        30 App                  routes
+    14 Connections        deadlines, strict reading         31 Demo upstream        a small web chat of our own
+    15 Transport          pools, failures as errors         32 Server               waitress, and how it stops
+    16 Upstreams          circuit breaker, retries          33 Command line         flags, --check, main()
+    17 Prompts            a request as plain text           34 Description, page    OpenAPI, and HTML
 
 A section knows those above it and never one below; the last holds constants that the App serves.
 """
@@ -228,6 +229,17 @@ def parse_url(text: str) -> str:
     return text
 
 
+def parse_store(text: str) -> str:
+    kind, _, rest = text.partition(":")
+    if kind in ("redis", "rediss"):
+        parts = urlsplit(text)
+        if not parts.hostname or parts.port == 0:
+            raise ValueError
+    elif text != "memory" and (kind != "sqlite" or not rest):
+        raise ValueError
+    return text
+
+
 TEXT = Kind("any text", str)
 HOST = Kind("a host's name or address", lambda text: text.strip("[]"))
 URL = Kind("an http:// or https:// address", parse_url)
@@ -240,6 +252,7 @@ MODEL_TABLE = Kind("`id=upstream name`, separated by commas", parse_model_table)
 MODEL_IDS = comma_separated(r"\S+", "a model's id")
 ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
 API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
+STORE = Kind("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
 LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
@@ -287,6 +300,9 @@ class Settings:
         "0", "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own", LIMITS)
     tokens_per_day: dict[str, int] = setting(
         "0", "tokens per key and day (UTC), 0: no limit; in the same form", LIMITS)
+    session_store: str = setting(
+        "memory", "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
+        "`rediss://…` (extra `redis`)", STORE)
     request_timeout: float = setting(
         "60", "seconds one upstream attempt may take", number(0.1, 86400))
     max_retries: int = setting(
@@ -352,7 +368,8 @@ class Settings:
             try:
                 return kind.parse(text)
             except ValueError:
-                shown = "the value" if name.endswith("_KEY") else repr(text)
+                is_secret = name.endswith("_KEY") or "@" in text  # an address may hold a password
+                shown = "the value" if is_secret else repr(text)
                 raise SettingError(f"{name}: {shown} is not {kind.accepts}") from None
 
         values = {}
@@ -1444,6 +1461,10 @@ MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls, likewise
 MESSAGE_BYTES = 500  # that a message takes beside its text
 
 
+def size_of_turn(turn: Turn) -> int:
+    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
+
+
 @dataclass(frozen=True)
 class Session:
     """What is remembered of a user, or of a stored response and what led to it."""
@@ -1633,15 +1654,697 @@ class MemoryStore(Store):
 
 
 # ======================================================================================================================
-# 7 Sessions
+# 7 Shared stores
+#
+# What stores outside of this process have in common: others share them, they fail and come back, and they may hold
+# what another version of the program wrote.
+# ======================================================================================================================
+
+STORE_PATIENCE = 4.0  # seconds that a call waits for its turn
+CHECK_PATIENCE = 1.0  # the same for /health
+REASONING_PATIENCE = 0.5  # and for what chats can do without
+MAX_STORE_PAUSE = 2.0  # seconds without a call after a failure, at most
+
+
+class StoreError(Exception):
+    """A store that cannot be used, in words for the log; at the start they are those of a SettingError."""
+
+
+class SharedStore(Store):
+    """A store outside of this process. Every failure of it is the same APIError, and soon."""
+
+    failures: tuple[type[Exception], ...] = (StoreError,)
+
+    def __init__(self, ttl: float, limit: int) -> None:
+        super().__init__(ttl, limit)
+        # Neither needs a lock: a call too many or a line too many in the log does no harm
+        self._paused_until = 0.0  # in seconds of time.monotonic()
+        self._is_failing = False
+
+    def _check_pause(self) -> None:
+        if time.monotonic() < self._paused_until:
+            raise store_unavailable()
+
+    @contextmanager
+    def _calling(self, is_write: bool) -> Iterator[None]:
+        """Around a call of the store. After a failure there is none for as long as that took: while each takes a
+        second, a request that could use the store twenty times must not take twenty."""
+        self._check_pause()
+        began = time.monotonic()
+        try:
+            yield
+        except self.failures as error:
+            now = time.monotonic()
+            self._paused_until = now + min(now - began, MAX_STORE_PAUSE)
+            if not self._is_failing:
+                log.warning("the session store (%s) fails: %s: %s", self.kind, type(error).__name__, error)
+            self._is_failing = True
+            raise store_unavailable() from None
+        if self._is_failing and is_write:  # a full disk can still be read
+            self._is_failing = False
+            log.warning("the session store (%s) is well again", self.kind)
+
+
+def store_unavailable() -> APIError:
+    return APIError(
+        503, "The store of sessions cannot be used at the moment; the server's log says why. Requests without user, "
+        "previous_response_id and store need none.", "server_error", "session_store_unavailable")
+
+
+def newer_format(version: int) -> StoreError:
+    return StoreError(f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
+
+
+def not_ours(error: Exception) -> StoreError:
+    return StoreError(f"it holds what this program did not write: {error}")
+
+
+def load_json(source: bytes) -> Any:
+    """What dump_json() wrote."""
+    try:
+        return json.loads(source)
+    except ValueError as error:
+        raise not_ours(error) from None
+
+
+def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
+    """How many of the oldest turns are gone, and which ones are new at the end."""
+    if after and after[0] in before:
+        gone = before.index(after[0])
+        kept = len(before) - gone
+        if before[gone:] == after[:kept]:
+            return gone, after[kept:]
+    return len(before), after
+
+
+# ======================================================================================================================
+# 8 SQLite store
+#
+# One file, which the processes of one machine may share.
+# ======================================================================================================================
+
+PROBE_BYTES = 1 << 16  # that must fit before a full disk counts as well again
+MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are given back to the system
+SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
+SQLITE_STEPS = (  # from each version of the format to the next; PRAGMA user_version is how many have been made
+    (
+        """CREATE TABLE sessions (
+            number INTEGER PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+            id TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL, system BLOB NOT NULL, response BLOB,
+            UNIQUE (owner, kind, name))""",
+        "CREATE INDEX sessions_by_use ON sessions (used)",
+        """CREATE TABLE turns (
+            number INTEGER PRIMARY KEY, turn BLOB NOT NULL,
+            session INTEGER NOT NULL REFERENCES sessions ON DELETE CASCADE)""",
+        "CREATE INDEX turns_of_session ON turns (session)",
+        """CREATE TABLE reasoning (
+            number INTEGER PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, kept REAL NOT NULL,
+            size INTEGER NOT NULL, text TEXT NOT NULL, UNIQUE (owner, place))""",
+        "CREATE INDEX reasoning_by_age ON reasoning (kept)",
+        """CREATE TABLE counters (
+            owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
+            expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
+        "CREATE INDEX counters_by_expiry ON counters (expires)",
+        "CREATE TABLE probe (content BLOB)",
+        # Counting rows would take longer the more there are
+        "CREATE TABLE totals (sessions INTEGER NOT NULL, reasoning INTEGER NOT NULL)",
+        "INSERT INTO totals VALUES (0, 0)",
+        "CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN UPDATE totals SET sessions = sessions + 1; END",
+        "CREATE TRIGGER session_gone AFTER DELETE ON sessions BEGIN UPDATE totals SET sessions = sessions - 1; END",
+        """CREATE TRIGGER reasoning_added AFTER INSERT ON reasoning BEGIN
+            UPDATE totals SET reasoning = reasoning + NEW.size; END""",
+        """CREATE TRIGGER reasoning_gone AFTER DELETE ON reasoning BEGIN
+            UPDATE totals SET reasoning = reasoning - OLD.size; END""",
+    ),
+)
+SQLITE_PRAGMAS = (
+    "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
+    "PRAGMA journal_size_limit = 4194304",
+    "PRAGMA foreign_keys = ON",
+)
+
+
+class SQLiteStore(SharedStore):
+    """A file of sqlite3. One connection serves all threads: a call takes a fraction of a millisecond."""
+
+    kind = "sqlite"
+
+    def __init__(self, path: str, ttl: float, limit: int) -> None:
+        """Raises StoreError for a file that cannot be opened or is not ours. One that is locked may be free later."""
+        super().__init__(ttl, limit)
+        try:
+            import sqlite3
+        except ImportError:
+            raise StoreError("this Python has no sqlite3") from None
+        self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
+        self._path = os.path.abspath(os.path.expanduser(path))
+        self._lock = threading.Lock()  # guards the connection and its file; held while sqlite3 waits for others
+        self._db: Any = None
+        self._file: tuple[int, int] | None = None  # device and inode that the connection is to
+        try:
+            self._connect(STORE_PATIENCE)
+        except self.failures as error:
+            if "locked" not in str(error):
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise StoreError(f"{self._path} cannot be used: {reason}") from None
+            log.warning("the session store (sqlite) is locked by another program: %s", self._path)
+
+    def check(self) -> None:
+        with self._transaction(patience=CHECK_PATIENCE) as db:
+            if self._is_failing:
+                db.execute("INSERT INTO probe VALUES (zeroblob(?))", (PROBE_BYTES,))
+            else:
+                return
+        with self._transaction(patience=CHECK_PATIENCE) as db:
+            db.execute("DELETE FROM probe")
+
+    def get(self, key: Key) -> Session | None:
+        with self._transaction("BEGIN") as db:
+            _, session = self._read_session(db, key)
+        return session
+
+    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
+        with self._transaction() as db:
+            number, before = self._read_session(db, key)
+            session = change(before)
+            response = dump_json(session.response) if session.response else None
+            fields = (session.id, session.created, session.used, dump_json(session.system), response)
+            gone, new = changed_turns(before.turns if before else (), session.turns)
+            if before is None:
+                db.execute("DELETE FROM sessions WHERE number = ?", (number,))  # it has expired
+                number = db.execute(
+                    "INSERT INTO sessions (owner, kind, name, id, created, used, system, response) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*key, *fields)).lastrowid
+            else:
+                db.execute(
+                    "UPDATE sessions SET id = ?, created = ?, used = ?, system = ?, response = ? WHERE number = ?",
+                    (*fields, number))
+            if gone:
+                db.execute(
+                    "DELETE FROM turns WHERE number IN "
+                    "(SELECT number FROM turns WHERE session = ? ORDER BY number LIMIT ?)", (number, gone))
+            rows = [(number, dump_json(turn)) for turn in new]
+            db.executemany("INSERT INTO turns (session, turn) VALUES (?, ?)", rows)
+            self._sweep_sessions(db)
+
+    def forget(self, key: Key) -> bool:
+        with self._transaction() as db:
+            number, session = self._read_session(db, key)
+            db.execute("DELETE FROM sessions WHERE number = ?", (number,))
+        return session is not None
+
+    def users(self, owner: str) -> dict[str, SessionSummary]:
+        with self._transaction("BEGIN") as db:
+            rows = db.execute(
+                "SELECT name, created, used, (SELECT count(*) FROM turns WHERE session = sessions.number) "
+                "FROM sessions WHERE owner = ? AND kind = 'user' AND used > ? ORDER BY used",
+                (owner, time.time() - self.ttl))
+            return {name: SessionSummary(created, used, turns) for name, created, used, turns in rows}
+
+    def count(self) -> int:
+        with self._transaction("BEGIN", CHECK_PATIENCE) as db:
+            [count] = db.execute(
+                "SELECT sessions - (SELECT count(*) FROM sessions WHERE used <= ?) FROM totals",
+                (time.time() - self.ttl,)).fetchone()
+        return int(count)
+
+    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
+        now = time.time()
+        with self._transaction(patience=REASONING_PATIENCE) as db:
+            for place in places:
+                db.execute("DELETE FROM reasoning WHERE owner = ? AND place = ?", (owner, place))
+                db.execute(
+                    "INSERT INTO reasoning (owner, place, kept, size, text) VALUES (?, ?, ?, ?, ?)",
+                    (owner, place, now, len(text) + MESSAGE_BYTES, text))
+            db.execute("DELETE FROM reasoning WHERE kept <= ?", (now - self.ttl,))
+            while db.execute("SELECT reasoning > ? FROM totals", (MAX_REASONING_BYTES,)).fetchone() == (1,):
+                db.execute("DELETE FROM reasoning WHERE number = "
+                           "(SELECT number FROM reasoning ORDER BY kept, number LIMIT 1)")
+
+    def find_reasoning(self, owner: str, place: str) -> str | None:
+        with self._transaction("BEGIN", REASONING_PATIENCE) as db:
+            row = db.execute(
+                "SELECT text FROM reasoning WHERE owner = ? AND place = ? AND kept > ?",
+                (owner, place, time.time() - self.ttl)).fetchone()
+        return row[0] if row else None
+
+    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
+        now = time.time()
+        with self._transaction() as db:
+            db.execute("DELETE FROM counters WHERE expires <= ?", (now,))
+            db.executemany(
+                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
+                [(owner, period, name, amount, now + max_age) for name, amount in amounts.items()])
+            db.execute(
+                "UPDATE counters SET expires = ? WHERE owner = ? AND period = ?", (now + max_age, owner, period))
+            counters = self._read_counters(db, owner, period)
+        return {name: counters[name] for name in amounts}
+
+    def read(self, owner: str, period: str) -> dict[str, int]:
+        with self._transaction("BEGIN") as db:
+            return self._read_counters(db, owner, period)
+
+    # The caller of these is in a transaction
+
+    def _read_session(self, db: Any, key: Key) -> tuple[int | None, Session | None]:
+        """The number of the session's row, and the session unless it has expired."""
+        row = db.execute(
+            "SELECT number, id, created, used, system, response FROM sessions "
+            "WHERE owner = ? AND kind = ? AND name = ?", key).fetchone()
+        if row is None:
+            return None, None
+        number, id, created, used, system, response = row
+        if used <= time.time() - self.ttl:
+            return number, None
+        rows = db.execute("SELECT turn FROM turns WHERE session = ? ORDER BY number", (number,))
+        turns = tuple(tuple(load_json(turn)) for turn, in rows)
+        return number, Session(
+            id, created, used, turns, tuple(load_json(system)), load_json(response) if response else None)
+
+    def _sweep_sessions(self, db: Any) -> None:
+        """Delete what has expired, not all at once, and what is too many."""
+        db.execute(
+            "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions WHERE used <= ? ORDER BY used LIMIT 50)",
+            (time.time() - self.ttl,))
+        [kept] = db.execute("SELECT sessions FROM totals").fetchone()
+        if kept > self.limit:
+            db.execute(
+                "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions ORDER BY used, number LIMIT ?)",
+                (kept - self.limit,))
+        [free] = db.execute("PRAGMA freelist_count").fetchone()
+        if free > MAX_FREE_PAGES:
+            db.execute("PRAGMA incremental_vacuum(500)").fetchall()
+
+    def _read_counters(self, db: Any, owner: str, period: str) -> dict[str, int]:
+        return dict(db.execute(
+            "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
+            (owner, period, time.time())))
+
+    @contextmanager
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = STORE_PATIENCE) -> Iterator[Any]:
+        """The connection, in a transaction of which all is done or nothing."""
+        deadline = time.monotonic() + patience
+        self._check_pause()
+        if not self._lock.acquire(timeout=patience):
+            raise store_unavailable()
+        try:
+            with self._calling(is_write=begin != "BEGIN"):
+                try:
+                    self._connect(max(0.0, deadline - time.monotonic()))
+                    self._db.execute(begin)
+                    yield self._db
+                    self._db.execute("COMMIT")
+                except BaseException as error:
+                    self._undo(error)
+                    raise
+        finally:
+            self._lock.release()
+
+    def _undo(self, error: BaseException) -> None:
+        if isinstance(error, self.failures):
+            self._close()  # the next call opens the file anew, whatever has become of it
+        elif self._db and self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    # The caller of these holds the lock
+
+    def _connect(self, patience: float) -> None:
+        """Have a connection to the file that the path leads to now: one that was deleted can still be written."""
+        if self._db:
+            with suppress(OSError):
+                now = os.stat(self._path)
+                if (now.st_dev, now.st_ino) == self._file:
+                    self._db.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
+                    return
+            self._close()
+        import sqlite3
+        with suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        self._db = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(self._db)
+        except BaseException:
+            self._close()
+            raise
+        opened = os.stat(self._path)
+        self._file = opened.st_dev, opened.st_ino
+
+    def _close(self) -> None:
+        if self._db:
+            with suppress(*self.failures):
+                self._db.close()
+        self._db = None
+
+    def _prepare(self, db: Any) -> None:
+        """See that the file is ours, and bring it to the format of this version."""
+        [application] = db.execute("PRAGMA application_id").fetchone()
+        [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and application != SQLITE_APPLICATION:
+            raise StoreError("it is the database of another program")
+        [version] = db.execute("PRAGMA user_version").fetchone()
+        if version > len(SQLITE_STEPS):
+            raise newer_format(version)
+        for pragma in SQLITE_PRAGMAS:
+            db.execute(pragma).fetchall()
+        db.execute("BEGIN IMMEDIATE")
+        [version] = db.execute("PRAGMA user_version").fetchone()  # another process may have been first
+        for step in SQLITE_STEPS[version:]:
+            for statement in step:
+                db.execute(statement)
+        if version < len(SQLITE_STEPS):
+            db.execute(f"PRAGMA application_id = {SQLITE_APPLICATION}")
+            db.execute(f"PRAGMA user_version = {len(SQLITE_STEPS)}")
+        db.execute("COMMIT")
+
+
+# ======================================================================================================================
+# 9 Redis store
+#
+# Sessions in Redis, for processes on any number of machines: a list of turns and a hash for the rest of each session,
+# sorted sets for what is oldest. What a request does is one transaction.
+# ======================================================================================================================
+
+REDIS_CONNECTIONS = 32  # at most; Python's threads do not keep more of them busy
+REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to have a connection
+REDIS_FORMAT = "kimi2api:format"
+REDIS_SESSIONS = "kimi2api:sessions"  # all of them, by their last use
+REDIS_REASONING = "kimi2api:reasoning"  # the names of all texts, by their age
+REDIS_SIZES = "kimi2api:reasoning-sizes"  # of each text, and `total`
+REDIS_STEPS: tuple[Callable[[Any], None], ...] = (  # as SQLITE_STEPS; each may be made twice
+    lambda redis: None,  # an empty database
+)
+KEEP_REASONING = """
+local index, sizes = KEYS[1], KEYS[2]
+local now, ttl, limit, text, size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local function drop(name)
+    redis.call('DEL', index .. ':' .. name)
+    redis.call('ZREM', index, name)
+    local known = redis.call('HGET', sizes, name)
+    if known then
+        redis.call('HINCRBY', sizes, 'total', '-' .. known)
+        redis.call('HDEL', sizes, name)
+    end
+end
+for place = 6, #ARGV do
+    drop(ARGV[place])
+    redis.call('SET', index .. ':' .. ARGV[place], text, 'PX', ttl)
+    redis.call('ZADD', index, now, ARGV[place])
+    redis.call('HSET', sizes, ARGV[place], size)
+    redis.call('HINCRBY', sizes, 'total', size)
+end
+for _, name in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now - ttl / 1000, 'LIMIT', 0, 100)) do
+    drop(name)
+end
+while tonumber(redis.call('HGET', sizes, 'total')) > limit do
+    local oldest = redis.call('ZRANGE', index, 0, 0)[1]
+    if not oldest then  -- Redis has dropped the index for want of memory
+        return redis.call('DEL', sizes)
+    end
+    drop(oldest)
+end
+redis.call('PEXPIRE', index, ttl)
+redis.call('PEXPIRE', sizes, ttl)
+"""
+
+
+def hashed(text: str) -> str:
+    """A name for a key of Redis, which says nothing of the text and cannot be another's."""
+    return sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class RedisKeys:
+    """Where a session is in Redis."""
+
+    member: str  # of the sorted sets
+
+    @classmethod
+    def of(cls, key: Key) -> RedisKeys:
+        owner, kind, name = key
+        return cls(f"{hashed(owner)}:{kind}:{hashed(name)}")
+
+    @property
+    def session(self) -> str:
+        """A hash: all but the turns, and their number."""
+        return f"kimi2api:session:{self.member}"
+
+    @property
+    def turns(self) -> str:
+        """A list."""
+        return f"kimi2api:turns:{self.member}"
+
+    @property
+    def siblings(self) -> str:
+        """The sorted set of the owner's users or responses, by their last use."""
+        owner, kind, _ = self.member.split(":")
+        return f"kimi2api:{kind}s:{owner}"
+
+
+class RedisStore(SharedStore):
+    """A Redis of version 5 or newer, or what speaks its protocol."""
+
+    kind = "redis"
+
+    def __init__(self, url: str, ttl: float, limit: int) -> None:
+        """Raises StoreError when the package is missing, or a newer version wrote there. A Redis that does not answer
+        may do so later."""
+        super().__init__(ttl, limit)
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
+        self.failures = (StoreError, redis.RedisError, OSError)
+        self._conflict = redis.WatchError
+        try:
+            pool = redis.BlockingConnectionPool.from_url(
+                url, max_connections=REDIS_CONNECTIONS, timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT,
+                socket_timeout=REDIS_TIMEOUT, socket_keepalive=True, protocol=2,
+                retry=Retry(NoBackoff(), 0))  # a turn whose answer was lost may have landed
+            pool.make_connection()  # which reads the options in the address
+        except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
+            raise StoreError(f"the address of Redis cannot be used: {error}") from None
+        self._redis: Any = redis.Redis(connection_pool=pool)
+        self._keep_reasoning = self._redis.register_script(KEEP_REASONING)
+        self._lifetime = max(1, int(ttl * 1000))  # ms
+        self._is_format_known = False
+        # Held while a session is changed, each for its part of all sessions: threads that compete for one session by
+        # WATCH alone spend their time on transactions that fail. It is other processes that WATCH is for
+        self._locks = [threading.Lock() for _ in range(64)]
+        try:
+            self._check_format()
+        except StoreError:
+            raise
+        except self.failures as error:
+            self._is_failing = True
+            log.warning("the session store (redis) fails: %s: %s", type(error).__name__, error)
+
+    def check(self) -> None:
+        with self._client(is_write=True) as redis:
+            redis.set(REDIS_FORMAT, len(REDIS_STEPS), nx=True)  # refused when memory is full, or by a replica
+
+    def get(self, key: Key) -> Session | None:
+        keys = RedisKeys.of(key)
+        with self._client() as redis, redis.pipeline() as pipe:
+            pipe.hgetall(keys.session)
+            pipe.lrange(keys.turns, 0, -1)
+            return self._read_session(*pipe.execute())
+
+    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
+        keys = RedisKeys.of(key)
+        deadline = time.monotonic() + STORE_PATIENCE / 2
+        self._check_pause()
+        lock = self._locks[hash(key) % len(self._locks)]
+        if not lock.acquire(timeout=STORE_PATIENCE / 2):
+            raise store_unavailable()
+        try:
+            with self._client(is_write=True) as redis:
+                kept = None
+                while kept is None:
+                    with redis.pipeline() as pipe:
+                        pipe.watch(keys.session)
+                        before = self._read_session(pipe.hgetall(keys.session), pipe.lrange(keys.turns, 0, -1))
+                        if time.monotonic() > deadline:  # it is slow, or others are always faster
+                            raise store_unavailable()
+                        kept = self._write_session(pipe, keys, key[2], before, change(before))
+        finally:
+            lock.release()
+        if kept > self.limit:
+            self._evict(kept)
+
+    def _write_session(
+        self, pipe: Any, keys: RedisKeys, name: str, before: Session | None, session: Session,
+    ) -> int | None:
+        """How many sessions there are then; None when another was faster."""
+        fields = {
+            "name": name, "id": session.id, "created": repr(session.created), "used": repr(session.used),
+            "turns": len(session.turns), "system": dump_json(session.system),
+        }
+        if session.response:
+            fields["response"] = dump_json(session.response)
+        gone, new = changed_turns(before.turns if before else (), session.turns)
+        expired = time.time() - self.ttl
+        pipe.multi()
+        if before is None:
+            pipe.delete(keys.session, keys.turns)
+        elif gone:
+            pipe.ltrim(keys.turns, gone, -1)
+        pipe.hset(keys.session, mapping=fields)
+        if new:
+            pipe.rpush(keys.turns, *map(dump_json, new))
+        for by_use in (REDIS_SESSIONS, keys.siblings):
+            pipe.zadd(by_use, {keys.member: session.used})
+            pipe.zremrangebyscore(by_use, "-inf", expired)
+        for key in (keys.session, keys.turns, REDIS_SESSIONS, keys.siblings):
+            pipe.pexpire(key, self._lifetime)
+        pipe.zcard(REDIS_SESSIONS)
+        try:
+            return int(pipe.execute()[-1])
+        except self._conflict:
+            time.sleep(random.uniform(0, 0.005))
+            return None
+
+    def _evict(self, kept: int) -> None:
+        """Drop the least recently used of too many sessions, but not one that is being used."""
+        with suppress(*self.failures):  # the turn has landed, and the next one tries again
+            while kept > self.limit:
+                count = min(kept - self.limit, 50)
+                with self._redis.pipeline() as pipe:
+                    oldest = self._redis.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
+                    victims = [RedisKeys(member.decode()) for member, _ in oldest]
+                    pipe.watch(*(victim.session for victim in victims))
+                    if pipe.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True) != oldest:
+                        return
+                    pipe.multi()
+                    for victim in victims:
+                        self._delete(pipe, victim)
+                    pipe.zcard(REDIS_SESSIONS)
+                    kept = pipe.execute()[-1]
+
+    def forget(self, key: Key) -> bool:
+        keys = RedisKeys.of(key)
+        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+            pipe.zscore(REDIS_SESSIONS, keys.member)
+            self._delete(pipe, keys)
+            used, was_deleted, *_ = pipe.execute()
+        return bool(was_deleted) and used is not None and used > time.time() - self.ttl
+
+    def users(self, owner: str) -> dict[str, SessionSummary]:
+        siblings = RedisKeys.of((owner, "user", "")).siblings
+        with self._client() as redis, redis.pipeline() as pipe:
+            for member in redis.zrangebyscore(siblings, f"({time.time() - self.ttl}", "+inf"):
+                pipe.hmget(RedisKeys(member.decode()).session, "name", "created", "used", "turns")
+            found = pipe.execute()
+        return {
+            name.decode(): SessionSummary(float(created), float(used), int(turns))
+            for name, created, used, turns in found if name is not None
+        }
+
+    def count(self) -> int:
+        with self._client() as redis:
+            return int(redis.zcount(REDIS_SESSIONS, f"({time.time() - self.ttl}", "+inf"))
+
+    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
+        names = [f"{hashed(owner)}:{hashed(place)}" for place in places]
+        size = len(text.encode()) + MESSAGE_BYTES
+        with self._client(is_write=True) as redis:
+            self._keep_reasoning(
+                [REDIS_REASONING, REDIS_SIZES],
+                [repr(time.time()), self._lifetime, MAX_REASONING_BYTES, text, size, *names], client=redis)
+
+    def find_reasoning(self, owner: str, place: str) -> str | None:
+        with self._client() as redis:
+            text = redis.get(f"{REDIS_REASONING}:{hashed(owner)}:{hashed(place)}")
+        return text.decode() if text is not None else None
+
+    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
+        key = self._counters(owner, period)
+        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+            for name, amount in amounts.items():
+                pipe.hincrby(key, name, amount)
+            pipe.pexpire(key, max(1, int(max_age * 1000)))
+            *values, _ = pipe.execute()
+        return dict(zip(amounts, values, strict=True))
+
+    def read(self, owner: str, period: str) -> dict[str, int]:
+        with self._client() as redis:
+            counters = redis.hgetall(self._counters(owner, period))
+        return {name.decode(): int(value) for name, value in counters.items()}
+
+    def _counters(self, owner: str, period: str) -> str:
+        return f"kimi2api:counters:{hashed(owner)}:{hashed(period)}"
+
+    def _read_session(self, fields: dict[bytes, bytes], turns: list[bytes]) -> Session | None:
+        if not fields:
+            return None
+        try:
+            response = fields.get(b"response")
+            session = Session(
+                fields[b"id"].decode(), float(fields[b"created"]), float(fields[b"used"]),
+                tuple(tuple(load_json(turn)) for turn in turns), tuple(load_json(fields[b"system"])),
+                load_json(response) if response else None)
+            is_whole = len(turns) == int(fields[b"turns"])  # Redis may have dropped the list for want of memory
+        except (KeyError, ValueError) as error:
+            raise not_ours(error) from None
+        return session if is_whole and session.used > time.time() - self.ttl else None
+
+    def _delete(self, pipe: Any, keys: RedisKeys) -> None:
+        pipe.delete(keys.session)
+        pipe.delete(keys.turns)
+        pipe.zrem(REDIS_SESSIONS, keys.member)
+        pipe.zrem(keys.siblings, keys.member)
+
+    @contextmanager
+    def _client(self, is_write: bool = False) -> Iterator[Any]:
+        with self._calling(is_write):
+            try:
+                if not self._is_format_known:
+                    self._check_format()
+                yield self._redis
+            except self.failures:
+                self._is_format_known = False  # it may be another when it is back
+                raise
+
+    def _check_format(self) -> None:
+        """See that no newer version wrote there, and bring it to the format of this version."""
+        try:
+            version = int(self._redis.get(REDIS_FORMAT) or 0)
+        except ValueError as error:
+            raise not_ours(error) from None
+        if version > len(REDIS_STEPS):
+            raise newer_format(version)
+        for step in REDIS_STEPS[version:]:
+            step(self._redis)
+        if version < len(REDIS_STEPS):
+            self._redis.set(REDIS_FORMAT, len(REDIS_STEPS))
+        self._is_format_known = True
+
+
+def open_store(settings: Settings) -> Store:
+    """The store of SESSION_STORE. Raises SettingError when it cannot be used at all."""
+    ttl = settings.session_cache_ttl
+    limit = settings.max_session_size
+    kind, _, path = settings.session_store.partition(":")
+    try:
+        if kind == "sqlite":
+            return SQLiteStore(path, ttl, limit)
+        if kind in ("redis", "rediss"):
+            return RedisStore(settings.session_store, ttl, limit)
+    except StoreError as error:
+        raise SettingError(f"SESSION_STORE: {error}") from None
+    return MemoryStore(ttl, limit)
+
+
+# ======================================================================================================================
+# 10 Sessions
 #
 # What is remembered of users and responses, in whichever store: turns, never system messages, which every request
 # carries itself.
 # ======================================================================================================================
-
-
-def size_of_turn(turn: Turn) -> int:
-    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
 
 
 def latest_turns(turns: Turns) -> Turns:
@@ -1742,7 +2445,7 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 8 Limits and usage
+# 11 Limits and usage
 #
 # What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
 # While the store cannot be reached, this process counts by itself.
@@ -1910,7 +2613,7 @@ def summed(counters: Mapping[str, int]) -> JSONObject:
 
 
 # ======================================================================================================================
-# 9 Metrics
+# 12 Metrics
 #
 # Counters and histograms of this process, in Prometheus's text format 0.0.4; names, units and buckets after
 # OpenTelemetry's conventions for generative AI.
@@ -1988,7 +2691,7 @@ def sample(name: str, labels: Labels, value: float) -> str:
 
 
 # ======================================================================================================================
-# 10 Deltas
+# 13 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -2173,7 +2876,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 11 Connections
+# 14 Connections
 #
 # http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
 # when a chat's client has gone.
@@ -2389,7 +3092,7 @@ class UpstreamConnection:
 
 
 # ======================================================================================================================
-# 12 Transport
+# 15 Transport
 #
 # Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
 # ======================================================================================================================
@@ -2589,7 +3292,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 # ======================================================================================================================
-# 13 Upstreams
+# 16 Upstreams
 #
 # What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
 # that is down; what many chats want at once is fetched once.
@@ -2860,7 +3563,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 14 Prompts
+# 17 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -3065,7 +3768,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 15 Reading answers
+# 18 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -3231,7 +3934,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 16 Scraper
+# 19 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -3367,7 +4070,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 17 Kimi's web chat
+# 20 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -3653,7 +4356,7 @@ def read_text(response: requests.Response, nonce: str) -> str:
 
 
 # ======================================================================================================================
-# 18 Model notes
+# 21 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -3748,7 +4451,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 19 API streams
+# 22 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -3996,7 +4699,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 20 OpenAI-style APIs
+# 23 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -4190,7 +4893,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 21 Models and fallback
+# 24 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -4295,7 +4998,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 22 Metering
+# 25 Metering
 #
 # Every answer is counted here, for its key and for metrics, when it ends: streams, lost clients, fallbacks alike.
 # ======================================================================================================================
@@ -4354,7 +5057,7 @@ class Meter:
 
 
 # ======================================================================================================================
-# 23 Delivery
+# 26 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
 # arrived in one piece, with keep-alives during silence.
@@ -4647,7 +5350,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 24 Formats
+# 27 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -4751,7 +5454,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 25 Responses
+# 28 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -5070,7 +5773,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 26 Access
+# 29 Access
 #
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
@@ -5183,7 +5886,7 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 27 App
+# 30 App
 #
 # The routes. `create_app(settings)` builds a Bottle application with state of its own, so a
 # test can have as many as it likes.
@@ -5222,7 +5925,7 @@ class App:
         self.stopping = stopping
         self.metrics = Metrics()
         self.providers = Providers(settings, self.metrics)
-        self.store = MemoryStore(settings.session_cache_ttl, settings.max_session_size)
+        self.store = open_store(settings)
         self.sessions = Sessions(self.store)
         self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
         self.meter = Meter(self.metrics, self.accounts, settings.models)
@@ -5525,7 +6228,8 @@ def routing_error(error: bottle.HTTPError) -> bytes:
 
 
 def create_app(settings: Settings, stopping: threading.Event | None = None) -> bottle.Bottle:
-    """The WSGI application. Chats end with an error once `stopping` is set."""
+    """The WSGI application. Chats end with an error once `stopping` is set. Raises SettingError for a store that cannot
+    be used."""
     app = App(settings, stopping or threading.Event())
     wsgi = bottle.Bottle()
     wsgi.install(json_plugin)
@@ -5552,7 +6256,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 28 Demo upstream
+# 31 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -5719,7 +6423,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 29 Server
+# 32 Server
 #
 # waitress with settings that suit chats, a stop that lets them finish, and the command line.
 # ======================================================================================================================
@@ -6036,7 +6740,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 30 Command line
+# 33 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -6153,7 +6857,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(settings: Settings, demo: bool) -> int:
     stopping = threading.Event()
-    app = create_app(settings, stopping)
+    try:
+        app = create_app(settings, stopping)
+    except SettingError as error:
+        return refuse_start(str(error))
     try:
         server = Server(settings, app, stopping)
     except (OSError, ValueError) as error:  # the port is in use, or the host has no address
@@ -6169,7 +6876,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 31 Description and page
+# 34 Description and page
 #
 # The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
