@@ -6140,13 +6140,20 @@ class App:
                 status = "degraded"
                 since, reason = failing
                 upstreams[provider.name] = {"failing_since": int(since), "reason": reason}
+        kept: int | None = None
+        with suppress(APIError):
+            self.store.check()
+            kept = self.store.count()
+        if kept is None:
+            status = "degraded"
         return {
             "status": status,
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.time() - self.started),
             "chats": {"running": self.chats.used, "limit": self.chats.limit},
-            "sessions": {"kept": self.store.count(), "limit": self.store.limit},
+            "sessions": {"kept": kept, "limit": self.store.limit},
+            "store": {"kind": self.store.kind, "ok": kept is not None},
             "upstreams": upstreams,
         }
 
@@ -6997,7 +7004,8 @@ SCHEMAS: dict[str, Schema] = {
         "uptime_seconds": COUNT,
         "key_required": BOOLEAN,
         "chats": object_of({"running": COUNT, "limit": COUNT}),
-        "sessions": object_of({"kept": COUNT, "limit": COUNT}),
+        "sessions": object_of({"kept": any_of(COUNT, NULL), "limit": COUNT}),
+        "store": object_of({"kind": choice_of("memory", "sqlite", "redis"), "ok": BOOLEAN}),
         "upstreams": {"type": "object", "additionalProperties": FAILING},
     }),
     "OpenAPI": OBJECT,
