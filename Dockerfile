@@ -2,8 +2,12 @@ FROM python:3.13-slim
 WORKDIR /app
 
 # The dependencies alone, so that a change of the code does not install them anew
+# EXTRAS: of pyproject.toml, such as redis, with spaces between
+ARG EXTRAS=""
 COPY pyproject.toml .
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import os, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    extras = [project['optional-dependencies'][name] for name in os.environ['EXTRAS'].split()]; \
+    print(*sum(extras, project['dependencies']), sep='\n')" \
     > /tmp/requirements.txt && pip install --no-cache-dir -r /tmp/requirements.txt && rm /tmp/requirements.txt
 
 COPY kimi2api.py .
