@@ -1662,7 +1662,7 @@ class MemoryStore(Store):
 
 STORE_PATIENCE = 4.0  # seconds that a call waits for its turn
 CHECK_PATIENCE = 1.0  # the same for /health
-REASONING_PATIENCE = 0.5  # and for what chats can do without
+OPTIONAL_PATIENCE = 0.5  # and for what chats can do without: reasoning and counters
 MAX_STORE_PAUSE = 2.0  # seconds without a call after a failure, at most
 
 
@@ -1872,7 +1872,7 @@ class SQLiteStore(SharedStore):
 
     def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
         now = time.time()
-        with self._transaction(patience=REASONING_PATIENCE) as db:
+        with self._transaction(patience=OPTIONAL_PATIENCE) as db:
             for place in places:
                 db.execute("DELETE FROM reasoning WHERE owner = ? AND place = ?", (owner, place))
                 db.execute(
@@ -1884,7 +1884,7 @@ class SQLiteStore(SharedStore):
                            "(SELECT number FROM reasoning ORDER BY kept, number LIMIT 1)")
 
     def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._transaction("BEGIN", REASONING_PATIENCE) as db:
+        with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
             row = db.execute(
                 "SELECT text FROM reasoning WHERE owner = ? AND place = ? AND kept > ?",
                 (owner, place, time.time() - self.ttl)).fetchone()
@@ -1892,7 +1892,7 @@ class SQLiteStore(SharedStore):
 
     def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
         now = time.time()
-        with self._transaction() as db:
+        with self._transaction(patience=OPTIONAL_PATIENCE) as db:
             db.execute("DELETE FROM counters WHERE expires <= ?", (now,))
             db.executemany(
                 "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
@@ -1904,7 +1904,7 @@ class SQLiteStore(SharedStore):
         return {name: counters[name] for name in amounts}
 
     def read(self, owner: str, period: str) -> dict[str, int]:
-        with self._transaction("BEGIN") as db:
+        with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
             return self._read_counters(db, owner, period)
 
     # The caller of these is in a transaction
@@ -1935,8 +1935,8 @@ class SQLiteStore(SharedStore):
                 "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions ORDER BY used, number LIMIT ?)",
                 (kept - self.limit,))
         [free] = db.execute("PRAGMA freelist_count").fetchone()
-        if free > MAX_FREE_PAGES:
-            db.execute("PRAGMA incremental_vacuum(500)").fetchall()
+        for _ in range(min(free - MAX_FREE_PAGES, 500)):
+            db.execute("PRAGMA incremental_vacuum(1)")  # Python makes but one step of it, which is one page
 
     def _read_counters(self, db: Any, owner: str, period: str) -> dict[str, int]:
         return dict(db.execute(
@@ -2217,8 +2217,9 @@ class RedisStore(SharedStore):
                     oldest = self._redis.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
                     victims = [RedisKeys(member.decode()) for member, _ in oldest]
                     pipe.watch(*(victim.session for victim in victims))
-                    if pipe.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True) != oldest:
-                        return
+                    still_oldest = pipe.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
+                    if still_oldest != oldest or pipe.zcard(REDIS_SESSIONS) - self.limit < count:
+                        return  # another process does the same, and will go on
                     pipe.multi()
                     for victim in victims:
                         self._delete(pipe, victim)

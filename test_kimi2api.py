@@ -22,8 +22,10 @@ import os
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import statistics
 import struct
@@ -37,6 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -1064,7 +1067,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
 
 
 # ======================================================================================================================
-# 6 Stores
+# 6 to 10 Stores and sessions
 # ======================================================================================================================
 
 
@@ -1211,6 +1214,487 @@ def test_sessions_are_bounded_in_bytes_each_and_all(
     chat(app, "z" * 9_000, user="eve")
     [turn] = app.get("/v1/sessions/eve").json["turns"]
     assert turn[0]["content"][0] == "y", "a turn that is too large is not kept, what was remembered is"
+
+
+# Each of the three keeps the same contract
+
+
+class RedisServer:
+    """A real redis-server on a free port, which keeps its data when it is stopped and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        program = shutil.which("redis-server")
+        if not program:
+            pytest.skip("there is no redis-server")
+        pytest.importorskip("redis", reason="the package redis is not installed")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._command = [program, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(directory)]
+        self._command += ["--save", "", "--appendonly", "yes"]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def answers() -> bool:
+            with suppress(Exception):  # those of a package that is not imported here
+                return bool(self.client.ping())
+            return False
+
+        wait_for(answers, "redis-server answers")
+
+    @property
+    def client(self) -> Any:
+        import redis
+
+        return redis.Redis(port=self.port, socket_timeout=PATIENCE)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_server(shared_redis: RedisServer) -> RedisServer:
+    """Empty, as it is configured by default."""
+    shared_redis.client.flushall()
+    return shared_redis
+
+
+def address_of_store(kind: str, request: pytest.FixtureRequest) -> str:
+    """A SESSION_STORE of this kind that is empty."""
+    if kind == "sqlite":
+        return f"sqlite:{request.getfixturevalue('tmp_path')}/sessions.db"
+    return request.getfixturevalue("redis_server").url if kind == "redis" else "memory"
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def address(request: pytest.FixtureRequest) -> str:
+    return address_of_store(request.param, request)
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def lasting(request: pytest.FixtureRequest) -> str:
+    return address_of_store(request.param, request)
+
+
+def open_store(address: str, ttl: float = 3600, limit: int = 1000) -> kimi2api.Store:
+    settings = kimi2api.Settings.load({"SESSION_STORE": address})
+    return kimi2api.open_store(replace(settings, session_cache_ttl=ttl, max_session_size=limit))
+
+
+def turn_of(text: Any) -> kimi2api.Turn:
+    return {"role": "user", "content": str(text)}, {"role": "assistant", "content": f"answer to {text}"}
+
+
+def add_turn(store: kimi2api.Store, user: str, text: Any, owner: str = "owner") -> None:
+    sessions = kimi2api.Sessions(store)
+    sessions.record(owner, user, sessions.open(owner, user), [turn_of(text)], replace_turns=False)
+
+
+def asked_in(store: kimi2api.Store, user: str, owner: str = "owner") -> list[str]:
+    session = store.get((owner, "user", user))
+    return [turn[0]["content"] for turn in session.turns] if session else []
+
+
+def test_a_store_gives_back_what_it_was_given(address: str) -> None:
+    store = open_store(address)
+    turns = (turn_of("a\0b\n\u2028"), turn_of("女 🧑‍🚀"), turn_of(""))
+    response = {"id": "resp_1", "output": [{"content": [{"text": "ü"}]}], "usage": {"total_tokens": 3}}
+    session = kimi2api.Session("session_1", 1.25, time.time(), turns, ({"role": "system", "content": "S"},), response)
+    key = ("owner", "response", "resp_1")
+    store.update(key, lambda before: session if before is None else before)
+    assert store.get(key) == session
+    for other in (("owner", "user", "resp_1"), ("other", "response", "resp_1"), ("owner", "response", "resp_2")):
+        assert store.get(other) is None and not store.forget(other)
+    assert store.users("owner") == {}, "a response is nobody's session"
+    assert store.count() == 1 and store.forget(key) and not store.forget(key)
+    assert store.get(key) is None and store.count() == 0
+
+
+def test_users_of_any_name_have_sessions_of_their_own(address: str) -> None:
+    names = ["ada", "ADA", "a:b", "a", "a:b:c", "*", "a\0b", "a\nb", "ü", "u\u0308", "'; DROP TABLE sessions", "🧑"]
+    names.append("x" * 9999)
+    store = open_store(address)
+    for name in names:
+        add_turn(store, name, name)
+    add_turn(store, "ada", "other's", owner="other")
+    assert all(asked_in(store, name) == [name] for name in names)
+    assert list(store.users("owner")) == names and list(store.users("other")) == ["ada"]
+    assert {summary.turns for summary in store.users("owner").values()} == {1}
+
+
+def test_turns_are_appended_replaced_and_dropped(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_TURNS", 3)
+    store = open_store(address)
+    for text in ("1", "1", "2", "1", "3"):
+        add_turn(store, "ada", text)
+    assert asked_in(store, "ada") == ["2", "1", "3"]
+    sessions = kimi2api.Sessions(store)
+    sessions.record("owner", "ada", sessions.open("owner", "ada"), [turn_of("new")], replace_turns=True)
+    assert asked_in(store, "ada") == ["new"]
+    add_turn(store, "ada", "newer")
+    assert asked_in(store, "ada") == ["new", "newer"]
+
+
+def test_a_session_is_kept_for_its_time_after_its_last_turn(address: str, clock: Clock) -> None:
+    store = open_store(address, ttl=60)
+    add_turn(store, "ada", 1)
+    clock.now += 50
+    add_turn(store, "ada", 2)
+    add_turn(store, "bob", 1)
+    clock.now += 59
+    assert asked_in(store, "ada") == ["1", "2"] and store.count() == 2
+    clock.now += 2
+    assert store.get(("owner", "user", "ada")) is None and store.users("owner") == {} and store.count() == 0
+    assert not store.forget(("owner", "user", "ada"))
+    add_turn(store, "ada", 3)
+    assert asked_in(store, "ada") == ["3"] and store.count() == 1
+
+
+def test_the_least_recently_used_session_makes_room(address: str) -> None:
+    store = open_store(address, limit=3)
+    for user in ("ada", "bob", "eve", "ada", "kim", "lin"):
+        add_turn(store, user, user)
+    assert list(store.users("owner")) == ["ada", "kim", "lin"] and store.count() == 3
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: add_turn(store, f"user {number}", "x"), range(40)))
+    assert store.count() == 3 and len(store.users("owner")) == 3
+
+
+def test_turns_of_many_threads_all_land_in_one_session(address: str) -> None:
+    store = open_store(address)
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda number: add_turn(store, "ada", number), range(128)))
+    assert sorted(asked_in(store, "ada"), key=int) == [str(number) for number in range(128)]
+
+
+def test_a_change_that_fails_changes_nothing(address: str) -> None:
+    store = open_store(address)
+    add_turn(store, "ada", 1)
+
+    def fails(_: Any) -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.update(("owner", "user", "ada"), fails)
+    add_turn(store, "ada", 2)
+    assert asked_in(store, "ada") == ["1", "2"]
+
+
+def test_counters_are_added_to_by_many_at_once(address: str) -> None:
+    store = open_store(address)
+
+    def add(number: int) -> int:
+        return store.add("owner", "day 1", {"requests": 1, "tokens kimi": number}, 60)["requests"]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sorted(pool.map(add, range(100))) == list(range(1, 101))
+    assert store.read("owner", "day 1") == {"requests": 100, "tokens kimi": 4950}
+    assert store.read("owner", "day 2") == store.read("other", "day 1") == {}
+    assert store.add("owner", "minute", {"requests": 2}, 0.05) == {"requests": 2}
+    wait_for(lambda: store.read("owner", "minute") == {}, "the counters expire")
+    assert store.add("owner", "minute", {"requests": 1}, 60) == {"requests": 1}, "and begin again"
+
+
+def test_reasoning_is_kept_by_place_and_owner_for_its_time_and_within_a_size(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_REASONING_BYTES", 5_000)
+    store = open_store(address)
+    store.keep_reasoning("owner", ["a", "b"], "Hm\0 嗯")
+    assert store.find_reasoning("owner", "a") == store.find_reasoning("owner", "b") == "Hm\0 嗯"
+    assert store.find_reasoning("other", "a") is None and store.find_reasoning("owner", "c") is None
+    for _ in range(10):
+        store.keep_reasoning("owner", ["same"], "x" * 1_000)
+    assert store.find_reasoning("owner", "a"), "what is kept again counts once"
+    for number in range(10):
+        store.keep_reasoning("owner", [str(number)], "x" * 1_000)
+    assert [bool(store.find_reasoning("owner", str(number))) for number in range(10)] == [False] * 7 + [True] * 3
+    store.keep_reasoning("owner", ["huge"], "x" * 9_000)
+    assert store.find_reasoning("owner", "huge") is None
+    short = open_store(address, ttl=0.1)
+    short.keep_reasoning("owner", ["brief"], "text")
+    wait_for(lambda: short.find_reasoning("owner", "brief") is None, "it expires")
+
+
+ADD_TURNS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_kimi2api as t
+store = t.open_store(sys.argv[2])
+for number in range(int(sys.argv[4])):
+    t.add_turn(store, "ada", f"{sys.argv[3]} {number}")
+    store.add("owner", "day", {"requests": 1}, 60)
+"""
+
+
+def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
+    command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
+    workers = [subprocess.Popen([*command, str(number), "40"]) for number in range(3)]
+    assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
+    store = open_store(lasting)
+    asked = asked_in(store, "ada")
+    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(40))
+    for worker in range(3):
+        of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
+        assert of_worker == sorted(of_worker), "those of one are in their order"
+    assert store.read("owner", "day") == {"requests": 120}
+
+
+def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
+    one, two = make(SESSION_STORE=lasting), make(SESSION_STORE=lasting)
+    chat(one, "first", user="ada")
+    chat(two, "second", user="ada")
+    assert kimi.posts[1]["message"] == "用户: first\n模型: Hello from upstream.\n用户: second"
+    assert kimi.posts[0]["session_id"] == kimi.posts[1]["session_id"]
+    first = one.post_json("/v1/responses", {"input": "A"}).json["id"]
+    for text in ("B", "C"):  # two ways on from the same response
+        answer = two.post_json("/v1/responses", {"input": text, "previous_response_id": first}).json
+        assert kimi.posts[-1]["message"] == f"用户: A\n模型: Hello from upstream.\n用户: {text}"
+        assert one.get(f"/v1/responses/{answer['id']}").json == answer
+    health = one.get("/health").json
+    assert health["store"] == {"kind": lasting.partition(":")[0], "ok": True} and health["sessions"]["kept"] == 4
+
+
+def test_every_turn_whose_end_was_seen_survives_kill_9(lasting: str, run: Run) -> None:
+    program = run(SESSION_STORE=lasting, STREAM_INTERVAL_MS="0")
+    seen: list[str] = []
+
+    def ask(worker: int) -> None:
+        with suppress(OSError, http.client.HTTPException):
+            for number in range(1000):
+                text = f"{worker} {number}"
+                _, body = program.chat(text, user=f"user {worker % 3}", stream=True)
+                if not body.rstrip().endswith(b"data: [DONE]"):
+                    return
+                seen.append(text)
+
+    workers = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for worker in workers:
+        worker.start()
+    wait_for(lambda: len(seen) > 60, "turns are being written")
+    program.signal(signal.SIGKILL)
+    for worker in workers:
+        worker.join(PATIENCE)
+    again = run(SESSION_STORE=lasting)
+    remembered = []
+    for number in range(3):
+        for turn in json.loads(again.ask("GET", f"/v1/sessions/user%20{number}")[1])["turns"]:
+            assert [message["role"] for message in turn] == ["user", "assistant"]
+            remembered.append(turn[0]["content"])
+    assert set(seen) <= set(remembered) and len(remembered) == len(set(remembered))
+    assert len(remembered) <= len(seen) + 6, "of each client at most one more had landed"
+
+
+def test_a_newer_programs_format_is_refused(lasting: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    add_turn(open_store(lasting), "ada", "1")
+    if lasting.startswith("sqlite"):
+        with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
+            db.execute("PRAGMA user_version = 2")
+    else:
+        request.getfixturevalue("redis_server").client.set("kimi2api:format", 2)
+    refused = command(SESSION_STORE=lasting)
+    assert refused.returncode == 2 and re.fullmatch(
+        r"kimi2api: SESSION_STORE: .*written by a newer version of kimi2api \(format 2\).*\n", refused.stderr)
+
+
+def test_a_store_that_cannot_be_used_stops_the_start_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database\n" * 100)
+    with closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        db.execute("CREATE TABLE bookmarks (url)")
+    for address, why in [
+        (f"sqlite:{tmp_path}/none/x.db", "No such file or directory"),
+        (f"sqlite:{tmp_path}", "unable to open database file"),
+        (f"sqlite:{tmp_path}/text", "file is not a database"),
+        (f"sqlite:{tmp_path}/other.db", "database of another program"),
+        ("sqlite:", "is not memory, sqlite:PATH"),
+        ("postgres://localhost", "is not memory, sqlite:PATH"),
+        ("redis://:secret@:6379", "the value is not memory, sqlite:PATH"),
+    ]:
+        with pytest.raises(kimi2api.SettingError, match=f"^SESSION_STORE: .*{why}.*$") as refused:
+            open_store(address)
+        assert "secret" not in str(refused.value)
+    with closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",), "another's database stays as it was"
+    without = "sys.modules['redis'] = None\nsys.argv = ['kimi2api']\nsys.exit(kimi2api.main([]))"
+    program = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import kimi2api\n{without}"],
+        env={**os.environ, "SESSION_STORE": "redis://localhost"}, capture_output=True, text=True, timeout=PATIENCE,
+    )
+    assert program.returncode == 2 and "pip install 'kimi2api[redis]'" in program.stderr
+    assert program.stderr.count("\n") == 1
+
+
+def test_who_sets_nothing_imports_neither() -> None:
+    script = (
+        "import sys, kimi2api; kimi2api.create_app(kimi2api.Settings.load({}));"
+        "sys.exit('sqlite3' in sys.modules or 'redis' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=HERE, timeout=PATIENCE).returncode == 0
+
+
+def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Path, clock: Clock) -> None:
+    old = os.umask(0)
+    try:
+        store = open_store(f"sqlite:{tmp_path}/sessions.db", ttl=60)
+        add_turn(store, "ada", 1)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+    def fill() -> int:
+        for _ in range(50):
+            clock.now += 1
+            add_turn(store, f"{clock.now}", "x" * 200_000)
+        return sum(path.stat().st_size for path in tmp_path.iterdir())
+
+    sizes = [fill() for _ in range(8)]
+    assert store.count() == 60 and max(sizes[3:]) <= 1.2 * sizes[2]
+    clock.now += 100
+    for number in range(5):
+        add_turn(store, f"{number}", "x")
+    assert store.count() == 5
+    with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
+        assert db.execute("SELECT (SELECT count(*) FROM sessions), (SELECT count(*) FROM turns)").fetchone() == (5, 5)
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+    assert pages * 4096 < sizes[-1] / 2, "the room is given back"
+
+
+def test_sessions_in_redis_are_native_and_expire_by_themselves(redis_server: RedisServer) -> None:
+    store = open_store(redis_server.url, ttl=60)
+    client = redis_server.client
+    for text in "abc":
+        add_turn(store, "ada", text)
+    store.add("owner", "day", {"requests": 1}, 60)
+    store.keep_reasoning("owner", ["place"], "text")
+    keys = {key.decode(): client.type(key).decode() for key in client.scan_iter()}
+    [turns] = [key for key in keys if key.startswith("kimi2api:turns:")]
+    assert keys[turns] == "list" and client.llen(turns) == 3
+    assert sorted(keys.values()) == ["hash"] * 3 + ["list", "string", "string"] + ["zset"] * 3
+    for key in keys.keys() - {"kimi2api:format"}:
+        assert 0 < client.ttl(key) <= 60, key
+    client.config_resetstat()
+    add_turn(store, "ada", "d")
+    asked = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
+    assert asked["cmdstat_rpush"] == asked["cmdstat_watch"] == 1 and asked["cmdstat_multi"] == 2
+    assert "cmdstat_del" not in asked and "cmdstat_ltrim" not in asked
+    assert sum(asked.values()) < 25
+
+
+# A store that fails, and is well again
+
+
+def answers_while_the_store_fails(app: Client, is_readable: bool = False) -> None:
+    """What needs the store is 503 within 5 seconds, for many at once, and what needs none is answered."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(32) as pool:
+        asked = list(pool.map(lambda number: chat(app, "Hi", user=f"user {number}", stream=number % 2 == 0), range(32)))
+    for answer in asked:
+        if answer.status_int == 200:  # a stream that had begun
+            assert b'"session_store_unavailable"' in answer.body and b"[DONE]" not in answer.body
+        else:
+            assert is_error(answer, 503, "session_store_unavailable", "server_error")
+    assert time.monotonic() - began < 5
+    assert said(chat(app, "Hi")) == "Hello from upstream."
+    health = app.get("/health").json
+    assert health["status"] == "degraded" and health["store"]["ok"] is False and health["sessions"]["kept"] is None
+    if not is_readable:
+        assert is_error(app.get("/v1/sessions/ada"), 503, "session_store_unavailable")
+
+
+def is_well(app: Client) -> Callable[[], bool]:
+    return lambda: bool(app.get("/health").json["store"]["ok"] and chat(app, "Hi", user="eve").status_int == 200)
+
+
+def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> None:
+    server = RedisServer(tmp_path)
+    try:
+        app = make(SESSION_STORE=server.url)
+        chat(app, "first", user="ada")
+        server.process.send_signal(signal.SIGSTOP)
+        answers_while_the_store_fails(app)
+        server.process.send_signal(signal.SIGCONT)
+        wait_for(is_well(app), "it goes on")
+        server.client.config_set("maxmemory", 1)
+        answers_while_the_store_fails(app, is_readable=True)
+        server.client.config_set("maxmemory", 0)
+        wait_for(is_well(app), "there is room")
+        server.client.replicaof("127.0.0.1", "1")
+        answers_while_the_store_fails(app, is_readable=True)
+        server.client.replicaof("NO", "ONE")
+        wait_for(is_well(app), "it may be written")
+        server.stop()
+        answers_while_the_store_fails(app)
+        late = make(SESSION_STORE=server.url)
+        server.start()
+        for each in (app, late):
+            wait_for(is_well(each), "it is back")
+            assert len(each.get("/v1/sessions/ada").json["turns"]) == 1
+        server.client.config_set("requirepass", "secret")
+        wrong = make(SESSION_STORE=server.url.replace("redis://", "redis://:wrong@"))
+        answers_while_the_store_fails(wrong)
+        assert is_well(make(SESSION_STORE=server.url.replace("redis://", "redis://:secret@")))()
+    finally:
+        server.stop()
+
+
+def test_a_database_locked_read_only_damaged_or_gone(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "STORE_PATIENCE", 1.0)
+    directory = tmp_path / "kept"
+    directory.mkdir()
+    file = directory / "sessions.db"
+    app = make(SESSION_STORE=f"sqlite:{file}")
+    chat(app, "first", user="ada")
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        answers_while_the_store_fails(app, is_readable=True)
+        late = make(SESSION_STORE=f"sqlite:{file}")
+        db.execute("ROLLBACK")
+    for each in (app, late):
+        wait_for(is_well(each), "it is not locked any more")
+        assert len(each.get("/v1/sessions/ada").json["turns"]) == 1
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else all is read from the log, and nothing is missed
+    file.write_bytes(b"x" * file.stat().st_size)
+    answers_while_the_store_fails(app)
+    for path in directory.iterdir():
+        path.unlink()
+    wait_for(is_well(app), "a new file is begun")
+    shutil.rmtree(directory)
+    answers_while_the_store_fails(app)
+    directory.mkdir()
+    wait_for(is_well(app), "the directory is back")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> None:
+    resource = pytest.importorskip("resource")
+    program = run(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    assert program.chat("first", user="ada")[0] == 200
+    unlimited = resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+    status, body = program.chat("lost", user="ada")
+    assert status == 503 and b'"session_store_unavailable"' in body
+    assert program.chat("Hello")[0] == 200
+    health = program.health()
+    assert health["status"] == "degraded" and health["store"] == {"kind": "sqlite", "ok": False}
+    resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    wait_for(lambda: program.health()["store"]["ok"], "there is room")
+    assert program.chat("second", user="ada")[0] == 200
+    turns = json.loads(program.ask("GET", "/v1/sessions/ada")[1])["turns"]
+    assert [turn[0]["content"] for turn in turns] == ["first", "second"]
 
 
 # ======================================================================================================================
