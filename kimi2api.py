@@ -1674,28 +1674,31 @@ class SharedStore(Store):
     """A store outside of this process. Every failure of it is the same APIError, and soon."""
 
     failures: tuple[type[Exception], ...] = (StoreError,)
+    patience = STORE_PATIENCE
 
     def __init__(self, ttl: float, limit: int) -> None:
         super().__init__(ttl, limit)
-        # Neither needs a lock: a call too many or a line too many in the log does no harm
+        # None of these needs a lock: a call too many or a line too many in the log does no harm
         self._paused_until = 0.0  # in seconds of time.monotonic()
+        self._failed_patience = 0.0  # of the call that failed
         self._is_failing = False
 
-    def _check_pause(self) -> None:
-        if time.monotonic() < self._paused_until:
+    def _check_pause(self, patience: float) -> None:
+        if time.monotonic() < self._paused_until and patience <= self._failed_patience:
             raise store_unavailable()
 
     @contextmanager
-    def _calling(self, is_write: bool) -> Iterator[None]:
-        """Around a call of the store. After a failure there is none for as long as that took: while each takes a
-        second, a request that could use the store twenty times must not take twenty."""
-        self._check_pause()
+    def _calling(self, is_write: bool, patience: float) -> Iterator[None]:
+        """Around a call of the store. After a failure there is none for as long as that took, but of a more patient
+        kind: while each takes a second, a request that could use the store twenty times must not take twenty."""
+        self._check_pause(patience)
         began = time.monotonic()
         try:
             yield
         except self.failures as error:
             now = time.monotonic()
             self._paused_until = now + min(now - began, MAX_STORE_PAUSE)
+            self._failed_patience = patience
             if not self._is_failing:
                 log.warning("the session store (%s) fails: %s: %s", self.kind, type(error).__name__, error)
             self._is_failing = True
@@ -1804,7 +1807,7 @@ class SQLiteStore(SharedStore):
         self._db: Any = None
         self._file: tuple[int, int] | None = None  # device and inode that the connection is to
         try:
-            self._connect(STORE_PATIENCE)
+            self._connect(self.patience)
         except self.failures as error:
             if "locked" not in str(error):
                 reason = error.strerror if isinstance(error, OSError) else error
@@ -1944,14 +1947,15 @@ class SQLiteStore(SharedStore):
             (owner, period, time.time())))
 
     @contextmanager
-    def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = STORE_PATIENCE) -> Iterator[Any]:
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = 0.0) -> Iterator[Any]:
         """The connection, in a transaction of which all is done or nothing."""
+        patience = patience or self.patience
         deadline = time.monotonic() + patience
-        self._check_pause()
-        if not self._lock.acquire(timeout=patience):
-            raise store_unavailable()
-        try:
-            with self._calling(is_write=begin != "BEGIN"):
+        with self._calling(begin != "BEGIN", patience):
+            if not self._lock.acquire(timeout=patience):
+                raise StoreError("the calls before take too long")
+            try:
+                self._check_pause(patience)  # it may have failed meanwhile
                 try:
                     self._connect(max(0.0, deadline - time.monotonic()))
                     self._db.execute(begin)
@@ -1960,8 +1964,8 @@ class SQLiteStore(SharedStore):
                 except BaseException as error:
                     self._undo(error)
                     raise
-        finally:
-            self._lock.release()
+            finally:
+                self._lock.release()
 
     def _undo(self, error: BaseException) -> None:
         if isinstance(error, self.failures):
@@ -2156,10 +2160,10 @@ class RedisStore(SharedStore):
 
     def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
         keys = RedisKeys.of(key)
-        deadline = time.monotonic() + STORE_PATIENCE / 2
-        self._check_pause()
+        deadline = time.monotonic() + self.patience / 2
+        self._check_pause(self.patience)
         lock = self._locks[hash(key) % len(self._locks)]
-        if not lock.acquire(timeout=STORE_PATIENCE / 2):
+        if not lock.acquire(timeout=self.patience / 2):
             raise store_unavailable()
         try:
             with self._client(is_write=True) as redis:
@@ -2301,7 +2305,7 @@ class RedisStore(SharedStore):
 
     @contextmanager
     def _client(self, is_write: bool = False) -> Iterator[Any]:
-        with self._calling(is_write):
+        with self._calling(is_write, self.patience):
             try:
                 if not self._is_format_known:
                     self._check_format()

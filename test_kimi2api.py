@@ -1651,7 +1651,7 @@ def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> No
 def test_a_database_locked_read_only_damaged_or_gone(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi2api, "STORE_PATIENCE", 1.0)
+    monkeypatch.setattr(kimi2api.SQLiteStore, "patience", 1.0)
     directory = tmp_path / "kept"
     directory.mkdir()
     file = directory / "sessions.db"
