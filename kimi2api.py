@@ -2826,6 +2826,7 @@ def message_of(choice: JSONObject) -> Message:
 # Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
+MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
 WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
 NARROW_TOKENS = 0.25  # any other, by OpenAI's
 
@@ -2837,10 +2838,10 @@ def estimate_tokens(text: str) -> int:
 
 
 def count_of(usage: Any, *names: str) -> int:
-    """A number of an upstream's usage, 0 where there is none."""
+    """A number of an upstream's usage, 0 where there is none that could be true."""
     for name in names:
         usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and usage > 0 else 0
+    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
 
 def estimate_usage(prompt: str, completion: str) -> dict[str, int]:

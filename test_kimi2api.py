@@ -1868,6 +1868,17 @@ def test_metrics_agree_with_what_was_asked(make: Make, both: dict[str, str], api
     assert value("build_info", version=kimi2api.__version__) == 1
 
 
+@pytest.mark.parametrize("count", [10**400, 10**4300 - 1, "9", -5, True, None], ids=range(6))
+def test_no_usage_of_an_api_breaks_the_counters(make: Make, both: dict[str, str], api: Api, count: Any) -> None:
+    usage = {"prompt_tokens": count, "completion_tokens": count}
+    api.always = api_plays(api_chunk({"content": "one"}), api_chunk({}, "stop", usage=usage), b"[DONE]")
+    app = make(**both, TOKENS_PER_DAY="100")
+    for _ in range(2):
+        assert chat(app, model="local/k2").status_int == 200
+    today = app.get("/v1/usage").json["today"]
+    assert metrics(app) and today["requests"] == 2 and 0 < today["total_tokens"] < 100
+
+
 def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
     app = make(MODELS="kimi=x,*=y")
     assert said(chat(app, model="made-up-0"))
