@@ -44,7 +44,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import pytest
 import webtest
@@ -1614,6 +1614,77 @@ def answers_while_the_store_fails(app: Client, is_readable: bool = False) -> Non
 
 def is_well(app: Client) -> Callable[[], bool]:
     return lambda: bool(app.get("/health").json["store"]["ok"] and chat(app, "Hi", user="eve").status_int == 200)
+
+
+@pytest.fixture
+def three(run: Run, redis_server: RedisServer) -> list[Program]:
+    """Three processes on one Redis, as behind a balancer that knows nothing of sessions."""
+    settings = {
+        "SESSION_STORE": redis_server.url,
+        "API_MASTER_KEY": "sk-1,ann:sk-2",
+        "REQUESTS_PER_MINUTE": "ann=10",
+        "STREAM_INTERVAL_MS": "0",
+    }
+    return [run(**settings) for _ in range(3)]
+
+
+def test_three_processes_share_sessions_responses_usage_and_limits(three: list[Program], kimi: WebChat) -> None:
+    key = bearer("sk-1")
+    turn = itertools.cycle(three)
+
+    def post(path: str, headers: dict[str, str] = key, **body: Any) -> tuple[int, Any]:
+        status, answered = next(turn).ask("POST", path, body, **headers)
+        return status, json.loads(answered)
+
+    for text in ("One", "Two", "Three", "Four"):
+        assert post("/v1/chat/completions", user="ada", messages=[{"role": "user", "content": text}])[0] == 200
+    assert all(f"用户: {text}" in kimi.posts[-1]["message"] for text in ("One", "Two", "Three", "Four"))
+    first = post("/v1/responses", input="Uno")[1]["id"]
+    second = post("/v1/responses", input="Dos", previous_response_id=first)[1]["id"]
+    assert post("/v1/responses", input="Tres", previous_response_id=second)[0] == 200
+    assert "用户: Uno" in kimi.posts[-1]["message"] and "用户: Dos" in kimi.posts[-1]["message"]
+    assert [program.ask("DELETE", f"/v1/responses/{first}", **key)[0] for program in three] == [200, 404, 404]
+    used = [json.loads(program.ask("GET", "/v1/usage", **key)[1])["today"] for program in three]
+    assert used[0]["requests"] == 7 and used[0] == used[1] == used[2]
+    minute = 0
+    while minute != int(time.time() // 60):  # all of them in one minute
+        minute = int(time.time() // 60)
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(post, "/v1/completions", bearer("sk-2"), prompt="x") for _ in range(15)]
+        statuses = [done.result()[0] for done in asked]
+    assert sorted(statuses) == [200] * 10 + [429] * 5
+
+
+def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: list[Program]) -> None:
+    answered: dict[str, list[str]] = {f"user {number}": [] for number in range(6)}
+    stopping = threading.Event()
+
+    def converse(user: str) -> None:
+        for number in itertools.count():
+            if stopping.is_set():
+                return
+            program = random.choice(three)
+            with suppress(OSError, http.client.HTTPException):  # of the one that is killed
+                text = f"question {number}"
+                message = {"role": "user", "content": text}
+                body = {"user": user, "messages": [message], "stream": bool(number % 2)}
+                status, data = program.ask("POST", "/v1/chat/completions", body, **bearer("sk-1"))
+                if status == 200 and (not number % 2 or b"data: [DONE]" in data):
+                    answered[user].append(text)
+
+    with ThreadPoolExecutor(6) as pool:
+        conversations = [pool.submit(converse, user) for user in answered]
+        wait_for(lambda: min(map(len, answered.values())) >= 5)
+        three[0].process.kill()
+        before = {user: len(texts) for user, texts in answered.items()}
+        wait_for(lambda: all(len(answered[user]) >= count + 5 for user, count in before.items()))
+        stopping.set()
+    assert [conversation.result() for conversation in conversations]
+    for user, texts in answered.items():
+        status, data = three[1].ask("GET", f"/v1/sessions/{quote(user)}", **bearer("sk-1"))
+        assert status == 200
+        kept = [turn[0]["content"] for turn in json.loads(data)["turns"]]
+        assert [text for text in kept if text in texts] == texts
 
 
 def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> None:
