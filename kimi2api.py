@@ -1144,6 +1144,7 @@ RESPONSES_REQUEST = record(
         "top_logprobs": COUNT,
     },
 )
+MAX_IGNORED = 20  # types of tools
 UNSUPPORTED = ("background", "conversation", "prompt")
 SAME_IN_CHATS = (
     "model", "stream", "temperature", "top_p", "user", "metadata", "service_tier", "safety_identifier",
@@ -1300,6 +1301,9 @@ class ResponsesRequest:
                 self.functions.append({"type": "function", "function": as_function(tool, name)})
                 self.function_places.append(place)
             elif tool["type"] not in self.ignored:
+                is_type = re.fullmatch(r"[\w.-]{1,64}", tool["type"], re.A)  # of which a header can tell
+                if not is_type or len(self.ignored) == MAX_IGNORED:
+                    raise bad_request(f"'{place}.type' is not a type of tools that is known.", f"{place}.type")
                 self.ignored.append(tool["type"])
 
     def _tool_choice(self, choice: Any) -> Any:

@@ -4779,6 +4779,9 @@ def parts(*content: Any) -> dict[str, Any]:
     [
         pytest.param({"input": None}, "input", id="no input"),
         pytest.param({"input": []}, "input", id="no items"),
+        pytest.param({"tools": [{"type": "a\r\nX-Evil: 1"}]}, "tools[0].type", id="a type of two lines"),
+        pytest.param({"tools": [{"type": "x" * 70_000}]}, "tools[0].type", id="a type too long for a header"),
+        pytest.param({"tools": [{"type": f"t{n}"} for n in range(50_000)]}, "tools[20].type", id="too many types"),
         pytest.param({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", id="reference"),
         pytest.param({"input": [USER, {"type": "web_search_call"}]}, "input[1].type", id="unknown item"),
         pytest.param({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", id="role"),
