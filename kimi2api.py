@@ -5014,6 +5014,7 @@ class Providers:
 # ======================================================================================================================
 
 MAX_MODEL_LABELS = 100
+MAX_LABEL = 128  # characters of one
 
 
 class Meter:
@@ -5060,7 +5061,7 @@ class Meter:
         """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
         if tally.model in self._models and tally.model != "*":
             return tally.model
-        answers = tally.first_chunk is not None and tally.provider != WEB_CHAT
+        answers = tally.first_chunk is not None and tally.provider != WEB_CHAT and len(tally.model) <= MAX_LABEL
         if answers and len(self._api_models) < MAX_MODEL_LABELS:
             self._api_models.add(tally.model)
         return tally.model if tally.model in self._api_models else "other"

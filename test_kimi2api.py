@@ -1960,6 +1960,13 @@ def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
     assert set(app.get("/v1/usage").json["days"][-1]["models"]) == {"other"}
 
 
+def test_a_models_long_name_is_no_label(make: Make, both: dict[str, str]) -> None:
+    app = make(**both)
+    assert said(chat(app, model="local/" + "x" * 100_000)) and said(chat(app, model="local/k2"))
+    assert set(app.get("/v1/usage").json["days"][-1]["models"]) == {"other", "local/k2"}
+    assert len(app.get("/metrics").text) < 20_000
+
+
 def test_metrics_ask_for_a_key_where_keys_are_set(make: Make) -> None:
     app = make(**NAMED_KEYS)
     assert is_error(app.get("/metrics"), 401, "invalid_api_key")
