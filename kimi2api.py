@@ -1197,8 +1197,12 @@ class ResponsesRequest:
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
+        told: set[str] = set()
         for index, item in enumerate(items):
             if item.get("type") == "item_reference":
+                if item["id"] in told:  # many times a large item would make a small request any size
+                    raise bad_request(f"Duplicate item found with id {item['id'][:100]!r}.", f"input[{index}].id")
+                told.add(item["id"])
                 found = find_item(item["id"])
                 if found is None:
                     raise bad_request(f"Item with id {item['id'][:100]!r} not found.", f"input[{index}].type")
@@ -2437,7 +2441,8 @@ class Sessions:
         """Keep a response, and the conversation up to its end for those that go on from it."""
         now = time.time()
         kept = latest_turns(slim_turns(turns))
-        session = Session(opened.id, now, now, kept, tuple(map(slimmed, system)), response)
+        rules = latest_turns(slim_turns((message,) for message in system))  # each a turn: bounded like these
+        session = Session(opened.id, now, now, kept, tuple(itertools.chain.from_iterable(rules)), response)
         self.store.update((owner, "response", response["id"]), lambda _: session)
 
     def forget_response(self, owner: str, id: str) -> bool:

@@ -4952,6 +4952,27 @@ def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat
     assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
 
 
+def test_what_a_response_goes_on_from_does_not_grow_without_end(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both)
+    previous: dict[str, str] = {}
+    for number in range(4):
+        items = [{"role": "system", "content": f"{number}" * 400_000}, USER]
+        made = respond(app, items, model="local/k2", **previous).json
+        previous = {"previous_response_id": made["id"]}
+    system = [message["content"][0] for message in api.asked[-1][2]["messages"] if message["role"] == "system"]
+    assert system == ["1", "2", "3"], "the latest 1 MB of those before it, and its own"
+
+
+def test_an_item_is_told_by_its_id_once(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    reference = {"type": "item_reference", "id": respond(app, model="local/k2").json["output"][0]["id"]}
+    assert output_text(respond(app, [reference, USER], model="local/k2"))
+    assert is_error(respond(app, [reference, USER, reference], model="local/k2"), 400, None, param="input[2].id")
+    assert len(api.asked) == 2
+
+
 @json_and_stream
 def test_items_of_stored_responses_may_be_told_by_their_ids(
     make: Make, both: dict[str, str], api: Api, stream: bool
