@@ -640,6 +640,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 Schema = JSONObject
 STRING: Schema = {"type": "string"}
+NON_EMPTY: Schema = {"type": "string", "minLength": 1}
 NUMBER: Schema = {"type": "number"}
 INTEGER: Schema = {"type": "integer"}
 BOOLEAN: Schema = {"type": "boolean"}
@@ -678,6 +679,15 @@ def when(name: str, values: list[Any], then: Schema) -> Schema:
     if None not in values:
         condition["required"] = [name]
     return {"if": condition, "then": then}
+
+
+def record_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
+    """An object in a request whose `type` decides what else is in it. default: the type of one that names none."""
+    types = {"type": choice_of(*records)}
+    rules = [when("type", [name], then) for name, then in records.items()]
+    if default is None:
+        return record(types, allOf=rules)
+    return record({}, types, allOf=[*rules, when("type", [None], records[default])])
 
 
 TYPES: dict[str, tuple[Any, str]] = {
@@ -813,7 +823,7 @@ MESSAGE = record(
     # an assistant's message may consist of tool calls alone
     **when("role", [role for role in ROLES if role != "assistant"], record({"content": any_of(STRING, array(OBJECT))})),
 )
-FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
+FUNCTION = record({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
 TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
 NAMED_TOOL = record(
     {}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})})))
@@ -865,7 +875,7 @@ COMPLETION_REQUEST = record(  # of the API before chats, for the programs that s
     },
 )
 EMBEDDINGS_REQUEST = record(
-    {"input": any_of({**STRING, "minLength": 1}, {"type": "array", "minItems": 1})},  # of texts or of tokens
+    {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
     {
         "model": STRING,
         "user": STRING,
@@ -1062,49 +1072,53 @@ def text_of(message: Message) -> str:
 # ======================================================================================================================
 
 TEXT_TYPES = ["input_text", "output_text"]
-INPUT_PART = record(
-    {"type": choice_of(*TEXT_TYPES, "refusal", "input_image", "input_file")},
-    allOf=[
-        when("type", TEXT_TYPES, record({"text": STRING})),
-        when("type", ["refusal"], record({"refusal": STRING})),
-        when("type", ["input_image"], record({"image_url": STRING}, {"detail": STRING})),
-        when("type", ["input_file"], record({}, {"file_data": STRING, "file_id": STRING, "filename": STRING})),
-    ],
-)
-CALL_ITEM = {"call_id": STRING, "name": {**STRING, "minLength": 1}}
-ITEMS = (
-    "message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output",
-    "item_reference",
-)
-INPUT_ITEM = record(
-    {},
-    {"type": choice_of(*ITEMS)},
-    allOf=[
-        when("type", ["message", None], record({
+TEXT_PART = record({"text": STRING})
+INPUT_PART = record_by_type({
+    "input_text": TEXT_PART,
+    "output_text": TEXT_PART,
+    "refusal": record({"refusal": STRING}),
+    "input_image": record({"image_url": STRING}, {"detail": STRING}),
+    "input_file": record({}, {"file_data": STRING, "file_id": STRING, "filename": STRING}),
+})
+INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
+CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
+CALL_OUTPUT = record({"call_id": STRING, "output": INPUT_CONTENT})
+INPUT_ITEM = record_by_type(
+    {
+        "message": record({
             "role": choice_of("user", "assistant", "system", "developer"),
-            "content": any_of(STRING, array(INPUT_PART)),
-        })),
-        when("type", ["function_call"], record({**CALL_ITEM, "arguments": STRING}, {"namespace": STRING})),
-        when("type", ["custom_tool_call"], record({**CALL_ITEM, "input": STRING}, {"namespace": STRING})),
-        when("type", ["function_call_output", "custom_tool_call_output"], record({
-            "call_id": STRING,
-            "output": any_of(STRING, array(INPUT_PART)),
-        })),
-        when("type", ["reasoning"], record({}, {
-            "summary": array(record({"text": STRING})),
-            "content": array(record({"text": STRING})),
+            "content": INPUT_CONTENT,
+        }),
+        "reasoning": record({}, {
+            "summary": array(TEXT_PART),
+            "content": array(TEXT_PART),
             "encrypted_content": STRING,
-        })),
-        when("type", ["item_reference"], record({"id": STRING})),
-    ],
+        }),
+        "function_call": record({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
+        "function_call_output": CALL_OUTPUT,
+        "custom_tool_call": record({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
+        "custom_tool_call_output": CALL_OUTPUT,
+        "item_reference": record({"id": STRING}),
+    },
+    default="message",
 )
-NAMED_FUNCTION = record({"name": {**STRING, "minLength": 1}}, {"description": STRING, "parameters": OBJECT})
-FLAT_TOOL = record(
-    {"type": STRING}, allOf=[when("type", ["function"], NAMED_FUNCTION), when("type", ["custom"], NAMED_FUNCTION)])
-RESPONSES_TOOL = record({"type": STRING}, allOf=[
-    *FLAT_TOOL["allOf"],
-    when("type", ["namespace"], record({"name": {**STRING, "minLength": 1}, "tools": array(FLAT_TOOL)})),
-])
+FUNCTION_TOOL = when("type", ["function", "custom"], FUNCTION)
+NAMESPACE = record({"name": NON_EMPTY, "tools": array(record({"type": STRING}, **FUNCTION_TOOL))})
+RESPONSES_TOOL = record({"type": STRING}, allOf=[FUNCTION_TOOL, when("type", ["namespace"], NAMESPACE)])
+CHOSEN_TOOL = record({"name": STRING}, {"namespace": STRING})
+CHOSEN_TOOLS = record_by_type({
+    "function": CHOSEN_TOOL,
+    "custom": CHOSEN_TOOL,
+    "allowed_tools": record({
+        "mode": choice_of("auto", "required"),
+        "tools": array(record({"type": STRING}, {"name": STRING, "namespace": STRING})),
+    }),
+})
+TEXT_FORMAT = record_by_type({
+    "text": record({}),
+    "json_object": record({}),
+    "json_schema": record({"schema": OBJECT}),
+})
 RESPONSES_REQUEST = record(
     {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
     {
@@ -1114,21 +1128,9 @@ RESPONSES_REQUEST = record(
         "store": BOOLEAN,
         "stream": BOOLEAN,
         "tools": array(RESPONSES_TOOL),
-        "tool_choice": any_of(choice_of("none", "auto", "required"), record(
-            {"type": choice_of("function", "custom", "allowed_tools")},
-            allOf=[
-                when("type", ["function", "custom"], record({"name": STRING}, {"namespace": STRING})),
-                when("type", ["allowed_tools"], record({
-                    "mode": choice_of("auto", "required"),
-                    "tools": array(record({"type": STRING}, {"name": STRING, "namespace": STRING})),
-                })),
-            ],
-        )),
+        "tool_choice": any_of(choice_of("none", "auto", "required"), CHOSEN_TOOLS),
         "parallel_tool_calls": BOOLEAN,
-        "text": record({}, {"format": record(
-            {"type": choice_of("text", "json_object", "json_schema")},
-            allOf=[when("type", ["json_schema"], record({"schema": OBJECT}))],
-        )}),
+        "text": record({}, {"format": TEXT_FORMAT}),
         "reasoning": record({}, {"effort": STRING}),
         "include": array(STRING),
         "max_output_tokens": POSITIVE,
