@@ -1182,12 +1182,10 @@ class ResponsesRequest:
     """A checked request for a response."""
 
     body: JSONObject
-    messages: list[Message]  # of its instructions and input
-    places: list[str]  # in the request, where each comes from
-    tools: dict[str, ToolName]  # by the names of their functions
-    functions: list[JSONObject]  # the tools, as chats have them
-    function_places: list[str]  # in the request, where each comes from
-    ignored: list[str]  # types of tools that only OpenAI can run
+    messages: dict[str, Message]  # of its instructions and input, by their places in it: input[0]
+    functions: dict[str, JSONObject] = field(default_factory=dict)  # its tools, as chats have them, likewise
+    tools: dict[str, ToolName] = field(default_factory=dict)  # the same, by the names of their functions
+    ignored: list[str] = field(default_factory=list)  # types of tools that only OpenAI can run
 
     @classmethod
     def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
@@ -1209,13 +1207,12 @@ class ResponsesRequest:
                 if found is None:
                     raise bad_request(f"Item with id {item['id'][:100]!r} not found.", f"input[{index}].type")
                 items[index] = found
-        messages, places = read_items(items, bool(body.get("previous_response_id")))
+        messages = read_items(items, bool(body.get("previous_response_id")))
         if not messages:
             raise bad_request("'input' has no message.", "input")
         if body.get("instructions"):
-            messages.insert(0, {"role": "system", "content": body["instructions"]})
-            places.insert(0, "instructions")
-        request = cls(body, messages, places, {}, [], [], [])
+            messages = {"instructions": {"role": "system", "content": body["instructions"]}, **messages}
+        request = cls(body, messages)
         request._read_tools(body.get("tools") or [], "tools", None)
         return request
 
@@ -1231,7 +1228,7 @@ class ResponsesRequest:
     def system_items(self) -> list[Message]:
         """System messages of the input, which later responses go on from; the instructions are for this one alone."""
         return [
-            message for message, place in zip(self.messages, self.places, strict=True)
+            message for place, message in self.messages.items()
             if is_system(message) and place != "instructions"
         ]
 
@@ -1241,29 +1238,19 @@ class ResponsesRequest:
         Raises APIError 400, in the terms of chats; see `in_own_terms`.
         """
         body = self.body
-        chat: JSONObject = {"messages": [*system, *self.messages]}
-        for name in SAME_IN_CHATS:
-            if body.get(name) is not None:
-                chat[name] = body[name]
-        if body.get("max_output_tokens"):
-            chat["max_tokens"] = body["max_output_tokens"]
-        effort = (body.get("reasoning") or {}).get("effort")
-        if effort:
-            chat["reasoning_effort"] = effort
+        chat: JSONObject = {name: body.get(name) for name in SAME_IN_CHATS}
+        chat["messages"] = [*system, *self.messages.values()]
+        chat["max_tokens"] = body.get("max_output_tokens")
+        chat["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
+        chat["response_format"] = as_response_format((body.get("text") or {}).get("format"))
         choice = body.get("tool_choice")
         if self.functions:
-            chat["tools"] = self.functions
-            if body.get("parallel_tool_calls") is not None:
-                chat["parallel_tool_calls"] = body["parallel_tool_calls"]
-        if choice and (self.functions or choice not in ("auto", "none")):
-            chat["tool_choice"] = self._tool_choice(choice)
-        form = (body.get("text") or {}).get("format") or {}
-        if form.get("type") == "json_object":
-            chat["response_format"] = form
-        if form.get("type") == "json_schema":
-            schema = {name: value for name, value in form.items() if name != "type"}
-            chat["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
-        return replace(ChatRequest.of(chat), user=None)
+            chat["tools"] = list(self.functions.values())
+            chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
+        if self.functions or choice not in ("auto", "none"):
+            chat["tool_choice"] = as_tool_choice(choice)
+        given = {name: value for name, value in chat.items() if value is not None}
+        return replace(ChatRequest.of(given), user=None)
 
     def in_own_terms(self, error: APIError, earlier: int) -> APIError:
         """An error of the chat, told of the field that this request has for it. earlier: messages that the chat has
@@ -1281,18 +1268,17 @@ class ResponsesRequest:
                 if name == of_chats or name.startswith(f"{of_chats}."):
                     return own + name[len(of_chats):]
             return name
+        index = int(found[2] or -1)
         if found[1] == "tools":
-            index = int(found[2] or -1)
-            known = 0 <= index < len(self.function_places)
-            return self.function_places[index] + found[3].removeprefix(".function") if known else "tools"
-        index = int(found[2] or -1) - earlier
-        knows_place = not (error.quotes_upstream and self.body.get("previous_response_id"))
-        if not knows_place or not 0 <= index < len(self.places):
+            place = dict(enumerate(self.functions)).get(index)
+            return place + found[3].removeprefix(".function") if place else "tools"
+        place = dict(enumerate(self.messages)).get(index - earlier)
+        counts_others = error.quotes_upstream and self.body.get("previous_response_id")
+        if place is None or counts_others:
             return "input"
-        place = self.places[index]
         if place != "instructions" and found[3].startswith(".content"):
-            field = ".output" if self.messages[index]["role"] == "tool" else ".content"
-            place += field + found[3].removeprefix(".content")
+            content = ".output" if self.messages[place]["role"] == "tool" else ".content"
+            place += content + found[3].removeprefix(".content")
         return place
 
     def _read_tools(self, tools: list[JSONObject], path: str, namespace: str | None) -> None:
@@ -1304,22 +1290,30 @@ class ResponsesRequest:
                 name = ToolName(tool["name"], namespace, tool["type"] == "custom")
                 if self.tools.setdefault(name.function, name) != name:
                     raise bad_request(f"'{place}.name': another tool is {name.function!r} too.", f"{place}.name")
-                self.functions.append({"type": "function", "function": as_function(tool, name)})
-                self.function_places.append(place)
+                self.functions[place] = {"type": "function", "function": as_function(tool, name)}
             elif tool["type"] not in self.ignored:
                 is_type = re.fullmatch(r"[\w.-]{1,64}", tool["type"], re.A)  # of which a header can tell
                 if not is_type or len(self.ignored) == MAX_IGNORED:
                     raise bad_request(f"'{place}.type' is not a type of tools that is known.", f"{place}.type")
                 self.ignored.append(tool["type"])
 
-    def _tool_choice(self, choice: Any) -> Any:
-        if isinstance(choice, str):
-            return choice
-        if choice["type"] != "allowed_tools":
-            return {"type": "function", "function": {"name": function_of(choice)}}
-        tools = [{"type": "function", "function": {"name": function_of(tool)}} for tool in choice["tools"]
-                 if tool["type"] in ("function", "custom")]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
+
+def as_tool_choice(choice: Any) -> Any:
+    if not isinstance(choice, dict):
+        return choice
+    if choice["type"] != "allowed_tools":
+        return {"type": "function", "function": {"name": function_of(choice)}}
+    tools = [as_tool_choice(tool) for tool in choice["tools"] if tool["type"] in ("function", "custom")]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
+
+
+def as_response_format(form: JSONObject | None) -> JSONObject | None:
+    if form is None or form["type"] == "text":
+        return None
+    if form["type"] == "json_object":
+        return form
+    schema = {name: value for name, value in form.items() if name != "type"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
 
 
 def function_of(item: JSONObject) -> str:
@@ -1344,8 +1338,8 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     return function
 
 
-def read_items(items: list[JSONObject], go_on: bool = False) -> tuple[list[Message], list[str]]:
-    """Items as messages, and where in the input each message begins.
+def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Message]:
+    """Items as messages, by the places in the input where they begin.
 
     What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results. These
     come right behind it, as APIs want them, also where the input has something in between. go_on: those of calls that
@@ -1377,15 +1371,13 @@ def read_items(items: list[JSONObject], go_on: bool = False) -> tuple[list[Messa
             if "call_id" in item:
                 steps[item["call_id"]] = step
     found.sort(key=itemgetter(0))
-    messages: list[Message] = []
-    places: list[str] = []
+    messages: dict[str, Message] = {}
     for _, place, message in found:
         if message["role"] == "assistant":
             put_together(message)
         if is_message(message):
-            messages.append(message)
-            places.append(place)
-    return messages, places
+            messages[place] = message
+    return messages
 
 
 def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
@@ -5190,7 +5182,7 @@ def record_response(
     response: JSONObject,
 ) -> None:
     """Keep a response, with all that a next one goes on from."""
-    answer, _ = read_items(response["output"])
+    answer = read_items(response["output"]).values()
     turns = append_turns(previous.turns, request.turns)
     if turns:
         *older, newest = turns
