@@ -1071,7 +1071,6 @@ def text_of(message: Message) -> str:
 # reference. What goes wrong with the chat is told in this API's own terms.
 # ======================================================================================================================
 
-TEXT_TYPES = ["input_text", "output_text"]
 TEXT_PART = record({"text": STRING})
 INPUT_PART = record_by_type({
     "input_text": TEXT_PART,
@@ -1354,10 +1353,11 @@ def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Messag
         place = f"input[{index}]"
         if kind == "message" and item["role"] != "assistant":
             role = "user" if item["role"] == "user" else "system"  # not every API knows developers
-            found.append((index, place, {"role": role, "content": read_content(item["content"], f"{place}.content")}))
+            content = as_content(read_parts(item["content"], f"{place}.content"))
+            found.append((index, place, {"role": role, "content": content}))
             answer = None
         elif kind.endswith("_output"):
-            content = read_content(item["output"], f"{place}.output")
+            content = as_content(read_parts(item["output"], f"{place}.output"))
             result = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
             found.append((steps.get(item["call_id"], -1 if go_on else index), place, result))
             answer = None
@@ -1374,18 +1374,19 @@ def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Messag
     messages: dict[str, Message] = {}
     for _, place, message in found:
         if message["role"] == "assistant":
-            put_together(message)
-        if is_message(message):
-            messages[place] = message
+            message["content"] = as_content(message["content"]) or None
+            if message["content"] is None and "tool_calls" not in message:
+                continue  # reasoning that nothing followed
+            if "reasoning_content" in message:
+                message["reasoning_content"] = "".join(message["reasoning_content"])
+        messages[place] = message
     return messages
 
 
 def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
-    """Add an item to an assistant's message, whose content and reasoning are lists of pieces yet."""
+    """Add an item to an assistant's message, whose content and reasoning are lists yet."""
     if kind == "message":
-        content = read_content(item["content"], f"{place}.content")
-        if content:
-            answer["content"].append(content)
+        answer["content"] += read_parts(item["content"], f"{place}.content")
     elif kind == "reasoning":
         text = read_reasoning(item)
         if text:
@@ -1396,46 +1397,37 @@ def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> N
         answer.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
 
 
-def put_together(answer: Message) -> None:
-    pieces = answer["content"]
-    if all(isinstance(piece, str) for piece in pieces):
-        answer["content"] = "\n".join(pieces) or None
-    else:
-        texts = ([{"type": "text", "text": piece}] if isinstance(piece, str) else piece for piece in pieces)
-        answer["content"] = [part for parts in texts for part in parts]
-    if "reasoning_content" in answer:
-        answer["reasoning_content"] = "".join(answer["reasoning_content"])
-
-
-def is_message(message: Message) -> bool:
-    """False for reasoning that nothing followed."""
-    return message["role"] != "assistant" or message["content"] is not None or "tool_calls" in message
-
-
-def read_content(content: Any, place: str) -> Any:
-    """Content as chats have it: a text, or parts where there is more than text. Raises APIError 400."""
-    if isinstance(content, str) or all(part["type"] in TEXT_TYPES for part in content):
-        return joined_text(content)
+def read_parts(content: Any, place: str) -> list[JSONObject]:
+    """Content as parts that chats have; empty texts are left out. Raises APIError 400."""
+    if isinstance(content, str):
+        content = [{"type": "input_text", "text": content}]
     parts: list[JSONObject] = []
     for part in content:
         kind = part["type"]
         if kind == "refusal":
             parts.append({"type": "refusal", "refusal": part["refusal"]})
         elif kind == "input_image":
-            image = {name: part[name] for name in ("image_url", "detail") if part.get(name)}
-            parts.append({"type": "image_url", "image_url": {"url": image.pop("image_url"), **image}})
+            image = {"url": part["image_url"]}
+            if part.get("detail"):
+                image["detail"] = part["detail"]
+            parts.append({"type": "image_url", "image_url": image})
         elif kind == "input_file":
             file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
             if not file:
                 raise bad_request(f"'{place}' has a file without file_data or file_id.", place)
             parts.append({"type": "file", "file": file})
-        else:
+        elif part["text"]:
             parts.append({"type": "text", "text": part["text"]})
     return parts
 
 
-def joined_text(content: Any) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+def as_content(parts: list[JSONObject]) -> Any:
+    """A text, or the parts where there is more than text."""
+    return joined_text(parts) if all(part["type"] == "text" for part in parts) else parts
+
+
+def joined_text(parts: list[JSONObject]) -> str:
+    return "\n".join(part["text"] for part in parts)
 
 
 def read_reasoning(item: JSONObject) -> str:
