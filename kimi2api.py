@@ -5462,131 +5462,90 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 # ======================================================================================================================
 
 
-class OutputItem:
-    """An item of a response under way: its events, without their numbers. item: its id is a prefix yet."""
+@dataclass(frozen=True)
+class ItemKind:
+    """What the items of one kind have in common, and their events."""
 
-    def __init__(self, item: JSONObject, response_id: str, index: int) -> None:
-        self.item = {**item, "id": f"{item['id']}_{response_id.removeprefix('resp_')}_{index}"}
-        self._place = {"item_id": self.item["id"], "output_index": index}
+    prefix: str  # of their ids
+    fields: JSONObject  # of an item that begins
+    events: str  # what the names of the events begin with that carry its text
+    field: str  # where the text stands when it is complete
+    part: JSONObject | None = None  # of its content, which has the text, without it yet
+
+
+MESSAGE_FIELDS = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+TEXT_KINDS = {  # by the field of a delta
+    "reasoning_content": ItemKind(
+        "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
+        {"type": "reasoning_text", "text": ""}),
+    "content": ItemKind(
+        "msg", MESSAGE_FIELDS, "output_text", "text",
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
+    "refusal": ItemKind("msg", MESSAGE_FIELDS, "refusal", "refusal", {"type": "refusal", "refusal": ""}),
+}
+FUNCTION_CALL = ItemKind(
+    "fc", {"type": "function_call", "status": "in_progress", "arguments": ""}, "function_call_arguments", "arguments")
+CUSTOM_CALL = ItemKind("ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input")
+
+
+class OutputItem:
+    """An item of a response under way: its events, without their numbers."""
+
+    def __init__(self, kind: ItemKind, response_id: str, index: int, fields: JSONObject) -> None:
+        self.item = {"id": f"{kind.prefix}_{response_id.removeprefix('resp_')}_{index}", **kind.fields, **fields}
+        self._kind = kind
+        self._index = index
         self._pieces: list[str] = []
 
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
     def begin(self) -> Iterator[JSONObject]:
-        yield {"type": "response.output_item.added", "output_index": self._place["output_index"], "item": self.item}
-
-    def add(self, text: str) -> Iterator[JSONObject]:
-        raise NotImplementedError
-
-    def end(self, status: str) -> Iterator[JSONObject]:
-        if "status" in self.item:
-            self.item = {**self.item, "status": status}
-        yield {"type": "response.output_item.done", "output_index": self._place["output_index"], "item": self.item}
-
-    def _event(self, kind: str, **fields: Any) -> JSONObject:
-        return {"type": f"response.{kind}", **self._place, **fields}
-
-
-class TextItem(OutputItem):
-    """A message, or reasoning: an item with one part."""
-
-    def __init__(self, item: JSONObject, response_id: str, index: int, part: JSONObject, name: str) -> None:
-        super().__init__({**item, "content": []}, response_id, index)
-        self._place["content_index"] = 0
-        self._part = part  # empty
-        self._name = name  # of its events
-        self._more: JSONObject = {"logprobs": []} if "logprobs" in part else {}
-
-    @property
-    def _field(self) -> str:
-        return "refusal" if self._part["type"] == "refusal" else "text"
-
-    def begin(self) -> Iterator[JSONObject]:
-        yield from super().begin()
-        yield self._event("content_part.added", part=self._part)
+        yield {"type": "response.output_item.added", "output_index": self._index, "item": self.item}
+        if self._kind.part:
+            yield self._event("content_part.added", part=self._kind.part)
 
     def add(self, text: str) -> Iterator[JSONObject]:
         self._pieces.append(text)
-        yield self._event(f"{self._name}.delta", delta=text, **self._more)
+        if self._kind is not CUSTOM_CALL:  # of which the text is known when its JSON is complete
+            yield self._text_event("delta", delta=text)
 
     def end(self, status: str) -> Iterator[JSONObject]:
-        part = {**self._part, self._field: self.text}
-        self.item = {**self.item, "content": [part]}
-        yield self._event(f"{self._name}.done", **{self._field: self.text}, **self._more)
-        yield self._event("content_part.done", part=part)
-        yield from super().end(status)
+        text = "".join(self._pieces)
+        ended = dict(self.item)
+        if "status" in ended:
+            ended["status"] = status
+        if "encrypted_content" in ended:
+            ended["encrypted_content"] = ENCODED_REASONING + b64encode(text.encode()).decode()
+        if self._kind is CUSTOM_CALL:
+            text = custom_input(text)
+            yield self._text_event("delta", delta=text)
+        written = {self._kind.field: text}
+        yield self._text_event("done", **written)
+        if self._kind.part:
+            part = {**self._kind.part, **written}
+            yield self._event("content_part.done", part=part)
+            ended["content"] = [part]
+        else:
+            ended.update(written)
+        self.item = ended
+        yield {"type": "response.output_item.done", "output_index": self._index, "item": self.item}
+
+    def _text_event(self, step: str, **fields: Any) -> JSONObject:
+        if self._kind.part and "logprobs" in self._kind.part:
+            fields["logprobs"] = []
+        return self._event(f"{self._kind.events}.{step}", **fields)
+
+    def _event(self, name: str, **fields: Any) -> JSONObject:
+        if self._kind.part:
+            fields["content_index"] = 0
+        return {"type": f"response.{name}", "item_id": self.item["id"], "output_index": self._index, **fields}
 
 
-class ReasoningItem(TextItem):
-    def __init__(self, response_id: str, index: int, encoded: bool) -> None:
-        item = {"id": "rs", "type": "reasoning", "summary": []}
-        super().__init__(item, response_id, index, {"type": "reasoning_text", "text": ""}, "reasoning_text")
-        self._encoded = encoded
-
-    def end(self, status: str) -> Iterator[JSONObject]:
-        if self._encoded:
-            self.item["encrypted_content"] = ENCODED_REASONING + b64encode(self.text.encode()).decode()
-        yield from super().end(status)
-
-
-class CallItem(OutputItem):
-    """A call of a function."""
-
-    def __init__(self, response_id: str, index: int, call_id: str, name: ToolName) -> None:
-        item = {
-            "id": "fc",
-            "type": "function_call",
-            "status": "in_progress",
-            "call_id": call_id,
-            "name": name.name,
-            "arguments": "",
-        }
-        if name.namespace:
-            item["namespace"] = name.namespace
-        super().__init__(item, response_id, index)
-
-    def add(self, text: str) -> Iterator[JSONObject]:
-        self._pieces.append(text)
-        yield self._event("function_call_arguments.delta", delta=text)
-
-    def end(self, status: str) -> Iterator[JSONObject]:
-        self.item = {**self.item, "arguments": self.text}
-        yield self._event("function_call_arguments.done", arguments=self.text)
-        yield from super().end(status)
-
-
-class CustomCallItem(OutputItem):
-    """A call of a custom tool. Its input stands in JSON, and is known when that is complete."""
-
-    def __init__(self, response_id: str, index: int, call_id: str, name: ToolName) -> None:
-        item = {
-            "id": "ctc",
-            "type": "custom_tool_call",
-            "call_id": call_id,
-            "name": name.name,
-            "input": "",
-        }
-        if name.namespace:
-            item["namespace"] = name.namespace
-        super().__init__(item, response_id, index)
-
-    def add(self, text: str) -> Iterator[JSONObject]:
-        self._pieces.append(text)
-        yield from ()
-
-    def end(self, status: str) -> Iterator[JSONObject]:
-        value: Any = None
-        with suppress(ValueError):
-            value = parse_json(self.text)
-        text = value.get("input") if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            text = self.text
-        self.item = {**self.item, "input": text}
-        yield self._event("custom_tool_call_input.delta", delta=text)
-        yield self._event("custom_tool_call_input.done", input=text)
-        yield from super().end(status)
+def custom_input(arguments: str) -> str:
+    """The text for a custom tool, of the arguments for the function that stands for it."""
+    with suppress(ValueError):
+        value = parse_json(arguments)
+        if isinstance(value, dict) and isinstance(value.get("input"), str):
+            return str(value["input"])
+    return arguments
 
 
 class ResponseWriter:
@@ -5601,7 +5560,7 @@ class ResponseWriter:
         self._model = request.body.get("model") or ""
         self._begun = False
         self._items: list[OutputItem] = []  # all but the last are complete
-        self._open: tuple[str, int] | None = None  # what is under way: its kind, and the index of a call
+        self._open: str | int | None = None  # what is under way: a text, by its field in deltas, or a call by its index
         self._calls: set[int] = set()  # their indexes
         self._finish_reason = ""
         self._usage: Any = None
@@ -5651,52 +5610,45 @@ class ResponseWriter:
         yield {"type": "response.in_progress", "response": response}
 
     def _add(self, delta: JSONObject) -> Iterator[JSONObject]:
-        if delta.get("reasoning_content"):
-            yield from self._add_text("reasoning", delta["reasoning_content"])
-        if delta.get("content"):
-            yield from self._add_text("message", delta["content"])
-        if delta.get("refusal"):
-            yield from self._add_text("refusal", delta["refusal"])
+        for name, kind in TEXT_KINDS.items():
+            if delta.get(name):
+                yield from self._add_text(name, kind, delta[name])
         for call in delta.get("tool_calls") or ():
             yield from self._add_call(call)
 
-    def _add_text(self, kind: str, text: str) -> Iterator[JSONObject]:
-        if self._open != (kind, 0):
-            yield from self._end_item("completed")
-            index = len(self._items)
-            if kind == "reasoning":
-                item: OutputItem = ReasoningItem(self._id, index, self._request.wants_encoded_reasoning)
-            else:
-                message = {"id": "msg", "type": "message", "status": "in_progress", "role": "assistant"}
-                part: JSONObject = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-                if kind == "refusal":
-                    part = {"type": "refusal", "refusal": ""}
-                item = TextItem(message, self._id, index, part, part["type"])
-            yield from self._begin_item(kind, 0, item)
+    def _add_text(self, name: str, kind: ItemKind, text: str) -> Iterator[JSONObject]:
+        if self._open != name:
+            fields: JSONObject = {}
+            if name == "reasoning_content" and self._request.wants_encoded_reasoning:
+                fields["encrypted_content"] = None
+            yield from self._begin_item(name, kind, fields)
         yield from self._items[-1].add(text)
 
     def _add_call(self, call: JSONObject) -> Iterator[JSONObject]:
+        index = call["index"]
         function = call.get("function") or {}
-        if self._open != ("call", call["index"]):
-            yield from self._end_item("completed")
-            if call["index"] in self._calls:
+        if self._open != index:
+            if index in self._calls:
                 raise upstream_error(502, "upstream_invalid_response", "The pieces of tool calls came in no order.")
-            self._calls.add(call["index"])
+            self._calls.add(index)
             name = function.get("name") or ""
             tool = self._request.tools.get(name) or ToolName(name)
-            kind = CustomCallItem if tool.is_custom else CallItem
-            call_id = call.get("id") or f"call_{random_hex()[:24]}"
-            yield from self._begin_item("call", call["index"], kind(self._id, len(self._items), call_id, tool))
+            fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}", "name": tool.name}
+            if tool.namespace:
+                fields["namespace"] = tool.namespace
+            yield from self._begin_item(index, CUSTOM_CALL if tool.is_custom else FUNCTION_CALL, fields)
         if function.get("arguments"):
             yield from self._items[-1].add(function["arguments"])
 
-    def _begin_item(self, kind: str, number: int, item: OutputItem) -> Iterator[JSONObject]:
-        self._open = kind, number
+    def _begin_item(self, what: str | int, kind: ItemKind, fields: JSONObject) -> Iterator[JSONObject]:
+        yield from self._end_item("completed")
+        item = OutputItem(kind, self._id, len(self._items), fields)
+        self._open = what
         self._items.append(item)
         yield from item.begin()
 
     def _end_item(self, status: str) -> Iterator[JSONObject]:
-        if self._open:
+        if self._open is not None:
             self._open = None
             yield from self._items[-1].end(status)
 
