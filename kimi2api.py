@@ -5871,6 +5871,16 @@ class EventStream:
         return self._events
 
 
+@dataclass
+class Exchange:
+    """A request with a body, and what is to be given back: `call` when its upstream call has ended, which may be after
+    its client has left; `done` when it is answered, which may be with the end of a stream."""
+
+    body: bytes
+    call: ExitStack
+    done: ExitStack
+
+
 class App:
     """The program's state while it runs, and its routes."""
 
@@ -5892,70 +5902,75 @@ class App:
     # Routes
 
     def chat(self) -> bytes | EventStream:
-        with ExitStack() as done:
-            body, call = self._read_body(done)
-            request = ChatRequest.parse(body)
-            return self._answer(request, ChatCompletion(request.include_usage), answer_in_session, call, done)
+        return self._complete(ChatRequest.parse, ChatCompletion)
 
     def completion(self) -> bytes | EventStream:
-        with ExitStack() as done:
-            body, call = self._read_body(done)
-            request = ChatRequest.parse_completion(body)
-            return self._answer(request, TextCompletion(request.include_usage), answer_in_session, call, done)
+        return self._complete(ChatRequest.parse_completion, TextCompletion)
+
+    def _complete(
+        self, parse: Callable[[bytes], ChatRequest], writer: Callable[[bool], ChatCompletion],
+    ) -> bytes | EventStream:
+        with self._exchange() as exchange:
+            request = parse(exchange.body)
+            return self._answer(exchange, request, writer(request.include_usage), answer_in_session)
 
     def response(self) -> bytes | EventStream:
-        with ExitStack() as done:
-            body, call = self._read_body(done)
-            asked = ResponsesRequest.parse(body, self._stored_item)
-            caller = owner()
-            previous = self.sessions.open(caller, None)
-            previous_id = asked.body.get("previous_response_id")
-            if previous_id:
-                found = self.sessions.response(caller, previous_id)
-                if found is None:
-                    raise bad_request(
-                        f"Previous response with id {previous_id[:100]!r} not found.", "previous_response_id",
-                        "previous_response_not_found")
-                previous = found
+        with self._exchange() as exchange:
+            asked = ResponsesRequest.parse(exchange.body, self._stored_item)
+            previous = self._previous_response(asked.body.get("previous_response_id"))
             earlier = len(previous.system)
             try:
                 request = asked.chat(previous.system)
-                record = partial(record_response, self.sessions, caller, previous, asked, request)
+                record = partial(record_response, self.sessions, owner(), previous, asked, request)
                 writer = ResponseWriter(asked, record if asked.is_stored else None)
-                return self._answer(request, writer, partial(answer_after, previous), call, done)
+                return self._answer(exchange, request, writer, partial(answer_after, previous))
             except APIError as error:
                 raise asked.in_own_terms(error, earlier) from None
 
+    def _previous_response(self, id: str | None) -> Session:
+        """What a response goes on from: a new session where it names none."""
+        if not id:
+            return self.sessions.open(owner(), None)
+        found = self.sessions.response(owner(), id)
+        if found is None:
+            raise bad_request(
+                f"Previous response with id {id[:100]!r} not found.", "previous_response_id",
+                "previous_response_not_found")
+        return found
+
     def _answer(
-        self, request: ChatRequest, writer: ChatCompletion | ResponseWriter,
-        ask: Callable[[Callable[[Chat], Iterator[Delta]], Chat], Iterator[Delta]], call: ExitStack, done: ExitStack,
+        self, exchange: Exchange, request: ChatRequest, writer: ChatCompletion | ResponseWriter,
+        ask: Callable[[Callable[[Chat], Iterator[Delta]], Chat], Iterator[Delta]],
     ) -> bytes | EventStream:
-        """Have a chat answered, in a session (`ask`) and in a format (`writer`). call: closed when its call has ended,
-        which may be after its client has left; done: when it is answered, which may be with the end of a stream."""
+        """Have a chat answered, in a session (`ask`) and in a format (`writer`)."""
         model = request.model or self.settings.default_model
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-        tally = self._begin(done)
-        chat = Chat(request, model, owner=owner(), store=self.sessions, tally=tally, cleanup=call.pop_all())
+        tally = self._admit(exchange)
+        chat = Chat(request, model, owner=owner(), store=self.sessions, tally=tally, cleanup=exchange.call.pop_all())
         deltas = ask(partial(self._observed, client(), model), chat)
         if not request.stream:
-            answer = b"".join(self._relay(writer.json(deltas), chat.cancel, chat.cleanup, done))
+            answer = b"".join(self._relay(exchange, writer.json(deltas), chat.cancel, chat.cleanup))
             set_headers({"Content-Type": "application/json", **writer.headers})
             return answer
         interval = self.settings.stream_interval_ms / 1000
         parts = writer.events(pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel))
-        events = event_stream(self._relay(parts, chat.cancel, chat.cleanup, done), writer.failure)
+        events = event_stream(self._relay(exchange, parts, chat.cancel, chat.cleanup), writer.failure)
         first = next(events)  # what goes wrong before the first event is a real status
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
-        return EventStream(itertools.chain([first], events), done.pop_all())
+        return EventStream(itertools.chain([first], events), exchange.done.pop_all())
+
+    def _observed(self, caller: ClientKey, model: str, chat: Chat) -> Iterator[Delta]:
+        """The answer, counted when it ends, however it ends."""
+        with self.meter.counted(caller, chat.tally, chat.cancel, chat.request.messages):
+            yield from self.providers.answer(model, chat)
 
     def embeddings(self) -> bytes:
-        with ExitStack() as done:
-            raw, call = self._read_body(done)
-            body = parse_body(raw, EMBEDDINGS_REQUEST)
+        with self._exchange() as exchange:
+            body = parse_body(exchange.body, EMBEDDINGS_REQUEST)
             model = body.get("model") or self.settings.default_model
             cancel = Cancel()
             caller = client()
-            tally = self._begin(done)
+            tally = self._admit(exchange)
             headers: Headers = {}
 
             def ask() -> Iterator[bytes]:
@@ -5964,17 +5979,13 @@ class App:
                     answer, headers = self.providers.embed(model, body, cancel, tally)
                 yield dump_json(answer)
 
-            answer = b"".join(self._relay(ask(), cancel, call.pop_all(), done))
+            answer = b"".join(self._relay(exchange, ask(), cancel, exchange.call.pop_all()))
             set_headers({"Content-Type": "application/json", **headers})
         return answer
 
-    def _observed(self, caller: ClientKey, model: str, chat: Chat) -> Iterator[Delta]:
-        """The answer, counted when it ends, however it ends."""
-        with self.meter.counted(caller, chat.tally, chat.cancel, chat.request.messages):
-            yield from self.providers.answer(model, chat)
-
-    def _read_body(self, done: ExitStack) -> tuple[bytes, ExitStack]:
-        """The body, and what gives the memory back that it takes once it is parsed; `done` does if nothing else has."""
+    @contextmanager
+    def _exchange(self) -> Iterator[Exchange]:
+        """The current request, with memory for its body once it is parsed. Raises APIError 413 or 429."""
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
@@ -5982,24 +5993,24 @@ class App:
         body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
         size = parsed_size(body)
         self.memory.acquire(size)
-        call = done.enter_context(ExitStack())
-        call.callback(self.memory.release, size)
-        return body, call
+        with ExitStack() as call, ExitStack() as done:
+            call.callback(self.memory.release, size)
+            yield Exchange(body, call, done)
 
-    def _begin(self, done: ExitStack) -> Tally:
-        """Give a chat a slot until it is `done`, and count it against its key's limits. Raises APIError 429."""
+    def _admit(self, exchange: Exchange) -> Tally:
+        """Give a chat a slot until it is answered, and count it against its key's limits. Raises APIError 429."""
         self.chats.acquire()
-        done.callback(self.chats.release)
+        exchange.done.callback(self.chats.release)
         environ = bottle.request.environ
         environ["kimi2api.limits"] = self.accounts.admit(client())
         tally = environ["kimi2api.tally"] = Tally()
         return tally
 
     def _relay(
-        self, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack, done: ExitStack,
+        self, exchange: Exchange, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack,
     ) -> Generator[bytes, None, None]:
         data = relay(parts, cancel, cleanup, self.calls, self.settings.sse_keepalive, self._client_check())
-        return done.enter_context(closing(data))
+        return exchange.done.enter_context(closing(data))
 
     def _client_check(self) -> Callable[[], None]:
         """A function that raises when the current request's client has gone, or the server stops."""
