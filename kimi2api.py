@@ -6034,14 +6034,8 @@ class App:
         session = self.sessions.get(owner(), user)
         if session is None:
             raise session_not_found()
-        return {
-            "object": "session",
-            "user": user,
-            "created": int(session.created),
-            "last_used": int(session.used),
-            "expires_at": int(session.used + self.store.ttl),
-            "turns": session.turns,
-        }
+        expires_at = int(session.used + self.store.ttl)
+        return {**session_object(user, session), "expires_at": expires_at}
 
     def stored_response(self, id: str) -> JSONObject:
         session = self.sessions.response(owner(), id)
@@ -6067,16 +6061,7 @@ class App:
     def users(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
         sessions = self.store.users(owner())
-        listed = []
-        for user, session in sessions.items():
-            listed.append({
-                "object": "session",
-                "user": user,
-                "created": int(session.created),
-                "last_used": int(session.used),
-                "turns": session.turns,
-            })
-        return {"object": "list", "data": listed}
+        return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
 
     def usage(self) -> JSONObject:
         return self.accounts.usage(client())
@@ -6156,6 +6141,16 @@ class App:
 def set_headers(headers: Headers) -> None:
     for name, value in headers.items():
         bottle.response.set_header(name, value)
+
+
+def session_object(user: str, session: Session | SessionSummary) -> JSONObject:
+    return {
+        "object": "session",
+        "user": user,
+        "created": int(session.created),
+        "last_used": int(session.used),
+        "turns": session.turns,
+    }
 
 
 def session_not_found() -> APIError:
