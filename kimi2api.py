@@ -5846,7 +5846,6 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 # test can have as many as it likes.
 # ======================================================================================================================
 
-CHAT_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
@@ -6027,8 +6026,8 @@ class App:
     def models(self) -> JSONObject:
         return {"object": "list", "data": self.providers.models()}
 
-    def model(self, name: str) -> JSONObject:
-        return self.providers.model(name)
+    def model(self, id: str) -> JSONObject:
+        return self.providers.model(id)
 
     def session(self, user: str) -> JSONObject:
         session = self.sessions.get(owner(), user)
@@ -6130,7 +6129,7 @@ class App:
         caller = environ.get("kimi2api.client", ClientKey())
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
-        if rule in CHAT_PATHS and "kimi2api.tally" not in environ and environ["REQUEST_METHOD"] == "POST":
+        if route and route.method == "POST" and "kimi2api.tally" not in environ:
             self.meter.count(caller, Tally(), response.status_code, [])  # refused before an upstream could be asked
         log.log(
             logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s%s %s %d %.0f ms",
@@ -6194,6 +6193,42 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     return dump_json(ours.body())
 
 
+@dataclass(frozen=True)
+class Route:
+    """A route, and what /openapi.json says of it: its body and its answer by the names of their schemas."""
+
+    method: str
+    rule: str  # in Bottle's form
+    handler: Callable[..., Any]
+    summary: str
+    answer: str
+    request: str = ""
+    event: str = ""  # of its stream, where it has one: what its data is
+
+
+ROUTES = [
+    Route("POST", "/v1/chat/completions", App.chat, "chat", "Completion", "Request", "a Chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.response, "a response", "Response", "ResponsesRequest",
+          "an event of the Responses API as JSON"),
+    Route("GET", "/v1/responses/<id>", App.stored_response, "a stored response", "Response"),
+    Route("DELETE", "/v1/responses/<id>", App.forget_response, "forget a stored response", "DeletedResponse"),
+    Route("POST", "/v1/completions", App.completion, "complete a text", "TextCompletion", "CompletionRequest",
+          "a TextCompletion as JSON, or [DONE]"),
+    Route("POST", "/v1/embeddings", App.embeddings, "embeddings", "Embeddings", "EmbeddingsRequest"),
+    Route("GET", "/v1/models", App.models, "the models", "Models"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.model, "one model", "Model"),
+    Route("GET", "/v1/sessions", App.users, "the sessions of the key", "Sessions"),
+    Route("GET", r"/v1/sessions/<user:re:[\s\S]+>", App.session, "the turns remembered of a user", "Session"),
+    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]+>", App.forget, "forget a user's turns", "Deleted"),
+    Route("GET", "/v1/usage", App.usage, "what the key has used, and its limits", "Usage"),
+    Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
+    Route("GET", "/health", App.health, "how the server is", "Health"),
+    Route("GET", "/openapi.json", App.openapi, "this description", "OpenAPI"),
+    Route("GET", "/docs", App.page, "a page to read and to try", "text/html"),
+    Route("GET", "/", App.page, "the same page", "text/html"),
+]
+
+
 def create_app(settings: Settings, stopping: threading.Event | None = None) -> bottle.Bottle:
     """The WSGI application. Chats end with an error once `stopping` is set. Raises SettingError for a store that cannot
     be used."""
@@ -6203,22 +6238,8 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi.default_error_handler = routing_error
     wsgi.add_hook("before_request", Access(settings).admit)
     wsgi.add_hook("after_request", app.finish)
-    wsgi.route("/v1/chat/completions", "POST", app.chat)
-    wsgi.route("/v1/completions", "POST", app.completion)
-    wsgi.route("/v1/embeddings", "POST", app.embeddings)
-    wsgi.route("/v1/responses", "POST", app.response)
-    wsgi.route("/v1/responses/<id>", "GET", app.stored_response)
-    wsgi.route("/v1/responses/<id>", "DELETE", app.forget_response)
-    wsgi.route("/v1/models", "GET", app.models)
-    wsgi.route(r"/v1/models/<name:re:[\s\S]+>", "GET", app.model)
-    wsgi.route("/v1/sessions", "GET", app.users)
-    wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "GET", app.session)
-    wsgi.route(r"/v1/sessions/<user:re:[\s\S]+>", "DELETE", app.forget)
-    wsgi.route("/v1/usage", "GET", app.usage)
-    wsgi.route("/metrics", "GET", app.metrics_page)
-    wsgi.route("/health", "GET", app.health)
-    wsgi.route("/openapi.json", "GET", app.openapi)
-    wsgi.route(["/", "/docs"], "GET", app.page)
+    for route in ROUTES:
+        wsgi.route(route.rule, route.method, partial(route.handler, app))
     return wsgi
 
 
@@ -6973,64 +6994,42 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
-def answered(schema: str, stream: str = "") -> JSONObject:
-    """The content of a body in JSON, by the name of its schema; stream: what the data of each event of a stream is."""
-    content: JSONObject = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    if stream:
-        event = object_of({"data": {**STRING, "description": stream}})
-        content["text/event-stream"] = {"schema": {**event, "description": "each event of the stream"}}
-    return content
+def content_of(schema: str) -> JSONObject:
+    """Of a body: in JSON, by the name of its schema, or a text of this type."""
+    if "/" in schema:
+        return {schema: {"schema": STRING}}
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
-def operation(summary: str, answer: JSONObject, parameter: str = "", request: str = "") -> JSONObject:
-    """A route's description: what it answers with 200, the parameter in its path, and the schema of its request."""
+def operation(route: Route) -> JSONObject:
+    """A route's description."""
+    answer = content_of(route.answer)
+    if route.event:
+        event = object_of({"data": {**STRING, "description": route.event}}, description="each event of the stream")
+        answer["text/event-stream"] = {"schema": event}
     described: JSONObject = {
-        "summary": summary,
+        "summary": route.summary,
         "responses": {
-            "200": {"description": summary, "content": answer},
-            "default": {"description": "an error", "content": answered("Error")},
+            "200": {"description": route.summary, "content": answer},
+            "default": {"description": "an error", "content": content_of("Error")},
         },
     }
+    parameter = re.search(r"<(\w+)", route.rule)
     if parameter:
-        described["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": STRING}]
-    if request:
-        described["requestBody"] = {"required": True, "content": answered(request)}
+        described["parameters"] = [{"name": parameter[1], "in": "path", "required": True, "schema": STRING}]
+    if route.request:
+        described["requestBody"] = {"required": True, "content": content_of(route.request)}
+    if route.rule in OPEN_PATHS:
+        described["security"] = []
     return described
 
 
 def openapi(key_required: bool) -> JSONObject:
     """The OpenAPI 3.1 description of the server."""
-    page = {"text/html": {"schema": STRING}}
-    paths: dict[str, JSONObject] = {
-        "/v1/chat/completions": {"post": operation(
-            "chat", answered("Completion", stream="a Chunk as JSON, or [DONE]"), request="Request")},
-        "/v1/responses": {"post": operation(
-            "a response", answered("Response", stream="an event of the Responses API as JSON"),
-            request="ResponsesRequest")},
-        "/v1/responses/{id}": {
-            "get": operation("a stored response", answered("Response"), "id"),
-            "delete": operation("forget a stored response", answered("DeletedResponse"), "id"),
-        },
-        "/v1/completions": {"post": operation(
-            "complete a text", answered("TextCompletion", stream="a TextCompletion as JSON, or [DONE]"),
-            request="CompletionRequest")},
-        "/v1/embeddings": {"post": operation("embeddings", answered("Embeddings"), request="EmbeddingsRequest")},
-        "/v1/models": {"get": operation("the models", answered("Models"))},
-        "/v1/models/{id}": {"get": operation("one model", answered("Model"), "id")},
-        "/v1/sessions": {"get": operation("the sessions of the key", answered("Sessions"))},
-        "/v1/sessions/{user}": {
-            "get": operation("the turns remembered of a user", answered("Session"), "user"),
-            "delete": operation("forget a user's turns", answered("Deleted"), "user"),
-        },
-        "/v1/usage": {"get": operation("what the key has used, and its limits", answered("Usage"))},
-        "/metrics": {"get": operation("counters for Prometheus", {"text/plain": {"schema": STRING}})},
-        "/health": {"get": operation("how the server is", answered("Health"))},
-        "/openapi.json": {"get": operation("this description", answered("OpenAPI"))},
-        "/docs": {"get": operation("a page to read and to try", page)},
-        "/": {"get": operation("the same page", page)},
-    }
-    for path in OPEN_PATHS:
-        paths[path]["get"]["security"] = []
+    paths: dict[str, JSONObject] = {}
+    for route in ROUTES:
+        path = re.sub(r"<(\w+).*?>", r"{\1}", route.rule)
+        paths.setdefault(path, {})[route.method.lower()] = operation(route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
