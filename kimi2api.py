@@ -6874,6 +6874,11 @@ def constant(value: str) -> Schema:
     return {"type": "string", "const": value}
 
 
+def named_object(name: str, required: Schema, optional: Schema | None = None) -> Schema:
+    """What OpenAI's objects are like: the field `object` says which it is."""
+    return object_of({"object": constant(name), **required}, optional)
+
+
 FINISH_REASON = choice_of("stop", "length", "tool_calls", "content_filter", "function_call")
 OR_NULL_STRING = any_of(STRING, NULL)
 USAGE = object_of({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT})
@@ -6895,23 +6900,20 @@ COMPLETION_CHOICE = object_of({
 ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
 FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
+COMPLETION_HEAD = {"id": STRING, "created": INTEGER, "model": STRING}
+SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS: dict[str, Schema] = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
-    "Completion": object_of({
-        "id": STRING,
-        "object": constant("chat.completion"),
-        "created": INTEGER,
-        "model": STRING,
+    "Completion": named_object("chat.completion", {
+        **COMPLETION_HEAD,
         "choices": array(COMPLETION_CHOICE),
         "usage": USAGE,
     }),
-    "Chunk": object_of(
+    "Chunk": named_object(
+        "chat.completion.chunk",
         {
-            "id": STRING,
-            "object": constant("chat.completion.chunk"),
-            "created": INTEGER,
-            "model": STRING,
+            **COMPLETION_HEAD,
             "choices": array(object_of({
                 "index": COUNT, "delta": OBJECT, "finish_reason": any_of(FINISH_REASON, NULL),
             })),
@@ -6919,20 +6921,16 @@ SCHEMAS: dict[str, Schema] = {
         {"usage": any_of(USAGE, NULL)},
     ),
     "CompletionRequest": COMPLETION_REQUEST,
-    "TextCompletion": object_of({
-        "id": STRING,
-        "object": constant("text_completion"),
-        "created": INTEGER,
-        "model": STRING,
+    "TextCompletion": named_object("text_completion", {
+        **COMPLETION_HEAD,
         "choices": array(object_of({
             "text": STRING, "index": COUNT, "logprobs": NULL, "finish_reason": any_of(FINISH_REASON, NULL),
         })),
         "usage": USAGE,
     }),
     "ResponsesRequest": RESPONSES_REQUEST,
-    "Response": object_of({
+    "Response": named_object("response", {
         "id": STRING,
-        "object": constant("response"),
         "created_at": INTEGER,
         "status": choice_of("completed", "incomplete"),
         "incomplete_details": any_of(object_of({"reason": choice_of("max_output_tokens", "content_filter")}), NULL),
@@ -6947,30 +6945,18 @@ SCHEMAS: dict[str, Schema] = {
             "total_tokens": COUNT,
         }),
     }),
-    "DeletedResponse": object_of({"id": STRING, "object": constant("response"), "deleted": BOOLEAN}),
+    "DeletedResponse": named_object("response", {"id": STRING, "deleted": BOOLEAN}),
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
-    "Embeddings": object_of({"object": constant("list"), "data": array(OBJECT), "model": STRING, "usage": OBJECT}),
-    "Model": object_of({"id": STRING, "object": constant("model"), "created": INTEGER, "owned_by": STRING}),
-    "Models": object_of({
-        "object": constant("list"),
-        "data": array({"$ref": "#/components/schemas/Model"}),
-    }),
-    "Session": object_of({
-        "object": constant("session"),
-        "user": STRING,
-        "created": INTEGER,
-        "last_used": INTEGER,
+    "Embeddings": named_object("list", {"data": array(OBJECT), "model": STRING, "usage": OBJECT}),
+    "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
+    "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
+    "Session": named_object("session", {
+        **SESSION_HEAD,
         "expires_at": INTEGER,
         "turns": array(array({"$ref": "#/components/schemas/Message"})),
     }),
-    "Sessions": object_of({
-        "object": constant("list"),
-        "data": array(object_of({
-            "object": constant("session"), "user": STRING, "created": INTEGER, "last_used": INTEGER, "turns": COUNT,
-        })),
-    }),
-    "Usage": object_of({
-        "object": constant("usage"),
+    "Sessions": named_object("list", {"data": array(named_object("session", {**SESSION_HEAD, "turns": COUNT}))}),
+    "Usage": named_object("usage", {
         "key": OR_NULL_STRING,
         "limits": object_of({"requests_per_minute": COUNT, "tokens_per_day": COUNT}),
         "today": object_of({"date": STRING, **COUNTED}),
@@ -6978,7 +6964,7 @@ SCHEMAS: dict[str, Schema] = {
             "date": STRING, **COUNTED, "models": {"type": "object", "additionalProperties": object_of(COUNTED)},
         })),
     }),
-    "Deleted": object_of({"object": constant("session.deleted"), "user": STRING, "deleted": BOOLEAN}),
+    "Deleted": named_object("session.deleted", {"user": STRING, "deleted": BOOLEAN}),
     "Health": object_of({
         "status": choice_of("ok", "degraded"),
         "version": STRING,
