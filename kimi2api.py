@@ -5164,11 +5164,6 @@ def answer_to_remember(completion: JSONObject) -> Message:
     return {"role": "assistant", "content": ""}
 
 
-def answer_after(previous: Session, ask: Callable[[Chat], Iterator[Delta]], chat: Chat) -> Iterator[Delta]:
-    """An answer with a stored response and what led to it before it."""
-    return ask(replace(chat, history=previous.turns, session_id=previous.id))
-
-
 def record_response(
     sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
     response: JSONObject,
@@ -5911,7 +5906,7 @@ class App:
     ) -> bytes | EventStream:
         with self._exchange() as exchange:
             request = parse(exchange.body)
-            return self._answer(exchange, request, writer(request.include_usage), answer_in_session)
+            return self._answer(exchange, request, writer(request.include_usage))
 
     def response(self) -> bytes | EventStream:
         with self._exchange() as exchange:
@@ -5922,7 +5917,7 @@ class App:
                 request = asked.chat(previous.system)
                 record = partial(record_response, self.sessions, owner(), previous, asked, request)
                 writer = ResponseWriter(asked, record if asked.is_stored else None)
-                return self._answer(exchange, request, writer, partial(answer_after, previous))
+                return self._answer(exchange, request, writer, previous)
             except APIError as error:
                 raise asked.in_own_terms(error, earlier) from None
 
@@ -5939,14 +5934,18 @@ class App:
 
     def _answer(
         self, exchange: Exchange, request: ChatRequest, writer: ChatCompletion | ResponseWriter,
-        ask: Callable[[Callable[[Chat], Iterator[Delta]], Chat], Iterator[Delta]],
+        previous: Session | None = None,
     ) -> bytes | EventStream:
-        """Have a chat answered, in a session (`ask`) and in a format (`writer`)."""
+        """Have a chat answered. previous: what it goes on from, instead of its user's session."""
         model = request.model or self.settings.default_model
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
         tally = self._admit(exchange)
         chat = Chat(request, model, owner=owner(), store=self.sessions, tally=tally, cleanup=exchange.call.pop_all())
-        deltas = ask(partial(self._observed, client(), model), chat)
+        ask = partial(self._observed, client(), model)
+        if previous is None:
+            deltas = answer_in_session(ask, chat)
+        else:
+            deltas = ask(replace(chat, history=previous.turns, session_id=previous.id))
         if not request.stream:
             answer = b"".join(self._relay(exchange, writer.json(deltas), chat.cancel, chat.cleanup))
             set_headers({"Content-Type": "application/json", **writer.headers})
