@@ -10,8 +10,14 @@
 
 The way of a chat through this file:
 
-    App -> ChatRequest -> answer_in_session() -> Provider.stream() -> deltas -> ChatCompletion -> relay() -> client
-           (schemas)      (Sessions)             (web chat or API)              (JSON or SSE)     (a thread)
+    Access.admit()        whether its client may call
+    ChatRequest           checked by schemas; a ResponsesRequest is read as one
+    Accounts.admit()      the limits of its key; the Meter counts what it takes, for usage and metrics
+    answer_in_session()   what was said before goes in front: Sessions, in a Store
+    Providers.answer()    by the model asked for, or else by one to fall back to
+    Provider.stream()     Kimi's web chat or an API: a stream of Deltas
+    ChatCompletion        deltas as JSON or events; of the Responses API: ResponseWriter
+    relay()               from a thread of the upstream's own to the client
 
 and of its reader:
 
