@@ -2498,9 +2498,9 @@ class Accounts:
         self.tokens_per_day = tokens_per_day
         self._store = store
         self._own = MemoryStore(0.0, 0)  # counts while the store cannot be reached
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the next
         self._unsaved: dict[tuple[str, str], Counter[str]] = {}  # usage that the store does not know yet
-        self._retry_at = 0.0  # by the monotonic clock
+        self._retry_at = 0.0  # when the store is asked again, by the monotonic clock
 
     def admit(self, client: ClientKey) -> dict[str, str]:
         """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
@@ -2510,7 +2510,7 @@ class Accounts:
         requests_limit = limit_of(self.requests_per_minute, client)
         if tokens:
             reset = DAY - now % DAY
-            used = self._used_today(client, now)
+            used = summed(self._read(client, f"day {date_of(now)}"))["total_tokens"]
             headers.update(limit_headers("tokens", tokens, used, reset))
             if used >= tokens:
                 raise APIError(
@@ -2554,40 +2554,32 @@ class Accounts:
             "days": days,
         }
 
-    def _used_today(self, client: ClientKey, now: float) -> int:
-        total: int = summed(self._read(client, f"day {date_of(now)}"))["total_tokens"]
-        return total
-
     def _read(self, client: ClientKey, period: str) -> Mapping[str, int]:
-        own = Counter(self._own.read(client.owner, period))
-        if self._may_ask():
-            try:
-                known = Counter(self._store.read(client.owner, period))
-                return known + self._unsaved.get((client.owner, period), Counter())
-            except APIError as error:
-                self._note_failure(error)
-        return own
+        known = self._ask_store(partial(self._store.read, client.owner, period))
+        if known is None:
+            return self._own.read(client.owner, period)
+        return Counter(known) + self._unsaved.get((client.owner, period), Counter())
 
     def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
-        if self._may_ask():
-            try:
-                counters = self._store.add(client.owner, period, amounts, max_age)
-                self._save()
-                return counters
-            except APIError as error:
-                self._note_failure(error)
+        counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
+        if counters is not None:
+            self._ask_store(self._save)
+            return counters
         with self._lock:
             if max_age > DAY:
                 self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
         return self._own.add(client.owner, period, amounts, max_age)
 
-    def _may_ask(self) -> bool:
-        return time.monotonic() >= self._retry_at
-
-    def _note_failure(self, error: APIError) -> None:
-        log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
-        with self._lock:
+    def _ask_store(self, ask: Callable[[], T]) -> T | None:
+        """What the store answers; None while it cannot be reached."""
+        if time.monotonic() < self._retry_at:
+            return None
+        try:
+            return ask()
+        except APIError as error:
+            log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
             self._retry_at = time.monotonic() + STORE_RETRY
+            return None
 
     def _save(self) -> None:
         """Tell the store what was used while it could not be reached."""
