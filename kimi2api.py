@@ -5021,12 +5021,12 @@ class Meter:
         status = 500
         try:
             yield
-            status = 200
+            status = 499 if cancel.is_set() else 200
         except APIError as error:
             status = 499 if cancel.is_set() else error.status
             raise
-        except GeneratorExit:  # its client left during the replay
-            status = 499
+        except GeneratorExit:  # what came could not be written as a response
+            status = 502
             raise
         finally:
             self.count(caller, tally, status, messages)
@@ -5294,7 +5294,7 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
 
 def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, cancel: Cancel) -> Iterator[Delta]:
     """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
-    all. Stops when the client has gone."""
+    all. Without pauses when the client has gone: the answer may still be recorded, and whole."""
     max_pieces = max(1, int(max_seconds / interval)) if interval else 1
     for delta in deltas:
         if not delta.is_complete:
@@ -5311,8 +5311,7 @@ def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, cancel: C
                 if ahead < -interval:
                     late += text
                     continue
-                if cancel.wait(max(0.0, ahead)):
-                    return
+                cancel.wait(max(0.0, ahead))
                 step = Delta.of({"content": late + text})
                 late = ""
             elif late:

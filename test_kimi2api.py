@@ -4310,6 +4310,21 @@ def test_a_client_that_leaves_during_the_replay_frees_its_slot(run: Run, kimi: W
     assert not [line for line in program.log if "Traceback" in line]
 
 
+def test_a_response_whose_client_leaves_during_the_replay_is_kept_whole(run: Run, kimi: WebChat) -> None:
+    kimi.answer = "word " * 4000
+    program = run(STREAM_INTERVAL_MS="100", STREAM_MAX_SECONDS="600")
+    body = b'{"input": "Hello", "stream": true}'
+    head = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with program.open(head + body) as link:
+        found = re.search(rb"resp_\w+", read_until(link, b"output_text.delta"))
+        assert found
+    wait_for(lambda: program.running() == 0 and program.health()["sessions"]["kept"])
+    kept = json.loads(program.ask("GET", f"/v1/responses/{found[0].decode()}")[1])
+    assert kept["status"] == "completed" and kept["output"][0]["content"][0]["text"] == kimi.answer
+    counted = [line for line in program.ask("GET", "/metrics")[1].decode().splitlines() if "chats_total{" in line]
+    assert counted == ['kimi2api_chats_total{provider="kimi",model="kimi",status="499"} 1']
+
+
 @json_and_stream
 def test_a_client_that_leaves_a_steady_answer_is_noticed(
     run: Run, both: dict[str, str], api: Api, stream: bool
