@@ -1747,6 +1747,7 @@ def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
 # ======================================================================================================================
 
 PROBE_BYTES = 1 << 16  # that must fit before a full disk counts as well again
+LOCK_CHECK_INTERVAL = 0.02  # seconds
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are given back to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_STEPS = (  # from each version of the format to the next; PRAGMA user_version is how many have been made
@@ -1958,7 +1959,7 @@ class SQLiteStore(SharedStore):
                 self._check_pause(patience)  # it may have failed meanwhile
                 try:
                     self._connect(max(0.0, deadline - time.monotonic()))
-                    self._db.execute(begin)
+                    self._begin(begin, deadline)
                     yield self._db
                     self._db.execute("COMMIT")
                 except BaseException as error:
@@ -1981,7 +1982,6 @@ class SQLiteStore(SharedStore):
             with suppress(OSError):
                 now = os.stat(self._path)
                 if (now.st_dev, now.st_ino) == self._file:
-                    self._db.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
                     return
             self._close()
         import sqlite3
@@ -1995,6 +1995,19 @@ class SQLiteStore(SharedStore):
             raise
         opened = os.stat(self._path)
         self._file = opened.st_dev, opened.st_ino
+
+    def _begin(self, begin: str, deadline: float) -> None:
+        """By itself sqlite3 looks but ten times a second whether another process has ended its transaction, and one of
+        four busy processes waits for more than a second."""
+        wait = LOCK_CHECK_INTERVAL if begin != "BEGIN" else max(0.0, deadline - time.monotonic())
+        self._db.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
+        while True:
+            try:
+                self._db.execute(begin)
+                return
+            except self.failures as error:
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise
 
     def _close(self) -> None:
         if self._db:

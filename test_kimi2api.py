@@ -1440,15 +1440,15 @@ for number in range(int(sys.argv[4])):
 
 def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
     command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
-    workers = [subprocess.Popen([*command, str(number), "40"]) for number in range(3)]
+    workers = [subprocess.Popen([*command, str(number), "25"]) for number in range(3)]
     assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
     store = open_store(lasting)
     asked = asked_in(store, "ada")
-    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(40))
+    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(25))
     for worker in range(3):
         of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
         assert of_worker == sorted(of_worker), "those of one are in their order"
-    assert store.read("owner", "day") == {"requests": 120}
+    assert store.read("owner", "day") == {"requests": 75}
 
 
 def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
@@ -1558,7 +1558,7 @@ def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Pat
             add_turn(store, f"{clock.now}", "x" * 200_000)
         return sum(path.stat().st_size for path in tmp_path.iterdir())
 
-    sizes = [fill() for _ in range(8)]
+    sizes = [fill() for _ in range(5)]
     assert store.count() == 60 and max(sizes[3:]) <= 1.2 * sizes[2]
     clock.now += 100
     for number in range(5):
