@@ -2370,11 +2370,12 @@ def latest_turns(turns: Turns) -> Turns:
     kept: list[Turn] = []
     size = 0
     for turn in reversed(turns[-MAX_TURNS:]):
-        if size_of_turn(turn) > MAX_SESSION_BYTES:
+        size_of_this = size_of_turn(turn)
+        if size_of_this > MAX_SESSION_BYTES:
             continue
-        if size + size_of_turn(turn) > MAX_SESSION_BYTES:
+        if size + size_of_this > MAX_SESSION_BYTES:
             break
-        size += size_of_turn(turn)
+        size += size_of_this
         kept.append(turn)
     return tuple(reversed(kept))
 
