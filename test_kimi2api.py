@@ -1719,7 +1719,7 @@ def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> No
         server.stop()
 
 
-def test_a_database_locked_read_only_damaged_or_gone(
+def test_a_database_locked_damaged_or_gone(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api.SQLiteStore, "patience", 1.0)
@@ -1748,6 +1748,25 @@ def test_a_database_locked_read_only_damaged_or_gone(
     directory.mkdir()
     wait_for(is_well(app), "the directory is back")
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_database_that_cannot_be_written_is_opened_anew(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:{tmp_path}/sessions.db")
+    add_turn(store, "ada", 1)
+    assert isinstance(store, kimi2api.SQLiteStore)
+    store._db.execute("PRAGMA query_only = ON")  # root may write a file of any mode
+    with pytest.raises(kimi2api.APIError) as failed:
+        add_turn(store, "ada", 2)
+    assert (failed.value.status, failed.value.code) == (503, "session_store_unavailable")
+
+    def is_written() -> bool:
+        with suppress(kimi2api.APIError):
+            add_turn(store, "ada", 3)
+            return True
+        return False
+
+    wait_for(is_written, "it is well again")
+    assert asked_in(store, "ada") == ["1", "3"]
 
 
 def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> None:
