@@ -1419,7 +1419,7 @@ def read_parts(content: Any, place: str) -> list[JSONObject]:
             parts.append({"type": "image_url", "image_url": image})
         elif kind == "input_file":
             file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
-            if not file:
+            if not file.keys() & {"file_data", "file_id"}:
                 raise bad_request(f"'{place}' has a file without file_data or file_id.", place)
             parts.append({"type": "file", "file": file})
         elif part["text"]:
@@ -5522,6 +5522,9 @@ class OutputItem:
             ended["encrypted_content"] = ENCODED_REASONING + b64encode(text.encode()).decode()
         if self._kind is CUSTOM_CALL:
             text = custom_input(text)
+            yield self._text_event("delta", delta=text)
+        if self._kind is FUNCTION_CALL and not text:  # some APIs leave the arguments out where there are none
+            text = "{}"
             yield self._text_event("delta", delta=text)
         written = {self._kind.field: text}
         yield self._text_event("done", **written)

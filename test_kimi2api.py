@@ -4831,6 +4831,7 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
         pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
         pytest.param(parts({"type": "input_file"}), "input[0].content", id="no file"),
+        pytest.param(parts({"type": "input_file", "filename": "f"}), "input[0].content", id="the name of a file alone"),
         pytest.param(
             {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
             "input[1].content[1].type",
@@ -5119,6 +5120,17 @@ def test_errors_before_the_first_event_of_a_response_are_real_statuses(app: Clie
     for stream in (False, True):
         assert is_error(respond(app, stream=stream), 503, "upstream_blocked")
     assert is_error(respond(app, model="gpt-5"), 404, "model_not_found", param="model")
+
+
+@json_and_stream
+def test_a_call_without_arguments_has_an_empty_object(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "clock"}}
+    api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
+    response = respond(make(**both), model="local/k2", stream=stream, tools=TOOLS[:1])
+    final = response_events(response)[-1]["response"] if stream else response.json
+    assert final["output"][0]["arguments"] == "{}"
 
 
 @json_and_stream
