@@ -7042,50 +7042,190 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
-.ok { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
+.ok, svg { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
 input, select, textarea, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8889; border-radius: 6px }
 label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
-#chat, pre { max-height: 60vh; overflow: auto } .user, pre { background: #8882 } .soft { font-size: .8em; opacity: .75 }
+#chat, pre, .scroll { max-height: 60vh; overflow: auto } .user, pre { background: #8882 }
 #chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
-details { border-top: 1px solid #8886; padding: .4rem 0 } summary { cursor: pointer }
-details button { display: block; margin-left: auto; padding: 0 .6rem } .user::before { content: 'You: ' }</style>
+details, tr { border-top: 1px solid #8886 } details, td { padding: .4rem 0 } summary { cursor: pointer }
+details button { display: block; margin-left: auto } details button, td button { padding: 0 .6rem; white-space: nowrap }
+.user::before { content: 'You: ' } :lang(zh) .user::before { content: '我：' } .soft, th { font-size: .8em }
+table, meter, svg { width: 100% } table { border-collapse: collapse } th { text-align: start } td { font-size: .95em }
+td:first-child { width: 50% } td + td, th { padding-left: .8rem; overflow-wrap: normal } th:first-child { padding: 0 }
+bdi { display: block; overflow: hidden } #server bdi { overflow-wrap: anywhere }
+svg { height: 7rem; border-bottom: 1px solid; fill: currentcolor; stroke: currentcolor }
+path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</style>
 <h1>kimi2api</h1><div id="status">Asking the server…</div><noscript>This page needs JavaScript.</noscript><main>
-<label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label><h2>Try it</h2>
+<label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label>
+<h2>Server</h2><table><tbody id="server"></table><h2>Usage</h2><section id="usage"><p></p><div hidden>
+<table><tbody id="today"></table><p class="soft">Tokens per day: ■ prompt □ completion</p>
+<svg id="chart" aria-hidden="true" viewBox="0 0 310 100" preserveAspectRatio="none"><path /><path /></svg>
+<details><summary>Days (UTC)</summary><div class="scroll"><table><thead><tr><th>Day<th>Requests<th>Prompt tokens
+<th>Completion tokens<tbody id="daily"></table></div></details>
+<div class="scroll"><table><thead><tr><th>Model, today<th>Requests<th>Prompt tokens<th>Completion tokens
+<tbody id="models"></table></div></div></section>
+<h2>Sessions</h2><section id="sessions" tabindex="-1"><p></p><div class="scroll" hidden><table>
+<thead><tr><th>User<th>Last used<th>Turns<th><tbody id="users"></table></div></section>
+<dialog id="sure"><p>Forget this session?</p><bdi></bdi><p class="error" role="alert"></p>
+<button>Keep</button> <button>Forget</button></dialog><h2>Try it</h2>
 <label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
 placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
 <button id="stop" disabled>Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
-<h2>Connect</h2><section id="connect"></section><h2>API</h2><section id="api"></section></main>
+<h2>Connect</h2><section id="connect"></section>
+<h2>API</h2><a href="/openapi.json">openapi.json</a><table><tbody id="api"></table></main>
 <script type="module">
-const [status, lock, key, model, question, send, stop, chat, connect, api] = document.querySelectorAll('[id]');
+const [status, lock, key, server, usage, today, chart, daily, models, sessions, users, sure, model, question, send,
+  stop, chat, connect, api] = document.querySelectorAll('[id]');
+const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', words = language === 'en' ? {} : {
+  ok: '正常', degraded: '异常', 'Asking the server…': '正在查询服务器…', 'API key': 'API 密钥', Server: '服务器',
+  'Sessions kept: #': '保留的会话：#', 'Up: # h # min': '已运行 # 小时 # 分',
+  'Chats running: # of #': '进行中的对话：#，上限 #', 'Store: #': '存储：#', 'no answer': '无响应',
+  'failing since #': '自 # 起异常', Usage: '用量', 'Requests today: #': '今日请求：#',
+  'Tokens today: #': '今日 token：#', ' of #': '，上限 #', ', most in a day: #': '，单日最多：#',
+  'Days (UTC)': '每日明细（UTC）', 'Limit of requests per minute: #': '每分钟请求上限：#',
+  'Tokens per day: ■ prompt □ completion': '每日 token：■ 输入 □ 输出', Day: '日期', 'Model, today': '今日模型',
+  Requests: '请求', 'Prompt tokens': '输入 token', 'Completion tokens': '输出 token', None: '无', Sessions: '会话',
+  User: '用户', 'Last used': '最近使用', Turns: '轮次', 'The newest # of #': '最新 #，共 #',
+  'Forget this session?': '忘记这个会话？', Keep: '保留', Forget: '忘记', 'Try it': '试一试', Model: '模型',
+  Question: '问题', 'Ctrl+Enter or ⌘+Enter sends': '按 Ctrl+Enter 或 ⌘+Enter 发送', Send: '发送', Stop: '停止',
+  Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制', Stopped: '已停止',
+  'This needs the right API key.': '需要正确的 API 密钥。', 'The server cannot be reached.': '无法连接服务器。',
+  'The answer is empty.': '回答为空。', 'The answer broke off.': '回答中断了。'};
 const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
 let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
+let refused = '', timer = 0;  // the key that was wrong, which is not tried again; until the next look at the server
+const format = value => typeof value === 'number' ? value.toLocaleString(language) : value;
+const say = (text, ...values) => (words[text] ?? text).replace(/#/g, () => format(values.shift()));
+const clip = text => text.length > 48 ? [...text.slice(0, 96)].slice(0, 48).join('') + '…' : text;
+const time = seconds => new Date(seconds * 1000).toLocaleString(language, {dateStyle: 'short', timeStyle: 'short'});
 const make = (tag, parent, textContent, className = '') =>  // the only way texts get in, so that they are never HTML
   parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
-function fold(parent, title, about, schema) {  // a <details> with a text to copy; returns the element of the text
-  const details = make('details', parent), summary = make('summary', details), button = make('button', details, 'Copy');
-  make('code', summary, title).after(' ', make('span', summary, about, 'soft'));
-  const pre = make('pre', details, JSON.stringify(schema, null, 2));
-  const copy = async () => { await navigator.clipboard.writeText(pre.textContent); button.textContent = 'Copied'; };
-  button.onclick = () => copy().catch(() => getSelection().selectAllChildren(pre));  // plain http has no clipboard
+function update(element, properties) {  // but for those that are so already: a text made anew loses its selection
+  for (const name in properties) if (element[name] !== properties[name]) element[name] = properties[name];
+}
+function translate() {
+  document.documentElement.lang = language;
+  update(question, {placeholder: say(question.placeholder)});
+  update(chat, {ariaLabel: say(chat.ariaLabel)});
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let text; (text = texts.nextNode());) update(text, {data: words[text.data.trim()] ?? text.data});
+}
+function fill(body, rows) {  // rows: [key, ...cells]; one that stays is not made anew, so that it keeps the focus
+  if (!rows.length) rows = [['', say('None')]];
+  rows.forEach(([key, ...cells], index) => {
+    if (body.rows[index]?.key !== key) body.insertRow(index).key = key;
+    cells.forEach((cell, column) => {  // a text, a number, or properties of an element
+      const {tag = 'bdi', ...properties} = cell.tag ? cell : {textContent: format(cell)};
+      const place = body.rows[index].cells[column] ?? body.rows[index].insertCell();
+      update(place.firstChild ?? make(tag, place), properties);
+    });
+  });
+  while (body.rows.length > rows.length) body.lastChild.remove();
+}
+const state = (text, good) => ({tag: 'bdi', textContent: text, className: good ? 'ok' : 'error'});
+// A row with a bar: how much of a limit is used, in yellow when little is left of it, or of the most there was
+const bar = (key, text, value, most, limit) =>
+  [key, text, {tag: 'meter', ariaLabel: text, max: limit || most || 1, high: limit ? limit * .8 : most || 1, value}];
+function fold(parent, title) {  // a <details> with a text to copy; returns the element of the text
+  const details = make('details', parent);
+  make('code', make('summary', details), title);
+  const button = make('button', details, say('Copy')), pre = make('pre', details);
+  button.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(pre.textContent);
+      button.textContent = say('Copied');
+    } catch { getSelection().selectAllChildren(pre); }  // plain http has no clipboard
+  };
   return Object.assign(pre, {tabIndex: 0});  // so that the keyboard can scroll it
 }
-function fail({message, code}) { throw Error(message + (code ? ` (${code})` : '')); }
+function fail({message, code}) { throw Object.assign(Error(message + (code ? ` (${code})` : '')), {code}); }
 async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
   const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
   if (bytes.length && path.startsWith('/v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
-  const answer = await fetch(path, {headers, ...options}).catch(() => fail({message: 'The server cannot be reached.'}));
+  const gone = () => fail({message: say('The server cannot be reached.')});
+  const answer = await fetch(path, {headers, ...options}).catch(gone);
   if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
   return options?.method ? answer.body : answer.json();
 }
+const look = path => call(path, {signal: AbortSignal.timeout(4000)});
 async function watch() {
-  try {
-    const now = await call('/health', {signal: AbortSignal.timeout(4000)}), {chats, uptime_seconds: up} = now;
-    status.replaceChildren(make('b', status, now.status, now.status), ` · ${chats.running} of ${chats.limit} chats ` +
-      `running · ${now.sessions.kept} sessions kept · up ${Math.floor(up / 3600)} h ${Math.floor(up / 60) % 60} min`);
-    for (const [name, {reason}] of Object.entries(now.upstreams)) if (reason) make('div', status, `${name}: ${reason}`);
-    if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
-  } catch (error) { status.replaceChildren(make('b', status, error.message, 'degraded')); locked = null; }
-  setTimeout(watch, 5000);
+  if (!document.hidden) await refresh().catch(({message}) => {
+    update(status, {textContent: message, className: 'degraded'});
+    [locked, refused] = [null, ''];
+  });
+  clearTimeout(timer);  // of another watch that has ended meanwhile
+  timer = setTimeout(watch, 5000);
+}
+async function refresh() {
+  const now = await look('/health');
+  update(status, {textContent: say(now.status), className: now.status});
+  fillServer(now);
+  if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
+  await Promise.all([show(usage, '/v1/usage', fillUsage), show(sessions, '/v1/sessions', fillSessions)]);
+}
+async function show(section, path, fillIn) {  // what the key may see, or one line why not
+  const [problem, body] = section.children, secret = key.value.trim(), isHopeless = ['', refused].includes(secret);
+  const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await look(path).catch(error => error);
+  if (secret !== key.value.trim()) return;  // another key is there by now
+  if (answer.code === 'invalid_api_key') [refused, answer.message] = [secret, say('This needs the right API key.')];
+  update(problem, {textContent: answer.message ?? ''});
+  body.hidden = 'message' in answer;
+  if (!body.hidden) fillIn(answer);
+}
+function fillServer({chats: {running, limit}, sessions: {kept}, uptime_seconds: up, upstreams, store}) {
+  const age = say('Up: # h # min', Math.floor(up / 3600), Math.floor(up / 60) % 60);
+  const rows = Object.entries(upstreams).map(([name, {failing_since: since, reason}]) =>
+    [name, name, since ? state(`${say('failing since #', time(since))}: ${reason}`) : state(say('ok'), true)]);
+  if (store) rows.push(['store', say('Store: #', store.kind), state(say(store.ok ? 'ok' : 'no answer'), store.ok)]);
+  fill(server, [[0, say('Sessions kept: #', kept ?? '?'), age],
+    bar(1, say('Chats running: # of #', running, limit), running, limit, limit), ...rows]);
+}
+function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: perDay}, days}) {
+  const last = days.at(-1), most = name => Math.max(...days.map(day => day[name]));
+  const used = (text, name, limit) => bar(name, say(text, last[name]) +
+    (limit ? say(' of #', limit) : say(', most in a day: #', most(name))), last[name], most(name), limit);
+  const rows = [used('Requests today: #', 'requests'), used('Tokens today: #', 'total_tokens', perDay)];
+  fill(today, perMinute ? [...rows, ['', say('Limit of requests per minute: #', perMinute)]] : rows);
+  drawDays(days, most('total_tokens'));
+  const count = (name, {requests, prompt_tokens, completion_tokens}) =>
+    [name, clip(name), requests, prompt_tokens, completion_tokens];
+  fill(daily, days.toReversed().map(day => count(day.date, day)));
+  const byTokens = ([, a], [, b]) => b.total_tokens - a.total_tokens;
+  fill(models, Object.entries(last.models).sort(byTokens).map(entry => count(...entry)));
+}
+function drawDays(days, most) {
+  const shapes = ['', ''];
+  days.forEach(({prompt_tokens, completion_tokens}, day) => {
+    let y = 99.5;
+    [prompt_tokens, completion_tokens].forEach((tokens, kind) => {
+      const height = Math.max(2, 97 * tokens / most);  // a little is seen beside a huge day, too
+      if (tokens) shapes[kind] += `M${day * 10 + 1},${y}h8v-${height}h-8z`;
+      if (tokens) y -= height;
+    });
+  });
+  shapes.forEach((shape, kind) => chart.children[kind].setAttribute('d', shape));
+}
+function fillSessions({data}) {  // in an order that a chat does not change
+  data.sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
+  const rows = data.slice(0, 100).map(({user, created, last_used, turns}) => [`${created} ${user}`,
+    clip(user), time(last_used), turns, {tag: 'button', textContent: say('Forget'),
+      ariaLabel: `${say('Forget')} ${clip(user)}`, onclick: ({target}) => forget(user, target.closest('tr'))}]);
+  if (data.length > 100) rows.push(['', say('The newest # of #', 100, data.length)]);
+  fill(users, rows);
+}
+function forget(user, row) {
+  const [, name, problem, keep, certain] = sure.children;
+  [name.textContent, problem.textContent] = [clip(user), ''];
+  keep.onclick = () => sure.close();
+  certain.onclick = async () => {
+    try {
+      await call('/v1/sessions/' + encodeURIComponent(user), {method: 'DELETE'});
+    } catch ({message}) { return update(problem, {textContent: message}); }
+    const next = row.nextSibling ?? row.previousSibling;
+    sure.close(); row.remove(); watch();
+    (next?.querySelector('button') ?? sessions).focus();
+  };
+  sure.showModal();
 }
 async function fillModels() {
   const chosen = model.value, {data} = await call('/v1/models').catch(({message}) => ({data: [{id: '', message}]}));
@@ -7112,12 +7252,12 @@ Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint
   for (const title in texts) (examples[title] ??= fold(connect, title)).textContent = texts[title];
 }
 async function fillApi() {
-  const {paths = {}, components, message = ''} = await call('/openapi.json').catch(error => error);
-  api.textContent = message;
-  for (const [path, item] of Object.entries(paths))
-    for (const [method, {summary, parameters, requestBody, responses}] of Object.entries(item))
-      if (responses) fold(api, `${method.toUpperCase()} ${path}`, summary, {parameters, requestBody, responses});
-  for (const [name, schema] of Object.entries(components?.schemas ?? {})) fold(api, name, 'schema', schema);
+  const {paths, message} = await call('/openapi.json').catch(error => error), rows = paths ? [] : [['', message]];
+  for (const [path, item] of Object.entries(paths ?? {})) for (const [method, {summary}] of Object.entries(item)) {
+    const name = `${method.toUpperCase()} ${path}`;
+    rows.push([name, name, summary]);
+  }
+  fill(api, rows);
 }
 async function ask() {
   const asked = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
@@ -7140,15 +7280,17 @@ async function ask() {
       }
       if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
     }
-    if (!complete || !reply.content) fail({message: complete ? 'The answer is empty.' : 'The answer broke off.'});
-  } catch ({message}) { make('div', chat, running.signal.aborted ? 'Stopped' : message, 'error').scrollIntoView(near); }
+    if (!complete || !reply.content) fail({message: say(complete ? 'The answer is empty.' : 'The answer broke off.')});
+  } catch ({message}) {
+    make('div', chat, running.signal.aborted ? say('Stopped') : message, 'error').scrollIntoView(near);
+  }
   if (reply.content) turns.push(asked, reply); else { box.remove(); question.value ||= asked.content; }
   [running, send.disabled, stop.disabled] = [null, false, true];
 }
 send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
 question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
-key.onchange = () => { sessionStorage.kimi2apiKey = key.value; fillModels(); };
-key.value = sessionStorage.kimi2apiKey ?? ''; watch();</script>"""
+key.onchange = () => { sessionStorage.kimi2apiKey = key.value; fillModels(); watch(); };
+key.value = sessionStorage.kimi2apiKey ?? ''; document.onvisibilitychange = watch; translate(); watch();</script>"""
 
 
 def page_headers() -> dict[str, str]:

@@ -6424,19 +6424,41 @@ def node(script: str, *arguments: str, needs: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_page_works_in_a_browser_on_a_phone_in_the_dark(run: Run, kimi: WebChat) -> None:
+def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi: WebChat) -> None:
     if not Path("/usr/bin/chromium").exists():
         pytest.skip("needs Debian's chromium, which .ci/run installs")
-    program = run(API_MASTER_KEY="sk-1")
+    program = run(API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600")
+    hostile = ["../x/y?z#&%2F\"'", "😀" * 10_000, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
+    for user in hostile:
+        body = {"messages": HELLO, "user": user}
+        assert program.ask("POST", "/v1/chat/completions", body, Authorization="Bearer sk-1")[0] == 200
+    usage = json.loads(program.ask("GET", "/v1/usage", Authorization="Bearer sk-1")[1])["today"]
     result = node("page.mjs", f"http://127.0.0.1:{program.port}", "sk-1", needs="playwright-core")
+    needs_key = ["This needs the right API key."] * 2 + [False] * 2
+    assert len(result.pop("names")) == len(hostile) and sorted(result.pop("left")) == sorted(hostile[2:])
+    assert all(shape.count("M") == 1 for shape in result.pop("drawn")), "only today has tokens, of both kinds"
+    assert result.pop("focusAfter").startswith("Forget ")
     assert result == {
         "problems": [],
         "elsewhere": [],
-        "wide": False,
+        "wide": [False] * 5,
+        "noKey": needs_key,
+        "wrongKey": [401, *needs_key],
+        "bars": [[0, 64], [len(hostile)] * 2, [usage["total_tokens"], 1_000_000]],
+        "limit": 1,
+        "backAt": f"Forget {hostile[0]}",
+        "stays": True,
+        "askedWhileHidden": 0,
         "asked": "Hello <b>browser</b>",
         "described": 1,
-        "dark": True,
         "connect": True,
+        "dark": True,
+        "told": [
+            ["zh-CN", "异常", "服务器", 2, 0, 59, [21, 21]],
+            ["zh-CN", "异常", "服务器", 2, 0, 1, [0, 0]],
+            ["en", "degraded", "Server", 2, 0, 59, [21, 21]],
+            ["en", "degraded", "Server", 2, 0, 4, [0, 0]],
+        ],
     }
     assert kimi.posts[-1]["message"] == "Hello <b>browser</b>"
 

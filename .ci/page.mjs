@@ -1,4 +1,5 @@
-// The page in a real browser: asks for the key, shows the state, streams a chat, fits a phone in the dark.
+// The page in a real browser. First by keyboard alone, on a phone in the dark: asks for the key, shows what is used and
+// forgets a session; then a chat; then what a server may say at its worst, in two widths, schemes and languages.
 // node page.mjs ORIGIN KEY
 import { chromium } from "playwright-core";
 
@@ -8,32 +9,144 @@ const browser = await chromium.launch({
   args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync"],
 });
-const page = await browser.newPage({ viewport: { width: 360, height: 740 }, colorScheme: "dark" });
-const problems = [], elsewhere = [];
-page.on("pageerror", (error) => problems.push(String(error)));
-page.on("request", (request) => {
-  if (!request.url().startsWith(origin) && !request.url().startsWith("data:")) elsewhere.push(request.url());
-});
+const problems = [], elsewhere = [], wide = [];
+
+async function open(options) {
+  const page = await browser.newPage(options);
+  page.on("pageerror", (error) => problems.push(String(error)));
+  page.on("console", (message) => {  // a key that is refused is told by the browser too
+    if (message.type() === "error" && !message.text().includes("status of 401")) problems.push(message.text());
+  });
+  page.on("request", (request) => {
+    if (!request.url().startsWith(origin) && !request.url().startsWith("data:")) elsewhere.push(request.url());
+  });
+  page.on("dialog", (dialog) => problems.push(dialog.message()));
+  return page;
+}
+
+const isWide = (page) =>
+  page.evaluate(() => document.documentElement.scrollWidth > document.documentElement.clientWidth);
+const bars = (page) => page.evaluate(() => [...document.querySelectorAll("meter")].map(({ value, max }) => [value, max]));
+const names = (page) => page.locator("#users td:first-child").allTextContents();
+const focused = (page) => page.evaluate(() => document.activeElement.ariaLabel || document.activeElement.id);
+const lookAgain = (page) => Promise.all([
+  page.waitForResponse("**/v1/sessions"),
+  page.evaluate(() => document.dispatchEvent(new Event("visibilitychange"))),
+]);
+
+async function tabTo(page, wanted) {
+  for (let presses = 0; presses < 60; presses++) {
+    if ((await focused(page)).startsWith(wanted)) return;
+    await page.keyboard.press("Tab");
+  }
+  throw Error(`The keyboard does not reach ${wanted}`);
+}
+
+async function forget(page, name, ...keys) {
+  await tabTo(page, `Forget ${name}`);
+  await page.keyboard.press("Enter");
+  await page.locator("#sure[open]").waitFor();
+  await lookAgain(page);
+  if (!(await page.locator("#sure").isVisible())) problems.push("a look at the server has closed the question");
+  for (const pressed of keys) await page.keyboard.press(pressed);
+  await page.locator("#sure").waitFor({ state: "hidden" });
+}
+
+const result = {};
+const page = await open({ viewport: { width: 360, height: 740 }, colorScheme: "dark", locale: "en-GB" });
 await page.goto(`${origin}/docs`);
 await page.locator("#status", { hasText: "ok" }).waitFor();
 await page.locator("#key").waitFor({ state: "visible" });
-const ask = async (text) => {
-  await page.locator("#question").fill(text);
-  await page.locator("#send").click();
-  await page.locator("#stop").isDisabled();
-};
-await ask("without a key");
-await page.locator("#chat .error", { hasText: "key" }).waitFor();
-await page.locator("#key").fill(key);
-await page.locator("#key").press("Tab");
+const refusals = async () => [
+  await page.locator("#usage > p").textContent(), await page.locator("#sessions > p").textContent(),
+  await page.locator("#today").isVisible(), await page.locator("#users").isVisible(),
+];
+await page.locator("#usage > p", { hasText: "key" }).waitFor();
+result.noKey = await refusals();
+await tabTo(page, "key");
+await page.keyboard.type("wrong");
+const [refusal] = await Promise.all([page.waitForResponse("**/v1/usage"), page.keyboard.press("Enter")]);
+result.wrongKey = [refusal.status(), ...await refusals()];
+await page.keyboard.press("Control+a");
+await page.keyboard.type(key);
+await page.keyboard.press("Enter");
+await page.locator("#users button").first().waitFor();
+result.bars = await bars(page);
+result.limit = await page.locator("#today", { hasText: "600" }).count();
+result.names = await names(page);
+result.drawn = await page.evaluate(() => [...document.querySelectorAll("#chart path")].map((path) => path.getAttribute("d")));
+await forget(page, "../x", "Escape");
+result.backAt = await focused(page);
+await forget(page, "../x", "Tab", "Enter");
+await forget(page, "😀", "Tab", "Enter");
+result.focusAfter = await focused(page);
+await lookAgain(page);
+result.left = await names(page);
+
+await page.evaluate(() => {  // a text that is selected and a place in the page stay when the page looks again
+  document.querySelector("#api").scrollIntoView();
+  getSelection().selectAllChildren(document.querySelector("#today td"));
+  window.before = [scrollY, String(getSelection())];
+});
+await lookAgain(page);
+result.stays = await page.evaluate(() => String([scrollY, String(getSelection())]) === String(window.before));
+let asked = 0;
+page.on("request", () => asked++);
+await page.evaluate(() => {
+  Object.defineProperty(document, "hidden", { value: true, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+});
+await page.waitForTimeout(300);
+result.askedWhileHidden = asked;
+await page.evaluate(() => delete document.hidden);
+
 await page.locator("#model option[value=kimi]").waitFor({ state: "attached" });
-await ask("Hello <b>browser</b>");
+await page.locator("#question").fill("Hello <b>browser</b>");
+await page.locator("#send").click();
 await page.locator("#chat .assistant", { hasText: "Hello from upstream." }).waitFor();
 await page.waitForFunction(() => document.querySelector("#stop").disabled);
-const wide = await page.evaluate(() => document.documentElement.scrollWidth > document.documentElement.clientWidth);
-const asked = await page.locator("#chat .user").last().textContent();
-const described = await page.locator("#api", { hasText: "/v1/chat/completions" }).count();
-const connect = await page.locator("#connect").textContent();
-const dark = await page.evaluate(() => getComputedStyle(document.documentElement).colorScheme.includes("dark"));
+wide.push(await isWide(page));
+result.asked = await page.locator("#chat .user").last().textContent();
+result.described = await page.locator("#api", { hasText: "/v1/chat/completions" }).count();
+result.connect = (await page.locator("#connect").textContent()).includes(`${origin}/v1`);
+result.dark = await page.evaluate(() => getComputedStyle(document.documentElement).colorScheme.includes("dark"));
+await page.close();
+
+const hostile = `<img src=x onerror=alert(1)>${"\u202E𝔘".repeat(5000)}`;
+const counted = (tokens) => ({ requests: 1, prompt_tokens: tokens, completion_tokens: tokens, total_tokens: 2 * tokens });
+const days = Array.from({ length: 31 }, (_, day) =>
+  ({ date: `2030-01-${day + 1}`, ...counted(day === 3 ? 1e12 : day % 3), models: { [hostile]: counted(1e9) } }));
+const worst = {
+  "/v1/usage": { limits: { requests_per_minute: 0, tokens_per_day: 1 }, today: days[30], days },
+  "/v1/sessions": { data: Array.from({ length: 101 }, (_, at) => ({ user: `${at} ${hostile}`, created: at, last_used: at, turns: at })) },
+  "/health": {
+    status: "degraded", key_required: false, uptime_seconds: 1e9, chats: { running: 64, limit: 64 },
+    sessions: { kept: null, limit: 9 }, store: { kind: "redis", ok: false },
+    upstreams: { kimi: {}, [hostile.slice(0, 300)]: { failing_since: 1, reason: "x".repeat(500) } },
+  },
+};
+const none = days.map(({ date }) => ({ date, ...counted(0), requests: 0, models: {} }));
+const nothing = { ...worst, "/v1/sessions": { data: [] }, "/v1/usage": { ...worst["/v1/usage"], limits: {}, days: none } };
+for (const [width, colorScheme, locale, answers] of [
+  [360, "light", "zh-TW", worst], [1200, "dark", "zh-CN", nothing], [1200, "light", "en", worst], [360, "dark", "de", nothing],
+]) {
+  const page = await open({ viewport: { width, height: 740 }, colorScheme, locale });
+  for (const path in answers) await page.route(`${origin}${path}`, (route) => route.fulfill({ json: answers[path] }));
+  await page.goto(origin);
+  await page.locator("#users tr").first().waitFor();
+  await page.locator("#api tr").nth(5).waitFor();
+  await page.locator("summary").first().click();
+  wide.push(await isWide(page));
+  (result.told ??= []).push(await page.evaluate(() => [
+    document.documentElement.lang,
+    document.querySelector("#status").textContent,
+    document.querySelector("h2").textContent,
+    document.querySelectorAll("#server .error").length,
+    document.querySelectorAll("img").length,
+    Math.max(...[...document.querySelectorAll("#users bdi, #models bdi")].map((name) => name.textContent.length)),
+    [...document.querySelectorAll("#chart path")].map((path) => path.getAttribute("d").split("M").length - 1),
+  ]));
+  await page.close();
+}
 await browser.close();
-console.log(JSON.stringify({ problems, elsewhere, wide, asked, described, dark, connect: connect.includes(`${origin}/v1`) }));
+console.log(JSON.stringify({ problems, elsewhere, wide, ...result }));
