@@ -1327,19 +1327,20 @@ def function_of(item: JSONObject) -> str:
 
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
+    """The function by which the upstream knows a tool."""
     function: JSONObject = {"name": name.function}
-    if tool.get("description"):
-        function["description"] = tool["description"]
-    if not name.is_custom:
+    description = tool.get("description") or ""
+    if name.is_custom:
+        function["parameters"] = object_of({"input": STRING})
+        grammar = tool.get("format")
+        if isinstance(grammar, dict) and grammar.get("definition"):
+            description += f"\nThe input follows this grammar ({grammar.get('syntax')}): {grammar['definition']}"
+    else:
         function["parameters"] = tool.get("parameters") or {"type": "object", "properties": {}}
         if tool.get("strict"):
             function["strict"] = True
-        return function
-    grammar = tool.get("format")
-    if isinstance(grammar, dict) and grammar.get("definition"):
-        about = f"The input follows this grammar ({grammar.get('syntax')}): {grammar['definition']}"
-        function["description"] = "\n".join(filter(None, (tool.get("description"), about)))
-    function["parameters"] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    if description:
+        function["description"] = description.removeprefix("\n")
     return function
 
 
