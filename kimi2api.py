@@ -6303,36 +6303,28 @@ class DemoUpstream(BaseHTTPRequestHandler):
         log.debug("demo upstream: " + format, *args)
 
 
-def smallest_document(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
+def smallest_document(schema: Any, definitions: Mapping[str, Any]) -> Any:
     """A value by a JSON schema, as far as the demo reads one. definitions: what it may refer to, by `$ref`."""
     if not isinstance(schema, dict):
         return {}
-    if definitions is None:
-        definitions = {}
-        for keyword in ("$defs", "definitions"):
-            for name, definition in dict_of(schema, keyword).items():
-                definitions[f"#/{keyword}/{name}"] = definition
     reference = str(schema.get("$ref"))
     if reference in definitions:  # which can be used once on the way down: it may refer to itself
         others = {name: definition for name, definition in definitions.items() if name != reference}
         return smallest_document(definitions[reference], others)
     if "const" in schema:
         return schema["const"]
-    if list_of(schema, "enum"):
+    if schema.get("enum"):
         return schema["enum"][0]
     for keyword in ("anyOf", "oneOf", "allOf"):
-        options = list_of(schema, keyword)
+        options = schema.get(keyword)
         if options:
             return None if NULL in options else smallest_document(options[0], definitions)
     kind = schema.get("type", "object")
     if isinstance(kind, list):
-        kind = kind[0] if kind else "null"
+        kind = kind[0]
     if kind == "object":
-        properties = dict_of(schema, "properties")
-        document = {}
-        for name in list_of(schema, "required"):
-            document[str(name)] = smallest_document(properties.get(str(name)), definitions)
-        return document
+        properties = schema.get("properties", {})
+        return {name: smallest_document(properties.get(name), definitions) for name in schema.get("required", ())}
     if kind == "array":
         return [smallest_document(schema.get("items"), definitions)] * smallest(schema, "minItems")
     if kind == "string":
@@ -6342,23 +6334,22 @@ def smallest_document(schema: Any, definitions: Mapping[str, Any] | None = None)
     return False if kind == "boolean" else None
 
 
-def dict_of(schema: Schema, keyword: str) -> JSONObject:
-    value = schema.get(keyword)
-    return value if isinstance(value, dict) else {}
-
-
-def list_of(schema: Schema, keyword: str) -> list[Any]:
-    value = schema.get(keyword)
-    return value if isinstance(value, list) else []
-
-
 def smallest(schema: Schema, keyword: str) -> int:
-    bound = schema.get(keyword)
-    return min(max(0, ceil(bound)), 1000) if isinstance(bound, (int, float)) else 0
+    bound: float = schema.get(keyword, 0)
+    return min(max(0, ceil(bound)), 1000)
+
+
+def definitions_of(schema: Schema) -> dict[str, Any]:
+    """What the schema defines, by the references to it."""
+    definitions = {}
+    for keyword in ("$defs", "definitions"):
+        for name, definition in schema.get(keyword, {}).items():
+            definitions[f"#/{keyword}/{name}"] = definition
+    return definitions
 
 
 def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
-    """A value of the type that `signature` has written there, and where it ends. Raises ValueError, IndexError."""
+    """A value of the type that `signature` has written there, and where it ends."""
     if form.startswith("{", at) and not form.startswith(("{}", '{"'), at):
         value: Any = {}
         at += 1
@@ -6376,12 +6367,12 @@ def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
     else:
         word = re.compile("array|boolean|integer|number|object|string").match(form, at)
         if word:
-            value = smallest_document({"type": word[0]})
+            value = smallest_document({"type": word[0]}, {})
             at = word.end()
         else:
             value, at = STRICT_JSON.raw_decode(form, at)
             if isinstance(value, dict):  # a schema as it is
-                value = smallest_document(value)
+                value = smallest_document(value, definitions_of(value))
     if form.startswith("|", at):
         _, at = smallest_arguments(form, at + 1)
     return value, at
@@ -6405,15 +6396,16 @@ def answer_of_demo(prompt: str, model: str) -> str:
     if offered and tools and (offered[1] == "must" or not has_result):
         name, form = tools[-1 if has_result else 0]
         arguments: Any = {}
-        with suppress(ValueError, IndexError):  # a form that the demo does not know
+        with suppress(Exception):  # a form that the demo does not know
             arguments, _ = smallest_arguments(form)
         return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
     wants_json = WANTS_JSON.search(prompt)
     if wants_json:
-        schema: Any = OBJECT
-        with suppress(ValueError):  # the words may be the user's own
+        document: Any = {}
+        with suppress(Exception):  # the words may be the user's own, and the schema anything
             schema = parse_json(wants_json[1] or "{}")
-        return json.dumps(smallest_document(schema))
+            document = smallest_document(schema, definitions_of(schema))
+        return json.dumps(document)
     about = "The tool said" if has_result else "You said"
     earlier = ""
     for part in parts[:-1]:
