@@ -2852,6 +2852,13 @@ def count_of(usage: Any, *names: str) -> int:
     return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
 
+def estimate_input(given: Any) -> int:
+    """Tokens of what embeddings are asked of: texts, or numbers that are tokens."""
+    if isinstance(given, list):
+        return sum(map(estimate_input, given))
+    return estimate_tokens(given) if isinstance(given, str) else 1
+
+
 def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
     usage = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(completion)}
     return {**usage, "total_tokens": sum(usage.values())}
@@ -5008,6 +5015,8 @@ class Providers:
         answer, headers = provider.embed({**body, "model": upstream_model}, cancel)
         tally.first_chunk = time.monotonic() - tally.began
         tally.usage = answer.get("usage")
+        if not count_of(tally.usage, "prompt_tokens"):
+            tally.usage = {"prompt_tokens": estimate_input(body["input"])}
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
 
@@ -5981,6 +5990,7 @@ class App:
         with self._exchange() as exchange:
             body = parse_body(exchange.body, EMBEDDINGS_REQUEST)
             model = body.get("model") or self.settings.default_model
+            self.providers.resolve(model)  # as for a chat
             cancel = Cancel()
             caller = client()
             tally = self._admit(exchange)

@@ -1893,6 +1893,18 @@ def test_usage_counts_every_kind_of_answer_and_of_its_own_key_alone(
     assert app.get("/v1/usage", headers=bearer("sk-2")).json["today"]["requests"] == 0
 
 
+def test_usage_of_embeddings_is_estimated_where_an_api_tells_none(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both, REQUESTS_PER_MINUTE="4")
+    api.always = api_sends(200, {"object": "list", "data": []})
+    for given in ("word " * 8, ["word", "word"], [7, 8, 9], [[1, 2], [3]]):
+        assert embed(app, model="missing").status_int == 404, "which is not counted, as for a chat"
+        assert embed(app, model="local/e", input=given).status_int == 200
+    today = app.get("/v1/usage").json["today"]
+    assert today["requests"] == 4 and today["prompt_tokens"] == 10 + 2 + 3 + 3
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
 def test_usage_counts_an_answer_whose_client_has_left(
     run: Run, both: dict[str, str], api: Api, stream: bool
