@@ -6294,6 +6294,72 @@ def test_the_agents_sdk_works_with_a_thinking_model(
     assert_thinking_was_served(api)
 
 
+@pytest.fixture
+def restarting(run: Run, both: dict[str, str], tmp_path: Path) -> tuple[str, Callable[[], None]]:
+    """The base URL of a program that remembers in a file, and what kills it and starts it again at the same address."""
+    settings = {**both, "MODELS": "kimi=kimi,thinker=local/k3", "SESSION_STORE": f"sqlite:{tmp_path}/sessions.db"}
+    programs = [run(**settings)]
+
+    def restart() -> None:
+        programs[-1].process.kill()
+        programs[-1].wait()
+        programs.append(run("--api-port", str(programs[0].port), **settings))
+
+    return programs[0].base_url, restart
+
+
+def test_langchains_agent_goes_on_after_a_restart_in_the_middle(
+    restarting: tuple[str, Callable[[], None]], api: Api
+) -> None:
+    agents, langchain = pytest.importorskip("langchain.agents"), pytest.importorskip("langchain_openai")
+    base_url, restart = restarting
+
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        restart()
+        return "21 degrees"
+
+    def book(city: str) -> str:
+        """Book a city."""
+        restart()
+        return "order 7"
+
+    api.always = thinks(*TRAVEL)
+    model = langchain.ChatOpenAI(base_url=base_url, api_key="none", model="thinker", temperature=0.7, max_retries=0)
+    agent = agents.create_agent(model, [get_weather, book])
+    answer = agent.invoke({"messages": [{"role": "user", "content": "Find out how Paris is and book it."}]})
+    assert answer["messages"][-1].text == "Done."
+    assert reasoning_sent(api) == ["I think of step 0.", "I think of step 1."]
+
+
+def test_the_agents_sdk_goes_on_after_a_restart_in_the_middle(
+    restarting: tuple[str, Callable[[], None]], api: Api
+) -> None:
+    agents, openai = pytest.importorskip("agents"), pytest.importorskip("openai")
+    agents.set_tracing_disabled(True)
+    agents.set_default_openai_api("chat_completions")
+    base_url, restart = restarting
+
+    @agents.function_tool  # type: ignore[misc]
+    def get_weather(city: str) -> str:
+        restart()
+        return "21 degrees"
+
+    @agents.function_tool  # type: ignore[misc]
+    def book(city: str) -> str:
+        restart()
+        return "order 7"
+
+    async def ask() -> Any:
+        agents.set_default_openai_client(openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=1))
+        agent = agents.Agent(name="travel", tools=[get_weather, book], model="thinker")
+        return (await agents.Runner.run(agent, "Find out how Paris is and book it.")).final_output
+
+    api.always = thinks(*TRAVEL)
+    assert asyncio.run(ask()) == "Done."
+    assert reasoning_sent(api) == ["I think of step 0.", "I think of step 1."]
+
+
 FORGETFUL = "kimi2api.MAX_REASONING_BYTES = 0"  # a program that keeps no reasoning: what it knows a client has sent
 
 
