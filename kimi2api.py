@@ -7046,7 +7046,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</
 <style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
 .ok, svg { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
-input, select, textarea, button { font: inherit; padding: .4rem .7rem; border: 1px solid #8889; border-radius: 6px }
+input, select, textarea, button, dialog { border: 1px solid #8889; border-radius: 6px }
+input, select, textarea, button { font: inherit; padding: .4rem .7rem }
 label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
 #chat, pre, .scroll { max-height: 60vh; overflow: auto } .user, pre { background: #8882 }
 #chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
@@ -7192,7 +7193,7 @@ function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: per
   drawDays(days, most('total_tokens'));
   const count = (name, {requests, prompt_tokens, completion_tokens}) =>
     [name, clip(name), requests, prompt_tokens, completion_tokens];
-  fill(daily, days.toReversed().map(day => count(day.date, day)));
+  fill(daily, days.toReversed().map(day => count(day.date.slice(5), day)));
   const byTokens = ([, a], [, b]) => b.total_tokens - a.total_tokens;
   fill(models, Object.entries(last.models).sort(byTokens).map(entry => count(...entry)));
 }

@@ -85,7 +85,8 @@ result.left = await names(page);
 
 await page.evaluate(() => {  // a text that is selected and a place in the page stay when the page looks again
   document.querySelector("#api").scrollIntoView();
-  getSelection().selectAllChildren(document.querySelector("#today td"));
+  const text = document.querySelector("#today bdi").firstChild;
+  getSelection().setBaseAndExtent(text, 0, text, 8);
   window.before = [scrollY, String(getSelection())];
 });
 await lookAgain(page);
