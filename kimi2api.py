@@ -4480,6 +4480,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
 MAX_PARSED_STREAM = 300 << 20  # of the same, as Python's objects
 MAX_CHOICES = 128  # OpenAI's limit for n
+MAX_CALLS = 10_000  # of one choice
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
 
 TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
@@ -4642,6 +4643,8 @@ class APIAnswer:
         state = self._seen[index]
         if delta.get("tool_calls"):
             number_calls(delta["tool_calls"], state)
+            if any(call["index"] >= MAX_CALLS for call in delta["tool_calls"]):
+                raise invalid_response(self._api.name, "a malformed chunk")
         if delta.get("reasoning_content"):
             state.reasoning.append(delta["reasoning_content"])
         if index == 0 and delta.get("content"):

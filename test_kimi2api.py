@@ -4004,6 +4004,10 @@ def test_a_tool_call_without_all_its_parts_breaks_no_session(
         pytest.param([{"index": 0, "delta": {"tool_calls": [1, 2]}}], id="tool calls as numbers"),
         pytest.param([{"index": 0, "delta": {"tool_calls": {"a": 1}}}], id="tool calls as object"),
         pytest.param([{"index": 0, "delta": {"tool_calls": [{"function": "f"}]}}], id="function as text"),
+        pytest.param(
+            [{"index": 0, "delta": {"tool_calls": [{"index": 10**4300 - 1, "id": "a"}, {"id": "b"}]}}],
+            id="a call's index that nobody can write",
+        ),
     ],
 )
 def test_a_chunk_of_another_shape_is_an_invalid_response(
