@@ -6156,7 +6156,9 @@ class App:
         caller = environ.get("kimi2api.client", ClientKey())
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
-        if route and route.method == "POST" and "kimi2api.tally" not in environ:
+        tally = environ.get("kimi2api.tally")
+        has_call = tally and not (response.status_code == 429 and not tally.provider)  # which counts it
+        if route and route.method == "POST" and not has_call:
             self.meter.count(caller, Tally(), response.status_code, [])  # refused before an upstream could be asked
         log.log(
             logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s%s %s %d %.0f ms",

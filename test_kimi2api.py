@@ -4380,6 +4380,8 @@ def test_chats_whose_clients_left_are_bounded_too(run: Run, kimi: WebChat) -> No
             wait_for(lambda count=count: len(kimi.posts) == count)
         wait_for(lambda: program.running() == 0)
     assert program.chat()[0] == 429 and len(kimi.posts) == 4
+    refused = 'kimi2api_chats_total{provider="none",model="other",status="429"} 1'
+    assert refused in program.ask("GET", "/metrics")[1].decode().splitlines()
     kimi.gate.set()
     wait_for(lambda: program.chat()[0] == 200)
 
