@@ -3327,19 +3327,22 @@ FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doub
 class Tally:
     """What an answer has taken so far, for usage and metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, messages: Iterable[Message] = ()) -> None:
         self.began = time.monotonic()
         self.provider = ""  # that was asked last
         self.model = ""  # by the id that clients know
         self.first_chunk: float | None = None  # seconds after the beginning
         self.usage: Any = None
-        self._text: list[str] = []
+        self._messages = messages  # of the prompt
+        self._text: list[str] = []  # of the answer
 
     def count(self, provider: str, model: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
-        """The deltas of this provider's answer, counted."""
+        """The deltas of this provider's answer, counted; the last tells the usage, by estimate if no other does."""
         self.provider = provider
         self.model = model
         self.first_chunk = None
+        self.usage = None
+        self._text = []
         for delta in deltas:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
@@ -3347,12 +3350,17 @@ class Tally:
             if not self.usage:
                 self._text.append(delta.text)
             yield delta
+        if not self.usage:
+            self.usage = self._estimate()
+            yield Delta({"choices": [], "usage": self.usage})
 
-    def tokens(self, messages: list[Message]) -> tuple[int, int]:
+    def tokens(self) -> tuple[int, int]:
         """Of the prompt and of the answer, as the upstream counts them, else by estimate."""
-        if not count_of(self.usage, "prompt_tokens"):
-            self.usage = estimate_usage("\n".join(map(text_of, messages)), "".join(self._text))
-        return count_of(self.usage, "prompt_tokens"), count_of(self.usage, "completion_tokens")
+        usage = self.usage if count_of(self.usage, "prompt_tokens") else self._estimate()
+        return count_of(usage, "prompt_tokens"), count_of(usage, "completion_tokens")
+
+    def _estimate(self) -> dict[str, int]:
+        return estimate_usage("\n".join(map(text_of, self._messages)), "".join(self._text))
 
 
 @dataclass(frozen=True)
@@ -4569,9 +4577,7 @@ class APIAnswer:
         self._wanted = chat.request.body.get("n") or 1
         self._seen: dict[int, ChoiceState] = {}
         self._finished: set[int] = set()
-        self._text: list[str] = []  # of the first choice
         self._is_complete = False
-        self._has_usage = False
         self._parsed = 0  # bytes that all chunks take, about
 
     def deltas(self) -> Iterator[Delta]:
@@ -4599,9 +4605,6 @@ class APIAnswer:
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._seen:
             raise invalid_response(self._api.name, "an empty answer")
-        if not self._has_usage:
-            prompt = "\n".join(map(text_of, self._chat.request.messages))
-            yield Delta({"choices": [], "usage": estimate_usage(prompt, "".join(self._text))})
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
@@ -4623,8 +4626,6 @@ class APIAnswer:
             raise invalid_response(self._api.name, "a malformed chunk")
         for choice in choices:
             self._check_choice(choice)
-        if chunk.get("usage"):
-            self._has_usage = True
         return chunk
 
     def _check_choice(self, choice: Any) -> None:
@@ -4647,8 +4648,6 @@ class APIAnswer:
                 raise invalid_response(self._api.name, "a malformed chunk")
         if delta.get("reasoning_content"):
             state.reasoning.append(delta["reasoning_content"])
-        if index == 0 and delta.get("content"):
-            self._text.append(delta["content"])
         if choice["finish_reason"]:
             self._finished.add(index)
             self._keep_reasoning(state)  # before the client can ask with the results of its calls
@@ -5043,7 +5042,7 @@ class Meter:
         self._api_models: set[str] = set()  # of APIs, that have answered
 
     @contextmanager
-    def counted(self, caller: ClientKey, tally: Tally, cancel: Cancel, messages: list[Message]) -> Iterator[None]:
+    def counted(self, caller: ClientKey, tally: Tally, cancel: Cancel) -> Iterator[None]:
         """Around an answer: it is counted when it ends, however it ends."""
         status = 500
         try:
@@ -5056,15 +5055,14 @@ class Meter:
             status = 502
             raise
         finally:
-            self.count(caller, tally, status, messages)
+            self.count(caller, tally, status)
 
-    def count(self, caller: ClientKey, tally: Tally, status: int, messages: list[Message]) -> None:
-        """messages: what the tokens of a prompt are estimated by."""
+    def count(self, caller: ClientKey, tally: Tally, status: int) -> None:
         labels = {"provider": tally.provider or "none", "model": self._label(tally)}
         self._metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
         if tally.first_chunk is None:  # nothing came, so nothing was used
             return
-        prompt_tokens, completion_tokens = tally.tokens(messages)
+        prompt_tokens, completion_tokens = tally.tokens()
         seconds = time.monotonic() - tally.began
         self._metrics.observe("kimi2api_chat_duration_seconds", labels, seconds)
         self._metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, tally.first_chunk)
@@ -5261,7 +5259,8 @@ def relay(
 
     check_client() is called about twice a second; it raises when the client has gone. Then, and at every other end but
     its own, the call is cancelled; one that goes on all the same, so that its turn is recorded, holds one of `calls`
-    until it ends. cleanup: closed on that thread when the client has everything. Raises what the parts raise.
+    until it ends. cleanup: closed on that thread when the client has everything. Raises APIError 429 at once when there
+    is no room for one more call, and what the parts raise.
     """
     mailbox = Mailbox()
     try:
@@ -5269,7 +5268,13 @@ def relay(
     except BaseException:
         cleanup.close()
         raise
-    del parts, cleanup  # a client that reads slowly must not keep its request here
+    return hand_on(mailbox, cancel, keepalive_interval, check_client)
+
+
+def hand_on(
+    mailbox: Mailbox, cancel: Cancel, keepalive_interval: float, check_client: Callable[[], None],
+) -> Generator[bytes, None, None]:
+    """The reading half of `relay`, which knows nothing of the request: a client that reads slowly must not keep it."""
     last_sign = time.monotonic()
     try:
         while True:
@@ -5966,8 +5971,10 @@ class App:
         """Have a chat answered. previous: what it goes on from, instead of its user's session."""
         model = request.model or self.settings.default_model
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-        tally = self._admit(exchange)
-        chat = Chat(request, model, owner=owner(), store=self.sessions, tally=tally, cleanup=exchange.call.pop_all())
+        self._admit(exchange)
+        chat = Chat(
+            request, model, owner=owner(), store=self.sessions, tally=Tally(request.messages),
+            cleanup=exchange.call.pop_all())
         ask = partial(self._observed, client(), model)
         if previous is None:
             deltas = answer_in_session(ask, chat)
@@ -5986,7 +5993,7 @@ class App:
 
     def _observed(self, caller: ClientKey, model: str, chat: Chat) -> Iterator[Delta]:
         """The answer, counted when it ends, however it ends."""
-        with self.meter.counted(caller, chat.tally, chat.cancel, chat.request.messages):
+        with self.meter.counted(caller, chat.tally, chat.cancel):
             yield from self.providers.answer(model, chat)
 
     def embeddings(self) -> bytes:
@@ -5996,12 +6003,13 @@ class App:
             self.providers.resolve(model)  # as for a chat
             cancel = Cancel()
             caller = client()
-            tally = self._admit(exchange)
+            self._admit(exchange)
+            tally = Tally()
             headers: Headers = {}
 
             def ask() -> Iterator[bytes]:
                 nonlocal headers
-                with self.meter.counted(caller, tally, cancel, []):
+                with self.meter.counted(caller, tally, cancel):
                     answer, headers = self.providers.embed(model, body, cancel, tally)
                 yield dump_json(answer)
 
@@ -6023,19 +6031,17 @@ class App:
             call.callback(self.memory.release, size)
             yield Exchange(body, call, done)
 
-    def _admit(self, exchange: Exchange) -> Tally:
+    def _admit(self, exchange: Exchange) -> None:
         """Give a chat a slot until it is answered, and count it against its key's limits. Raises APIError 429."""
         self.chats.acquire()
         exchange.done.callback(self.chats.release)
-        environ = bottle.request.environ
-        environ["kimi2api.limits"] = self.accounts.admit(client())
-        tally = environ["kimi2api.tally"] = Tally()
-        return tally
+        bottle.request.environ["kimi2api.limits"] = self.accounts.admit(client())
 
     def _relay(
         self, exchange: Exchange, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack,
     ) -> Generator[bytes, None, None]:
         data = relay(parts, cancel, cleanup, self.calls, self.settings.sse_keepalive, self._client_check())
+        bottle.request.environ["kimi2api.has_call"] = True
         return exchange.done.enter_context(closing(data))
 
     def _client_check(self) -> Callable[[], None]:
@@ -6156,10 +6162,8 @@ class App:
         caller = environ.get("kimi2api.client", ClientKey())
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
-        tally = environ.get("kimi2api.tally")
-        has_call = tally and not (response.status_code == 429 and not tally.provider)  # which counts it
-        if route and route.method == "POST" and not has_call:
-            self.meter.count(caller, Tally(), response.status_code, [])  # refused before an upstream could be asked
+        if route and route.method == "POST" and "kimi2api.has_call" not in environ:
+            self.meter.count(caller, Tally(), response.status_code)  # refused before an upstream could be asked
         log.log(
             logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s%s %s %d %.0f ms",
             environ["kimi2api.id"], f"{caller.name} " if caller.name else "", environ["REQUEST_METHOD"], rule,
