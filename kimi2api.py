@@ -433,7 +433,6 @@ class Settings:
                 f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
                 f"({', '.join(self.apis) or 'none'})")
 
-
     def _check_names(self, setting_name: str, limits: Mapping[str, int]) -> None:
         names = {client.name for client in self.api_master_key}
         for name in limits:
@@ -1369,8 +1368,7 @@ def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Messag
             found.append((steps.get(item["call_id"], -1 if go_on else index), place, result))
             answer = None
         else:
-            is_next = kind in ("message", "reasoning") and answer and answer["content"] and "tool_calls" not in answer
-            if answer is None or is_next:
+            if answer is None or (kind in ("message", "reasoning") and has_text_alone(answer)):
                 answer = {"role": "assistant", "content": []}
                 step = index
                 found.append((step, place, answer))
@@ -1388,6 +1386,11 @@ def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Messag
                 message["reasoning_content"] = "".join(message["reasoning_content"])
         messages[place] = message
     return messages
+
+
+def has_text_alone(answer: Message) -> bool:
+    """Whether an assistant's message is complete: what follows its text is calls, or another message."""
+    return bool(answer["content"]) and "tool_calls" not in answer
 
 
 def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
@@ -5575,6 +5578,9 @@ def custom_input(arguments: str) -> str:
     return arguments
 
 
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}  # by finish reason
+
+
 class ResponseWriter:
     """One response on its way out. record: called with it when it is complete, before the client can see that it is."""
 
@@ -5622,7 +5628,7 @@ class ResponseWriter:
                 if choice["index"] == 0:
                     yield from self._add(choice["delta"])
                     self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._finish_reason)
+        reason = INCOMPLETE_REASONS.get(self._finish_reason)
         status = "incomplete" if reason else "completed"
         yield from self._end_item(status)
         response = self._response(
@@ -5692,7 +5698,9 @@ class ResponseWriter:
         }
 
     def _with_ignored(self, headers: Headers) -> Headers:
-        ignored = [*self._request.ignored, *filter(None, [headers.get("X-Kimi2api-Ignored")])]
+        ignored = list(self._request.ignored)
+        if "X-Kimi2api-Ignored" in headers:
+            ignored.append(headers["X-Kimi2api-Ignored"])
         return {**headers, "X-Kimi2api-Ignored": ", ".join(ignored)} if ignored else headers
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
@@ -5714,8 +5722,7 @@ class ResponseWriter:
         for name, default in ECHOED.items():
             value = body.get(name)
             response[name] = default if value is None else value
-        response["tools"] = [{"parameters": None, "strict": None, **tool} if tool["type"] == "function" else tool
-                             for tool in response["tools"]]
+        response["tools"] = list(map(echoed_tool, response["tools"]))
         response["text"] = {"format": {"type": "text"}, **response["text"]}
         response["reasoning"] = {"effort": None, "summary": None, **response["reasoning"]}
         return response
@@ -5742,6 +5749,11 @@ ECHOED: JSONObject = {
     "truncation": "disabled",
     "user": None,
 }
+
+
+def echoed_tool(tool: JSONObject) -> JSONObject:
+    """A tool as clients' types want it, with fields that the request may leave out."""
+    return {"parameters": None, "strict": None, **tool} if tool["type"] == "function" else tool
 
 
 def response_of(item_id: str) -> str:
