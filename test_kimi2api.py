@@ -4973,12 +4973,12 @@ def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
 
     def seconds(count: int) -> float:
         items = [call, *[item] * count]
-        started = time.perf_counter()
+        started = time.thread_time()  # of the processor, whatever else the machine does
         (message,) = kimi2api.read_items(items).values()
         assert len(message["content"] or message["reasoning_content"]) >= count * 500
-        return time.perf_counter() - started
+        return time.thread_time() - started
 
-    assert min(seconds(40_000) for _ in range(3)) < 20 * min(seconds(5_000) for _ in range(3))
+    assert min(seconds(40_000) for _ in range(3)) < 30 * min(seconds(5_000) for _ in range(3)), "eightfold is linear"
 
 
 def test_input_without_a_message_never_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
