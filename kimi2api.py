@@ -7118,6 +7118,7 @@ const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', word
   'The answer is empty.': '回答为空。', 'The answer broke off.': '回答中断了。'};
 const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
 let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
+let forgotten = 0;  // sessions, so that a list asked for before is not shown after
 let refused = '', timer = 0;  // the key that was wrong, which is not tried again; until the next look at the server
 const format = value => typeof value === 'number' ? value.toLocaleString(language) : value;
 const say = (text, ...values) => (words[text] ?? text).replace(/#/g, () => format(values.shift()));
@@ -7190,8 +7191,9 @@ async function refresh() {
 }
 async function show(section, path, fillIn) {  // what the key may see, or one line why not
   const [problem, body] = section.children, secret = key.value.trim(), isHopeless = ['', refused].includes(secret);
+  const before = forgotten;
   const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await look(path).catch(error => error);
-  if (secret !== key.value.trim()) return;  // another key is there by now
+  if (secret !== key.value.trim() || before !== forgotten) return;  // what it tells has changed meanwhile
   if (answer.code === 'invalid_api_key') [refused, answer.message] = [secret, say('This needs the right API key.')];
   update(problem, {textContent: answer.message ?? ''});
   body.hidden = 'message' in answer;
@@ -7247,6 +7249,7 @@ function forget(user, row) {
       await call('/v1/sessions/' + encodeURIComponent(user), {method: 'DELETE'});
     } catch ({message}) { return update(problem, {textContent: message}); }
     const next = row.nextSibling ?? row.previousSibling;
+    forgotten++;
     sure.close(); row.remove(); watch();
     (next?.querySelector('button') ?? sessions).focus();
   };

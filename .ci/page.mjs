@@ -81,6 +81,7 @@ await forget(page, "../x", "Tab", "Enter");
 await forget(page, "😀", "Tab", "Enter");
 result.focusAfter = await focused(page);
 await lookAgain(page);
+await page.waitForFunction(() => document.querySelectorAll("#users tr").length === 2);
 result.left = await names(page);
 
 await page.evaluate(() => {  // a text that is selected and a place in the page stay when the page looks again
@@ -91,12 +92,12 @@ await page.evaluate(() => {  // a text that is selected and a place in the page 
 });
 await lookAgain(page);
 result.stays = await page.evaluate(() => String([scrollY, String(getSelection())]) === String(window.before));
+await page.evaluate(() => Object.defineProperty(document, "hidden", { value: true, configurable: true }));
 let asked = 0;
 page.on("request", () => asked++);
-await page.evaluate(() => {
-  Object.defineProperty(document, "hidden", { value: true, configurable: true });
-  document.dispatchEvent(new Event("visibilitychange"));
-});
+await page.waitForTimeout(200);  // a look that was under way
+asked = 0;
+await page.evaluate(() => document.dispatchEvent(new Event("visibilitychange")));
 await page.waitForTimeout(300);
 result.askedWhileHidden = asked;
 await page.evaluate(() => delete document.hidden);
