@@ -1460,6 +1460,7 @@ def read_reasoning(item: JSONObject) -> str:
 
 MAX_TURNS = 1000  # of one session; more than any prompt holds
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns, as JSON
+MAX_RESPONSE_BYTES = 16 << 20  # of a stored response; a larger one would push out everybody's sessions
 MAX_STORE_BYTES = 64 << 20  # of all sessions, where they are kept in memory
 MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls, likewise
 MESSAGE_BYTES = 500  # that a message takes beside its text
@@ -2453,6 +2454,9 @@ class Sessions:
         kept = latest_turns(slim_turns(turns))
         rules = latest_turns(slim_turns((message,) for message in system))  # each a turn: bounded like these
         session = Session(opened.id, now, now, kept, tuple(itertools.chain.from_iterable(rules)), response)
+        if session.size > MAX_RESPONSE_BYTES:
+            log.warning("a response of %d bytes is not kept", session.size)
+            return
         self.store.update((owner, "response", response["id"]), lambda _: session)
 
     def forget_response(self, owner: str, id: str) -> bool:

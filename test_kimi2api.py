@@ -5020,6 +5020,19 @@ def test_what_a_response_goes_on_from_does_not_grow_without_end(
     assert system == ["1", "2", "3"], "the latest 1 MB of those before it, and its own"
 
 
+@json_and_stream
+def test_a_response_that_is_too_large_to_keep_pushes_out_nobodys_sessions(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_STORE_BYTES", 1 << 20)
+    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 1 << 18, raising=False)
+    app = make(**both)
+    assert said(chat(app, user="ada"))
+    api.always = api_answers("x" * (2 << 20))
+    assert respond(app, model="local/k2", stream=stream).status_int == 200
+    assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == ["ada"]
+
+
 def test_an_item_is_told_by_its_id_once(make: Make, both: dict[str, str], api: Api) -> None:
     app = make(**both)
     reference = {"type": "item_reference", "id": respond(app, model="local/k2").json["output"][0]["id"]}
