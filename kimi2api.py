@@ -21,23 +21,23 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Settings           every setting, in one table       18 Reading answers      calls and JSON in text
-     2 Errors and JSON    in OpenAI's form; strict reading  19 Scraper              cloudscraper, many threads
-     3 Schemas            what a value must be like         20 Kimi's web chat      the nonce, the form, its answers
-     4 Requests           what a caller may send            21 Model notes          what models refuse
-     5 Responses requests read as chats                     22 API streams          the events of an answer
-     6 Stores             where sessions are kept           23 OpenAI-style APIs    Moonshot, DeepSeek, a local one
-     7 Shared stores      failures, formats                 24 Models and fallback  who answers for a model
-     8 SQLite store       one file                          25 Metering             every answer is counted
-     9 Redis store        many machines                     26 Delivery             sessions, threads, pace
-    10 Sessions           what is remembered of users       27 Formats              deltas to JSON or to events
-    11 Limits and usage   of each key                       28 Responses            deltas to items and events
-    12 Metrics            for Prometheus                    29 Access               keys, hosts, browsers
-    13 Deltas             folding, tokens, graphemes        30 App                  routes
-    14 Connections        deadlines, strict reading         31 Demo upstream        a small web chat of our own
-    15 Transport          pools, failures as errors         32 Server               waitress, and how it stops
-    16 Upstreams          circuit breaker, retries          33 Command line         flags, --check, main()
-    17 Prompts            a request as plain text           34 Description, page    OpenAPI, and HTML
+     1 Settings            every setting, in one table       18 Reading answers      calls and JSON in text
+     2 Errors and JSON     in OpenAI's form; strict reading  19 Scraper              cloudscraper, many threads
+     3 Schemas             what a value must be like         20 Kimi's web chat      the nonce, the form, its answers
+     4 Requests            what a caller may send            21 Model notes          what models refuse
+     5 Responses requests  read as chats                     22 API streams          the events of an answer
+     6 Stores              where sessions are kept           23 OpenAI-style APIs    Moonshot, DeepSeek, a local one
+     7 Shared stores       failures, formats                 24 Models and fallback  who answers for a model
+     8 SQLite store        one file                          25 Metering             every answer is counted
+     9 Redis store         many machines                     26 Delivery             sessions, threads, pace
+    10 Sessions            what is remembered of users       27 Formats              deltas to JSON or to events
+    11 Limits and usage    of each key                       28 Responses            deltas to items and events
+    12 Metrics             for Prometheus                    29 Access               keys, hosts, browsers
+    13 Deltas              folding, tokens, graphemes        30 App                  routes
+    14 Connections         deadlines, strict reading         31 Demo upstream        a small web chat of our own
+    15 Transport           pools, failures as errors         32 Server               waitress, and how it stops
+    16 Upstreams           circuit breaker, retries          33 Command line         flags, --check, main()
+    17 Prompts             a request as plain text           34 Description, page    OpenAPI, and HTML
 
 A section knows those above it and never one below; the last holds constants that the App serves.
 """
@@ -5492,6 +5492,8 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
 
+MAX_ITEMS = 1000  # of one response; each takes a hundred times the bytes that begin another
+
 
 @dataclass(frozen=True)
 class ItemKind:
@@ -5679,6 +5681,8 @@ class ResponseWriter:
 
     def _begin_item(self, what: str | int, kind: ItemKind, fields: JSONObject) -> Iterator[JSONObject]:
         yield from self._end_item("completed")
+        if len(self._items) == MAX_ITEMS:
+            raise upstream_error(502, "upstream_invalid_response", f"An answer of more than {MAX_ITEMS} items came.")
         item = OutputItem(kind, self._id, len(self._items), fields)
         self._open = what
         self._items.append(item)

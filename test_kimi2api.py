@@ -5033,6 +5033,16 @@ def test_a_response_that_is_too_large_to_keep_pushes_out_nobodys_sessions(
     assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == ["ada"]
 
 
+def test_an_answer_of_more_items_than_anybody_wants_ends_with_an_error(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_ITEMS", 3, raising=False)
+    api.always = api_answers(deltas=[{"reasoning_content": "a"}, {"content": "b"}] * 4)
+    response = respond(make(**both), model="local/k2", stream=True)
+    assert response.text.count("event: response.output_item.added") == 3
+    assert "event: response.failed" in response.text and "event: response.completed" not in response.text
+
+
 def test_an_item_is_told_by_its_id_once(make: Make, both: dict[str, str], api: Api) -> None:
     app = make(**both)
     reference = {"type": "item_reference", "id": respond(app, model="local/k2").json["output"][0]["id"]}
