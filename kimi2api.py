@@ -6882,7 +6882,10 @@ def main(argv: list[str] | None = None) -> int:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
         if options.check:
-            return run_check(settings)
+            try:
+                return run_check(settings)
+            except OSError:  # nobody reads it
+                os._exit(1)  # a usual exit would complain that what is left cannot be written
         return serve(settings, options.demo)
     except KeyboardInterrupt:
         return 130

@@ -22,6 +22,7 @@ import os
 import random
 import re
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -5576,6 +5577,14 @@ def test_check_goes_through_the_upstream_step_by_step(kimi: WebChat) -> None:
     kimi.always = sends(500)
     code, printed = check()
     assert code == 1 and printed.count("✓") == 3 and "✗ one question" in printed
+
+
+@pytest.mark.parametrize("where", [pytest.param(">/dev/full", id="full"), pytest.param("| true", id="closed pipe")])
+def test_a_check_that_nobody_reads_ends_without_a_traceback(kimi: WebChat, where: str) -> None:
+    line = f"set -o pipefail; {shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'kimi2api.py'))} --check {where}"
+    env = {**os.environ, **kimi.settings}
+    done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_check_covers_every_provider(kimi: WebChat, api: Api, both: dict[str, str]) -> None:
