@@ -586,18 +586,25 @@ def wait_until_still() -> None:
     wait_for(moved_no_more, "every thread waits")
 
 
+# So that a hundred starts do not compile the module a hundred times, whatever the environment says
+COMPILED_ONCE = {
+    "PYTHONPATH": str(HERE),
+    "PYTHONPYCACHEPREFIX": str(HERE / ".pytest_cache" / "pycache"),
+    "PYTHONDONTWRITEBYTECODE": "",
+}
+
+
 class Program:
-    """`python kimi2api.py` as a process of its own."""
+    """`python -m kimi2api` as a process of its own."""
 
     def __init__(self, *flags: str, before: str = "", **settings: str) -> None:
         """before: Python that runs before the program does."""
-        program = [str(HERE / "kimi2api.py")]
+        program = ["-m", "kimi2api"]
         if before:
-            path = f"import sys; sys.path.insert(0, {str(HERE)!r}); import kimi2api\n"
-            program = ["-c", f"{path}{before}\nsys.exit(kimi2api.main())"]
+            program = ["-c", f"import sys, kimi2api\n{before}\nsys.exit(kimi2api.main())"]
         self.process = subprocess.Popen(
             [sys.executable, *program, "--api-port", "0", *flags],
-            env={**os.environ, **settings},
+            env={**os.environ, **COMPILED_ONCE, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
