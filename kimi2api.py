@@ -4778,9 +4778,11 @@ class OpenAIProvider(Provider):
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
             answer = APIAnswer(self._api, response, chat, headers, sent["messages"])
             try:
-                for delta in answer.deltas():
+                deltas = answer.deltas()
+                for delta in deltas:
                     has_begun()
                     yield delta
+                    yield from deltas  # all others
             finally:
                 if answer.is_done:
                     response.finish(chat.cleanup)
