@@ -2126,7 +2126,7 @@ class RedisKeys:
 
 
 class RedisStore(SharedStore):
-    """A Redis of version 5 or newer, or what speaks its protocol."""
+    """A Redis, or what speaks its protocol; tested with Redis 7."""
 
     kind = "redis"
 
@@ -6344,6 +6344,9 @@ class DemoUpstream(BaseHTTPRequestHandler):
         log.debug("demo upstream: " + format, *args)
 
 
+MAX_DEMO_DOCUMENT = 100_000  # characters; arrays in arrays would multiply their minItems
+
+
 def smallest_document(schema: Any, definitions: Mapping[str, Any]) -> Any:
     """A value by a JSON schema, as far as the demo reads one. definitions: what it may refer to, by `$ref`."""
     if not isinstance(schema, dict):
@@ -6367,7 +6370,8 @@ def smallest_document(schema: Any, definitions: Mapping[str, Any]) -> Any:
         properties = schema.get("properties", {})
         return {name: smallest_document(properties.get(name), definitions) for name in schema.get("required", ())}
     if kind == "array":
-        return [smallest_document(schema.get("items"), definitions)] * smallest(schema, "minItems")
+        items = [smallest_document(schema.get("items"), definitions)] * smallest(schema, "minItems")
+        return items if len(json.dumps(items[:1])) * len(items) <= MAX_DEMO_DOCUMENT else []
     if kind == "string":
         return "x" * smallest(schema, "minLength")
     if kind in ("integer", "number"):
@@ -6419,6 +6423,8 @@ def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
     return value, at
 
 
+# What a schema or a form that is none can raise
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 SPEAKER = re.compile("^(?:用户|模型|工具)(?: .+?)?: ", re.M)
 OFFERED_TOOLS = re.compile(r"^You (may|must) call .*Tools:((?:\n- .*)+)", re.M)
 OFFERED_TOOL = re.compile(r"^- ([\w.-]+)(.*)", re.M)
@@ -6437,13 +6443,13 @@ def answer_of_demo(prompt: str, model: str) -> str:
     if offered and tools and (offered[1] == "must" or not has_result):
         name, form = tools[-1 if has_result else 0]
         arguments: Any = {}
-        with suppress(Exception):  # a form that the demo does not know
+        with suppress(*UNREADABLE):  # a form that the demo does not know
             arguments, _ = smallest_arguments(form)
         return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
     wants_json = WANTS_JSON.search(prompt)
     if wants_json:
         document: Any = {}
-        with suppress(Exception):  # the words may be the user's own, and the schema anything
+        with suppress(*UNREADABLE):  # the words may be the user's own, and the schema anything
             schema = parse_json(wants_json[1] or "{}")
             document = smallest_document(schema, definitions_of(schema))
         return json.dumps(document)
