@@ -3610,10 +3610,41 @@ SHORTEST_RESULT = 60  # characters of a tool's result that stay when it is clipp
 CLIPPED = " [… clipped …] "
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompt:
-    text: str
+    """The parts of a prompt, in the order in which the model reads them."""
+
+    limit: int  # characters
+    system: list[str]
+    how_to_call: str
+    rules: list[str]  # for the form of the answer
+    question: list[str]
+    last_round: list[str]  # of calls and their results
+    tools: list[str] = field(default_factory=list)
+    older: list[str] = field(default_factory=list)
+    rounds: list[str] = field(default_factory=list)  # before the last
     tools_dropped: int = 0  # for which there was no room
+
+    @property
+    def offer(self) -> list[str]:
+        """The tools, and how to call one."""
+        return [self.how_to_call, *self.tools] if self.tools else []
+
+    @property
+    def head(self) -> list[str]:
+        return self.system + self.offer + self.rules
+
+    @property
+    def text(self) -> str:
+        lines = self.head
+        if lines:
+            lines.append("")
+        return "\n".join(lines + self.older + self.question + self.rounds + self.last_round)
+
+    @property
+    def room(self) -> int:
+        """Characters that are left of the limit; negative when it is too long."""
+        return self.limit - len(self.text)
 
 
 def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
@@ -3626,83 +3657,85 @@ def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str =
     """
     turns = append_turns(history, request.turns)
     functions = called_functions(turns)
-    *older, newest = turns or ((),)
+    newest = turns[-1] if turns else ()
     question, *rounds = rounds_of(newest)
-    last = rounds.pop() if rounds else ()
-    system = [*map(text_of, request.system)]
-    tools = tool_lines(request)
-    form = form_instruction(request)
-    stands_alone = len(turns) == 1 and len(newest) == 1 and not (any(system) or tools or form or remark)
-
-    def lines_of(messages: Iterable[Message]) -> list[str]:
-        if stands_alone:
-            return [text_of(message) for message in messages]  # no name before it
-        return [write_message(message, functions) for message in messages]
-
-    def head(offered: list[str]) -> list[str]:
-        lines = [line for line in (*system, *offered, form, remark) if line]
-        return [*lines, ""] if lines else []
-
-    def room_beside(offered: list[str]) -> int:
-        return limit - joined_length([*head(offered), *lines_of(question), *lines_of(last)])
-
-    offered = tools if request.must_call else []
-    wanted = 0 if request.must_call else min(joined_length(tools), limit // 3)
-    if room_beside(offered) < wanted:
-        last = clip_results(last, wanted - room_beside(offered))
-    if room_beside(offered) < 0:
-        raise too_long(limit, {
-            "system": joined_length(system),
-            "tools": joined_length(offered),
-            "response format": len(form),
-            "newest message": joined_length([*lines_of(question), *lines_of(last)]),
-        })
-    before = ["\n".join(lines_of(turn)) for turn in older]
-    if not offered:
-        for_older = min(joined_length(before), limit // 3)  # else 28 tools would leave no room for what was said
-        offered = tools_that_fit(tools, room_beside([]) - (1 if head([]) else 2) - for_older)
-    room = room_beside(offered)
-    kept = latest_that_fit(["\n".join(lines_of(messages)) for messages in rounds], room)
-    room -= sum(len(text) + 1 for text in kept)
-    before = latest_that_fit(before, room) if len(kept) == len(rounds) else []
-    text = "\n".join([*head(offered), *before, *lines_of(question), *kept, *lines_of(last)])
-    if not text.strip():
+    last_round = rounds.pop() if rounds else ()
+    older = [write_messages(turn, functions) for turn in turns[:-1]]
+    tools = list(map(describe_tool, request.tools))
+    prompt = Prompt(
+        limit,
+        system=non_empty(map(text_of, request.system)),
+        how_to_call=how_to_call(request),
+        rules=non_empty([form_instruction(request), remark]),
+        question=non_empty([write_messages(question, functions)]),
+        last_round=non_empty([write_messages(last_round, functions)]),
+    )
+    if len(newest) == 1 and not (older or tools or prompt.head):
+        prompt.question = [text_of(newest[0])]  # it stands alone, and needs no name before it
+        prompt.last_round = []
+    wanted = 0
+    if request.must_call:
+        prompt.tools = tools
+    elif tools:
+        wanted = min(joined_length([prompt.how_to_call, *tools]), limit // 3)
+    if prompt.room < wanted:
+        clipped = clip_results(last_round, wanted - prompt.room)
+        prompt.last_round = non_empty([write_messages(clipped, functions)])
+    if prompt.room < 0:
+        raise too_long(prompt)
+    if not request.must_call:
+        for_older = min(joined_length(older), limit // 3)  # else 28 tools would leave no room for what was said
+        blank_line = 0 if prompt.head else 1
+        prompt.tools = first_that_fit(tools, prompt.room - for_older - len(prompt.how_to_call) - 1 - blank_line)
+    prompt.rounds = latest_that_fit([write_messages(messages, functions) for messages in rounds], prompt.room)
+    if len(prompt.rounds) == len(rounds):
+        prompt.older = latest_that_fit(older, prompt.room)
+    if not prompt.text.strip():
         raise bad_request("'messages' contain no text.", "messages")
-    return Prompt(text, max(0, len(tools) - 1) - max(0, len(offered) - 1))
+    prompt.tools_dropped = len(tools) - len(prompt.tools)
+    return prompt
 
 
-def too_long(limit: int, sizes: Mapping[str, int]) -> APIError:
+def too_long(prompt: Prompt) -> APIError:
     """In words that clients know the error by."""
+    sizes = {
+        "system": joined_length(prompt.system),
+        "tools": joined_length(prompt.offer),
+        "response format": joined_length(prompt.rules),
+        "newest message": joined_length(prompt.question + prompt.last_round),
+    }
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
     return bad_request(
-        f"This model's maximum context length is {limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
+        f"This model's maximum context length is {prompt.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
         f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
         "official API.", "messages", "context_length_exceeded")
+
+
+def non_empty(texts: Iterable[str]) -> list[str]:
+    return list(filter(None, texts))
 
 
 def joined_length(lines: list[str]) -> int:
     return len("\n".join(lines))
 
 
+def first_that_fit(texts: Iterable[str], room: int) -> list[str]:
+    """Those, in order, for which there is room, a line's end included; one that is too long gives way to the next."""
+    kept = []
+    for text in texts:
+        if len(text) < room:
+            kept.append(text)
+            room -= len(text) + 1
+    return kept
+
+
 def latest_that_fit(texts: list[str], room: int) -> list[str]:
+    """As many from the end as there is room for, up to the first that is too long."""
     first = len(texts)
-    while first > 0:
-        room -= len(texts[first - 1]) + 1
-        if room < 0:
-            break
+    while first > 0 and len(texts[first - 1]) < room:
         first -= 1
+        room -= len(texts[first]) + 1
     return texts[first:]
-
-
-def tools_that_fit(tools: list[str], room: int) -> list[str]:
-    """The line that tells how to call, and those of as many tools as fit, in order; none without a tool."""
-    offered = tools[:1]
-    room -= joined_length(offered)
-    for line in tools[1:]:
-        if len(line) < room:
-            offered.append(line)
-            room -= len(line) + 1
-    return offered if len(offered) > 1 else []
 
 
 def rounds_of(turn: Turn) -> list[Turn]:
@@ -3740,6 +3773,10 @@ def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
     return names
 
 
+def write_messages(messages: Iterable[Message], functions: Mapping[str, str]) -> str:
+    return "\n".join(write_message(message, functions) for message in messages)
+
+
 def write_message(message: Message, functions: Mapping[str, str]) -> str:
     role: str = message["role"]
     speaker = SPEAKERS.get(role, role)
@@ -3752,16 +3789,12 @@ def write_message(message: Message, functions: Mapping[str, str]) -> str:
     return f"{speaker}: {text_of(message)}{calls}"
 
 
-def tool_lines(request: ChatRequest) -> list[str]:
-    """How the model calls a tool, then a line for each, in few words, for its room is small."""
-    if not request.tools:
-        return []
+def how_to_call(request: ChatRequest) -> str:
     how = "You must call" if request.must_call else "You may call"
     what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
-    usage = (
+    return (
         f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
         "arguments being JSON. You get the results and go on. Tools:")
-    return [usage, *map(describe_tool, request.tools)]
 
 
 def form_instruction(request: ChatRequest) -> str:
@@ -3774,6 +3807,7 @@ def form_instruction(request: ChatRequest) -> str:
 
 
 def describe_tool(tool: JSONObject) -> str:
+    """In few words, for their room is small."""
     schema = tool.get("parameters") or {}
     source = dump_json(schema).decode()
     form = source if '"$ref"' in source else signature(schema)
