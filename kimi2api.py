@@ -374,7 +374,8 @@ class Settings:
             try:
                 return kind.parse(text)
             except ValueError:
-                is_secret = name.endswith("_KEY") or "@" in text  # an address may hold a password
+                # An address may hold a password
+                is_secret = name.endswith("_KEY") or "@" in text
                 shown = "the value" if is_secret else repr(text)
                 raise SettingError(f"{name}: {shown} is not {kind.accepts}") from None
 
@@ -444,7 +445,8 @@ class Settings:
 def is_loopback(host: str | None) -> bool:
     """Whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
-    if host == "localhost" or host.endswith(".localhost"):  # RFC 6761 keeps the whole domain on this machine
+    # RFC 6761 keeps the whole domain on this machine
+    if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -515,7 +517,8 @@ class APIError(Exception):
     def reason(self) -> str:
         """What may go into the log and /health: without the prompt."""
         code = self.code or self.type
-        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):  # upstream's own may quote the prompt too
+        # Upstream's own may quote the prompt too
+        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
             code = "error"
         kind = f"{code} ({self.status})"
         return kind if self.quotes_upstream else f"{kind}: {self.message}"
@@ -692,7 +695,8 @@ def record_by_type(records: Mapping[str, Schema], default: str | None = None) ->
     rules = [when("type", [name], then) for name, then in records.items()]
     if default is None:
         return record(types, allOf=rules)
-    return record({}, types, allOf=[*rules, when("type", [None], records[default])])
+    rules.append(when("type", [None], records[default]))
+    return record({}, types, allOf=rules)
 
 
 TYPES: dict[str, tuple[Any, str]] = {
@@ -990,16 +994,24 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
     if choice == "required" and not body.get("tools"):
         raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
     if names_function(choice):
-        functions = [function for function in functions if function["name"] == choice["function"]["name"]]
-        if not functions:
+        named = functions_among(functions, [choice])
+        if not named:
             raise bad_request("'tool_choice' names a function that is not in 'tools'.", "tool_choice.function.name")
+        return named
     if allows_tools(choice):
         check(choice, ALLOWED_TOOLS, "tool_choice")
-        names = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"] if names_function(tool)}
-        functions = [function for function in functions if function["name"] in names]
-        if must_call(choice) and names and not functions:
+        tools = list(filter(names_function, choice["allowed_tools"]["tools"]))
+        allowed = functions_among(functions, tools)
+        if must_call(choice) and tools and not allowed:
             raise bad_request("'tool_choice' allows no function that is in 'tools'.", "tool_choice.allowed_tools.tools")
+        return allowed
     return functions
+
+
+def functions_among(functions: list[JSONObject], tools: list[JSONObject]) -> list[JSONObject]:
+    """Those functions that the tools name."""
+    names = {tool["function"]["name"] for tool in tools}
+    return [function for function in functions if function["name"] in names]
 
 
 def names_function(choice: Any) -> TypeGuard[JSONObject]:
@@ -1052,7 +1064,8 @@ def slimmed(message: Message) -> Message:
             }
             for call in message["tool_calls"]
         ]
-        if isinstance(message.get("reasoning_content"), str):  # Moonshot and DeepSeek want it back
+        # Moonshot and DeepSeek want it back
+        if isinstance(message.get("reasoning_content"), str):
             slim["reasoning_content"] = message["reasoning_content"]
     return slim
 
@@ -1201,17 +1214,7 @@ class ResponsesRequest:
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        told: set[str] = set()
-        for index, item in enumerate(items):
-            if item.get("type") == "item_reference":
-                if item["id"] in told:  # many times a large item would make a small request any size
-                    raise bad_request(f"Duplicate item found with id {item['id'][:100]!r}.", f"input[{index}].id")
-                told.add(item["id"])
-                found = find_item(item["id"])
-                if found is None:
-                    raise bad_request(f"Item with id {item['id'][:100]!r} not found.", f"input[{index}].type")
-                items[index] = found
-        messages = read_items(items, bool(body.get("previous_response_id")))
+        messages = read_items(without_references(items, find_item), bool(body.get("previous_response_id")))
         if not messages:
             raise bad_request("'input' has no message.", "input")
         if body.get("instructions"):
@@ -1242,19 +1245,24 @@ class ResponsesRequest:
         Raises APIError 400, in the terms of chats; see `in_own_terms`.
         """
         body = self.body
-        chat: JSONObject = {name: body.get(name) for name in SAME_IN_CHATS}
-        chat["messages"] = [*system, *self.messages.values()]
-        chat["max_tokens"] = body.get("max_output_tokens")
-        chat["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
-        chat["response_format"] = as_response_format((body.get("text") or {}).get("format"))
+        text = body.get("text") or {}
+        reasoning = body.get("reasoning") or {}
         choice = body.get("tool_choice")
+        fields = {
+            "messages": [*system, *self.messages.values()],
+            "max_tokens": body.get("max_output_tokens"),
+            "reasoning_effort": reasoning.get("effort") or None,
+            "response_format": as_response_format(text.get("format")),
+        }
+        for name in SAME_IN_CHATS:
+            fields[name] = body.get(name)
         if self.functions:
-            chat["tools"] = list(self.functions.values())
-            chat["parallel_tool_calls"] = body.get("parallel_tool_calls")
+            fields["tools"] = list(self.functions.values())
+            fields["parallel_tool_calls"] = body.get("parallel_tool_calls")
         if self.functions or choice not in ("auto", "none"):
-            chat["tool_choice"] = as_tool_choice(choice)
-        given = {name: value for name, value in chat.items() if value is not None}
-        return replace(ChatRequest.of(given), user=None)
+            fields["tool_choice"] = as_tool_choice(choice)
+        chat = {name: value for name, value in fields.items() if value is not None}
+        return replace(ChatRequest.of(chat), user=None)
 
     def in_own_terms(self, error: APIError, earlier: int) -> APIError:
         """An error of the chat, told of the field that this request has for it. earlier: messages that the chat has
@@ -1288,18 +1296,39 @@ class ResponsesRequest:
     def _read_tools(self, tools: list[JSONObject], path: str, namespace: str | None) -> None:
         for index, tool in enumerate(tools):
             place = f"{path}[{index}]"
-            if tool["type"] == "namespace" and namespace is None:
+            kind = tool["type"]
+            if kind == "namespace" and namespace is None:
                 self._read_tools(tool["tools"], f"{place}.tools", tool["name"])
-            elif tool["type"] in ("function", "custom"):
-                name = ToolName(tool["name"], namespace, tool["type"] == "custom")
+            elif kind in ("function", "custom"):
+                name = ToolName(tool["name"], namespace, kind == "custom")
                 if self.tools.setdefault(name.function, name) != name:
                     raise bad_request(f"'{place}.name': another tool is {name.function!r} too.", f"{place}.name")
                 self.functions[place] = {"type": "function", "function": as_function(tool, name)}
-            elif tool["type"] not in self.ignored:
-                is_type = re.fullmatch(r"[\w.-]{1,64}", tool["type"], re.A)  # of which a header can tell
-                if not is_type or len(self.ignored) == MAX_IGNORED:
+            elif kind not in self.ignored:
+                can_be_told = re.fullmatch(r"[\w.-]{1,64}", kind, re.A)  # in a header
+                if not can_be_told or len(self.ignored) == MAX_IGNORED:
                     raise bad_request(f"'{place}.type' is not a type of tools that is known.", f"{place}.type")
-                self.ignored.append(tool["type"])
+                self.ignored.append(kind)
+
+
+def without_references(
+    items: list[JSONObject], find_item: Callable[[str], JSONObject | None],
+) -> list[JSONObject]:
+    """The items, with stored ones in the place of references to them. Raises APIError 400."""
+    resolved = []
+    known: set[str] = set()
+    for index, item in enumerate(items):
+        if item.get("type") == "item_reference":
+            id = item["id"]
+            if id in known:  # many times a large item would make a small request any size
+                raise bad_request(f"Duplicate item found with id {id[:100]!r}.", f"input[{index}].id")
+            known.add(id)
+            found = find_item(id)
+            if found is None:
+                raise bad_request(f"Item with id {id[:100]!r} not found.", f"input[{index}].type")
+            item = found
+        resolved.append(item)
+    return resolved
 
 
 def as_tool_choice(choice: Any) -> Any:
@@ -1307,7 +1336,10 @@ def as_tool_choice(choice: Any) -> Any:
         return choice
     if choice["type"] != "allowed_tools":
         return {"type": "function", "function": {"name": function_of(choice)}}
-    tools = [as_tool_choice(tool) for tool in choice["tools"] if tool["type"] in ("function", "custom")]
+    tools = []
+    for tool in choice["tools"]:
+        if tool["type"] in ("function", "custom"):
+            tools.append(as_tool_choice(tool))
     return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
 
 
@@ -1358,7 +1390,8 @@ def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Messag
         kind = item.get("type") or "message"
         place = f"input[{index}]"
         if kind == "message" and item["role"] != "assistant":
-            role = "user" if item["role"] == "user" else "system"  # not every API knows developers
+            # Not every API knows developers
+            role = "user" if item["role"] == "user" else "system"
             content = as_content(read_parts(item["content"], f"{place}.content"))
             found.append((index, place, {"role": role, "content": content}))
             answer = None
@@ -2923,7 +2956,8 @@ class Cancel:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _sock: it is shut down while it is this chat's, or not at all
+        # Guards _sock: it is shut down while it is this chat's, or not at all
+        self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._called = threading.Event()
 
@@ -2964,8 +2998,10 @@ class Call:
         self.timeout = timeout  # seconds: REQUEST_TIMEOUT
         self.cancel = cancel
         self.reader: ResponseReader | None = None  # of the answer, once it begins
-        self.deadline = deadline or time.monotonic() + timeout  # infinite: the time-out is for each read alone
-        self.is_usable = True  # the answer, as far as is known; after one that is not, its connection is not used again
+        # Infinite: the time-out is for each read alone
+        self.deadline = deadline or time.monotonic() + timeout
+        # The answer, as far as is known; after one that is not, its connection is not used again
+        self.is_usable = True
 
     def limit_reads(self) -> None:
         """From now on the time-out is for each read alone."""
@@ -3002,7 +3038,8 @@ class DeadlineReader(io.RawIOBase):
         self._source = source
         self._sock = sock
         self._call = call
-        self.is_paused = False  # it gives nothing, so that what has come already can be told from what has not
+        # It gives nothing, so that what has come already can be told from what has not
+        self.is_paused = False
 
     def readable(self) -> bool:
         return True
@@ -3201,7 +3238,8 @@ class Transport:
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, tuple[Any, bool]] = {}
-        self._lock = threading.Lock()  # guards the making of pools: urllib3 has one for all spellings of a host
+        # Guards the making of pools: urllib3 has one for all spellings of a host
+        self._lock = threading.Lock()
 
     def request(self, method: str, url: str, headers: Headers, body: bytes | None, call: Call) -> Response:
         parts = urlsplit(url)
@@ -3243,8 +3281,9 @@ class Transport:
 
     def _make_pool(self, origin: str) -> tuple[Any, bool]:
         request = requests.Request("GET", origin).prepare()
-        local = is_loopback(urlsplit(origin).hostname)  # a proxy's loopback is not ours
-        proxies = {} if local else get_environ_proxies(origin)
+        proxies = {}
+        if not is_loopback(urlsplit(origin).hostname):  # a proxy's loopback is not ours
+            proxies = get_environ_proxies(origin)
         verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
         if not issubclass(pool.ConnectionCls, UpstreamConnection):
@@ -3254,7 +3293,8 @@ class Transport:
     # Failures
 
     def failure(self, error: Exception, call: Call) -> APIError:
-        clear_frames(error.__traceback__)  # urllib3's functions hold the error that holds them, and so the request
+        # urllib3's functions hold the error that holds them, and so the request
+        clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
             return self.timed_out(call.timeout)
         if isinstance(error, DecodeError):
@@ -3264,7 +3304,8 @@ class Transport:
 
     def timed_out(self, seconds: float) -> APIError:
         message = f"{self.name} did not answer within {seconds:g} s."
-        return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)  # the prompt was taken
+        # No other attempt: the prompt was taken
+        return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
 
 
 MARKUP = re.compile(r"<[^<>]*>")
@@ -3288,13 +3329,15 @@ def plain_line(answer: Any, secret: str = "") -> str:
     """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
     if isinstance(answer, dict):
         answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
-    if answer is not None and not isinstance(answer, str):
+    if answer is None:
+        answer = ""
+    elif not isinstance(answer, str):
         answer = json.dumps(answer, ensure_ascii=False)
-    text = unescape(MARKUP.sub(" ", (answer or "")[:10_000]))
-    words = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
+    text = unescape(MARKUP.sub(" ", answer[:10_000]))
+    line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
-        words = words.replace(secret, "…")
-    return replace_lone_surrogates(words[:300]) or "(no reason given)"
+        line = line.replace(secret, "…")
+    return replace_lone_surrogates(line[:300]) or "(no reason given)"
 
 
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
@@ -3396,7 +3439,8 @@ class SharedFetch(Generic[T]):
         self.known: T | None = None  # what was fetched last, however old it is
         self._lock = threading.Lock()  # guards all below; never held while upstream is asked
         self._latest: Future[T] = Future()
-        self._due = 0.0  # when it is to be fetched again, seconds since the epoch; infinite during a fetch
+        # When it is to be fetched again, seconds since the epoch; infinite during a fetch
+        self._due = 0.0
 
     def latest(self) -> Future[T]:
         """The latest fetch, under way or done; a new one if that is too old."""
@@ -3422,7 +3466,8 @@ class SharedFetch(Generic[T]):
             keep = self._max_age
         except Exception as error:  # for those who wait
             settle = partial(fetch.set_exception, as_api_error(error).copy())
-        with self._lock:  # first, so that a caller who has seen a failure and asks again starts a new fetch
+        # First, so that a caller who has seen a failure and asks again starts a new fetch
+        with self._lock:
             self._due = time.time() + keep
         settle()
 
@@ -3444,7 +3489,8 @@ class CircuitBreaker:
         self._name = name
         self._lock = threading.Lock()  # guards all below; never held while upstream is asked
         self._failures = 0
-        self._error: APIError | None = None  # the last one while the circuit is open or half-open
+        # The last one while the circuit is open or half-open
+        self._error: APIError | None = None
         self._open_until = 0.0  # by the monotonic clock
         self._probing = False
         self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
@@ -3469,13 +3515,15 @@ class CircuitBreaker:
             self.failing = None
 
     def failed(self, error: APIError, probe: bool = False) -> None:
-        if error.status < 500 and error.status != 429:  # it is well, and says what is wrong with the request
+        # It is well, and says what is wrong with the request
+        if error.status < 500 and error.status != 429:
             self.succeeded(probe)
             return
         with self._lock:
             self._end_probe(probe)
             self.failing = self.failing or (time.time(), error.reason)
-            if error.status == 429 or error.code == "upstream_refused":  # it answers, be it with a no
+            # It answers, be it with a no
+            if error.status == 429 or error.code == "upstream_refused":
                 self._close()
             elif probe or self._error is None:  # else the call began before the circuit opened
                 self._count(error)
@@ -3566,11 +3614,13 @@ class Provider:
         try:
             yield has_begun
         except APIError as error:
-            if cancel.is_set() or error.code == "internal_error":  # a bug of ours in a fetch that chats share
+            # A bug of ours in a fetch that chats share
+            if cancel.is_set() or error.code == "internal_error":
                 self.breaker.ignored(probe)
             else:
                 self.breaker.failed(error, probe)
-                code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"  # theirs could be any
+                # Theirs could be any
+                code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
             raise
         except BaseException:  # our own bugs do not count against upstream, nor does a client that leaves
@@ -3751,9 +3801,12 @@ def rounds_of(turn: Turn) -> list[Turn]:
 def clip_results(messages: Turn, excess: int) -> Turn:
     """Messages with the middle of their tool results left out, of the longest first, until so many characters are."""
     clipped = list(messages)
-    results = [index for index, message in enumerate(messages) if message["role"] == "tool"]
-    for index in sorted(results, key=lambda index: len(text_of(messages[index])), reverse=True):
-        text = text_of(messages[index])
+    texts = {}
+    for index, message in enumerate(messages):
+        if message["role"] == "tool":
+            texts[index] = text_of(message)
+    for index in sorted(texts, key=lambda index: len(texts[index]), reverse=True):
+        text = texts[index]
         half = max(SHORTEST_RESULT, len(text) - excess - len(CLIPPED)) // 2
         short = text[:half] + CLIPPED + text[-half:]
         if excess > 0 and len(short) < len(text):
@@ -3824,7 +3877,9 @@ def signature(schema: Any) -> str:
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     if isinstance(schema.get("properties"), dict):
         required = schema.get("required")
-        names = {str(name) for name in required} if isinstance(required, list) else set()
+        if not isinstance(required, list):
+            required = []
+        names = set(map(str, required))
         fields = []
         for name, field_schema in schema["properties"].items():
             optional = "" if name in names else "?"
@@ -3912,7 +3967,8 @@ def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[s
     except ValueError:
         return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
-        return "", [parse_call(value, offered, any_tool)]  # nothing but a call, without its marks
+        # Nothing but a call, without its marks
+        return "", [parse_call(value, offered, any_tool)]
     return text, []
 
 
@@ -4046,8 +4102,10 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
     Raises APIError, and cloudscraper's CloudflareException for a challenge that it cannot solve.
     """
 
-    USER_AGENT = ("Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
-                  "Chrome/142.0.0.0 Safari/537.36")  # cloudscraper's own list ends with Chrome 76
+    # cloudscraper's own list ends with Chrome 76
+    USER_AGENT = (
+        "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
+        "Chrome/142.0.0.0 Safari/537.36")
 
     def __init__(self, name: str, connections: int, timeout: float) -> None:
         super().__init__(
@@ -4128,7 +4186,8 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
         """Keep the cookies of an answer; the oldest go when there are more than a browser would send."""
         if sum(map(len, answer.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
             return
-        if "Set-Cookie2" in answer.headers:  # cookie jars read it too, in quadratic time; no site sends it any more
+        # Cookie jars read it too, in quadratic time; no site sends it any more
+        if "Set-Cookie2" in answer.headers:
             return
         with self._jar_lock:
             extract_cookies_to_jar(self.cookies, request, answer.raw)
@@ -4223,7 +4282,8 @@ class KimiProvider(Provider):
         except UnusableAnswer as fault:
             log.info("the answer cannot be used; asking once more")
             remark = f"Your last answer could not be used: {fault}"
-        with suppress(APIError):  # where there is no room for the reason, the question is asked again as it was
+        # Where there is no room for the reason, the question is asked again as it was
+        with suppress(APIError):
             prompt = write_prompt(request, chat.history, limit, remark)
         text = self._ask(prompt.text, chat)
         try:
@@ -4354,7 +4414,8 @@ class KimiProvider(Provider):
     def _fetch_page(self, deadline: float) -> requests.Response:
         """The chat page, after redirects on its own host."""
         home = self._settings.chat_page_url
-        url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"  # no cache has seen it yet
+        # No cache has seen it yet
+        url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         for _ in range(MAX_REDIRECTS + 1):
             send = partial(self._scraper.request, "GET", url, headers={"Cache-Control": "no-cache"})
             try:
@@ -4575,11 +4636,17 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     elif 400 <= status < 500:
         ours = APIError(status, message, type or "invalid_request_error", code, param)
     else:
+        is_failure = 500 <= status < 600
         wait = parse_retry_after(headers.get("Retry-After"))
         ours = APIError(
-            status if 500 <= status < 600 else 502, message, type or "upstream_error",
-            code or "upstream_unavailable", param, retryable=500 <= status < 600,
-            headers={} if wait is None else {"Retry-After": str(ceil(wait))})
+            status if is_failure else 502,
+            message,
+            type or "upstream_error",
+            code or "upstream_unavailable",
+            param,
+            retryable=is_failure,
+            headers={} if wait is None else {"Retry-After": str(ceil(wait))},
+        )
     return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
 
@@ -4631,7 +4698,8 @@ class APIAnswer:
                     break
                 had_begun = bool(self._seen)
                 chunk = self._parse_chunk(data)
-                if self._seen and not had_begun:  # now it may take as long as it likes, if it is not silent
+                # Now it may take as long as it likes, if it is not silent
+                if self._seen and not had_begun:
                     call.limit_reads()
                 if not self._is_complete and len(self._finished) >= max(len(self._seen), self._wanted):
                     self._is_complete = True
@@ -4738,7 +4806,8 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     data: list[bytes] = []
     data_size = 0
     is_first = True
-    for chunk in itertools.chain(chunks, [b"\n\n"]):  # the end of the stream ends the last event too
+    # The end of the stream ends the last event too
+    for chunk in itertools.chain(chunks, [b"\n\n"]):
         line += chunk
         total += len(chunk)
         if b"\n" in chunk:
@@ -4864,7 +4933,8 @@ class OpenAIProvider(Provider):
             if message.get("reasoning_content") is None:
                 for call in message.get("tool_calls") or ():
                     call_id = call.get("id")
-                    if not call_id or ids[call_id] > 1:  # one that occurs twice could be another answer's
+                    # One that occurs twice could be another answer's
+                    if not call_id or ids[call_id] > 1:
                         continue
                     text = store.find_reasoning(chat.owner, f"{self.name} {asked} {call_id}")
                     if text:
@@ -4996,12 +5066,12 @@ class Providers:
         """MODELS, then what each API lists, as OpenAI's model objects."""
         for provider in self.by_name.values():
             provider.models(wait=0)  # all are asked before the first is waited for
-        end = time.monotonic() + LISTING_WAIT
-        names = [name for name in self._settings.models if name != "*"]
+        deadline = time.monotonic() + LISTING_WAIT
+        names = list(self._settings.models)
         for provider in self.by_name.values():
-            listed = provider.models(wait=max(0.0, end - time.monotonic()))
-            names += [f"{provider.name}/{model}" for model in listed]
-        return [self.model(name, wait=0) for name in names]
+            for model in provider.models(wait=max(0.0, deadline - time.monotonic())):
+                names.append(f"{provider.name}/{model}")
+        return [self.model(name, wait=0) for name in names if name != "*"]
 
     def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
         """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
@@ -5225,7 +5295,8 @@ def answer_to_remember(completion: JSONObject) -> Message:
         if choice["index"] == 0:
             message = message_of(choice)
             if not message.get("tool_calls"):
-                message["content"] = message["content"] or ""  # APIs refuse null without tool calls
+                # APIs refuse null without tool calls
+                message["content"] = message["content"] or ""
             return message
     return {"role": "assistant", "content": ""}
 
@@ -5376,7 +5447,8 @@ def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, cancel: C
             yield delta
             continue
         began = time.monotonic()
-        late = ""  # pieces whose time has passed: the machine is too busy for this pace, so they go out as one
+        # Pieces whose time has passed: the machine is too busy for this pace, so they go out as one
+        late = ""
         count = 0
         for step in steps_of(delta, max_pieces):
             ahead = began + count * interval - time.monotonic()
@@ -5410,9 +5482,10 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     for piece in pieces(content or "", max_pieces):
         yield Delta.of({"content": piece})
     for call in calls:
-        name = {**call, "function": {**call["function"], "arguments": ""}}
-        arguments = {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
-        yield Delta.of({"tool_calls": [name]})
+        function = call["function"]
+        named = {**call, "function": {**function, "arguments": ""}}
+        arguments = {"index": call["index"], "function": {"arguments": function["arguments"]}}
+        yield Delta.of({"tool_calls": [named]})
         yield Delta.of({"tool_calls": [arguments]})
     yield Delta.of({}, choice["finish_reason"])
     yield Delta({"choices": [], "usage": delta.chunk["usage"]})
@@ -5586,7 +5659,8 @@ class OutputItem:
         if self._kind is CUSTOM_CALL:
             text = custom_input(text)
             yield self._text_event("delta", delta=text)
-        if self._kind is FUNCTION_CALL and not text:  # some APIs leave the arguments out where there are none
+        # Some APIs leave the arguments out where there are none
+        if self._kind is FUNCTION_CALL and not text:
             text = "{}"
             yield self._text_event("delta", delta=text)
         written = {self._kind.field: text}
@@ -5652,10 +5726,9 @@ class ResponseWriter:
         """The events that end a stream of which so many have been sent."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         response = self._response("failed", error={"code": code, "message": error.message})
-        events = [{"type": "response.failed", "response": response}]
-        if not sent:
-            events = [*self._begin(), *events]
-        return b"".join(write_event(event, sent + index) for index, event in enumerate(events))
+        events = [] if sent else list(self._begin())
+        events.append({"type": "response.failed", "response": response})
+        return b"".join(write_event(event, number) for number, event in enumerate(events, start=sent))
 
     def _events(self, deltas: Iterable[Delta]) -> Iterator[JSONObject]:
         for delta in deltas:
@@ -6530,7 +6603,8 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 class Task(WSGITask):  # type: ignore[misc]
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
-            self.set_close_on_finish()  # a client that goes on asking over one connection must not hold up the stop
+            # A client that goes on asking over one connection must not hold up the stop
+            self.set_close_on_finish()
         head: bytes = super().build_response_header()
         return head
 
@@ -6595,7 +6669,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 for request in self.requests[MAX_PIPELINED:]:
                     request.close()
                 del self.requests[MAX_PIPELINED:]
-                self.requests[-1].headers["CONNECTION"] = "close"  # so that its client sends the others again
+                # So that its client sends the others again
+                self.requests[-1].headers["CONNECTION"] = "close"
         if self.request is None or self.request.headers_finished:
             self._map.heads.pop(self, None)
         else:
@@ -6621,7 +6696,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             super().handle_write()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        if self.socket is None:  # closed by the loop just now, while a request's thread was about to send
+        # Closed by the loop just now, while a request's thread was about to send
+        if self.socket is None:
             return 0
         sent: int = super().send(data, do_close)
         return sent
@@ -6639,7 +6715,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _tell_loop(self) -> None:
         if self.writable():  # output is left over, or the connection is to be closed
-            self._map.changed.append(self._fileno)  # None if the loop has closed it just now, which does no harm
+            # None if the loop has closed it just now, which does no harm
+            self._map.changed.append(self._fileno)
             self.server.pull_trigger()
 
 
@@ -6694,9 +6771,11 @@ class SocketMap(dict[int, Any]):
                 events |= selectors.EVENT_READ
             if entry.writable():
                 events |= selectors.EVENT_WRITE
-            if not events:  # no event will tell when that ends: a full server, a connection whose thread was writing
+            # No event will tell when that ends: a full server, a connection whose thread was writing
+            if not events:
                 self.changed.append(fd)  # so it is asked at the next turn
-        if key and (key.data is not entry or key.events != events):  # not entry: closed, its descriptor perhaps reused
+        # Not entry: closed, its descriptor perhaps reused
+        if key and (key.data is not entry or key.events != events):
             self._selector.unregister(fd)
             del self._keys[fd]
             key = None
@@ -6750,7 +6829,8 @@ class Server:
             self._turn()
         for listener in self._listeners:
             listener.draining = True
-            wasyncore.dispatcher.close(listener)  # its own close() would also close the pipe that wakes the loop
+            # Its own close() would also close the pipe that wakes the loop
+            wasyncore.dispatcher.close(listener)
         running = sum(channel.is_busy for channel in self._channels())
         log.info("stopping; running: %d, with %g s to finish; a second signal ends at once", running, self._grace)
         self._drain(self._grace)
@@ -6760,7 +6840,8 @@ class Server:
     def _turn(self) -> None:
         self._map.turn(timeout=0.5)
         now = time.time()
-        if now >= self._next_check:  # waitress closes idle connections; this is for those with an answer to send
+        # waitress closes idle connections; this is for those with an answer to send
+        if now >= self._next_check:
             self._next_check = now + 1
             for channel in self._channels():
                 if channel.is_stalled(now):
@@ -6769,7 +6850,8 @@ class Server:
                 if now - since < HEAD_TIMEOUT:
                     break
                 channel.handle_close()
-            self._map.ask_all()  # a listening socket, when asked, also marks those that were idle for long
+            # A listening socket, when asked, also marks those that were idle for long
+            self._map.ask_all()
 
     def _channels(self) -> list[Channel]:
         return [entry for entry in list(self._map.values()) if isinstance(entry, Channel)]
@@ -6846,7 +6928,8 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     header = ""
     if keys:
         key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
-        if sys.stdout and sys.stdout.isatty():  # whoever sits there has set it; a log file must not have it
+        # Whoever sits there has set it; a log file must not have it
+        if sys.stdout and sys.stdout.isatty():
             key = keys[0].key
         elif keys[0].name:
             key = "YOUR_KEY"
