@@ -443,6 +443,18 @@ def both(api: Api) -> dict[str, str]:
 # ======================================================================================================================
 
 
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for localhost, and its key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    try:
+        subprocess.run(["openssl", *request.split(), *files], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the openssl command")
+    return certificate, key
+
+
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No setting, key, proxy, certificate or .env file of whoever runs the tests reaches the program."""
@@ -452,6 +464,9 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         for name in list(os.environ):
             if name.upper() in settings or name.upper().endswith(suffixes):
                 patch.delenv(name)
+        with suppress(pytest.skip.Exception):  # a hundred certificates are read for every client and every program
+            certificate, _ = self_signed(tmp_path_factory.mktemp("certificate"))
+            patch.setenv("SSL_CERT_FILE", str(certificate))
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
 
@@ -2373,18 +2388,6 @@ def test_proxies_of_the_environment_are_honoured(kimi: WebChat, monkeypatch: pyt
         assert len(proxy.posts) == 1, "loopback is never asked of a proxy"
     finally:
         proxy.stop()
-
-
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for localhost, and its key."""
-    certificate, key = folder / "certificate.pem", folder / "key.pem"
-    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
-    try:
-        subprocess.run(["openssl", *request.split(), *files], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs the openssl command")
-    return certificate, key
 
 
 def test_https_upstreams_are_verified(
