@@ -21,25 +21,28 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Settings            every setting, in one table       18 Reading answers      calls and JSON in text
-     2 Errors and JSON     in OpenAI's form; strict reading  19 Scraper              cloudscraper, many threads
-     3 Schemas             what a value must be like         20 Kimi's web chat      the nonce, the form, its answers
-     4 Requests            what a caller may send            21 Model notes          what models refuse
-     5 Responses requests  read as chats                     22 API streams          the events of an answer
-     6 Stores              where sessions are kept           23 OpenAI-style APIs    Moonshot, DeepSeek, a local one
-     7 Shared stores       failures, formats                 24 Models and fallback  who answers for a model
-     8 SQLite store        one file                          25 Metering             every answer is counted
-     9 Redis store         many machines                     26 Delivery             sessions, threads, pace
-    10 Sessions            what is remembered of users       27 Formats              deltas to JSON or to events
-    11 Limits and usage    of each key                       28 Responses            deltas to items and events
-    12 Metrics             for Prometheus                    29 Access               keys, hosts, browsers
-    13 Deltas              folding, tokens, graphemes        30 App                  routes
-    14 Connections         deadlines, strict reading         31 Demo upstream        a small web chat of our own
-    15 Transport           pools, failures as errors         32 Server               waitress, and how it stops
-    16 Upstreams           circuit breaker, retries          33 Command line         flags, --check, main()
-    17 Prompts             a request as plain text           34 Description, page    OpenAPI, and HTML
+     1 Kinds of settings   what they may be             21 Scraper             cloudscraper, many threads
+     2 Settings            every one, in one table      22 Kimi's web chat     the nonce, the form, its answers
+     3 Errors and JSON     in OpenAI's form; strict     23 Model notes         what models refuse
+     4 Schemas             what a value must be like    24 API streams         the events of an answer
+     5 Requests            what a caller may send       25 OpenAI-style APIs   Moonshot, DeepSeek, a local one
+     6 Responses items     read as messages             26 Models and fallback who answers for a model
+     7 Responses requests  read as chats                27 Metering            every answer is counted
+     8 Stores              where sessions are kept      28 Delivery            sessions, threads, keep-alives
+     9 Shared stores       failures, formats            29 Pace                a whole answer in pieces
+    10 SQLite store        one file                     30 Formats             deltas to JSON or to events
+    11 Redis store         many machines                31 Responses           deltas to items and events
+    12 Sessions            what is remembered of users  32 Access              keys, hosts, browsers
+    13 Limits and usage    of each key                  33 App                 what each route does
+    14 Metrics             for Prometheus               34 Routes              paths, errors
+    15 Deltas              folding, tokens, graphemes   35 Demo upstream       a small web chat of our own
+    16 Connections         deadlines, strict reading    36 Client connections  waitress's, bounded
+    17 Transport           pools, failures as errors    37 Server              its loop, and how it stops
+    18 Upstreams           circuit breaker, retries     38 Command line        flags, --check, main()
+    19 Prompts             a request as plain text      39 Description         OpenAPI
+    20 Reading answers     calls and JSON in text       40 Page                HTML
 
-A section knows those above it and never one below; the last holds constants that the App serves.
+A section knows those above it and never one below, but for the last two, which the App serves.
 """
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ import os
 import signal
 
 if __name__ == "__main__":  # as process 1 of a container, a signal without a handler is lost; the imports take a while
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda signum, _: os._exit(128 + signum))
 
 import argparse
 import gc
@@ -118,11 +121,15 @@ Turn = tuple[Message, ...]  # a user's message and what followed it, up to the n
 Turns = tuple[Turn, ...]
 
 # ======================================================================================================================
-# 1 Settings
+# 1 Kinds of settings
 #
-# One table is the only source: the environment, `.env`, command-line flags, `--help` and the README's table all come
-# from the fields of `Settings`. A value is checked when it is read, so the rest of the program can trust it.
+# What a setting may be: parsers, and what they accept in words. A value is checked when it is read, so the rest of the
+# program can trust it.
 # ======================================================================================================================
+
+
+class SettingError(Exception):
+    """A setting that does not parse, or a combination that is not allowed: the program does not start."""
 
 
 @dataclass(frozen=True)
@@ -262,11 +269,14 @@ STORE = Kind("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", par
 LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
+# ======================================================================================================================
+# 2 Settings
+#
+# One table is the only source: the environment, `.env`, command-line flags, `--help` and the README's table all come
+# from the fields of `Settings`.
+# ======================================================================================================================
+
 WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
-
-
-class SettingError(Exception):
-    """A setting that does not parse, or a combination that is not allowed: the program does not start."""
 
 
 def setting(default: str, meaning: str, kind: Kind = TEXT) -> Any:
@@ -478,7 +488,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 
 
 # ======================================================================================================================
-# 2 Errors and JSON
+# 3 Errors and JSON
 #
 # Every expected failure is an APIError; `body()` is the only place that knows OpenAI's shape for it.
 # JSON is read strictly, by one reader for the caller's and one for upstream's, and written as UTF-8.
@@ -640,7 +650,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 # ======================================================================================================================
-# 3 Schemas
+# 4 Schemas
 #
 # JSON Schema, as far as requests and answers need it: short ways to write a schema, and what finds the place where a
 # value breaks one.
@@ -811,7 +821,7 @@ def describe(schema: Schema) -> str:
 
 
 # ======================================================================================================================
-# 4 Requests
+# 5 Requests
 #
 # The schemas of what a caller may send: they check a request and are what /openapi.json shows. What they cannot say,
 # because it compares two fields, is code. A message stays the dict that the client sent; what an upstream cannot do
@@ -1083,10 +1093,10 @@ def text_of(message: Message) -> str:
 
 
 # ======================================================================================================================
-# 5 Requests of the Responses API
+# 6 Responses items
 #
-# Read as requests for a chat: items become messages, flat tools nested ones. Fields and meanings: OpenAI's Responses
-# reference. What goes wrong with the chat is told in this API's own terms.
+# What the Responses API's conversations consist of, read as messages of a chat. Fields and meanings: OpenAI's Responses
+# reference.
 # ======================================================================================================================
 
 TEXT_PART = record({"text": STRING})
@@ -1119,6 +1129,143 @@ INPUT_ITEM = record_by_type(
     },
     default="message",
 )
+ENCODED_REASONING = "kimi2api:"  # before the base64 of what an API has told; it is no secret from the client
+
+
+@dataclass(frozen=True)
+class ToolName:
+    """A tool as the client knows it; the upstream knows all of them as functions."""
+
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False  # it takes a text
+
+    @property
+    def function(self) -> str:
+        return f"{self.namespace}__{self.name}" if self.namespace else self.name
+
+
+def function_of(item: JSONObject) -> str:
+    """The function's name of a tool that an item or a choice names."""
+    return ToolName(item.get("name") or "", item.get("namespace")).function
+
+
+def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Message]:
+    """Items as messages, by the places in the input where they begin.
+
+    What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results. These
+    come right behind it, as APIs want them, also where the input has something in between. go_on: those of calls that
+    are not here come first, behind the response that the input goes on from.
+    """
+    found: list[tuple[int, str, Message]] = []  # by the index of the item that each belongs behind
+    steps: dict[str, int] = {}  # the same of calls, by their ids
+    answer: Message | None = None  # the assistant's message that items still add to
+    step = 0  # and where it begins
+    for index, item in enumerate(items):
+        kind = item.get("type") or "message"
+        place = f"input[{index}]"
+        if kind == "message" and item["role"] != "assistant":
+            # Not every API knows developers
+            role = "user" if item["role"] == "user" else "system"
+            content = as_content(read_parts(item["content"], f"{place}.content"))
+            found.append((index, place, {"role": role, "content": content}))
+            answer = None
+        elif kind.endswith("_output"):
+            content = as_content(read_parts(item["output"], f"{place}.output"))
+            result = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+            found.append((steps.get(item["call_id"], -1 if go_on else index), place, result))
+            answer = None
+        else:
+            if answer is None or (kind in ("message", "reasoning") and has_text_alone(answer)):
+                answer = {"role": "assistant", "content": []}
+                step = index
+                found.append((step, place, answer))
+            add_to_answer(answer, item, kind, place)
+            if "call_id" in item:
+                steps[item["call_id"]] = step
+    found.sort(key=itemgetter(0))
+    messages: dict[str, Message] = {}
+    for _, place, message in found:
+        if message["role"] == "assistant":
+            message["content"] = as_content(message["content"]) or None
+            if message["content"] is None and "tool_calls" not in message:
+                continue  # reasoning that nothing followed
+            if "reasoning_content" in message:
+                message["reasoning_content"] = "".join(message["reasoning_content"])
+        messages[place] = message
+    return messages
+
+
+def has_text_alone(answer: Message) -> bool:
+    """Whether an assistant's message is complete: what follows its text is calls, or another message."""
+    return bool(answer["content"]) and "tool_calls" not in answer
+
+
+def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
+    """Add an item to an assistant's message, whose content and reasoning are lists yet."""
+    if kind == "message":
+        answer["content"] += read_parts(item["content"], f"{place}.content")
+    elif kind == "reasoning":
+        text = read_reasoning(item)
+        if text:
+            answer.setdefault("reasoning_content", []).append(text)
+    else:
+        arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
+        function = {"name": function_of(item), "arguments": arguments}
+        answer.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
+
+
+def read_parts(content: Any, place: str) -> list[JSONObject]:
+    """Content as parts that chats have; empty texts are left out. Raises APIError 400."""
+    if isinstance(content, str):
+        content = [{"type": "input_text", "text": content}]
+    parts: list[JSONObject] = []
+    for part in content:
+        kind = part["type"]
+        if kind == "refusal":
+            parts.append({"type": "refusal", "refusal": part["refusal"]})
+        elif kind == "input_image":
+            image = {"url": part["image_url"]}
+            if part.get("detail"):
+                image["detail"] = part["detail"]
+            parts.append({"type": "image_url", "image_url": image})
+        elif kind == "input_file":
+            file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
+            if not file.keys() & {"file_data", "file_id"}:
+                raise bad_request(f"'{place}' has a file without file_data or file_id.", place)
+            parts.append({"type": "file", "file": file})
+        elif part["text"]:
+            parts.append({"type": "text", "text": part["text"]})
+    return parts
+
+
+def as_content(parts: list[JSONObject]) -> Any:
+    """A text, or the parts where there is more than text."""
+    return joined_text(parts) if all(part["type"] == "text" for part in parts) else parts
+
+
+def joined_text(parts: list[JSONObject]) -> str:
+    return "\n".join(part["text"] for part in parts)
+
+
+def read_reasoning(item: JSONObject) -> str:
+    """The reasoning that an item carries, as an API has told it; else its summary."""
+    encoded = item.get("encrypted_content") or ""
+    if item.get("content"):
+        return joined_text(item["content"])
+    if encoded.startswith(ENCODED_REASONING):  # else it is another server's
+        with suppress(ValueError):
+            return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
+    return joined_text(item.get("summary") or [])
+
+
+# ======================================================================================================================
+# 7 Responses requests
+#
+# Read as requests for a chat: items become messages, flat tools nested ones. What goes wrong with the chat is told in
+# this API's own terms.
+# ======================================================================================================================
+
 FUNCTION_TOOL = when("type", ["function", "custom"], FUNCTION)
 NAMESPACE = record({"name": NON_EMPTY, "tools": array(record({"type": STRING}, **FUNCTION_TOOL))})
 RESPONSES_TOOL = record({"type": STRING}, allOf=[FUNCTION_TOOL, when("type", ["namespace"], NAMESPACE)])
@@ -1178,20 +1325,6 @@ PARAMS = {  # of a request for a chat, in the words of this API
     "tool_choice.function.name": "tool_choice.name",
     "tool_choice.allowed_tools.tools": "tool_choice.tools",
 }
-ENCODED_REASONING = "kimi2api:"  # before the base64 of what an API has told; it is no secret from the client
-
-
-@dataclass(frozen=True)
-class ToolName:
-    """A tool as the client knows it; the upstream knows all of them as functions."""
-
-    name: str
-    namespace: str | None = None
-    is_custom: bool = False  # it takes a text
-
-    @property
-    def function(self) -> str:
-        return f"{self.namespace}__{self.name}" if self.namespace else self.name
 
 
 @dataclass(frozen=True)
@@ -1352,11 +1485,6 @@ def as_response_format(form: JSONObject | None) -> JSONObject | None:
     return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
 
 
-def function_of(item: JSONObject) -> str:
-    """The function's name of a tool that an item or a choice names."""
-    return ToolName(item.get("name") or "", item.get("namespace")).function
-
-
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     """The function by which the upstream knows a tool."""
     function: JSONObject = {"name": name.function}
@@ -1375,117 +1503,8 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     return function
 
 
-def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Message]:
-    """Items as messages, by the places in the input where they begin.
-
-    What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results. These
-    come right behind it, as APIs want them, also where the input has something in between. go_on: those of calls that
-    are not here come first, behind the response that the input goes on from.
-    """
-    found: list[tuple[int, str, Message]] = []  # by the index of the item that each belongs behind
-    steps: dict[str, int] = {}  # the same of calls, by their ids
-    answer: Message | None = None  # the assistant's message that items still add to
-    step = 0  # and where it begins
-    for index, item in enumerate(items):
-        kind = item.get("type") or "message"
-        place = f"input[{index}]"
-        if kind == "message" and item["role"] != "assistant":
-            # Not every API knows developers
-            role = "user" if item["role"] == "user" else "system"
-            content = as_content(read_parts(item["content"], f"{place}.content"))
-            found.append((index, place, {"role": role, "content": content}))
-            answer = None
-        elif kind.endswith("_output"):
-            content = as_content(read_parts(item["output"], f"{place}.output"))
-            result = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-            found.append((steps.get(item["call_id"], -1 if go_on else index), place, result))
-            answer = None
-        else:
-            if answer is None or (kind in ("message", "reasoning") and has_text_alone(answer)):
-                answer = {"role": "assistant", "content": []}
-                step = index
-                found.append((step, place, answer))
-            add_to_answer(answer, item, kind, place)
-            if "call_id" in item:
-                steps[item["call_id"]] = step
-    found.sort(key=itemgetter(0))
-    messages: dict[str, Message] = {}
-    for _, place, message in found:
-        if message["role"] == "assistant":
-            message["content"] = as_content(message["content"]) or None
-            if message["content"] is None and "tool_calls" not in message:
-                continue  # reasoning that nothing followed
-            if "reasoning_content" in message:
-                message["reasoning_content"] = "".join(message["reasoning_content"])
-        messages[place] = message
-    return messages
-
-
-def has_text_alone(answer: Message) -> bool:
-    """Whether an assistant's message is complete: what follows its text is calls, or another message."""
-    return bool(answer["content"]) and "tool_calls" not in answer
-
-
-def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
-    """Add an item to an assistant's message, whose content and reasoning are lists yet."""
-    if kind == "message":
-        answer["content"] += read_parts(item["content"], f"{place}.content")
-    elif kind == "reasoning":
-        text = read_reasoning(item)
-        if text:
-            answer.setdefault("reasoning_content", []).append(text)
-    else:
-        arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
-        function = {"name": function_of(item), "arguments": arguments}
-        answer.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
-
-
-def read_parts(content: Any, place: str) -> list[JSONObject]:
-    """Content as parts that chats have; empty texts are left out. Raises APIError 400."""
-    if isinstance(content, str):
-        content = [{"type": "input_text", "text": content}]
-    parts: list[JSONObject] = []
-    for part in content:
-        kind = part["type"]
-        if kind == "refusal":
-            parts.append({"type": "refusal", "refusal": part["refusal"]})
-        elif kind == "input_image":
-            image = {"url": part["image_url"]}
-            if part.get("detail"):
-                image["detail"] = part["detail"]
-            parts.append({"type": "image_url", "image_url": image})
-        elif kind == "input_file":
-            file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
-            if not file.keys() & {"file_data", "file_id"}:
-                raise bad_request(f"'{place}' has a file without file_data or file_id.", place)
-            parts.append({"type": "file", "file": file})
-        elif part["text"]:
-            parts.append({"type": "text", "text": part["text"]})
-    return parts
-
-
-def as_content(parts: list[JSONObject]) -> Any:
-    """A text, or the parts where there is more than text."""
-    return joined_text(parts) if all(part["type"] == "text" for part in parts) else parts
-
-
-def joined_text(parts: list[JSONObject]) -> str:
-    return "\n".join(part["text"] for part in parts)
-
-
-def read_reasoning(item: JSONObject) -> str:
-    """The reasoning that an item carries, as an API has told it; else its summary."""
-    encoded = item.get("encrypted_content") or ""
-    if item.get("content"):
-        return joined_text(item["content"])
-    if encoded.startswith(ENCODED_REASONING):  # else it is another server's
-        with suppress(ValueError):
-            return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
-    return joined_text(item.get("summary") or [])
-
-
 # ======================================================================================================================
-# 6 Stores
+# 8 Stores
 #
 # Where sessions, stored responses, reasoning and counters are kept. A store knows how to keep them, `Sessions` what is
 # in them. They belong to an owner, which is a hash of a key.
@@ -1692,7 +1711,7 @@ class MemoryStore(Store):
 
 
 # ======================================================================================================================
-# 7 Shared stores
+# 9 Shared stores
 #
 # What stores outside of this process have in common: others share them, they fail and come back, and they may hold
 # what another version of the program wrote.
@@ -1779,7 +1798,7 @@ def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
 
 
 # ======================================================================================================================
-# 8 SQLite store
+# 10 SQLite store
 #
 # One file, which the processes of one machine may share.
 # ======================================================================================================================
@@ -2076,7 +2095,7 @@ class SQLiteStore(SharedStore):
 
 
 # ======================================================================================================================
-# 9 Redis store
+# 11 Redis store
 #
 # Sessions in Redis, for processes on any number of machines: a list of turns and a hash for the rest of each session,
 # sorted sets for what is oldest. What a request does is one transaction.
@@ -2396,7 +2415,7 @@ def open_store(settings: Settings) -> Store:
 
 
 # ======================================================================================================================
-# 10 Sessions
+# 12 Sessions
 #
 # What is remembered of users and responses, in whichever store: turns, never system messages, which every request
 # carries itself.
@@ -2506,7 +2525,7 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 11 Limits and usage
+# 13 Limits and usage
 #
 # What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
 # While the store cannot be reached, this process counts by itself.
@@ -2666,7 +2685,7 @@ def summed(counters: Mapping[str, int]) -> JSONObject:
 
 
 # ======================================================================================================================
-# 12 Metrics
+# 14 Metrics
 #
 # Counters and histograms of this process, in Prometheus's text format 0.0.4; names, units and buckets after
 # OpenTelemetry's conventions for generative AI.
@@ -2744,7 +2763,7 @@ def sample(name: str, labels: Labels, value: float) -> str:
 
 
 # ======================================================================================================================
-# 13 Deltas
+# 15 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -2937,7 +2956,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 14 Connections
+# 16 Connections
 #
 # http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
 # when a chat's client has gone.
@@ -3157,7 +3176,7 @@ class UpstreamConnection:
 
 
 # ======================================================================================================================
-# 15 Transport
+# 17 Transport
 #
 # Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
 # ======================================================================================================================
@@ -3363,7 +3382,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 # ======================================================================================================================
-# 16 Upstreams
+# 18 Upstreams
 #
 # What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
 # that is down; what many chats want at once is fetched once.
@@ -3649,7 +3668,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 17 Prompts
+# 19 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -3893,7 +3912,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 18 Reading answers
+# 20 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -4060,7 +4079,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 19 Scraper
+# 21 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -4199,7 +4218,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 20 Kimi's web chat
+# 22 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -4487,7 +4506,7 @@ def read_text(response: requests.Response, nonce: str) -> str:
 
 
 # ======================================================================================================================
-# 21 Model notes
+# 23 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -4582,7 +4601,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 22 API streams
+# 24 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -4832,7 +4851,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 23 OpenAI-style APIs
+# 25 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -5029,7 +5048,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 24 Models and fallback
+# 26 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -5136,7 +5155,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 25 Metering
+# 27 Metering
 #
 # Every answer is counted here, for its key and for metrics, when it ends: streams, lost clients, fallbacks alike.
 # ======================================================================================================================
@@ -5195,10 +5214,10 @@ class Meter:
 
 
 # ======================================================================================================================
-# 26 Delivery
+# 28 Delivery
 #
-# How an answer gets from its upstream to its client: in the user's session, on a thread of its own, in pieces when it
-# arrived in one piece, with keep-alives during silence.
+# How an answer gets from its upstream to its client: in the user's session, on a thread of its own, with keep-alives
+# during silence.
 # ======================================================================================================================
 
 
@@ -5419,6 +5438,12 @@ def fill(mailbox: Mailbox, parts: Iterator[bytes], cleanup: ExitStack) -> None:
             mailbox.finish(as_api_error(error))
 
 
+# ======================================================================================================================
+# 29 Pace
+#
+# An answer that arrived whole, replayed as a stream, in pieces that a reader could have been shown.
+# ======================================================================================================================
+
 PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
 
 
@@ -5492,7 +5517,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 27 Formats
+# 30 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -5596,7 +5621,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 28 Responses
+# 31 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -5883,7 +5908,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 29 Access
+# 32 Access
 #
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
@@ -5962,15 +5987,15 @@ def request_id(given: str) -> str:
     return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{random_hex()}"
 
 
-def client() -> ClientKey:
+def current_client() -> ClientKey:
     """The key that the current request was sent with."""
     found: ClientKey = bottle.request.environ["kimi2api.client"]
     return found
 
 
-def owner() -> str:
+def current_owner() -> str:
     """What the sessions of the current request's key are kept under."""
-    return client().owner
+    return current_client().owner
 
 
 def host_of(address: str) -> str | None:
@@ -5996,10 +6021,9 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 30 App
+# 33 App
 #
-# The routes. `create_app(settings)` builds a Bottle application with state of its own, so a
-# test can have as many as it likes.
+# The program's state while it runs, and what it does for each route.
 # ======================================================================================================================
 
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
@@ -6076,7 +6100,7 @@ class App:
             earlier = len(previous.system)
             try:
                 request = asked.chat(previous.system)
-                record = partial(record_response, self.sessions, owner(), previous, asked, request)
+                record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
                 writer = ResponseWriter(asked, record if asked.is_stored else None)
                 return self._answer(exchange, request, writer, previous)
             except APIError as error:
@@ -6085,8 +6109,8 @@ class App:
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
         if not id:
-            return self.sessions.open(owner(), None)
-        found = self.sessions.response(owner(), id)
+            return self.sessions.open(current_owner(), None)
+        found = self.sessions.response(current_owner(), id)
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found.", "previous_response_id",
@@ -6102,9 +6126,9 @@ class App:
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
         self._admit(exchange)
         chat = Chat(
-            request, model, owner=owner(), store=self.sessions, tally=Tally(request.messages),
+            request, model, owner=current_owner(), store=self.sessions, tally=Tally(request.messages),
             cleanup=exchange.call.pop_all())
-        ask = partial(self._observed, client(), model)
+        ask = partial(self._observed, current_client(), model)
         if previous is None:
             deltas = answer_in_session(ask, chat)
         else:
@@ -6131,7 +6155,7 @@ class App:
             model = body.get("model") or self.settings.default_model
             self.providers.resolve(model)  # as for a chat
             cancel = Cancel()
-            caller = client()
+            caller = current_client()
             self._admit(exchange)
             tally = Tally()
             headers: Headers = {}
@@ -6164,7 +6188,7 @@ class App:
         """Give a chat a slot until it is answered, and count it against its key's limits. Raises APIError 429."""
         self.chats.acquire()
         exchange.done.callback(self.chats.release)
-        bottle.request.environ["kimi2api.limits"] = self.accounts.admit(client())
+        bottle.request.environ["kimi2api.limits"] = self.accounts.admit(current_client())
 
     def _relay(
         self, exchange: Exchange, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack,
@@ -6192,40 +6216,40 @@ class App:
         return self.providers.model(id)
 
     def session(self, user: str) -> JSONObject:
-        session = self.sessions.get(owner(), user)
+        session = self.sessions.get(current_owner(), user)
         if session is None:
             raise session_not_found()
         expires_at = int(session.used + self.store.ttl)
         return {**session_object(user, session), "expires_at": expires_at}
 
     def stored_response(self, id: str) -> JSONObject:
-        session = self.sessions.response(owner(), id)
+        session = self.sessions.response(current_owner(), id)
         if session is None or session.response is None:
             raise response_not_found(id)
         return session.response
 
     def _stored_item(self, id: str) -> JSONObject | None:
-        session = self.sessions.response(owner(), response_of(id))
+        session = self.sessions.response(current_owner(), response_of(id))
         items = session.response["output"] if session and session.response else []
         return next((item for item in items if item["id"] == id), None)
 
     def forget_response(self, id: str) -> JSONObject:
-        if not self.sessions.forget_response(owner(), id):
+        if not self.sessions.forget_response(current_owner(), id):
             raise response_not_found(id)
         return {"id": id, "object": "response", "deleted": True}
 
     def forget(self, user: str) -> JSONObject:
-        if not self.sessions.forget(owner(), user):
+        if not self.sessions.forget(current_owner(), user):
             raise session_not_found()
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def users(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
-        sessions = self.store.users(owner())
+        sessions = self.store.users(current_owner())
         return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
 
     def usage(self) -> JSONObject:
-        return self.accounts.usage(client())
+        return self.accounts.usage(current_client())
 
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -6322,6 +6346,14 @@ def response_not_found(id: str) -> APIError:
     return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
 
 
+# ======================================================================================================================
+# 34 Routes
+#
+# Which path is whose. `create_app(settings)` builds a Bottle application with state of its own, so a test can have as
+# many as it likes.
+# ======================================================================================================================
+
+
 def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
     """Bottle plugin: what a route returns becomes JSON, and so does every error."""
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -6406,7 +6438,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 31 Demo upstream
+# 35 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -6571,9 +6603,9 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 32 Server
+# 36 Client connections
 #
-# waitress with settings that suit chats, a stop that lets them finish, and the command line.
+# waitress's, with our own errors, bodies that nobody will read thrown away, and bounds on clients that only wait.
 # ======================================================================================================================
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
@@ -6718,6 +6750,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             # None if the loop has closed it just now, which does no harm
             self._map.changed.append(self._fileno)
             self.server.pull_trigger()
+
+
+# ======================================================================================================================
+# 37 Server
+#
+# waitress with settings that suit chats, a loop that idle connections do not slow down, and a stop that lets chats
+# finish.
+# ======================================================================================================================
 
 
 class SocketMap(dict[int, Any]):
@@ -6897,7 +6937,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 33 Command line
+# 38 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -7037,9 +7077,9 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 34 Description and page
+# 39 Description
 #
-# The OpenAPI description of the routes, and the page at / and /docs, which needs nothing from the internet.
+# The OpenAPI description of the routes.
 # ======================================================================================================================
 
 
@@ -7197,6 +7237,12 @@ def openapi(key_required: bool) -> JSONObject:
         "paths": paths,
     }
 
+
+# ======================================================================================================================
+# 40 Page
+#
+# The page at / and /docs, which needs nothing from the internet.
+# ======================================================================================================================
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -10,6 +10,7 @@ Routes are called through WebTest; where behaviour is about sockets or signals, 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gc
 import gzip
@@ -766,8 +767,39 @@ def read_response(link: socket.socket, method: str = "GET") -> tuple[http.client
 
 
 # ======================================================================================================================
-# 1 Settings
+# Settings
 # ======================================================================================================================
+
+
+def test_no_section_uses_a_later_one_and_the_docstring_lists_them_all() -> None:
+    lines = Path(kimi2api.__file__).read_text().splitlines()
+    banner = "# " + "=" * 118
+    sections = {}  # by the lines that they begin at
+    for number, line in enumerate(lines, 1):
+        found = re.fullmatch(r"# (\d+) (.+)", line)
+        if found and lines[number - 2] == banner:
+            sections[number] = int(found[1]), found[2]
+    listed = re.findall(r"(?:^ {4}|  +)(\d+) (.{19,20}?)(?=  |\S)", kimi2api.__doc__ or "", re.M)
+    assert sorted((int(number), name.strip()) for number, name in listed) == sorted(sections.values())
+
+    def section_of(line: int) -> int:
+        return max((number for begin, (number, _) in sections.items() if begin <= line), default=0)
+
+    module = ast.parse("\n".join(lines))
+    defined = {}
+    for node in module.body:
+        targets = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else getattr(node, "targets", [])
+        for target in [*targets, getattr(node, "target", None)]:
+            name = getattr(target, "name", None) or getattr(target, "id", None)
+            if name:
+                defined[name] = section_of(node.lineno)
+    served_last = len(sections) - 2
+    used = [node for node in ast.walk(module) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    assert len(used) > 1000, "it looks at something"
+    for node in used:
+        section = section_of(node.lineno)
+        later = defined.get(node.id, 0)
+        assert not section < later <= served_last, f"{node.id} of section {later} is used in line {node.lineno}"
 
 
 def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(tmp_path: Path) -> None:
@@ -865,7 +897,7 @@ def test_env_example_has_every_setting_with_its_default() -> None:
 
 
 # ======================================================================================================================
-# 2 Errors and JSON
+# Errors and JSON
 # ======================================================================================================================
 
 
@@ -916,7 +948,7 @@ def test_half_surrogates_of_an_api_are_replaced(make: Make, both: dict[str, str]
 
 
 # ======================================================================================================================
-# 3, 4 Schemas and requests
+# Schemas and requests
 # ======================================================================================================================
 
 
@@ -1092,7 +1124,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
 
 
 # ======================================================================================================================
-# 6 to 10 Stores and sessions
+# Stores and sessions
 # ======================================================================================================================
 
 
@@ -1814,7 +1846,7 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> No
 
 
 # ======================================================================================================================
-# 8, 9 Limits and usage, metrics
+# Limits and usage, metrics
 # ======================================================================================================================
 
 
@@ -2047,7 +2079,7 @@ def test_sessions_are_listed_for_their_own_key(make: Make, clock: Clock) -> None
 
 
 # ======================================================================================================================
-# 7 Deltas
+# Deltas
 # ======================================================================================================================
 
 
@@ -2132,7 +2164,7 @@ def test_a_cut_never_splits_what_is_read_as_one(
 
 
 # ======================================================================================================================
-# 8, 9 Connections and transport
+# Connections and transport
 # ======================================================================================================================
 
 
@@ -2439,7 +2471,7 @@ def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(ma
 
 
 # ======================================================================================================================
-# 10 Upstreams
+# Upstreams
 # ======================================================================================================================
 
 
@@ -2545,7 +2577,7 @@ def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_pro
 
 
 # ======================================================================================================================
-# 11 Prompts
+# Prompts
 # ======================================================================================================================
 
 
@@ -2772,7 +2804,7 @@ NATIVE = (
 
 
 # ======================================================================================================================
-# 12 Reading answers
+# Reading answers
 # ======================================================================================================================
 
 
@@ -2998,7 +3030,7 @@ def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text:
 
 
 # ======================================================================================================================
-# 13, 14 Scraper and Kimi's web chat
+# Scraper and Kimi's web chat
 # ======================================================================================================================
 
 
@@ -3336,7 +3368,7 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplo
 
 
 # ======================================================================================================================
-# 15 Model notes
+# Model notes
 # ======================================================================================================================
 
 
@@ -3603,7 +3635,7 @@ def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
 
 
 # ======================================================================================================================
-# 16, 17 OpenAI-style APIs and their streams
+# OpenAI-style APIs and their streams
 # ======================================================================================================================
 
 
@@ -4083,7 +4115,7 @@ def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str,
 
 
 # ======================================================================================================================
-# 18 Models and fallback
+# Models and fallback
 # ======================================================================================================================
 
 
@@ -4215,7 +4247,7 @@ def test_an_error_that_several_wait_for_is_told_to_each_alone(
 
 
 # ======================================================================================================================
-# 19 Delivery
+# Delivery
 # ======================================================================================================================
 
 
@@ -4464,7 +4496,7 @@ def requests_in_memory() -> list[Any]:
 
 
 # ======================================================================================================================
-# 20 Formats
+# Formats
 # ======================================================================================================================
 
 
@@ -4631,7 +4663,7 @@ def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[s
 
 
 # ======================================================================================================================
-# 5, 21 Responses
+# Responses
 # ======================================================================================================================
 
 
@@ -5222,7 +5254,7 @@ def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, 
 
 
 # ======================================================================================================================
-# 22 App
+# App
 # ======================================================================================================================
 
 
@@ -5373,7 +5405,7 @@ def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
 
 
 # ======================================================================================================================
-# 23 Demo upstream
+# Demo upstream
 # ======================================================================================================================
 
 
@@ -5505,7 +5537,7 @@ def test_the_demos_documents_fit_their_schemas(demo: Program, schema: Any) -> No
 
 
 # ======================================================================================================================
-# 24, 25 Server and command line
+# Server and command line
 # ======================================================================================================================
 
 
@@ -6026,7 +6058,7 @@ def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: 
 
 
 # ======================================================================================================================
-# 26 Description and page
+# Description and page
 # ======================================================================================================================
 
 
