@@ -7279,7 +7279,7 @@ path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</sty
 placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
 <button id="stop" disabled>Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
 <h2>Connect</h2><section id="connect"></section>
-<h2>API</h2><a href="/openapi.json">openapi.json</a><table><tbody id="api"></table></main>
+<h2>API</h2><a href="openapi.json">/openapi.json</a><table><tbody id="api"></table></main>
 <script type="module">
 const [status, lock, key, server, usage, today, chart, daily, models, sessions, users, sure, model, question, send,
   stop, chat, connect, api] = document.querySelectorAll('[id]');
@@ -7349,7 +7349,7 @@ function fold(parent, title) {  // a <details> with a text to copy; returns the 
 function fail({message, code}) { throw Object.assign(Error(message + (code ? ` (${code})` : '')), {code}); }
 async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
   const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
-  if (bytes.length && path.startsWith('/v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
+  if (bytes.length && path.startsWith('v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
   const gone = () => fail({message: say('The server cannot be reached.')});
   const answer = await fetch(path, {headers, ...options}).catch(gone);
   if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
@@ -7365,11 +7365,11 @@ async function watch() {
   timer = setTimeout(watch, 5000);
 }
 async function refresh() {
-  const now = await look('/health');
+  const now = await look('health');
   update(status, {textContent: say(now.status), className: now.status});
   fillServer(now);
   if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
-  await Promise.all([show(usage, '/v1/usage', fillUsage), show(sessions, '/v1/sessions', fillSessions)]);
+  await Promise.all([show(usage, 'v1/usage', fillUsage), show(sessions, 'v1/sessions', fillSessions)]);
 }
 async function show(section, path, fillIn) {  // what the key may see, or one line why not
   const [problem, body] = section.children, secret = key.value.trim(), isHopeless = ['', refused].includes(secret);
@@ -7428,7 +7428,7 @@ function forget(user, row) {
   keep.onclick = () => sure.close();
   certain.onclick = async () => {
     try {
-      await call('/v1/sessions/' + encodeURIComponent(user), {method: 'DELETE'});
+      await call('v1/sessions/' + encodeURIComponent(user), {method: 'DELETE'});
     } catch ({message}) { return update(problem, {textContent: message}); }
     const next = row.nextSibling ?? row.previousSibling;
     forgotten++;
@@ -7438,12 +7438,12 @@ function forget(user, row) {
   sure.showModal();
 }
 async function fillModels() {
-  const chosen = model.value, {data} = await call('/v1/models').catch(({message}) => ({data: [{id: '', message}]}));
+  const chosen = model.value, {data} = await call('v1/models').catch(({message}) => ({data: [{id: '', message}]}));
   model.replaceChildren(...data.map(({id, message = id}) => new Option(message, id, false, id === chosen)));
   fillConnect();
 }
 function fillConnect() {
-  const base = location.origin + '/v1', secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const base = new URL('v1', location).href, secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
   const name = JSON.stringify(id), quoted = name.replaceAll("'", "'\\\\''");
   const hello = '[{"role": "user", "content": "Hello!"}]', texts = {
     curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${secret}' -H 'Content-Type: application/json' -d '
@@ -7458,11 +7458,11 @@ for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.
 print(ChatOpenAI(base_url="${base}", api_key="${secret}", model=${name}).invoke("Hello!").content)`,
     'chat UIs': `Key ${secret}, model ${id}, and as base URL in
 Open WebUI (Settings, Connections, OpenAI API): ${base}
-Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${location.origin}`};
+Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${base.slice(0, -3)}`};
   for (const title in texts) (examples[title] ??= fold(connect, title)).textContent = texts[title];
 }
 async function fillApi() {
-  const {paths, message} = await call('/openapi.json').catch(error => error), rows = paths ? [] : [['', message]];
+  const {paths, message} = await call('openapi.json').catch(error => error), rows = paths ? [] : [['', message]];
   for (const [path, item] of Object.entries(paths ?? {})) for (const [method, {summary}] of Object.entries(item)) {
     const name = `${method.toUpperCase()} ${path}`;
     rows.push([name, name, summary]);
@@ -7477,7 +7477,7 @@ async function ask() {
   const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box, '…');
   [running, send.disabled, stop.disabled, question.value] = [new AbortController(), true, false, ''];
   try {
-    const stream = await call('/v1/chat/completions', {method: 'POST', body, signal: running.signal});
+    const stream = await call('v1/chat/completions', {method: 'POST', body, signal: running.signal});
     const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let complete = false;
     for (let read, rest = ''; !(read = await reader.read()).done;) {
       const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;

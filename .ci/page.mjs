@@ -54,7 +54,9 @@ async function forget(page, name, ...keys) {
 
 const result = {};
 const page = await open({ viewport: { width: 360, height: 740 }, colorScheme: "dark", locale: "en-GB" });
-await page.goto(`${origin}/docs`);
+await page.route(`${origin}/proxied/**`, (route) =>  // as a proxy that has the server under a path
+  route.continue({ url: route.request().url().replace("/proxied", "") }));
+await page.goto(`${origin}/proxied/docs`);
 await page.locator("#status", { hasText: "ok" }).waitFor();
 await page.locator("#key").waitFor({ state: "visible" });
 const refusals = async () => [
@@ -110,7 +112,7 @@ await page.waitForFunction(() => document.querySelector("#stop").disabled);
 wide.push(await isWide(page));
 result.asked = await page.locator("#chat .user").last().textContent();
 result.described = await page.locator("#api", { hasText: "/v1/chat/completions" }).count();
-result.connect = (await page.locator("#connect").textContent()).includes(`${origin}/v1`);
+result.connect = (await page.locator("#connect").textContent()).includes(`${origin}/proxied/v1`);
 result.dark = await page.evaluate(() => getComputedStyle(document.documentElement).colorScheme.includes("dark"));
 await page.close();
 
