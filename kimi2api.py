@@ -7320,6 +7320,7 @@ function translate() {
 }
 function fill(body, rows) {  // rows: [key, ...cells]; one that stays is not made anew, so that it keeps the focus
   if (!rows.length) rows = [['', say('None')]];
+  for (const row of [...body.rows]) if (!rows.some(([key]) => key === row.key)) row.remove();
   rows.forEach(([key, ...cells], index) => {
     if (body.rows[index]?.key !== key) body.insertRow(index).key = key;
     cells.forEach((cell, column) => {  // a text, a number, or properties of an element
@@ -7368,15 +7369,21 @@ async function refresh() {
   const now = await look('health');
   update(status, {textContent: say(now.status), className: now.status});
   fillServer(now);
-  if (locked !== now.key_required) { lock.hidden = !(locked = now.key_required); fillModels(); fillApi(); }
-  await Promise.all([show(usage, 'v1/usage', fillUsage), show(sessions, 'v1/sessions', fillSessions)]);
+  const isNew = locked !== now.key_required;
+  if (isNew) { lock.hidden = !(locked = now.key_required); fillApi(); }
+  await Promise.all([show(usage, 'v1/usage', fillUsage), show(sessions, 'v1/sessions', fillSessions),
+    (isNew || !model.value) && fillModels()]);
 }
-async function show(section, path, fillIn) {  // what the key may see, or one line why not
-  const [problem, body] = section.children, secret = key.value.trim(), isHopeless = ['', refused].includes(secret);
-  const before = forgotten;
+async function see(path) {  // what the key may see, or an error; nothing when that has changed meanwhile
+  const secret = key.value.trim(), before = forgotten, isHopeless = ['', refused].includes(secret);
   const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await look(path).catch(error => error);
-  if (secret !== key.value.trim() || before !== forgotten) return;  // what it tells has changed meanwhile
+  if (secret !== key.value.trim() || before !== forgotten) return;
   if (answer.code === 'invalid_api_key') [refused, answer.message] = [secret, say('This needs the right API key.')];
+  return answer;
+}
+async function show(section, path, fillIn) {  // an answer, or one line why there is none
+  const [problem, body] = section.children, answer = await see(path);
+  if (!answer) return;
   update(problem, {textContent: answer.message ?? ''});
   body.hidden = 'message' in answer;
   if (!body.hidden) fillIn(answer);
@@ -7438,7 +7445,9 @@ function forget(user, row) {
   sure.showModal();
 }
 async function fillModels() {
-  const chosen = model.value, {data} = await call('v1/models').catch(({message}) => ({data: [{id: '', message}]}));
+  const answer = await see('v1/models'), chosen = model.value;
+  if (!answer) return;
+  const {data = [{id: '', message: answer.message}]} = answer;
   model.replaceChildren(...data.map(({id, message = id}) => new Option(message, id, false, id === chosen)));
   fillConnect();
 }
@@ -7499,8 +7508,9 @@ async function ask() {
 }
 send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
 question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
-key.onchange = () => { sessionStorage.kimi2apiKey = key.value; fillModels(); watch(); };
-key.value = sessionStorage.kimi2apiKey ?? ''; document.onvisibilitychange = watch; translate(); watch();</script>"""
+key.onchange = () => { watch(); sessionStorage.kimi2apiKey = key.value; };
+document.onvisibilitychange = watch; translate(); watch();
+key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps nothing may throw here</script>"""
 
 
 def page_headers() -> dict[str, str]:

@@ -6628,6 +6628,7 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
         "described": 1,
         "connect": True,
         "dark": True,
+        "late": ["kimi", "Forget a"],
         "told": [
             ["zh-CN", "异常", "服务器", 2, 0, 59, [21, 21]],
             ["zh-CN", "异常", "服务器", 2, 0, 1, [0, 0]],

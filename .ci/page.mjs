@@ -152,5 +152,28 @@ for (const [width, colorScheme, locale, answers] of [
   ]));
   await page.close();
 }
+
+// What comes late, or has gone, takes nothing away from what is there
+const late = await open({ locale: "en" });
+await late.route("**/v1/models", async (route) => {
+  if (route.request().headers().authorization?.endsWith("wrong")) await new Promise((done) => setTimeout(done, 500));
+  await route.continue();
+});
+const users = ["a", "b", "c"];
+await late.route("**/v1/sessions", (route) => route.fulfill({
+  json: { data: users.map((user, at) => ({ user, created: at, last_used: at, turns: 1 })) },
+}));
+await late.goto(origin);
+const refused = late.waitForResponse((answer) => answer.url().endsWith("/v1/models") && answer.status() === 401);
+for (const typed of ["wrong", key]) {
+  await late.locator("#key").fill(typed);
+  await Promise.all([late.waitForRequest("**/v1/models"), late.keyboard.press("Enter")]);
+}
+await refused;
+await late.locator("#users button").nth(2).focus();
+users.pop();
+await lookAgain(late);
+await late.waitForFunction(() => document.querySelectorAll("#users tr").length === 2);
+result.late = [await late.locator("#model").inputValue(), await focused(late)];
 await browser.close();
 console.log(JSON.stringify({ problems, elsewhere, wide, ...result }));
