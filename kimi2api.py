@@ -7256,6 +7256,7 @@ label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea 
 #chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
 details, tr { border-top: 1px solid #8886 } details, td { padding: .4rem 0 } summary { cursor: pointer }
 details button { display: block; margin-left: auto } details button, td button { padding: 0 .6rem; white-space: nowrap }
+.assistant > :last-child:empty::before { content: '…' } [aria-disabled=true] { opacity: .5 }
 .user::before { content: 'You: ' } :lang(zh) .user::before { content: '我：' } .soft, th { font-size: .8em }
 table, meter, svg { width: 100% } table { border-collapse: collapse } th { text-align: start } td { font-size: .95em }
 td:first-child { width: 50% } td + td, th { padding-left: .8rem; overflow-wrap: normal } th:first-child { padding: 0 }
@@ -7277,7 +7278,7 @@ path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</sty
 <button>Keep</button> <button>Forget</button></dialog><h2>Try it</h2>
 <label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
 placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
-<button id="stop" disabled>Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
+<button id="stop" aria-disabled="true">Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
 <h2>Connect</h2><section id="connect"></section>
 <h2>API</h2><a href="openapi.json">/openapi.json</a><table><tbody id="api"></table></main>
 <script type="module">
@@ -7479,34 +7480,35 @@ async function fillApi() {
   fill(api, rows);
 }
 async function ask() {
-  const asked = {role: 'user', content: question.value.trim()}, reply = {role: 'assistant', content: ''};
+  const asked = {role: 'user', content: question.value.trim()};
   if (running || !asked.content) return;
   const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, asked]});
   make('div', chat, asked.content, 'user').scrollIntoView(near);
-  const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box, '…');
-  [running, send.disabled, stop.disabled, question.value] = [new AbortController(), true, false, ''];
+  const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box);
+  [running, send.ariaDisabled, stop.ariaDisabled, question.value] = [new AbortController(), true, false, ''];
   try {
     const stream = await call('v1/chat/completions', {method: 'POST', body, signal: running.signal});
     const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let complete = false;
-    for (let read, rest = ''; !(read = await reader.read()).done;) {
+    for (let read, rest = ''; !(read = await reader.read().catch(() => ({done: true}))).done;) {
       const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
       rest = lines.pop();  // the beginning of a line
       for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
         if (complete ||= data === '[DONE]') break;
         const {error, choices} = JSON.parse(data), delta = choices?.[0]?.delta ?? {}; if (error) fail(error);
-        thought.textContent += delta.reasoning_content ?? '';
-        text.textContent = (reply.content += delta.content ?? '') || '…';
+        thought.append(delta.reasoning_content ?? '');  // not made anew: a screen reader would say it all again
+        text.append(delta.content ?? '');
       }
       if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
     }
-    if (!complete || !reply.content) fail({message: say(complete ? 'The answer is empty.' : 'The answer broke off.')});
+    if (!complete || !text.textContent) fail({message: say(complete ? 'The answer is empty.' : 'The answer broke off.')});
   } catch ({message}) {
     make('div', chat, running.signal.aborted ? say('Stopped') : message, 'error').scrollIntoView(near);
   }
-  if (reply.content) turns.push(asked, reply); else { box.remove(); question.value ||= asked.content; }
-  [running, send.disabled, stop.disabled] = [null, false, true];
+  const content = text.textContent;
+  if (content) turns.push(asked, {role: 'assistant', content}); else { box.remove(); question.value ||= asked.content; }
+  [running, send.ariaDisabled, stop.ariaDisabled] = [null, false, true];
 }
-send.onclick = ask; stop.onclick = () => running.abort(); model.onchange = fillConnect;
+send.onclick = ask; stop.onclick = () => running?.abort(); model.onchange = fillConnect;
 question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
 key.onchange = () => { watch(); sessionStorage.kimi2apiKey = key.value; };
 document.onvisibilitychange = watch; translate(); watch();

@@ -6629,6 +6629,10 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
         "connect": True,
         "dark": True,
         "late": ["kimi", "Forget a"],
+        "broken": [
+            ["Well?\nIt failed. (why)", "Well?", "send"],
+            ["Well?\nI think.\nHalf of it\nThe answer broke off.", "", "send"],
+        ],
         "told": [
             ["zh-CN", "异常", "服务器", 2, 0, 59, [21, 21]],
             ["zh-CN", "异常", "服务器", 2, 0, 1, [0, 0]],

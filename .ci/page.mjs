@@ -108,7 +108,7 @@ await page.locator("#model option[value=kimi]").waitFor({ state: "attached" });
 await page.locator("#question").fill("Hello <b>browser</b>");
 await page.locator("#send").click();
 await page.locator("#chat .assistant", { hasText: "Hello from upstream." }).waitFor();
-await page.waitForFunction(() => document.querySelector("#stop").disabled);
+await page.waitForFunction(() => document.querySelector("#stop").ariaDisabled === "true");
 wide.push(await isWide(page));
 result.asked = await page.locator("#chat .user").last().textContent();
 result.described = await page.locator("#api", { hasText: "/v1/chat/completions" }).count();
@@ -175,5 +175,21 @@ users.pop();
 await lookAgain(late);
 await late.waitForFunction(() => document.querySelectorAll("#users tr").length === 2);
 result.late = [await late.locator("#model").inputValue(), await focused(late)];
+
+// An answer that fails half way, or ends there
+const said = (delta) => `data: ${JSON.stringify({ choices: [{ delta }] })}\n\n`;
+const failure = `data: ${JSON.stringify({ error: { message: "It failed.", code: "why" } })}\n\n`;
+const thoughts = said({ reasoning_content: "I " }) + said({ reasoning_content: "think." });
+for (const end of [failure, said({ content: "Half " }) + said({ content: "of it" })]) {
+  await late.route("**/v1/chat/completions", (route) => route.fulfill({ body: thoughts + end }));
+  await late.locator("#question").fill("Well?");
+  await tabTo(late, "send");
+  await late.keyboard.press("Enter");
+  await late.locator("#chat .error").waitFor();
+  (result.broken ??= []).push([
+    await late.locator("#chat").innerText(), await late.locator("#question").inputValue(), await focused(late),
+  ]);
+  await late.evaluate(() => document.querySelector("#chat").replaceChildren());
+}
 await browser.close();
 console.log(JSON.stringify({ problems, elsewhere, wide, ...result }));
