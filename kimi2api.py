@@ -7263,27 +7263,28 @@ td:first-child { width: 50% } td + td, th { padding-left: .8rem; overflow-wrap: 
 bdi { display: block; overflow: hidden } #server bdi { overflow-wrap: anywhere }
 svg { height: 7rem; border-bottom: 1px solid; fill: currentcolor; stroke: currentcolor }
 path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</style>
-<h1>kimi2api</h1><div id="status">Asking the server…</div><noscript>This page needs JavaScript.</noscript><main>
+<main><h1>kimi2api</h1><div id="status" role="status"><noscript>This page needs JavaScript.</noscript></div>
 <label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label>
-<h2>Server</h2><table><tbody id="server"></table><h2>Usage</h2><section id="usage"><p></p><div hidden>
-<table><tbody id="today"></table><p class="soft">Tokens per day: ■ prompt □ completion</p>
+<h2>Server</h2><table><tbody id="server"></table><h2>Usage</h2><section id="usage"><p role="status"></p><div hidden>
+<table><tbody id="today"></table><p id="legend" class="soft"></p>
 <svg id="chart" aria-hidden="true" viewBox="0 0 310 100" preserveAspectRatio="none"><path /><path /></svg>
-<details><summary>Days (UTC)</summary><div class="scroll"><table><thead><tr><th>Day<th>Requests<th>Prompt tokens
-<th>Completion tokens<tbody id="daily"></table></div></details>
+<details><summary>Days (UTC)</summary><div class="scroll" tabindex="0"><table><thead><tr><th>Day<th>Requests
+<th>Prompt tokens<th>Completion tokens<tbody id="daily"></table></div></details>
 <div class="scroll"><table><thead><tr><th>Model, today<th>Requests<th>Prompt tokens<th>Completion tokens
 <tbody id="models"></table></div></div></section>
-<h2>Sessions</h2><section id="sessions" tabindex="-1"><p></p><div class="scroll" hidden><table>
+<h2>Sessions</h2><section id="sessions" tabindex="-1"><p role="status"></p><div class="scroll" hidden><table>
 <thead><tr><th>User<th>Last used<th>Turns<th><tbody id="users"></table></div></section>
 <dialog id="sure"><p>Forget this session?</p><bdi></bdi><p class="error" role="alert"></p>
 <button>Keep</button> <button>Forget</button></dialog><h2>Try it</h2>
 <label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
 placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
-<button id="stop" aria-disabled="true">Stop</button> <div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
+<button id="stop" aria-disabled="true">Stop</button>
+<div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
 <h2>Connect</h2><section id="connect"></section>
 <h2>API</h2><a href="openapi.json">/openapi.json</a><table><tbody id="api"></table></main>
 <script type="module">
-const [status, lock, key, server, usage, today, chart, daily, models, sessions, users, sure, model, question, send,
-  stop, chat, connect, api] = document.querySelectorAll('[id]');
+const [status, lock, key, server, usage, today, legend, chart, daily, models, sessions, users, sure, model, question,
+  send, stop, chat, connect, api] = document.querySelectorAll('[id]');
 const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', words = language === 'en' ? {} : {
   ok: '正常', degraded: '异常', 'Asking the server…': '正在查询服务器…', 'API key': 'API 密钥', Server: '服务器',
   'Sessions kept: #': '保留的会话：#', 'Up: # h # min': '已运行 # 小时 # 分',
@@ -7291,12 +7292,12 @@ const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', word
   'failing since #': '自 # 起异常', Usage: '用量', 'Requests today: #': '今日请求：#',
   'Tokens today: #': '今日 token：#', ' of #': '，上限 #', ', most in a day: #': '，单日最多：#',
   'Days (UTC)': '每日明细（UTC）', 'Limit of requests per minute: #': '每分钟请求上限：#',
-  'Tokens per day: ■ prompt □ completion': '每日 token：■ 输入 □ 输出', Day: '日期', 'Model, today': '今日模型',
-  Requests: '请求', 'Prompt tokens': '输入 token', 'Completion tokens': '输出 token', None: '无', Sessions: '会话',
-  User: '用户', 'Last used': '最近使用', Turns: '轮次', 'The newest # of #': '最新 #，共 #',
-  'Forget this session?': '忘记这个会话？', Keep: '保留', Forget: '忘记', 'Try it': '试一试', Model: '模型',
-  Question: '问题', 'Ctrl+Enter or ⌘+Enter sends': '按 Ctrl+Enter 或 ⌘+Enter 发送', Send: '发送', Stop: '停止',
-  Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制', Stopped: '已停止',
+  'Tokens per day since #, at most #: ■ prompt □ completion': '自 # 起每日 token，单日最多 #：■ 输入 □ 输出',
+  Day: '日期', 'Model, today': '今日模型', Requests: '请求', 'Prompt tokens': '输入 token',
+  'Completion tokens': '输出 token', None: '无', Sessions: '会话', User: '用户', 'Last used': '最近使用', Turns: '轮次',
+  'The last used # of #': '最近使用的 #，共 #', 'Forget this session?': '忘记这个会话？', Keep: '保留', Forget: '忘记',
+  'Try it': '试一试', Model: '模型', Question: '问题', 'Ctrl+Enter or ⌘+Enter sends': '按 Ctrl+Enter 或 ⌘+Enter 发送',
+  Send: '发送', Stop: '停止', Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制', Stopped: '已停止',
   'This needs the right API key.': '需要正确的 API 密钥。', 'The server cannot be reached.': '无法连接服务器。',
   'The answer is empty.': '回答为空。', 'The answer broke off.': '回答中断了。'};
 const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
@@ -7403,6 +7404,8 @@ function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: per
     (limit ? say(' of #', limit) : say(', most in a day: #', most(name))), last[name], most(name), limit);
   const rows = [used('Requests today: #', 'requests'), used('Tokens today: #', 'total_tokens', perDay)];
   fill(today, perMinute ? [...rows, ['', say('Limit of requests per minute: #', perMinute)]] : rows);
+  update(legend, {textContent: say('Tokens per day since #, at most #: ■ prompt □ completion',
+    days[0].date, most('total_tokens'))});
   drawDays(days, most('total_tokens'));
   const count = (name, {requests, prompt_tokens, completion_tokens}) =>
     [name, clip(name), requests, prompt_tokens, completion_tokens];
@@ -7422,25 +7425,27 @@ function drawDays(days, most) {
   });
   shapes.forEach((shape, kind) => chart.children[kind].setAttribute('d', shape));
 }
-function fillSessions({data}) {  // in an order that a chat does not change
-  data.sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
-  const rows = data.slice(0, 100).map(({user, created, last_used, turns}) => [`${created} ${user}`,
+function fillSessions({data}) {  // the last used, which stand last, in an order that a chat does not change
+  const shown = data.slice(-100).sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
+  const rows = shown.map(({user, created, last_used, turns}) => [`${created} ${user}`,
     clip(user), time(last_used), turns, {tag: 'button', textContent: say('Forget'),
       ariaLabel: `${say('Forget')} ${clip(user)}`, onclick: ({target}) => forget(user, target.closest('tr'))}]);
-  if (data.length > 100) rows.push(['', say('The newest # of #', 100, data.length)]);
+  if (data.length > 100) rows.push(['', say('The last used # of #', 100, data.length)]);
   fill(users, rows);
 }
 function forget(user, row) {
   const [, name, problem, keep, certain] = sure.children;
   [name.textContent, problem.textContent] = [clip(user), ''];
-  keep.onclick = () => sure.close();
+  keep.onclick = () => sure.close(); sure.row = row;
   certain.onclick = async () => {
     try {
       await call('v1/sessions/' + encodeURIComponent(user), {method: 'DELETE'});
-    } catch ({message}) { return update(problem, {textContent: message}); }
+    } catch ({message}) { return sure.row === row && update(problem, {textContent: message}); }
     const next = row.nextSibling ?? row.previousSibling;
     forgotten++;
-    sure.close(); row.remove(); watch();
+    row.remove(); watch();
+    if (!sure.open || sure.row !== row) return;  // closed meanwhile, and perhaps open for another
+    sure.close();
     (next?.querySelector('button') ?? sessions).focus();
   };
   sure.showModal();
@@ -7500,7 +7505,8 @@ async function ask() {
       }
       if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
     }
-    if (!complete || !text.textContent) fail({message: say(complete ? 'The answer is empty.' : 'The answer broke off.')});
+    if (!complete) fail({message: say('The answer broke off.')});
+    if (!text.textContent) fail({message: say('The answer is empty.')});
   } catch ({message}) {
     make('div', chat, running.signal.aborted ? say('Stopped') : message, 'error').scrollIntoView(near);
   }
@@ -7511,7 +7517,7 @@ async function ask() {
 send.onclick = ask; stop.onclick = () => running?.abort(); model.onchange = fillConnect;
 question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
 key.onchange = () => { watch(); sessionStorage.kimi2apiKey = key.value; };
-document.onvisibilitychange = watch; translate(); watch();
+document.onvisibilitychange = watch; status.textContent = 'Asking the server…'; translate(); watch();
 key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps nothing may throw here</script>"""
 
 

@@ -6628,16 +6628,16 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
         "described": 1,
         "connect": True,
         "dark": True,
-        "late": ["kimi", "Forget a"],
+        "late": ["kimi", "Forget a", True],
         "broken": [
             ["Well?\nIt failed. (why)", "Well?", "send"],
             ["Well?\nI think.\nHalf of it\nThe answer broke off.", "", "send"],
         ],
         "told": [
-            ["zh-CN", "异常", "服务器", 2, 0, 59, [21, 21]],
-            ["zh-CN", "异常", "服务器", 2, 0, 1, [0, 0]],
-            ["en", "degraded", "Server", 2, 0, 59, [21, 21]],
-            ["en", "degraded", "Server", 2, 0, 4, [0, 0]],
+            ["zh-CN", "异常", "服务器", 2, 0, "1 ", 59, [21, 21]],
+            ["zh-CN", "异常", "服务器", 2, 0, "无", 1, [0, 0]],
+            ["en", "degraded", "Server", 2, 0, "1 ", 59, [21, 21]],
+            ["en", "degraded", "Server", 2, 0, "No", 4, [0, 0]],
         ],
     }
     assert kimi.posts[-1]["message"] == "Hello <b>browser</b>"

@@ -60,10 +60,10 @@ await page.goto(`${origin}/proxied/docs`);
 await page.locator("#status", { hasText: "ok" }).waitFor();
 await page.locator("#key").waitFor({ state: "visible" });
 const refusals = async () => [
-  await page.locator("#usage > p").textContent(), await page.locator("#sessions > p").textContent(),
+  await page.locator("#usage > [role=status]").textContent(), await page.locator("#sessions > [role=status]").textContent(),
   await page.locator("#today").isVisible(), await page.locator("#users").isVisible(),
 ];
-await page.locator("#usage > p", { hasText: "key" }).waitFor();
+await page.locator("#usage > [role=status]", { hasText: "key" }).waitFor();
 result.noKey = await refusals();
 await tabTo(page, "key");
 await page.keyboard.type("wrong");
@@ -122,7 +122,7 @@ const days = Array.from({ length: 31 }, (_, day) =>
   ({ date: `2030-01-${day + 1}`, ...counted(day === 3 ? 1e12 : day % 3), models: { [hostile]: counted(1e9) } }));
 const worst = {
   "/v1/usage": { limits: { requests_per_minute: 0, tokens_per_day: 1 }, today: days[30], days },
-  "/v1/sessions": { data: Array.from({ length: 101 }, (_, at) => ({ user: `${at} ${hostile}`, created: at, last_used: at, turns: at })) },
+  "/v1/sessions": { data: Array.from({ length: 101 }, (_, at) => ({ user: `${at} ${hostile}`, created: -at, last_used: at, turns: at })) },
   "/health": {
     status: "degraded", key_required: false, uptime_seconds: 1e9, chats: { running: 64, limit: 64 },
     sessions: { kept: null, limit: 9 }, store: { kind: "redis", ok: false },
@@ -147,6 +147,7 @@ for (const [width, colorScheme, locale, answers] of [
     document.querySelector("h2").textContent,
     document.querySelectorAll("#server .error").length,
     document.querySelectorAll("img").length,
+    document.querySelector("#users bdi").textContent.slice(0, 2),
     Math.max(...[...document.querySelectorAll("#users bdi, #models bdi")].map((name) => name.textContent.length)),
     [...document.querySelectorAll("#chart path")].map((path) => path.getAttribute("d").split("M").length - 1),
   ]));
@@ -175,6 +176,18 @@ users.pop();
 await lookAgain(late);
 await late.waitForFunction(() => document.querySelectorAll("#users tr").length === 2);
 result.late = [await late.locator("#model").inputValue(), await focused(late)];
+let forgotten;
+const slowly = new Promise((done) => forgotten = done);
+await late.route("**/v1/sessions/*", (route) => slowly.then(() => route.fulfill({ json: {} })));
+await late.locator("#users button").first().click();
+await late.locator("#sure button").last().click();
+await late.keyboard.press("Escape");
+await late.locator("#users button").last().click();
+users.pop();
+forgotten();
+await late.waitForFunction(() => document.querySelectorAll("#users tr").length === 1);
+result.late.push(await late.locator("#sure").isVisible());
+await late.keyboard.press("Escape");
 
 // An answer that fails half way, or ends there
 const said = (delta) => `data: ${JSON.stringify({ choices: [{ delta }] })}\n\n`;
