@@ -7249,17 +7249,17 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</
 <style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
 .ok, svg { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
-input, select, textarea, button, dialog { border: 1px solid #8889; border-radius: 6px }
-input, select, textarea, button { font: inherit; padding: .4rem .7rem }
+input, select, textarea, button, dialog { font: inherit; padding: .4rem .7rem; border: 1px solid #8889;
+border-radius: 6px }
 label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
 #chat, pre, .scroll { max-height: 60vh; overflow: auto } .user, pre { background: #8882 }
-#chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat > div { white-space: pre-wrap }
-details, tr { border-top: 1px solid #8886 } details, td { padding: .4rem 0 } summary { cursor: pointer }
+#chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat { white-space: pre-wrap }
+details, tr { border-top: 1px solid #8886 } details, td, th { padding: .4rem 0 } summary { cursor: pointer }
 details button { display: block; margin-left: auto } details button, td button { padding: 0 .6rem; white-space: nowrap }
 .assistant > :last-child:empty::before { content: '…' } [aria-disabled=true] { opacity: .5 }
 .user::before { content: 'You: ' } :lang(zh) .user::before { content: '我：' } .soft, th { font-size: .8em }
-table, meter, svg { width: 100% } table { border-collapse: collapse } th { text-align: start } td { font-size: .95em }
-td:first-child { width: 50% } td + td, th { padding-left: .8rem; overflow-wrap: normal } th:first-child { padding: 0 }
+table, meter, svg { width: 100% } table { border-collapse: collapse } th { text-align: start; word-break: keep-all }
+td { font-size: .95em } td:first-child { width: 50% } td + td, th + th { padding-left: .8rem; overflow-wrap: normal }
 bdi { display: block; overflow: hidden } #server bdi { overflow-wrap: anywhere }
 svg { height: 7rem; border-bottom: 1px solid; fill: currentcolor; stroke: currentcolor }
 path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</style>
@@ -7276,20 +7276,18 @@ path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</sty
 <thead><tr><th>User<th>Last used<th>Turns<th><tbody id="users"></table></div></section>
 <dialog id="sure"><p>Forget this session?</p><bdi></bdi><p class="error" role="alert"></p>
 <button>Keep</button> <button>Forget</button></dialog><h2>Try it</h2>
-<label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3"
-placeholder="Ctrl+Enter or ⌘+Enter sends"></textarea></label><button id="send">Send</button>
-<button id="stop" aria-disabled="true">Stop</button>
-<div id="chat" role="log" aria-label="Conversation" tabindex="0"></div>
+<label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3">
+</textarea></label><button id="send">Send</button> <button id="stop" aria-disabled="true">Stop</button>
+<div id="chat" role="log" tabindex="0"></div>
 <h2>Connect</h2><section id="connect"></section>
 <h2>API</h2><a href="openapi.json">/openapi.json</a><table><tbody id="api"></table></main>
 <script type="module">
 const [status, lock, key, server, usage, today, legend, chart, daily, models, sessions, users, sure, model, question,
   send, stop, chat, connect, api] = document.querySelectorAll('[id]');
 const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', words = language === 'en' ? {} : {
-  ok: '正常', degraded: '异常', 'Asking the server…': '正在查询服务器…', 'API key': 'API 密钥', Server: '服务器',
-  'Sessions kept: #': '保留的会话：#', 'Up: # h # min': '已运行 # 小时 # 分',
-  'Chats running: # of #': '进行中的对话：#，上限 #', 'Store: #': '存储：#', 'no answer': '无响应',
-  'failing since #': '自 # 起异常', Usage: '用量', 'Requests today: #': '今日请求：#',
+  ok: '正常', degraded: '异常', 'API key': 'API 密钥', Server: '服务器', 'Sessions kept: #': '保留的会话：#',
+  'Up since #': '自 # 起运行', 'Chats running: #': '进行中的对话：#', 'Store: #': '存储：#', 'no answer': '无响应',
+  'failing since #: ': '自 # 起异常：', Usage: '用量', 'Requests today: #': '今日请求：#',
   'Tokens today: #': '今日 token：#', ' of #': '，上限 #', ', most in a day: #': '，单日最多：#',
   'Days (UTC)': '每日明细（UTC）', 'Limit of requests per minute: #': '每分钟请求上限：#',
   'Tokens per day since #, at most #: ■ prompt □ completion': '自 # 起每日 token，单日最多 #：■ 输入 □ 输出',
@@ -7300,7 +7298,7 @@ const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', word
   Send: '发送', Stop: '停止', Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制', Stopped: '已停止',
   'This needs the right API key.': '需要正确的 API 密钥。', 'The server cannot be reached.': '无法连接服务器。',
   'The answer is empty.': '回答为空。', 'The answer broke off.': '回答中断了。'};
-const turns = [], examples = {}, newline = String.fromCharCode(10), near = {block: 'nearest'};
+const turns = [], examples = {}, near = {block: 'nearest'};
 let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
 let forgotten = 0;  // sessions, so that a list asked for before is not shown after
 let refused = '', timer = 0;  // the key that was wrong, which is not tried again; until the next look at the server
@@ -7312,13 +7310,6 @@ const make = (tag, parent, textContent, className = '') =>  // the only way text
   parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
 function update(element, properties) {  // but for those that are so already: a text made anew loses its selection
   for (const name in properties) if (element[name] !== properties[name]) element[name] = properties[name];
-}
-function translate() {
-  document.documentElement.lang = language;
-  update(question, {placeholder: say(question.placeholder)});
-  update(chat, {ariaLabel: say(chat.ariaLabel)});
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let text; (text = texts.nextNode());) update(text, {data: words[text.data.trim()] ?? text.data});
 }
 function fill(body, rows) {  // rows: [key, ...cells]; one that stays is not made anew, so that it keeps the focus
   if (!rows.length) rows = [['', say('None')]];
@@ -7333,12 +7324,13 @@ function fill(body, rows) {  // rows: [key, ...cells]; one that stays is not mad
   });
   while (body.rows.length > rows.length) body.lastChild.remove();
 }
-const state = (text, good) => ({tag: 'bdi', textContent: text, className: good ? 'ok' : 'error'});
-// A row with a bar: how much of a limit is used, in yellow when little is left of it, or of the most there was
-const bar = (key, text, value, most, limit) =>
-  [key, text, {tag: 'meter', ariaLabel: text, max: limit || most || 1, high: limit ? limit * .8 : most || 1, value}];
-function fold(parent, title) {  // a <details> with a text to copy; returns the element of the text
-  const details = make('details', parent);
+function bar(name, value, limit, most) {  // of a limit, in yellow when little is left of it, or of the most in a day
+  const text = say(name, value) + (limit ? say(' of #', limit) : say(', most in a day: #', most));
+  const max = limit || most || 1, high = limit ? limit * .8 : max;
+  return [name, text, {tag: 'meter', ariaLabel: text, max, high, value}];
+}
+function fold(title) {  // a <details> with a text to copy; returns the element of the text
+  const details = make('details', connect);
   make('code', make('summary', details), title);
   const button = make('button', details, say('Copy')), pre = make('pre', details);
   button.onclick = async () => {
@@ -7354,21 +7346,21 @@ async function call(path, options) {  // the answer's JSON, or the body of what 
   const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
   if (bytes.length && path.startsWith('v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
   const gone = () => fail({message: say('The server cannot be reached.')});
-  const answer = await fetch(path, {headers, ...options}).catch(gone);
+  const answer = await fetch(path, {headers, signal: AbortSignal.timeout(6000), ...options}).catch(gone);
   if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
-  return options?.method ? answer.body : answer.json();
+  return options?.method ? answer.body : answer.json().catch(gone);
 }
-const look = path => call(path, {signal: AbortSignal.timeout(4000)});
 async function watch() {
   if (!document.hidden) await refresh().catch(({message}) => {
     update(status, {textContent: message, className: 'degraded'});
+    fill(server, [['', message]]);  // rather than what was
     [locked, refused] = [null, ''];
   });
   clearTimeout(timer);  // of another watch that has ended meanwhile
   timer = setTimeout(watch, 5000);
 }
 async function refresh() {
-  const now = await look('health');
+  const now = await call('health');
   update(status, {textContent: say(now.status), className: now.status});
   fillServer(now);
   const isNew = locked !== now.key_required;
@@ -7378,7 +7370,7 @@ async function refresh() {
 }
 async function see(path) {  // what the key may see, or an error; nothing when that has changed meanwhile
   const secret = key.value.trim(), before = forgotten, isHopeless = ['', refused].includes(secret);
-  const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await look(path).catch(error => error);
+  const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await call(path).catch(error => error);
   if (secret !== key.value.trim() || before !== forgotten) return;
   if (answer.code === 'invalid_api_key') [refused, answer.message] = [secret, say('This needs the right API key.')];
   return answer;
@@ -7391,22 +7383,21 @@ async function show(section, path, fillIn) {  // an answer, or one line why ther
   if (!body.hidden) fillIn(answer);
 }
 function fillServer({chats: {running, limit}, sessions: {kept}, uptime_seconds: up, upstreams, store}) {
-  const age = say('Up: # h # min', Math.floor(up / 3600), Math.floor(up / 60) % 60);
-  const rows = Object.entries(upstreams).map(([name, {failing_since: since, reason}]) =>
-    [name, name, since ? state(`${say('failing since #', time(since))}: ${reason}`) : state(say('ok'), true)]);
-  if (store) rows.push(['store', say('Store: #', store.kind), state(say(store.ok ? 'ok' : 'no answer'), store.ok)]);
-  fill(server, [[0, say('Sessions kept: #', kept ?? '?'), age],
-    bar(1, say('Chats running: # of #', running, limit), running, limit, limit), ...rows]);
+  const stored = [say('Store: #', store.kind), store.ok ? {} : {reason: say('no answer')}];
+  const rows = [...Object.entries(upstreams), stored].map(([name, {failing_since: since, reason}]) => [name, name, {
+    tag: 'bdi', className: reason ? 'error' : 'ok',
+    textContent: (since ? say('failing since #: ', time(since)) : '') + (reason ?? say('ok'))}]);
+  fill(server, [[0, say('Sessions kept: #', kept ?? '?'), say('Up since #', time(Date.now() / 1000 - up))],
+    bar('Chats running: #', running, limit), ...rows]);
 }
 function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: perDay}, days}) {
-  const last = days.at(-1), most = name => Math.max(...days.map(day => day[name]));
-  const used = (text, name, limit) => bar(name, say(text, last[name]) +
-    (limit ? say(' of #', limit) : say(', most in a day: #', most(name))), last[name], most(name), limit);
-  const rows = [used('Requests today: #', 'requests'), used('Tokens today: #', 'total_tokens', perDay)];
+  const last = days.at(-1), most = Math.max(...days.map(day => day.total_tokens));
+  const rows = [bar('Requests today: #', last.requests, 0, Math.max(...days.map(day => day.requests))),
+    bar('Tokens today: #', last.total_tokens, perDay, most)];
   fill(today, perMinute ? [...rows, ['', say('Limit of requests per minute: #', perMinute)]] : rows);
-  update(legend, {textContent: say('Tokens per day since #, at most #: ■ prompt □ completion',
-    days[0].date, most('total_tokens'))});
-  drawDays(days, most('total_tokens'));
+  update(legend,
+    {textContent: say('Tokens per day since #, at most #: ■ prompt □ completion', days[0].date, most)});
+  drawDays(days, most);
   const count = (name, {requests, prompt_tokens, completion_tokens}) =>
     [name, clip(name), requests, prompt_tokens, completion_tokens];
   fill(daily, days.toReversed().map(day => count(day.date.slice(5), day)));
@@ -7427,9 +7418,9 @@ function drawDays(days, most) {
 }
 function fillSessions({data}) {  // the last used, which stand last, in an order that a chat does not change
   const shown = data.slice(-100).sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
-  const rows = shown.map(({user, created, last_used, turns}) => [`${created} ${user}`,
-    clip(user), time(last_used), turns, {tag: 'button', textContent: say('Forget'),
-      ariaLabel: `${say('Forget')} ${clip(user)}`, onclick: ({target}) => forget(user, target.closest('tr'))}]);
+  const rows = shown.map(({user, last_used, turns}) => [user, clip(user), time(last_used), turns,
+    {tag: 'button', textContent: say('Forget'), ariaLabel: `${say('Forget')} ${clip(user)}`,
+      onclick: ({target}) => forget(user, target.closest('tr'))}]);
   if (data.length > 100) rows.push(['', say('The last used # of #', 100, data.length)]);
   fill(users, rows);
 }
@@ -7474,15 +7465,12 @@ print(ChatOpenAI(base_url="${base}", api_key="${secret}", model=${name}).invoke(
     'chat UIs': `Key ${secret}, model ${id}, and as base URL in
 Open WebUI (Settings, Connections, OpenAI API): ${base}
 Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${base.slice(0, -3)}`};
-  for (const title in texts) (examples[title] ??= fold(connect, title)).textContent = texts[title];
+  for (const title in texts) (examples[title] ??= fold(title)).textContent = texts[title];
 }
 async function fillApi() {
-  const {paths, message} = await call('openapi.json').catch(error => error), rows = paths ? [] : [['', message]];
-  for (const [path, item] of Object.entries(paths ?? {})) for (const [method, {summary}] of Object.entries(item)) {
-    const name = `${method.toUpperCase()} ${path}`;
-    rows.push([name, name, summary]);
-  }
-  fill(api, rows);
+  const {paths, message} = await call('openapi.json').catch(error => error);
+  fill(api, paths ? Object.entries(paths).flatMap(([path, item]) => Object.entries(item).map(([method, {summary}]) =>
+    [method + path, `${method.toUpperCase()} ${path}`, summary])) : [['', message]]);
 }
 async function ask() {
   const asked = {role: 'user', content: question.value.trim()};
@@ -7495,7 +7483,7 @@ async function ask() {
     const stream = await call('v1/chat/completions', {method: 'POST', body, signal: running.signal});
     const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let complete = false;
     for (let read, rest = ''; !(read = await reader.read().catch(() => ({done: true}))).done;) {
-      const lines = (rest + read.value).split(newline), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
+      const lines = (rest + read.value).split('\\n'), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
       rest = lines.pop();  // the beginning of a line
       for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
         if (complete ||= data === '[DONE]') break;
@@ -7505,8 +7493,8 @@ async function ask() {
       }
       if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
     }
-    if (!complete) fail({message: say('The answer broke off.')});
-    if (!text.textContent) fail({message: say('The answer is empty.')});
+    if (!complete) throw Error(say('The answer broke off.'));
+    if (!text.textContent) throw Error(say('The answer is empty.'));
   } catch ({message}) {
     make('div', chat, running.signal.aborted ? say('Stopped') : message, 'error').scrollIntoView(near);
   }
@@ -7517,7 +7505,12 @@ async function ask() {
 send.onclick = ask; stop.onclick = () => running?.abort(); model.onchange = fillConnect;
 question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
 key.onchange = () => { watch(); sessionStorage.kimi2apiKey = key.value; };
-document.onvisibilitychange = watch; status.textContent = 'Asking the server…'; translate(); watch();
+document.documentElement.lang = language;
+question.placeholder = say('Ctrl+Enter or ⌘+Enter sends');
+chat.ariaLabel = say('Conversation');
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+for (let text; (text = texts.nextNode());) update(text, {data: words[text.data.trim()] ?? text.data});
+document.onvisibilitychange = watch; watch();
 key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps nothing may throw here</script>"""
 
 

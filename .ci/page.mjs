@@ -204,5 +204,9 @@ for (const end of [failure, said({ content: "Half " }) + said({ content: "of it"
   ]);
   await late.evaluate(() => document.querySelector("#chat").replaceChildren());
 }
+await late.route("**/health", (route) => route.fulfill({ body: "<p>Somebody else's page" }));
+await late.evaluate(() => document.dispatchEvent(new Event("visibilitychange")));
+await late.locator("#status.degraded").waitFor();
+result.away = await late.locator("#server").innerText();
 await browser.close();
 console.log(JSON.stringify({ problems, elsewhere, wide, ...result }));
