@@ -7249,8 +7249,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</
 <style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
 .ok, svg { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
-input, select, textarea, button, dialog { font: inherit; padding: .4rem .7rem; border: 1px solid #8889;
-border-radius: 6px }
+input, select, textarea, button, dialog { font: inherit; padding: .4rem .7rem; border: 1px solid #888;
+border-radius: 6px } ::placeholder { color: inherit; opacity: .7 }
 label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
 #chat, pre, .scroll { max-height: 60vh; overflow: auto } .user, pre { background: #8882 }
 #chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat { white-space: pre-wrap }
@@ -7274,7 +7274,7 @@ path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</sty
 <tbody id="models"></table></div></div></section>
 <h2>Sessions</h2><section id="sessions" tabindex="-1"><p role="status"></p><div class="scroll" hidden><table>
 <thead><tr><th>User<th>Last used<th>Turns<th><tbody id="users"></table></div></section>
-<dialog id="sure"><p>Forget this session?</p><bdi></bdi><p class="error" role="alert"></p>
+<dialog id="sure" aria-labelledby="sure"><p>Forget this session?</p><bdi></bdi><p class="error" role="alert"></p>
 <button>Keep</button> <button>Forget</button></dialog><h2>Try it</h2>
 <label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3">
 </textarea></label><button id="send">Send</button> <button id="stop" aria-disabled="true">Stop</button>
@@ -7286,8 +7286,8 @@ const [status, lock, key, server, usage, today, legend, chart, daily, models, se
   send, stop, chat, connect, api] = document.querySelectorAll('[id]');
 const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', words = language === 'en' ? {} : {
   ok: '正常', degraded: '异常', 'API key': 'API 密钥', Server: '服务器', 'Sessions kept: #': '保留的会话：#',
-  'Up since #': '自 # 起运行', 'Chats running: #': '进行中的对话：#', 'Store: #': '存储：#', 'no answer': '无响应',
-  'failing since #: ': '自 # 起异常：', Usage: '用量', 'Requests today: #': '今日请求：#',
+  'Up: # h # min': '已运行 # 小时 # 分', 'Chats running: #': '进行中的对话：#', 'Store: #': '存储：#',
+  'no answer': '无响应', 'failing since #: ': '自 # 起异常：', Usage: '用量', 'Requests today: #': '今日请求：#',
   'Tokens today: #': '今日 token：#', ' of #': '，上限 #', ', most in a day: #': '，单日最多：#',
   'Days (UTC)': '每日明细（UTC）', 'Limit of requests per minute: #': '每分钟请求上限：#',
   'Tokens per day since #, at most #: ■ prompt □ completion': '自 # 起每日 token，单日最多 #：■ 输入 □ 输出',
@@ -7383,11 +7383,12 @@ async function show(section, path, fillIn) {  // an answer, or one line why ther
   if (!body.hidden) fillIn(answer);
 }
 function fillServer({chats: {running, limit}, sessions: {kept}, uptime_seconds: up, upstreams, store}) {
+  const age = say('Up: # h # min', Math.floor(up / 3600), Math.floor(up / 60) % 60);
   const stored = [say('Store: #', store.kind), store.ok ? {} : {reason: say('no answer')}];
   const rows = [...Object.entries(upstreams), stored].map(([name, {failing_since: since, reason}]) => [name, name, {
     tag: 'bdi', className: reason ? 'error' : 'ok',
     textContent: (since ? say('failing since #: ', time(since)) : '') + (reason ?? say('ok'))}]);
-  fill(server, [[0, say('Sessions kept: #', kept ?? '?'), say('Up since #', time(Date.now() / 1000 - up))],
+  fill(server, [[0, say('Sessions kept: #', kept ?? '?'), age],
     bar('Chats running: #', running, limit), ...rows]);
 }
 function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: perDay}, days}) {
