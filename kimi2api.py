@@ -7304,6 +7304,7 @@ let forgotten = 0;  // sessions, so that a list asked for before is not shown af
 let refused = '', timer = 0;  // the key that was wrong, which is not tried again; until the next look at the server
 const format = value => typeof value === 'number' ? value.toLocaleString(language) : value;
 const say = (text, ...values) => (words[text] ?? text).replace(/#/g, () => format(values.shift()));
+const secret = () => key.value.replace(/[^!-~]/g, '');  // no key has anything else in it
 const clip = text => text.length > 48 ? [...text.slice(0, 96)].slice(0, 48).join('') + '…' : text;
 const time = seconds => new Date(seconds * 1000).toLocaleString(language, {dateStyle: 'short', timeStyle: 'short'});
 const make = (tag, parent, textContent, className = '') =>  // the only way texts get in, so that they are never HTML
@@ -7333,18 +7334,17 @@ function fold(title) {  // a <details> with a text to copy; returns the element 
   const details = make('details', connect);
   make('code', make('summary', details), title);
   const button = make('button', details, say('Copy')), pre = make('pre', details);
-  button.onclick = async () => {
-    try {
-      await navigator.clipboard.writeText(pre.textContent);
-      button.textContent = say('Copied');
-    } catch { getSelection().selectAllChildren(pre); }  // plain http has no clipboard
+  button.onclick = () => {
+    getSelection().selectAllChildren(pre);
+    if (document.execCommand('copy')) button.textContent = say('Copied');  // plain http has no navigator.clipboard
   };
-  return Object.assign(pre, {tabIndex: 0});  // so that the keyboard can scroll it
+  pre.tabIndex = 0;  // so that the keyboard can scroll it
+  return pre;
 }
 function fail({message, code}) { throw Object.assign(Error(message + (code ? ` (${code})` : '')), {code}); }
 async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
-  const headers = {'Content-Type': 'application/json'}, bytes = new TextEncoder().encode(key.value.trim());
-  if (bytes.length && path.startsWith('v1/')) headers.Authorization = 'Bearer ' + String.fromCharCode(...bytes);
+  const headers = {'Content-Type': 'application/json'};
+  if (secret() && path.startsWith('v1/')) headers.Authorization = 'Bearer ' + secret();
   const gone = () => fail({message: say('The server cannot be reached.')});
   const answer = await fetch(path, {headers, signal: AbortSignal.timeout(6000), ...options}).catch(gone);
   if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
@@ -7369,10 +7369,10 @@ async function refresh() {
     (isNew || !model.value) && fillModels()]);
 }
 async function see(path) {  // what the key may see, or an error; nothing when that has changed meanwhile
-  const secret = key.value.trim(), before = forgotten, isHopeless = ['', refused].includes(secret);
+  const tried = secret(), before = forgotten, isHopeless = ['', refused].includes(tried);
   const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await call(path).catch(error => error);
-  if (secret !== key.value.trim() || before !== forgotten) return;
-  if (answer.code === 'invalid_api_key') [refused, answer.message] = [secret, say('This needs the right API key.')];
+  if (tried !== secret() || before !== forgotten) return;
+  if (answer.code === 'invalid_api_key') [refused, answer.message] = [tried, say('This needs the right API key.')];
   return answer;
 }
 async function show(section, path, fillIn) {  // an answer, or one line why there is none
@@ -7450,20 +7450,20 @@ async function fillModels() {
   fillConnect();
 }
 function fillConnect() {
-  const base = new URL('v1', location).href, secret = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const base = new URL('v1', location).href, bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
   const name = JSON.stringify(id), quoted = name.replaceAll("'", "'\\\\''");
   const hello = '[{"role": "user", "content": "Hello!"}]', texts = {
-    curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${secret}' -H 'Content-Type: application/json' -d '
+    curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${bearer}' -H 'Content-Type: application/json' -d '
 {"model": ${quoted}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
-client = OpenAI(base_url="${base}", api_key="${secret}")
+client = OpenAI(base_url="${base}", api_key="${bearer}")
 print(client.chat.completions.create(model=${name}, messages=${hello}).choices[0].message.content)`,
     'openai-node': `import OpenAI from "openai";
-const client = new OpenAI({baseURL: "${base}", apiKey: "${secret}"});
+const client = new OpenAI({baseURL: "${base}", apiKey: "${bearer}"});
 const stream = await client.chat.completions.create({model: ${name}, stream: true, messages: ${hello}});
 for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");`,
     LangChain: `from langchain_openai import ChatOpenAI
-print(ChatOpenAI(base_url="${base}", api_key="${secret}", model=${name}).invoke("Hello!").content)`,
-    'chat UIs': `Key ${secret}, model ${id}, and as base URL in
+print(ChatOpenAI(base_url="${base}", api_key="${bearer}", model=${name}).invoke("Hello!").content)`,
+    'chat UIs': `Key ${bearer}, model ${id}, and as base URL in
 Open WebUI (Settings, Connections, OpenAI API): ${base}
 Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${base.slice(0, -3)}`};
   for (const title in texts) (examples[title] ??= fold(title)).textContent = texts[title];

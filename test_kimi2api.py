@@ -6629,6 +6629,7 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
         "connect": True,
         "dark": True,
         "late": ["kimi", "Forget a", True],
+        "copied": "curl ",
         "away": "The server cannot be reached.",
         "broken": [
             ["Well?\nIt failed. (why)", "Well?", "send"],

@@ -204,6 +204,11 @@ for (const end of [failure, said({ content: "Half " }) + said({ content: "of it"
   ]);
   await late.evaluate(() => document.querySelector("#chat").replaceChildren());
 }
+await late.locator("#connect summary").first().click();
+await late.locator("#connect button").first().click();
+await late.locator("#question").fill("");
+await late.keyboard.press("Control+v");
+result.copied = (await late.locator("#question").inputValue()).slice(0, 5);
 await late.route("**/health", (route) => route.fulfill({ body: "<p>Somebody else's page" }));
 await late.evaluate(() => document.dispatchEvent(new Event("visibilitychange")));
 await late.locator("#status.degraded").waitFor();
