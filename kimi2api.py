@@ -7257,10 +7257,11 @@ label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea 
 details, tr { border-top: 1px solid #8886 } details, td, th { padding: .4rem 0 } summary { cursor: pointer }
 details button { display: block; margin-left: auto } details button, td button { padding: 0 .6rem; white-space: nowrap }
 .assistant > :last-child:empty::before { content: '…' } [aria-disabled=true] { opacity: .5 }
-.user::before { content: 'You: ' } :lang(zh) .user::before { content: '我：' } .soft, th { font-size: .8em }
+.soft, th { font-size: .8em }
 table, meter, svg { width: 100% } table { border-collapse: collapse } th { text-align: start; word-break: keep-all }
 td { font-size: .95em } td:first-child { width: 50% } td + td, th + th { padding-left: .8rem; overflow-wrap: normal }
-bdi { display: block; overflow: hidden } #server bdi { overflow-wrap: anywhere }
+.scroll td:first-child { min-width: 4rem } #server bdi { overflow-wrap: anywhere }
+bdi { display: block; overflow: hidden }
 svg { height: 7rem; border-bottom: 1px solid; fill: currentcolor; stroke: currentcolor }
 path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</style>
 <main><h1>kimi2api</h1><div id="status" role="status"><noscript>This page needs JavaScript.</noscript></div>
@@ -7295,9 +7296,10 @@ const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', word
   'Completion tokens': '输出 token', None: '无', Sessions: '会话', User: '用户', 'Last used': '最近使用', Turns: '轮次',
   'The last used # of #': '最近使用的 #，共 #', 'Forget this session?': '忘记这个会话？', Keep: '保留', Forget: '忘记',
   'Try it': '试一试', Model: '模型', Question: '问题', 'Ctrl+Enter or ⌘+Enter sends': '按 Ctrl+Enter 或 ⌘+Enter 发送',
-  Send: '发送', Stop: '停止', Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制', Stopped: '已停止',
-  'This needs the right API key.': '需要正确的 API 密钥。', 'The server cannot be reached.': '无法连接服务器。',
-  'The answer is empty.': '回答为空。', 'The answer broke off.': '回答中断了。'};
+  'You: #': '我：#', Send: '发送', Stop: '停止', Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制',
+  Stopped: '已停止', 'This needs the right API key.': '需要正确的 API 密钥。',
+  'The server cannot be reached.': '无法连接服务器。', 'The answer is empty.': '回答为空。',
+  'The answer broke off.': '回答中断了。'};
 const turns = [], examples = {}, near = {block: 'nearest'};
 let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
 let forgotten = 0;  // sessions, so that a list asked for before is not shown after
@@ -7410,9 +7412,9 @@ function drawDays(days, most) {
   days.forEach(({prompt_tokens, completion_tokens}, day) => {
     let y = 99.5;
     [prompt_tokens, completion_tokens].forEach((tokens, kind) => {
-      const height = Math.max(2, 97 * tokens / most);  // a little is seen beside a huge day, too
-      if (tokens) shapes[kind] += `M${day * 10 + 1},${y}h8v-${height}h-8z`;
-      if (tokens) y -= height;
+      const height = tokens && Math.max(2, 97 * tokens / most);  // a little is seen beside a huge day, too
+      if (height) shapes[kind] += `M${day * 10 + 1},${y}h8v-${height}h-8z`;
+      y -= height;
     });
   });
   shapes.forEach((shape, kind) => chart.children[kind].setAttribute('d', shape));
@@ -7477,7 +7479,7 @@ async function ask() {
   const asked = {role: 'user', content: question.value.trim()};
   if (running || !asked.content) return;
   const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, asked]});
-  make('div', chat, asked.content, 'user').scrollIntoView(near);
+  make('div', chat, say('You: #', asked.content), 'user').scrollIntoView(near);
   const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box);
   [running, send.ariaDisabled, stop.ariaDisabled, question.value] = [new AbortController(), true, false, ''];
   try {

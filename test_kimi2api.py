@@ -6624,7 +6624,7 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
         "backAt": f"Forget {hostile[0]}",
         "stays": True,
         "askedWhileHidden": 0,
-        "asked": "Hello <b>browser</b>",
+        "asked": "You: Hello <b>browser</b>",
         "described": 1,
         "connect": True,
         "dark": True,
@@ -6632,8 +6632,8 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
         "copied": "curl ",
         "away": "The server cannot be reached.",
         "broken": [
-            ["Well?\nIt failed. (why)", "Well?", "send"],
-            ["Well?\nI think.\nHalf of it\nThe answer broke off.", "", "send"],
+            ["You: Well?\nIt failed. (why)", "Well?", "send"],
+            ["You: Well?\nI think.\nHalf of it\nThe answer broke off.", "", "send"],
         ],
         "told": [
             ["zh-CN", "异常", "服务器", 2, 0, "1 ", 59, [21, 21]],
