@@ -248,7 +248,7 @@ def parse_store(text: str) -> str:
         parts = urlsplit(text)
         if not parts.hostname or parts.port == 0:
             raise ValueError
-    elif text != "memory" and (kind != "sqlite" or not rest):
+    elif text != "memory" and (kind != "sqlite" or not rest or "\0" in rest):
         raise ValueError
     return text
 
@@ -1867,7 +1867,7 @@ class SQLiteStore(SharedStore):
         try:
             self._connect(self.patience)
         except self.failures as error:
-            if "locked" not in str(error):
+            if isinstance(error, OSError) or "locked" not in str(error):  # an OSError's words have the path in them
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise StoreError(f"{self._path} cannot be used: {reason}") from None
             log.warning("the session store (sqlite) is locked by another program: %s", self._path)

@@ -1571,6 +1571,8 @@ def test_a_store_that_cannot_be_used_stops_the_start_in_one_line(tmp_path: Path)
         db.execute("CREATE TABLE bookmarks (url)")
     for address, why in [
         (f"sqlite:{tmp_path}/none/x.db", "No such file or directory"),
+        (f"sqlite:{tmp_path}/unlocked/x.db", "No such file or directory"),
+        ("sqlite:a\0b", "is not memory, sqlite:PATH"),
         (f"sqlite:{tmp_path}", "unable to open database file"),
         (f"sqlite:{tmp_path}/text", "file is not a database"),
         (f"sqlite:{tmp_path}/other.db", "database of another program"),
