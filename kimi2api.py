@@ -2043,7 +2043,8 @@ class SQLiteStore(SharedStore):
             self._close()
         import sqlite3
         with suppress(FileExistsError):
-            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            file = os.path.realpath(self._path)  # O_EXCL does not follow a link, and sqlite3 would make its target 0644
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(self._db)

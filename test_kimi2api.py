@@ -1629,6 +1629,13 @@ def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Pat
     assert pages * 4096 < sizes[-1] / 2, "the room is given back"
 
 
+def test_a_file_that_a_link_promises_is_the_users_alone(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to("sessions.db")
+    add_turn(open_store(f"sqlite:{tmp_path}/link.db"), "ada", 1)
+    made = [path for path in tmp_path.iterdir() if not path.is_symlink()]
+    assert made and {path.stat().st_mode & 0o777 for path in made} == {0o600}
+
+
 def test_sessions_in_redis_are_native_and_expire_by_themselves(redis_server: RedisServer) -> None:
     store = open_store(redis_server.url, ttl=60)
     client = redis_server.client
