@@ -2572,7 +2572,8 @@ class Accounts:
         self.requests_per_minute = requests_per_minute
         self.tokens_per_day = tokens_per_day
         self._store = store
-        self._own = MemoryStore(0.0, 0)  # counts while the store cannot be reached
+        # What this process has counted since its start, which is what it knows while the store cannot be reached
+        self._own = MemoryStore(0.0, 0)
         self._lock = threading.Lock()  # guards the next
         self._unsaved: dict[tuple[str, str], Counter[str]] = {}  # usage that the store does not know yet
         self._retry_at = 0.0  # when the store is asked again, by the monotonic clock
@@ -2636,6 +2637,7 @@ class Accounts:
         return Counter(known) + self._unsaved.get((client.owner, period), Counter())
 
     def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
+        own = self._own.add(client.owner, period, amounts, max_age)
         counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
         if counters is not None:
             self._ask_store(self._save)
@@ -2643,7 +2645,7 @@ class Accounts:
         with self._lock:
             if max_age > DAY:
                 self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
-        return self._own.add(client.owner, period, amounts, max_age)
+        return own
 
     def _ask_store(self, ask: Callable[[], T]) -> T | None:
         """What the store answers; None while it cannot be reached."""

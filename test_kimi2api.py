@@ -1931,6 +1931,31 @@ def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answer
     assert said(chat(app))
 
 
+def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told_it_later(
+    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "STORE_RETRY", 0)
+    kimi.answer = "word " * 20
+    server = RedisServer(tmp_path)
+    try:
+        app = make(**NAMED_KEYS, SESSION_STORE=server.url, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
+        for key in ("sk-1", "sk-2", "sk-3"):
+            assert said(chat(app, headers=bearer(key)))
+        server.stop()
+        assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
+        assert [chat(app, headers=bearer("sk-2")).status_int for _ in range(2)] == [200, 429]
+        assert said(chat(app, headers=bearer("sk-3")))
+        server.start()
+        wait_for(lambda: app.get("/health").json["store"]["ok"], "it is back")
+        assert said(chat(app, headers=bearer("sk-3")))
+        used = app.get("/v1/usage", headers=bearer("sk-3")).json["today"]
+        assert used["requests"] == 3 and used == make(**NAMED_KEYS, SESSION_STORE=server.url).get(
+            "/v1/usage", headers=bearer("sk-3")).json["today"]
+        assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
+    finally:
+        server.stop()
+
+
 def test_usage_counts_every_kind_of_answer_and_of_its_own_key_alone(
     make: Make, both: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
