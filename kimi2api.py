@@ -1908,6 +1908,8 @@ class SQLiteStore(SharedStore):
                     "(SELECT number FROM turns WHERE session = ? ORDER BY number LIMIT ?)", (number, gone))
             rows = [(number, dump_json(turn)) for turn in new]
             db.executemany("INSERT INTO turns (session, turn) VALUES (?, ?)", rows)
+            # After the clock was set back, what is new would be the first to go
+            db.execute("UPDATE sessions SET used = ? WHERE used > ?", (session.used - 0.001, session.used))
             self._sweep_sessions(db)
 
     def forget(self, key: Key) -> bool:
@@ -2111,6 +2113,11 @@ REDIS_SIZES = "kimi2api:reasoning-sizes"  # of each text, and `total`
 REDIS_STEPS: tuple[Callable[[Any], None], ...] = (  # as SQLITE_STEPS; each may be made twice
     lambda redis: None,  # an empty database
 )
+MARK_AS_NEWEST = """
+-- Also when the clock was set back or is behind another machine's: what is new would be the first to go
+local newest = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2] or 0
+redis.call('ZADD', KEYS[1], math.max(ARGV[2], newest + 0.001), ARGV[1])
+"""
 KEEP_REASONING = """
 local index, sizes = KEYS[1], KEYS[2]
 local now, ttl, limit, text, size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
@@ -2271,8 +2278,9 @@ class RedisStore(SharedStore):
         pipe.hset(keys.session, mapping=fields)
         if new:
             pipe.rpush(keys.turns, *map(dump_json, new))
+        pipe.eval(MARK_AS_NEWEST, 1, REDIS_SESSIONS, keys.member, repr(session.used))
+        pipe.zadd(keys.siblings, {keys.member: session.used})
         for by_use in (REDIS_SESSIONS, keys.siblings):
-            pipe.zadd(by_use, {keys.member: session.used})
             pipe.zremrangebyscore(by_use, "-inf", expired)
         for key in (keys.session, keys.turns, REDIS_SESSIONS, keys.siblings):
             pipe.pexpire(key, self._lifetime)

@@ -1428,6 +1428,19 @@ def test_the_least_recently_used_session_makes_room(address: str) -> None:
     assert store.count() == 3 and len(store.users("owner")) == 3
 
 
+def test_a_clock_that_is_set_back_makes_no_new_session_the_oldest(address: str, clock: Clock) -> None:
+    store = open_store(address, limit=3)
+    for user in "abc":
+        clock.now += 1
+        add_turn(store, user, user)
+    clock.now -= 1800
+    for user in "defd":
+        clock.now += 1
+        add_turn(store, user, user)
+        assert user in asked_in(store, user)
+    assert list(store.users("owner")) == ["e", "f", "d"] and store.count() == 3
+
+
 def test_turns_of_many_threads_all_land_in_one_session(address: str) -> None:
     store = open_store(address)
     with ThreadPoolExecutor(32) as pool:
