@@ -2200,7 +2200,9 @@ class RedisStore(SharedStore):
             from redis.retry import Retry
         except ImportError:
             raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
-        self.failures = (StoreError, redis.RedisError, OSError)
+        # After OSError: what the package or we raise for an answer or a key that makes no sense
+        self.failures = (
+            StoreError, redis.RedisError, OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
         self._conflict = redis.WatchError
         try:
             pool = redis.BlockingConnectionPool.from_url(
@@ -2322,11 +2324,10 @@ class RedisStore(SharedStore):
         with self._client() as redis, redis.pipeline() as pipe:
             for member in redis.zrangebyscore(siblings, f"({time.time() - self.ttl}", "+inf"):
                 pipe.hmget(RedisKeys(member.decode()).session, "name", "created", "used", "turns")
-            found = pipe.execute()
-        return {
-            name.decode(): SessionSummary(float(created), float(used), int(turns))
-            for name, created, used, turns in found if name is not None
-        }
+            return {
+                name.decode(): SessionSummary(float(created), float(used), int(turns))
+                for name, created, used, turns in pipe.execute() if name is not None
+            }
 
     def count(self) -> int:
         with self._client() as redis:
@@ -2343,7 +2344,7 @@ class RedisStore(SharedStore):
     def find_reasoning(self, owner: str, place: str) -> str | None:
         with self._client() as redis:
             text = redis.get(f"{REDIS_REASONING}:{hashed(owner)}:{hashed(place)}")
-        return text.decode() if text is not None else None
+            return text.decode() if text is not None else None
 
     def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
         key = self._counters(owner, period)
@@ -2357,7 +2358,7 @@ class RedisStore(SharedStore):
     def read(self, owner: str, period: str) -> dict[str, int]:
         with self._client() as redis:
             counters = redis.hgetall(self._counters(owner, period))
-        return {name.decode(): int(value) for name, value in counters.items()}
+            return {name.decode(): int(value) for name, value in counters.items()}
 
     def _counters(self, owner: str, period: str) -> str:
         return f"kimi2api:counters:{hashed(owner)}:{hashed(period)}"

@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import statistics
@@ -1797,6 +1798,48 @@ def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> No
         assert is_well(make(SESSION_STORE=server.url.replace("redis://", "redis://:secret@")))()
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("reply", [b":abc\r\n", b"*x\r\n", b"$-7\r\n", b"+OK\r\n", b":5\r\n"])
+def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_server: RedisServer, reply: bytes) -> None:
+    makes_sense = True
+
+    class Handler(socketserver.BaseRequestHandler):
+        """Between the program and Redis."""
+
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", redis_server.port)) as redis:
+                while asked := self.request.recv(65536):
+                    redis.sendall(asked)
+                    answer = redis.recv(65536)
+                    self.request.sendall(answer if makes_sense else reply)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            app = make(SESSION_STORE=f"redis://127.0.0.1:{server.server_address[1]}/0")
+            for path in ("/v1/sessions", "/v1/sessions/ada", "/v1/responses/resp_1"):
+                wait_for(is_well(app))
+                makes_sense = False
+                assert is_error(app.get(path), 503, "session_store_unavailable")
+                assert app.get("/health").json["store"]["ok"] is False
+                assert said(chat(app)) == "Hello from upstream."
+                makes_sense = True
+        finally:
+            server.shutdown()
+
+
+def test_a_session_that_this_program_did_not_write_can_be_forgotten(make: Make, redis_server: RedisServer) -> None:
+    app, client = make(SESSION_STORE=redis_server.url), redis_server.client
+    for name, value in (("used", "x"), ("turns", "x"), ("system", "5"), ("system", "[" * 100_000), ("id", b"\xff")):
+        chat(app, user="ada")
+        [key] = client.keys("kimi2api:session:*")
+        client.hset(key, name, value)
+        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
+        assert app.get("/v1/sessions").status_int in (200, 503)
+        wait_for(lambda: app.delete("/v1/sessions/ada").status_int in (200, 404), "it is forgotten")
+        assert app.get("/health").json["store"]["ok"] is True
 
 
 def test_a_database_locked_damaged_or_gone(
