@@ -2010,6 +2010,8 @@ class SQLiteStore(SharedStore):
     def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = 0.0) -> Iterator[Any]:
         """The connection, in a transaction of which all is done or nothing."""
         patience = patience or self.patience
+        if self._is_failing:  # else all threads wait for what stays locked, and /health for one of them
+            patience = min(patience, CHECK_PATIENCE)
         deadline = time.monotonic() + patience
         with self._calling(begin != "BEGIN", patience):
             if not self._lock.acquire(timeout=patience):

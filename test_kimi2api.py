@@ -1873,6 +1873,22 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_database_that_stays_locked_is_not_waited_for_as_long_again(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    with closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(kimi2api.SQLiteStore, "patience", 0.1)
+        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
+        monkeypatch.setattr(kimi2api.SQLiteStore, "patience", PATIENCE)
+        began = time.monotonic()
+        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
+        assert time.monotonic() - began < PATIENCE
+        db.execute("ROLLBACK")
+    wait_for(is_well(app), "it is not locked any more")
+
+
 def test_a_database_that_cannot_be_written_is_opened_anew(tmp_path: Path) -> None:
     store = open_store(f"sqlite:{tmp_path}/sessions.db")
     add_turn(store, "ada", 1)
