@@ -2154,6 +2154,11 @@ redis.call('PEXPIRE', sizes, ttl)
 """
 
 
+def look_up(host: str) -> None:
+    with suppress(OSError, UnicodeError):  # which the connection will meet again
+        socket.getaddrinfo(host, None)
+
+
 def hashed(text: str) -> str:
     """A name for a key of Redis, which says nothing of the text and cannot be another's."""
     return sha256(text.encode()).hexdigest()[:32]
@@ -2211,6 +2216,8 @@ class RedisStore(SharedStore):
                 url, max_connections=REDIS_CONNECTIONS, timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT,
                 socket_timeout=REDIS_TIMEOUT, socket_keepalive=True, protocol=2,
                 retry=Retry(NoBackoff(), 0))  # a turn whose answer was lost may have landed
+            self._resolver = threading.Thread()
+            pool.connection_class = self._with_deadline(pool.connection_class)
             pool.make_connection()  # which reads the options in the address
         except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
             raise StoreError(f"the address of Redis cannot be used: {error}") from None
@@ -2361,6 +2368,28 @@ class RedisStore(SharedStore):
         with self._client() as redis:
             counters = redis.hgetall(self._counters(owner, period))
             return {name.decode(): int(value) for name, value in counters.items()}
+
+    def _with_deadline(self, connection_class: Any) -> Any:
+        """The package's class of a connection, which has none for finding the address of its host."""
+        store = self
+
+        class Connection(connection_class):  # type: ignore[misc]
+            def _connect(self) -> Any:
+                store._await_address(self.host)
+                return super()._connect()
+
+        return Connection
+
+    def _await_address(self, host: str) -> None:
+        """Raises TimeoutError when the system takes long to find it: half a minute, at worst."""
+        resolver = self._resolver
+        if not resolver.is_alive():
+            resolver = threading.Thread(target=look_up, args=(host,), name="resolver", daemon=True)
+            resolver.start()
+            self._resolver = resolver  # all who wait, wait for the same one
+        resolver.join(REDIS_TIMEOUT)
+        if resolver.is_alive():
+            raise TimeoutError
 
     def _counters(self, owner: str, period: str) -> str:
         return f"kimi2api:counters:{hashed(owner)}:{hashed(period)}"

@@ -1800,7 +1800,30 @@ def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> No
         server.stop()
 
 
-@pytest.mark.parametrize("reply", [b":abc\r\n", b"*x\r\n", b"$-7\r\n", b"+OK\r\n", b":5\r\n"])
+def test_a_name_that_takes_long_to_be_resolved_is_a_store_that_fails(
+    make: Make, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    getaddrinfo = socket.getaddrinfo
+    answers = threading.Event()
+
+    def slow(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host != "redis.test":
+            return getaddrinfo(host, *args, **kwargs)
+        if not answers.wait(PATIENCE / 2):
+            raise socket.gaierror
+        return getaddrinfo("127.0.0.1", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    try:
+        app = make(SESSION_STORE=f"redis://redis.test:{redis_server.port}/0")
+        answers_while_the_store_fails(app)
+        answers.set()
+        wait_for(is_well(app), "the name is known")
+    finally:
+        answers.set()
+
+
+@pytest.mark.parametrize("reply", [b":abc\r\n", b"+OK\r\n"])
 def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_server: RedisServer, reply: bytes) -> None:
     makes_sense = True
 
