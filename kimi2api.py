@@ -2106,7 +2106,7 @@ class SQLiteStore(SharedStore):
 # sorted sets for what is oldest. What a request does is one transaction.
 # ======================================================================================================================
 
-REDIS_CONNECTIONS = 32  # at most; Python's threads do not keep more of them busy
+REDIS_CONNECTIONS = 256  # at most: each thread that asks has one, and of a Redis that is far away all wait at once
 REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to have a connection
 REDIS_FORMAT = "kimi2api:format"
 REDIS_SESSIONS = "kimi2api:sessions"  # all of them, by their last use
@@ -2227,7 +2227,7 @@ class RedisStore(SharedStore):
         self._is_format_known = False
         # Held while a session is changed, each for its part of all sessions: threads that compete for one session by
         # WATCH alone spend their time on transactions that fail. It is other processes that WATCH is for
-        self._locks = [threading.Lock() for _ in range(64)]
+        self._locks = [threading.Lock() for _ in range(1024)]
         try:
             self._check_format()
         except StoreError:

@@ -1823,34 +1823,51 @@ def test_a_name_that_takes_long_to_be_resolved_is_a_store_that_fails(
         answers.set()
 
 
+@contextmanager
+def relay_to(server: RedisServer, change: Callable[[bytes], bytes]) -> Iterator[str]:
+    """The address of one that stands between a program and Redis and changes the answers."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", server.port)) as redis:
+                while asked := self.request.recv(65536):
+                    redis.sendall(asked)
+                    self.request.sendall(change(redis.recv(65536)))
+
+    class Relay(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    with Relay(("127.0.0.1", 0), Handler) as relay:
+        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        try:
+            yield f"redis://127.0.0.1:{relay.server_address[1]}/0"
+        finally:
+            relay.shutdown()
+
+
 @pytest.mark.parametrize("reply", [b":abc\r\n", b"+OK\r\n"])
 def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_server: RedisServer, reply: bytes) -> None:
     makes_sense = True
+    with relay_to(redis_server, lambda answer: answer if makes_sense else reply) as address:
+        app = make(SESSION_STORE=address)
+        for path in ("/v1/sessions", "/v1/sessions/ada", "/v1/responses/resp_1"):
+            wait_for(is_well(app))
+            makes_sense = False
+            assert is_error(app.get(path), 503, "session_store_unavailable")
+            assert app.get("/health").json["store"]["ok"] is False
+            assert said(chat(app)) == "Hello from upstream."
+            makes_sense = True
 
-    class Handler(socketserver.BaseRequestHandler):
-        """Between the program and Redis."""
 
-        def handle(self) -> None:
-            with socket.create_connection(("127.0.0.1", redis_server.port)) as redis:
-                while asked := self.request.recv(65536):
-                    redis.sendall(asked)
-                    answer = redis.recv(65536)
-                    self.request.sendall(answer if makes_sense else reply)
+def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
+    def late(answer: bytes) -> bytes:
+        time.sleep(0.3)
+        return answer
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            app = make(SESSION_STORE=f"redis://127.0.0.1:{server.server_address[1]}/0")
-            for path in ("/v1/sessions", "/v1/sessions/ada", "/v1/responses/resp_1"):
-                wait_for(is_well(app))
-                makes_sense = False
-                assert is_error(app.get(path), 503, "session_store_unavailable")
-                assert app.get("/health").json["store"]["ok"] is False
-                assert said(chat(app)) == "Hello from upstream."
-                makes_sense = True
-        finally:
-            server.shutdown()
+    with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
+        store = open_store(address)
+        assert list(pool.map(lambda number: store.get(("owner", "user", str(number))), range(128))) == [None] * 128
 
 
 def test_a_session_that_this_program_did_not_write_can_be_forgotten(make: Make, redis_server: RedisServer) -> None:
