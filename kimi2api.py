@@ -1990,7 +1990,7 @@ class SQLiteStore(SharedStore):
     def _sweep_sessions(self, db: Any) -> None:
         """Delete what has expired, not all at once, and what is too many."""
         db.execute(
-            "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions WHERE used <= ? ORDER BY used LIMIT 50)",
+            "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions WHERE used <= ? ORDER BY used LIMIT 10)",
             (time.time() - self.ttl,))
         [kept] = db.execute("SELECT sessions FROM totals").fetchone()
         if kept > self.limit:
