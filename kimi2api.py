@@ -1914,9 +1914,10 @@ class SQLiteStore(SharedStore):
 
     def forget(self, key: Key) -> bool:
         with self._transaction() as db:
-            number, session = self._read_session(db, key)
-            db.execute("DELETE FROM sessions WHERE number = ?", (number,))
-        return session is not None
+            where = "FROM sessions WHERE owner = ? AND kind = ? AND name = ?"
+            row = db.execute(f"SELECT used {where}", key).fetchone()
+            db.execute(f"DELETE {where}", key)
+        return row is not None and row[0] > time.time() - self.ttl
 
     def users(self, owner: str) -> dict[str, SessionSummary]:
         with self._transaction("BEGIN") as db:

@@ -1919,6 +1919,17 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_session_that_is_damaged_can_be_forgotten(tmp_path: Path, make: Make) -> None:
+    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    chat(app, user="ada")
+    with closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as db:
+        db.execute("UPDATE turns SET turn = x'7b'")
+        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
+        wait_for(lambda: app.delete("/v1/sessions/ada").status_int == 200, "it is forgotten")
+        assert said(chat(app, user="ada"))
+        assert db.execute("SELECT count(*) FROM turns").fetchone() == (1,)
+
+
 def test_a_database_that_stays_locked_is_not_waited_for_as_long_again(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
