@@ -2250,7 +2250,7 @@ class RedisStore(SharedStore):
 
     def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
         keys = RedisKeys.of(key)
-        deadline = time.monotonic() + self.patience / 2
+        deadline = time.monotonic() + self.patience - REDIS_TIMEOUT  # when it must be read and changed
         self._check_pause(self.patience)
         lock = self._locks[hash(key) % len(self._locks)]
         if not lock.acquire(timeout=self.patience / 2):

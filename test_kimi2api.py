@@ -1874,6 +1874,8 @@ def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
     with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
         store = open_store(address)
         assert list(pool.map(lambda number: store.get(("owner", "user", str(number))), range(128))) == [None] * 128
+        list(pool.map(lambda number: add_turn(store, "ada", number), range(2)))
+        assert sorted(asked_in(store, "ada")) == ["0", "1"], "two turns of one user at once both land"
 
 
 def test_a_session_that_this_program_did_not_write_can_be_forgotten(make: Make, redis_server: RedisServer) -> None:
