@@ -218,7 +218,7 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     keys = []
     for entry in split_commas(text):
         found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
-        if not found:
+        if not found or entry.endswith(":"):  # a name whose key is missing must not become a key
             raise ValueError
         keys.append(ClientKey(found[2], found[1]))
     return tuple(keys)

@@ -2008,6 +2008,12 @@ def test_keys_may_have_names_which_the_log_tells_and_the_keys_never(
     assert " ann GET /v1/usage 200" in caplog.text and "sk-1" not in caplog.text
 
 
+@pytest.mark.parametrize("keys", ["ann:", "ann:,bob:sk-2"])
+def test_a_name_without_its_key_is_refused(keys: str) -> None:
+    with pytest.raises(kimi2api.SettingError, match="^API_MASTER_KEY: the value is not "):
+        kimi2api.Settings.load({"API_MASTER_KEY": keys})
+
+
 @pytest.mark.parametrize("value", ["x", "-1", "20,ann", "1.5", "carl=3"])
 def test_a_limit_that_makes_no_sense_is_refused(value: str) -> None:
     with pytest.raises(kimi2api.SettingError, match="REQUESTS_PER_MINUTE"):
