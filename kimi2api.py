@@ -215,24 +215,27 @@ class ClientKey:
 
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
-    keys = []
+    keys: list[ClientKey] = []
     for entry in split_commas(text):
         found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
         if not found or entry.endswith(":"):  # a name whose key is missing must not become a key
             raise ValueError
+        for known in keys:
+            if known.key == found[2] and known.name != found[1]:  # only the first would have its limits
+                raise SettingError("API_MASTER_KEY: the same key stands there under two names")
         keys.append(ClientKey(found[2], found[1]))
     return tuple(keys)
 
 
 def parse_limits(text: str) -> dict[str, int]:
     """Limits by the names of keys; that of "" is for all others."""
-    limits = {"": 0}
+    limits: dict[str, int] = {}
     for entry in split_commas(text):
-        name, _, limit = entry.rpartition("=")
-        if not re.fullmatch(r"\d{1,15}", limit.strip(), re.A):
+        name, equals, limit = map(str.strip, entry.rpartition("="))
+        if name in limits or (equals and not name) or not re.fullmatch(r"\d{1,15}", limit, re.A):
             raise ValueError
-        limits[name.strip()] = int(limit)
-    return limits
+        limits[name] = int(limit)
+    return {"": 0, **limits}
 
 
 def parse_url(text: str) -> str:
