@@ -2626,25 +2626,28 @@ class Accounts:
         """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
         now = time.time()
         headers: dict[str, str] = {}
-        tokens = limit_of(self.tokens_per_day, client)
+        tokens_limit = limit_of(self.tokens_per_day, client)
         requests_limit = limit_of(self.requests_per_minute, client)
-        if tokens:
-            reset = DAY - now % DAY
-            used = summed(self._read(client, f"day {date_of(now)}"))["total_tokens"]
-            headers.update(limit_headers("tokens", tokens, used, reset))
-            if used >= tokens:
-                raise APIError(
-                    429, f"You have used {used} of {tokens} tokens of today (TOKENS_PER_DAY).", "insufficient_quota",
-                    "insufficient_quota", headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
+        minute_reset = MINUTE - now % MINUTE
+        day_reset = DAY - now % DAY
+        tokens = requests = 0
+        if tokens_limit:
+            tokens = summed(self._read(client, f"day {date_of(now)}"))["total_tokens"]
+            headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
+        has_quota = not tokens_limit or tokens < tokens_limit
         if requests_limit:
-            reset = MINUTE - now % MINUTE
             period = f"minute {int(now // MINUTE)}"
-            used = self._add(client, period, {"requests": 1}, 2 * MINUTE)["requests"]
-            headers.update(limit_headers("requests", requests_limit, used, reset))
-            if used > requests_limit:
-                raise APIError(
-                    429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
-                    "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(reset))})
+            requests = self._add(client, period, {"requests": int(has_quota)}, 2 * MINUTE)["requests"]
+            headers.update(limit_headers("requests", requests_limit, requests, minute_reset))
+        if not has_quota:
+            raise APIError(
+                429, f"You have used {tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
+                "insufficient_quota", "insufficient_quota",
+                headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
+        if requests > requests_limit:
+            raise APIError(
+                429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
+                "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(minute_reset))})
         return headers
 
     def record(

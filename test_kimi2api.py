@@ -2056,6 +2056,18 @@ def test_a_limited_chat_that_fails_tells_its_limits_too(make: Make, kimi: WebCha
     assert is_error(response, 503, "upstream_blocked") and response.headers["x-ratelimit-remaining-requests"] == "4"
 
 
+def test_a_chat_over_its_quota_tells_both_limits_and_does_not_count_as_a_chat(make: Make, clock: Clock) -> None:
+    app = make(TOKENS_PER_DAY="1", REQUESTS_PER_MINUTE="5")
+    clock.now = 86400 * 10**4 + 20
+    assert said(chat(app))
+    for _ in range(2):
+        refused = chat(app)
+        assert is_error(refused, 429, "insufficient_quota", "insufficient_quota")
+        for what, told in (("tokens", ["1", "0", "23h59m40s"]), ("requests", ["5", "4", "40s"])):
+            names = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset")]
+            assert [refused.headers.get(name) for name in names] == told
+
+
 def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answered(
     make: Make, clock: Clock, kimi: WebChat
 ) -> None:
