@@ -2841,6 +2841,17 @@ class Delta:
                 return choice["delta"].get("content") or ""
         return ""
 
+    def written(self) -> Iterator[str]:
+        """All that the model wrote in it, of every choice: its reasoning and its calls too."""
+        for choice in self.chunk["choices"]:
+            fields = choice["delta"]
+            yield fields.get("reasoning_content") or ""
+            yield fields.get("content") or ""
+            for call in fields.get("tool_calls") or ():
+                function = call.get("function") or {}
+                yield function.get("name") or ""
+                yield function.get("arguments") or ""
+
     @property
     def is_final(self) -> bool:
         """Whether it finishes a choice or carries the usage alone, so that it may be the last."""
@@ -3446,14 +3457,14 @@ FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doub
 class Tally:
     """What an answer has taken so far, for usage and metrics."""
 
-    def __init__(self, messages: Iterable[Message] = ()) -> None:
+    def __init__(self) -> None:
         self.began = time.monotonic()
         self.provider = ""  # that was asked last
         self.model = ""  # by the id that clients know
         self.first_chunk: float | None = None  # seconds after the beginning
         self.usage: Any = None
-        self._messages = messages  # of the prompt
-        self._text: list[str] = []  # of the answer
+        self.messages: list[Message] = []  # of the prompt
+        self._written: list[str] = []  # by the model
 
     def count(self, provider: str, model: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
         """The deltas of this provider's answer, counted; the last tells the usage, by estimate if no other does."""
@@ -3461,25 +3472,28 @@ class Tally:
         self.model = model
         self.first_chunk = None
         self.usage = None
-        self._text = []
+        self._written = []
         for delta in deltas:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
             self.usage = delta.chunk.get("usage") or self.usage
-            if not self.usage:
-                self._text.append(delta.text)
+            self._written.extend(delta.written())
             yield delta
         if not self.usage:
             self.usage = self._estimate()
             yield Delta({"choices": [], "usage": self.usage})
 
     def tokens(self) -> tuple[int, int]:
-        """Of the prompt and of the answer, as the upstream counts them, else by estimate."""
-        usage = self.usage if count_of(self.usage, "prompt_tokens") else self._estimate()
-        return count_of(usage, "prompt_tokens"), count_of(usage, "completion_tokens")
+        """Of the prompt and of the answer, each as the upstream counts it, else by estimate."""
+        prompt = count_of(self.usage, "prompt_tokens")
+        completion = count_of(self.usage, "completion_tokens")
+        if prompt and completion:
+            return prompt, completion
+        estimate = self._estimate()
+        return prompt or estimate["prompt_tokens"], completion or estimate["completion_tokens"]
 
     def _estimate(self) -> dict[str, int]:
-        return estimate_usage("\n".join(map(text_of, self._messages)), "".join(self._text))
+        return estimate_usage("\n".join(map(text_of, self.messages)), "".join(self._written))
 
 
 @dataclass(frozen=True)
@@ -5162,6 +5176,7 @@ class Providers:
         an answer in one piece everything.
         """
         failed: list[tuple[str, APIError]] = []
+        chat.tally.messages = [*itertools.chain.from_iterable(chat.history), *chat.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             deltas = chat.tally.count(provider.name, name, provider.stream(replace(chat, model=upstream_model)))
@@ -6176,8 +6191,7 @@ class App:
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
         self._admit(exchange)
         chat = Chat(
-            request, model, owner=current_owner(), store=self.sessions, tally=Tally(request.messages),
-            cleanup=exchange.call.pop_all())
+            request, model, owner=current_owner(), store=self.sessions, cleanup=exchange.call.pop_all())
         ask = partial(self._observed, current_client(), model)
         if previous is None:
             deltas = answer_in_session(ask, chat)

@@ -2230,6 +2230,56 @@ def test_no_usage_of_an_api_breaks_the_counters(make: Make, both: dict[str, str]
     assert metrics(app) and today["requests"] == 2 and 0 < today["total_tokens"] < 100
 
 
+def tokens_today(app: Client) -> tuple[int, int]:
+    """Tokens of prompts and of answers, by /v1/usage."""
+    used = app.get("/v1/usage").json["today"]
+    return used["prompt_tokens"], used["completion_tokens"]
+
+
+@pytest.mark.parametrize("usage, counted", [
+    ({"prompt_tokens": 50, "completion_tokens": None}, (50, 3)),
+    ({"prompt_tokens": 50}, (50, 3)),
+    ({"prompt_tokens": None, "completion_tokens": 30}, (5, 30)),
+    ({"prompt_tokens": "50", "completion_tokens": -30}, (5, 3)),
+])  # fmt: skip
+def test_of_usage_that_is_told_in_part_the_rest_is_estimated(
+    make: Make, both: dict[str, str], api: Api, usage: Any, counted: tuple[int, int]
+) -> None:
+    app = make(**both)
+    in_each = [api_chunk({"content": "word "}, usage=usage), api_chunk({"content": "another"}, usage=usage)]
+    api.always = api_plays(*in_each, api_chunk({}, "stop", usage=usage), b"[DONE]")
+    assert said(chat(app, "four words of text", model="local/k2"))
+    assert tokens_today(app) == counted
+
+
+WRITTEN = "w" * 400
+CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": WRITTEN}}
+
+
+@pytest.mark.parametrize("delta", [
+    {"content": WRITTEN}, {"reasoning_content": WRITTEN}, {"tool_calls": [CALL]},
+], ids=["text", "reasoning", "call"])  # fmt: skip
+def test_all_that_a_model_writes_is_in_the_estimate(
+    make: Make, both: dict[str, str], api: Api, delta: dict[str, Any]
+) -> None:
+    app = make(**both)
+    choices = [{"index": index, "delta": delta, "finish_reason": "stop"} for index in range(3)]
+    api.always = api_plays({**api_chunk(), "choices": choices}, b"[DONE]")
+    assert chat(app, model="local/k2", n=3).status_int == 200
+    assert 300 <= tokens_today(app)[1] <= 301
+
+
+def test_what_was_said_before_is_in_the_estimate(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.always = api_plays(api_chunk({"content": WRITTEN}, "stop"), b"[DONE]")
+    for _ in range(2):
+        assert said(chat(app, "four words of text", model="local/k2", user="ada"))
+    assert tokens_today(app)[0] == 5 + (5 + 100 + 5)
+    id = respond(app, model="local/k2").json["id"]
+    assert output_text(respond(app, model="local/k2", previous_response_id=id))
+    assert tokens_today(app)[0] > 115 + 100
+
+
 def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
     app = make(MODELS="kimi=x,*=y")
     assert said(chat(app, model="made-up-0"))
