@@ -5230,12 +5230,12 @@ MAX_LABEL = 128  # characters of one
 
 
 class Meter:
-    """Counts answers. models: those of MODELS."""
+    """Counts answers."""
 
-    def __init__(self, metrics: Metrics, accounts: Accounts, models: Mapping[str, str]) -> None:
+    def __init__(self, metrics: Metrics, accounts: Accounts, settings: Settings) -> None:
         self._metrics = metrics
         self._accounts = accounts
-        self._models = models
+        self._models = {*settings.models, settings.default_model, *settings.fallback_models} - {"*"}
         self._api_models: set[str] = set()  # of APIs, that have answered
 
     @contextmanager
@@ -5270,7 +5270,7 @@ class Meter:
 
     def _label(self, tally: Tally) -> str:
         """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
-        if tally.model in self._models and tally.model != "*":
+        if tally.model in self._models:
             return tally.model
         answers = tally.first_chunk is not None and tally.provider != WEB_CHAT and len(tally.model) <= MAX_LABEL
         if answers and len(self._api_models) < MAX_MODEL_LABELS:
@@ -6136,7 +6136,7 @@ class App:
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
         self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
-        self.meter = Meter(self.metrics, self.accounts, settings.models)
+        self.meter = Meter(self.metrics, self.accounts, settings)
         self.chats = Slots(settings.max_concurrent_chats)
         self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
         # Upstream calls, those included whose client has left: they may be as many again, and no more

@@ -2280,6 +2280,16 @@ def test_what_was_said_before_is_in_the_estimate(make: Make, both: dict[str, str
     assert tokens_today(app)[0] > 115 + 100
 
 
+def test_a_model_of_the_settings_has_its_name_before_it_has_answered(
+    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+) -> None:
+    app = make(**both, FALLBACK_MODELS="local/k2", MAX_RETRIES="0")
+    kimi.always, api.always = sends(403, JUST_A_MOMENT), api_sends(500, {})
+    assert chat(app).status_int == 503
+    labels = {"provider": "local", "model": "local/k2", "status": "503"}
+    assert metrics(app)["kimi2api_chats_total", frozenset(labels.items())] == 1
+
+
 def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
     app = make(MODELS="kimi=x,*=y")
     assert said(chat(app, model="made-up-0"))
