@@ -6192,11 +6192,12 @@ class App:
         self._admit(exchange)
         chat = Chat(
             request, model, owner=current_owner(), store=self.sessions, cleanup=exchange.call.pop_all())
-        ask = partial(self._observed, current_client(), model)
+        ask = partial(self.providers.answer, model)
         if previous is None:
             deltas = answer_in_session(ask, chat)
         else:
             deltas = ask(replace(chat, history=previous.turns, session_id=previous.id))
+        deltas = self._observed(current_client(), chat, deltas)
         if not request.stream:
             answer = b"".join(self._relay(exchange, writer.json(deltas), chat.cancel, chat.cleanup))
             set_headers({"Content-Type": "application/json", **writer.headers})
@@ -6208,10 +6209,10 @@ class App:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
         return EventStream(itertools.chain([first], events), exchange.done.pop_all())
 
-    def _observed(self, caller: ClientKey, model: str, chat: Chat) -> Iterator[Delta]:
-        """The answer, counted when it ends, however it ends."""
+    def _observed(self, caller: ClientKey, chat: Chat, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        """The answer, counted when it ends, however it ends: its session may fail too."""
         with self.meter.counted(caller, chat.tally, chat.cancel):
-            yield from self.providers.answer(model, chat)
+            yield from deltas
 
     def embeddings(self) -> bytes:
         with self._exchange() as exchange:

@@ -2290,6 +2290,27 @@ def test_a_model_of_the_settings_has_its_name_before_it_has_answered(
     assert metrics(app)["kimi2api_chats_total", frozenset(labels.items())] == 1
 
 
+def test_a_chat_whose_session_fails_is_counted_as_it_was_answered(
+    make: Make, kimi: WebChat, tmp_path: Path
+) -> None:
+    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    answer = kimi.always
+
+    def answers_without_a_store(handler: WebChatHandler) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        (tmp_path / "sessions.db").mkdir()
+        answer(handler)
+
+    kimi.always = answers_without_a_store
+    assert is_error(chat(app, user="ada"), 503, "session_store_unavailable"), "its turn cannot be recorded"
+    assert is_error(chat(app, user="ada"), 503, "session_store_unavailable"), "its session cannot be read"
+    samples = metrics(app)
+    for labels in ({"provider": "kimi", "model": "kimi"}, {"provider": "none", "model": "other"}):
+        assert samples["kimi2api_chats_total", frozenset({**labels, "status": "503"}.items())] == 1
+    assert len([name for name, _ in samples if name == "kimi2api_chats_total"]) == 2
+
+
 def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
     app = make(MODELS="kimi=x,*=y")
     assert said(chat(app, model="made-up-0"))
