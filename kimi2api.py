@@ -5272,8 +5272,9 @@ class Meter:
         """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
         if tally.model in self._models:
             return tally.model
-        answers = tally.first_chunk is not None and tally.provider != WEB_CHAT and len(tally.model) <= MAX_LABEL
-        if answers and len(self._api_models) < MAX_MODEL_LABELS:
+        is_apis = tally.provider != WEB_CHAT and tally.model.startswith(f"{tally.provider}/")
+        answers = tally.first_chunk is not None and len(tally.model) <= MAX_LABEL
+        if is_apis and answers and len(self._api_models) < MAX_MODEL_LABELS:
             self._api_models.add(tally.model)
         return tally.model if tally.model in self._api_models else "other"
 

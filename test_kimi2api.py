@@ -2311,8 +2311,9 @@ def test_a_chat_whose_session_fails_is_counted_as_it_was_answered(
     assert len([name for name, _ in samples if name == "kimi2api_chats_total"]) == 2
 
 
-def test_made_up_models_add_no_series(make: Make, kimi: WebChat) -> None:
-    app = make(MODELS="kimi=x,*=y")
+@pytest.mark.parametrize("models", ["kimi=x,*=kimi", "kimi=local/k2,*=kimi"], ids=["web chat", "api"])
+def test_made_up_models_add_no_series(make: Make, both: dict[str, str], models: str) -> None:
+    app = make(**both, MODELS=models)
     assert said(chat(app, model="made-up-0"))
     before = len(metrics(app))
     for number in range(1, 30):
