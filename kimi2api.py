@@ -4818,6 +4818,8 @@ class APIAnswer:
             raise invalid_response(self._api.name, "a malformed chunk")
         for choice in choices:
             self._check_choice(choice)
+            if choice.get("usage"):  # Moonshot's place for it
+                chunk["usage"] = chunk.get("usage") or choice["usage"]
         return chunk
 
     def _check_choice(self, choice: Any) -> None:

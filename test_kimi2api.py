@@ -2252,6 +2252,18 @@ def test_of_usage_that_is_told_in_part_the_rest_is_estimated(
     assert tokens_today(app) == counted
 
 
+@json_and_stream
+def test_usage_in_a_choice_counts_as_moonshot_tells_it_there(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    app = make(**both)
+    end = api_chunk({}, "stop")
+    end["choices"][0]["usage"] = {"prompt_tokens": 19, "completion_tokens": 13, "total_tokens": 32}
+    api.always = api_plays(api_chunk({"content": "word"}), end, b"[DONE]")
+    assert chat(app, model="local/k2", stream=stream).status_int == 200
+    assert tokens_today(app) == (19, 13)
+
+
 WRITTEN = "w" * 400
 CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": WRITTEN}}
 
