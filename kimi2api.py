@@ -1603,8 +1603,8 @@ class Store:
         was added for so many seconds."""
         raise NotImplementedError
 
-    def read(self, owner: str, period: str) -> dict[str, int]:
-        """The counters of a period."""
+    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
+        """The counters of each of these periods."""
         raise NotImplementedError
 
 
@@ -1676,21 +1676,24 @@ class MemoryStore(Store):
             return text if kept > time.time() - self.ttl else None
 
     def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        now = time.time()
         with self._lock:
-            expires, counters = self._counters.get((owner, period), (0.0, {}))
-            if expires <= now:  # a new period: others may have expired
-                self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
-                counters = {}
+            counters = self._renewed_counters(owner, period, max_age)
             for name, amount in amounts.items():
                 counters[name] = counters.get(name, 0) + amount
-            self._counters[owner, period] = now + max_age, counters
             return {name: counters[name] for name in amounts}
 
-    def read(self, owner: str, period: str) -> dict[str, int]:
+    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
+        found = []
         with self._lock:
-            expires, counters = self._counters.get((owner, period), (0.0, {}))
-            return dict(counters) if expires > time.time() else {}
+            for period in periods:
+                expires, counters = self._counters.get((owner, period), (0.0, {}))
+                found.append(dict(counters) if expires > time.time() else {})
+        return found
+
+    def set_counters(self, owner: str, period: str, counters: Mapping[str, int], max_age: float) -> None:
+        """Take over what another store has told of these counters."""
+        with self._lock:
+            self._renewed_counters(owner, period, max_age).update(counters)
 
     # The caller of these holds the lock
 
@@ -1699,6 +1702,16 @@ class MemoryStore(Store):
         if session:
             self._size -= session.size
         return session is not None
+
+    def _renewed_counters(self, owner: str, period: str, max_age: float) -> dict[str, int]:
+        """The counters of a period, which expire after so many seconds from now."""
+        now = time.time()
+        expires, counters = self._counters.get((owner, period), (0.0, {}))
+        if expires <= now:  # it is a new period, so others may have expired
+            self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
+            counters = {}
+        self._counters[owner, period] = now + max_age, counters
+        return counters
 
     def _drop_reasoning(self, key: tuple[str, str]) -> None:
         _, text = self._reasoning.pop(key, (0.0, None))
@@ -1970,9 +1983,9 @@ class SQLiteStore(SharedStore):
             counters = self._read_counters(db, owner, period)
         return {name: counters[name] for name in amounts}
 
-    def read(self, owner: str, period: str) -> dict[str, int]:
+    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
         with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
-            return self._read_counters(db, owner, period)
+            return [self._read_counters(db, owner, period) for period in periods]
 
     # The caller of these is in a transaction
 
@@ -2368,10 +2381,11 @@ class RedisStore(SharedStore):
             *values, _ = pipe.execute()
         return dict(zip(amounts, values, strict=True))
 
-    def read(self, owner: str, period: str) -> dict[str, int]:
-        with self._client() as redis:
-            counters = redis.hgetall(self._counters(owner, period))
-            return {name.decode(): int(value) for name, value in counters.items()}
+    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for period in periods:
+                pipe.hgetall(self._counters(owner, period))
+            return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
 
     def _with_deadline(self, connection_class: Any) -> Any:
         """The package's class of a connection, which has none for finding the address of its host."""
@@ -2579,6 +2593,7 @@ class Sessions:
 MINUTE = 60
 DAY = 86400
 USAGE_DAYS = 31
+USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
 STORE_RETRY = 5.0  # seconds that a store that failed is not asked to count
 
 
@@ -2616,7 +2631,7 @@ class Accounts:
         self.requests_per_minute = requests_per_minute
         self.tokens_per_day = tokens_per_day
         self._store = store
-        # What this process has counted since its start, which is what it knows while the store cannot be reached
+        # What the store last told, and what has been counted since: limits go by it while the store cannot be reached
         self._own = MemoryStore(0.0, 0)
         self._lock = threading.Lock()  # guards the next
         self._unsaved: dict[tuple[str, str], Counter[str]] = {}  # usage that the store does not know yet
@@ -2632,12 +2647,15 @@ class Accounts:
         day_reset = DAY - now % DAY
         tokens = requests = 0
         if tokens_limit:
-            tokens = summed(self._read(client, f"day {date_of(now)}"))["total_tokens"]
+            day = f"day {date_of(now)}"
+            [counters] = self._read(client, [day])
+            tokens = summed(counters)["total_tokens"]
             headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
         has_quota = not tokens_limit or tokens < tokens_limit
         if requests_limit:
             period = f"minute {int(now // MINUTE)}"
-            requests = self._add(client, period, {"requests": int(has_quota)}, 2 * MINUTE)["requests"]
+            counters = self._add(client, period, {"requests": int(has_quota)}, 2 * MINUTE)
+            requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, requests, minute_reset))
         if not has_quota:
             raise APIError(
@@ -2656,15 +2674,16 @@ class Accounts:
         """Count what an answer took. model: one of a bounded number of ids; is_answered: it did not break off."""
         amounts = {"requests": int(is_answered), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         named = {f"{name} {model}": amount for name, amount in amounts.items()}
-        self._add(client, f"day {date_of(time.time())}", named, (USAGE_DAYS + 1) * DAY)
+        self._add(client, f"day {date_of(time.time())}", named, USAGE_MAX_AGE)
 
     def usage(self, client: ClientKey) -> JSONObject:
         """What the key has used in the last 31 days, the oldest first, and its limits."""
         now = time.time()
+        dates = [date_of(now - ago * DAY) for ago in reversed(range(USAGE_DAYS))]
+        counters_of_days = self._read(client, [f"day {date}" for date in dates])
         days = []
-        for ago in reversed(range(USAGE_DAYS)):
-            date = date_of(now - ago * DAY)
-            days.append({"date": date, **summed(self._read(client, f"day {date}"))})
+        for date, counters in zip(dates, counters_of_days, strict=True):
+            days.append({"date": date, **summed(counters)})
         today = {name: value for name, value in days[-1].items() if name != "models"}
         return {
             "object": "usage",
@@ -2677,22 +2696,27 @@ class Accounts:
             "days": days,
         }
 
-    def _read(self, client: ClientKey, period: str) -> Mapping[str, int]:
-        known = self._ask_store(partial(self._store.read, client.owner, period))
+    def _read(self, client: ClientKey, periods: list[str]) -> list[Mapping[str, int]]:
+        known = self._ask_store(partial(self._store.read, client.owner, periods))
         if known is None:
-            return self._own.read(client.owner, period)
-        return Counter(known) + self._unsaved.get((client.owner, period), Counter())
+            return [*self._own.read(client.owner, periods)]
+        found: list[Mapping[str, int]] = []
+        for period, counters in zip(periods, known, strict=True):
+            if counters:
+                self._own.set_counters(client.owner, period, counters, USAGE_MAX_AGE)
+            found.append(Counter(counters) + self._unsaved.get((client.owner, period), Counter()))
+        return found
 
     def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
-        own = self._own.add(client.owner, period, amounts, max_age)
         counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
         if counters is not None:
+            self._own.set_counters(client.owner, period, counters, max_age)
             self._ask_store(self._save)
             return counters
         with self._lock:
             if max_age > DAY:
                 self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
-        return own
+        return self._own.add(client.owner, period, amounts, max_age)
 
     def _ask_store(self, ask: Callable[[], T]) -> T | None:
         """What the store answers; None while it cannot be reached."""
@@ -2713,7 +2737,7 @@ class Accounts:
                     return
                 (owner, period), amounts = self._unsaved.popitem()
             try:
-                self._store.add(owner, period, amounts, (USAGE_DAYS + 1) * DAY)
+                self._store.add(owner, period, amounts, USAGE_MAX_AGE)
             except APIError:
                 with self._lock:
                     self._unsaved.setdefault((owner, period), Counter()).update(amounts)

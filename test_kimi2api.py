@@ -1470,10 +1470,10 @@ def test_counters_are_added_to_by_many_at_once(address: str) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         assert sorted(pool.map(add, range(100))) == list(range(1, 101))
-    assert store.read("owner", "day 1") == {"requests": 100, "tokens kimi": 4950}
-    assert store.read("owner", "day 2") == store.read("other", "day 1") == {}
+    assert store.read("owner", ["day 2", "day 1"]) == [{}, {"requests": 100, "tokens kimi": 4950}]
+    assert store.read("other", ["day 1"]) == [{}]
     assert store.add("owner", "minute", {"requests": 2}, 0.05) == {"requests": 2}
-    wait_for(lambda: store.read("owner", "minute") == {}, "the counters expire")
+    wait_for(lambda: store.read("owner", ["minute"]) == [{}], "the counters expire")
     assert store.add("owner", "minute", {"requests": 1}, 60) == {"requests": 1}, "and begin again"
 
 
@@ -1519,7 +1519,7 @@ def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -
     for worker in range(3):
         of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
         assert of_worker == sorted(of_worker), "those of one are in their order"
-    assert store.read("owner", "day") == {"requests": 75}
+    assert store.read("owner", ["day"]) == [{"requests": 75}]
 
 
 def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
@@ -2109,6 +2109,19 @@ def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told
         assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("limit", ["REQUESTS_PER_MINUTE", "TOKENS_PER_DAY"])
+def test_a_store_that_fails_refills_no_limit(make: Make, clock: Clock, tmp_path: Path, limit: str) -> None:
+    settings = {"SESSION_STORE": f"sqlite:{tmp_path}/sessions.db", limit: "1"}
+    app, other = make(**settings), make(**settings)
+    assert said(chat(other))
+    assert chat(app).status_int == 429, "which is all that this process knows of the other's chat"
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / "sessions.db").mkdir()
+    assert app.get("/health").json["store"]["ok"] is False
+    assert chat(app).status_int == 429
 
 
 def test_usage_counts_every_kind_of_answer_and_of_its_own_key_alone(
