@@ -1567,6 +1567,7 @@ class Store:
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit
+        self.is_failing = False  # since a call of it, and not only too busy
 
     def check(self) -> None:
         """Raises APIError when the store cannot be reached."""
@@ -1754,7 +1755,6 @@ class SharedStore(Store):
         # None of these needs a lock: a call too many or a line too many in the log does no harm
         self._paused_until = 0.0  # in seconds of time.monotonic()
         self._failed_patience = 0.0  # of the call that failed
-        self._is_failing = False
 
     def _check_pause(self, patience: float) -> None:
         if time.monotonic() < self._paused_until and patience <= self._failed_patience:
@@ -1772,12 +1772,12 @@ class SharedStore(Store):
             now = time.monotonic()
             self._paused_until = now + min(now - began, MAX_STORE_PAUSE)
             self._failed_patience = patience
-            if not self._is_failing:
+            if not self.is_failing:
                 log.warning("the session store (%s) fails: %s: %s", self.kind, type(error).__name__, error)
-            self._is_failing = True
+            self.is_failing = True
             raise store_unavailable() from None
-        if self._is_failing and is_write:  # a full disk can still be read
-            self._is_failing = False
+        if self.is_failing and is_write:  # a full disk can still be read
+            self.is_failing = False
             log.warning("the session store (%s) is well again", self.kind)
 
 
@@ -1890,7 +1890,7 @@ class SQLiteStore(SharedStore):
 
     def check(self) -> None:
         with self._transaction(patience=CHECK_PATIENCE) as db:
-            if self._is_failing:
+            if self.is_failing:
                 db.execute("INSERT INTO probe VALUES (zeroblob(?))", (PROBE_BYTES,))
             else:
                 return
@@ -2027,12 +2027,12 @@ class SQLiteStore(SharedStore):
     def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = 0.0) -> Iterator[Any]:
         """The connection, in a transaction of which all is done or nothing."""
         patience = patience or self.patience
-        if self._is_failing:  # else all threads wait for what stays locked, and /health for one of them
+        if self.is_failing:  # else all threads wait for what stays locked, and /health for one of them
             patience = min(patience, CHECK_PATIENCE)
         deadline = time.monotonic() + patience
         with self._calling(begin != "BEGIN", patience):
             if not self._lock.acquire(timeout=patience):
-                raise StoreError("the calls before take too long")
+                raise store_unavailable()  # which says nothing of the store: there are many calls
             try:
                 self._check_pause(patience)  # it may have failed meanwhile
                 try:
@@ -2250,7 +2250,7 @@ class RedisStore(SharedStore):
         except StoreError:
             raise
         except self.failures as error:
-            self._is_failing = True
+            self.is_failing = True
             log.warning("the session store (redis) fails: %s: %s", type(error).__name__, error)
 
     def check(self) -> None:
@@ -2725,8 +2725,9 @@ class Accounts:
         try:
             return ask()
         except APIError as error:
-            log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
-            self._retry_at = time.monotonic() + STORE_RETRY
+            if self._store.is_failing:
+                log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
+                self._retry_at = time.monotonic() + STORE_RETRY
             return None
 
     def _save(self) -> None:
