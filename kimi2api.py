@@ -1619,9 +1619,11 @@ class MemoryStore(Store):
         # Least recently used first, which is also the first to expire
         self._sessions: dict[Key, Session] = {}
         self._size = 0  # bytes of all sessions, about
-        self._reasoning: dict[tuple[str, str], tuple[float, str]] = {}  # when it was kept, and the text
+        # When it was kept, and the text
+        self._reasoning: dict[tuple[str, str], tuple[float, str]] = {}
         self._reasoning_size = 0
-        self._counters: dict[tuple[str, str], tuple[float, dict[str, int]]] = {}  # when they expire, and the counters
+        # When they expire, and the counters
+        self._counters: dict[tuple[str, str], tuple[float, dict[str, int]]] = {}
         self._lock = threading.Lock()  # guards all five; held for little work only
 
     def get(self, key: Key) -> Session | None:
@@ -1647,10 +1649,11 @@ class MemoryStore(Store):
     def users(self, owner: str) -> dict[str, SessionSummary]:
         with self._lock:
             self._drop_expired()
-            return {
-                name: SessionSummary(session.created, session.used, len(session.turns))
-                for (whose, kind, name), session in self._sessions.items() if (whose, kind) == (owner, "user")
-            }
+            sessions = {}
+            for (whose, kind, name), session in self._sessions.items():
+                if (whose, kind) == (owner, "user"):
+                    sessions[name] = SessionSummary(session.created, session.used, len(session.turns))
+            return sessions
 
     def count(self) -> int:
         with self._lock:
@@ -1877,13 +1880,15 @@ class SQLiteStore(SharedStore):
             raise StoreError("this Python has no sqlite3") from None
         self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
         self._path = os.path.abspath(os.path.expanduser(path))
-        self._lock = threading.Lock()  # guards the connection and its file; held while sqlite3 waits for others
+        # Guards the connection and its file; held while sqlite3 waits for others
+        self._lock = threading.Lock()
         self._db: Any = None
         self._file: tuple[int, int] | None = None  # device and inode that the connection is to
         try:
             self._connect(self.patience)
         except self.failures as error:
-            if isinstance(error, OSError) or "locked" not in str(error):  # an OSError's words have the path in them
+            # An OSError's words have the path in them
+            if isinstance(error, OSError) or "locked" not in str(error):
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise StoreError(f"{self._path} cannot be used: {reason}") from None
             log.warning("the session store (sqlite) is locked by another program: %s", self._path)
@@ -1910,7 +1915,8 @@ class SQLiteStore(SharedStore):
             fields = (session.id, session.created, session.used, dump_json(session.system), response)
             gone, new = changed_turns(before.turns if before else (), session.turns)
             if before is None:
-                db.execute("DELETE FROM sessions WHERE number = ?", (number,))  # it has expired
+                # It has expired
+                db.execute("DELETE FROM sessions WHERE number = ?", (number,))
                 number = db.execute(
                     "INSERT INTO sessions (owner, kind, name, id, created, used, system, response) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*key, *fields)).lastrowid
@@ -2016,7 +2022,8 @@ class SQLiteStore(SharedStore):
                 (kept - self.limit,))
         [free] = db.execute("PRAGMA freelist_count").fetchone()
         for _ in range(min(free - MAX_FREE_PAGES, 500)):
-            db.execute("PRAGMA incremental_vacuum(1)")  # Python makes but one step of it, which is one page
+            # Python makes but one step of it, which is one page
+            db.execute("PRAGMA incremental_vacuum(1)")
 
     def _read_counters(self, db: Any, owner: str, period: str) -> dict[str, int]:
         return dict(db.execute(
@@ -2064,7 +2071,8 @@ class SQLiteStore(SharedStore):
             self._close()
         import sqlite3
         with suppress(FileExistsError):
-            file = os.path.realpath(self._path)  # O_EXCL does not follow a link, and sqlite3 would make its target 0644
+            # O_EXCL does not follow a link, and sqlite3 would make its target 0644
+            file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
         try:
@@ -2106,7 +2114,8 @@ class SQLiteStore(SharedStore):
         for pragma in SQLITE_PRAGMAS:
             db.execute(pragma).fetchall()
         db.execute("BEGIN IMMEDIATE")
-        [version] = db.execute("PRAGMA user_version").fetchone()  # another process may have been first
+        # Another process may have been first
+        [version] = db.execute("PRAGMA user_version").fetchone()
         for step in SQLITE_STEPS[version:]:
             for statement in step:
                 db.execute(statement)
@@ -2255,7 +2264,8 @@ class RedisStore(SharedStore):
 
     def check(self) -> None:
         with self._client(is_write=True) as redis:
-            redis.set(REDIS_FORMAT, len(REDIS_STEPS), nx=True)  # refused when memory is full, or by a replica
+            # Refused when memory is full, or by a replica
+            redis.set(REDIS_FORMAT, len(REDIS_STEPS), nx=True)
 
     def get(self, key: Key) -> Session | None:
         keys = RedisKeys.of(key)
@@ -2266,7 +2276,8 @@ class RedisStore(SharedStore):
 
     def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
         keys = RedisKeys.of(key)
-        deadline = time.monotonic() + self.patience - REDIS_TIMEOUT  # when it must be read and changed
+        # When it must be read and changed
+        deadline = time.monotonic() + self.patience - REDIS_TIMEOUT
         self._check_pause(self.patience)
         lock = self._locks[hash(key) % len(self._locks)]
         if not lock.acquire(timeout=self.patience / 2):
@@ -2278,7 +2289,8 @@ class RedisStore(SharedStore):
                     with redis.pipeline() as pipe:
                         pipe.watch(keys.session)
                         before = self._read_session(pipe.hgetall(keys.session), pipe.lrange(keys.turns, 0, -1))
-                        if time.monotonic() > deadline:  # it is slow, or others are always faster
+                        # It is slow, or others are always faster
+                        if time.monotonic() > deadline:
                             raise store_unavailable()
                         kept = self._write_session(pipe, keys, key[2], before, change(before))
         finally:
@@ -2350,10 +2362,11 @@ class RedisStore(SharedStore):
         with self._client() as redis, redis.pipeline() as pipe:
             for member in redis.zrangebyscore(siblings, f"({time.time() - self.ttl}", "+inf"):
                 pipe.hmget(RedisKeys(member.decode()).session, "name", "created", "used", "turns")
-            return {
-                name.decode(): SessionSummary(float(created), float(used), int(turns))
-                for name, created, used, turns in pipe.execute() if name is not None
-            }
+            sessions = {}
+            for name, created, used, turns in pipe.execute():
+                if name is not None:
+                    sessions[name.decode()] = SessionSummary(float(created), float(used), int(turns))
+            return sessions
 
     def count(self) -> int:
         with self._client() as redis:
@@ -2421,7 +2434,8 @@ class RedisStore(SharedStore):
                 fields[b"id"].decode(), float(fields[b"created"]), float(fields[b"used"]),
                 tuple(tuple(load_json(turn)) for turn in turns), tuple(load_json(fields[b"system"])),
                 load_json(response) if response else None)
-            is_whole = len(turns) == int(fields[b"turns"])  # Redis may have dropped the list for want of memory
+            # Redis may have dropped the list for want of memory
+            is_whole = len(turns) == int(fields[b"turns"])
         except (KeyError, ValueError) as error:
             raise not_ours(error) from None
         return session if is_whole and session.used > time.time() - self.ttl else None
@@ -2563,7 +2577,8 @@ class Sessions:
         """Keep a response, and the conversation up to its end for those that go on from it."""
         now = time.time()
         kept = latest_turns(slim_turns(turns))
-        rules = latest_turns(slim_turns((message,) for message in system))  # each a turn: bounded like these
+        # Each a turn: bounded like these
+        rules = latest_turns(slim_turns((message,) for message in system))
         session = Session(opened.id, now, now, kept, tuple(itertools.chain.from_iterable(rules)), response)
         if session.size > MAX_RESPONSE_BYTES:
             log.warning("a response of %d bytes is not kept", session.size)
@@ -2634,7 +2649,8 @@ class Accounts:
         # What the store last told, and what has been counted since: limits go by it while the store cannot be reached
         self._own = MemoryStore(0.0, 0)
         self._lock = threading.Lock()  # guards the next
-        self._unsaved: dict[tuple[str, str], Counter[str]] = {}  # usage that the store does not know yet
+        # Usage that the store does not know yet
+        self._unsaved: dict[tuple[str, str], Counter[str]] = {}
         self._retry_at = 0.0  # when the store is asked again, by the monotonic clock
 
     def admit(self, client: ClientKey) -> dict[str, str]:
@@ -2807,25 +2823,32 @@ class Metrics:
 
     def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
         """All of them, and these gauges: name, labels and value."""
-        samples: dict[str, list[str]] = {name: [] for name in METRICS}
-        for name, labels, value in gauges:
-            samples[name].append(sample(name, tuple(labels.items()), value))
         with self._lock:
             counters = list(self._counters.items())
             histograms = [(key, list(histogram)) for key, histogram in self._histograms.items()]
+        samples: dict[str, list[str]] = {name: [] for name in METRICS}
+        for name, labels, value in gauges:
+            samples[name].append(sample(name, tuple(labels.items()), value))
         for (name, label_set), value in counters:
             samples[name].append(sample(name, label_set, value))
-        for (name, label_set), (*counts, seconds) in histograms:
-            total = 0.0
-            for bound, count in zip([*map(str, BUCKETS), "+Inf"], counts, strict=True):
-                total += count
-                samples[name].append(sample(f"{name}_bucket", (*label_set, ("le", bound)), total))
-            samples[name].append(sample(f"{name}_sum", label_set, seconds))
-            samples[name].append(sample(f"{name}_count", label_set, total))
+        for (name, label_set), histogram in histograms:
+            samples[name].extend(histogram_samples(name, label_set, histogram))
         lines = []
         for name, (kind, about) in METRICS.items():
-            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *samples[name]]
+            lines.append(f"# HELP {name} {about}")
+            lines.append(f"# TYPE {name} {kind}")
+            lines += samples[name]
         return "\n".join(lines) + "\n"
+
+
+def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iterator[str]:
+    *counts, seconds = histogram
+    total = 0.0
+    for bound, count in zip([*BUCKETS, "+Inf"], counts, strict=True):
+        total += count
+        yield sample(f"{name}_bucket", (*labels, ("le", str(bound))), total)
+    yield sample(f"{name}_sum", labels, seconds)
+    yield sample(f"{name}_count", labels, total)
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
@@ -5846,7 +5869,10 @@ class ResponseWriter:
         response = self._response("failed", error={"code": code, "message": error.message})
         events = [] if sent else list(self._begin())
         events.append({"type": "response.failed", "response": response})
-        return b"".join(write_event(event, number) for number, event in enumerate(events, start=sent))
+        written = b""
+        for number, event in enumerate(events, start=sent):
+            written += write_event(event, number)
+        return written
 
     def _events(self, deltas: Iterable[Delta]) -> Iterator[JSONObject]:
         for delta in deltas:
@@ -6017,7 +6043,8 @@ class Access:
 
     def admit(self) -> None:
         """Let a request in, or raise what to answer instead."""
-        environ = bottle.request.environ  # also for headers: Bottle's own accessors fail on some bytes above 127
+        # Also for headers: Bottle's own accessors fail on some bytes above 127
+        environ = bottle.request.environ
         environ["kimi2api.began"] = time.monotonic()
         environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         try:
@@ -6072,7 +6099,8 @@ def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | N
         return ClientKey()
     scheme, _, token = authorization.partition(" ")
     given = token.strip().encode("latin-1", "replace")
-    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]  # all: no timing leak
+    # All: no timing leak
+    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]
     return matches[0] if matches and scheme.lower() == "bearer" else None
 
 
@@ -6219,20 +6247,31 @@ class App:
         self.providers.resolve(model)  # an unknown model is refused before it takes a slot
         self._admit(exchange)
         chat = Chat(
-            request, model, owner=current_owner(), store=self.sessions, cleanup=exchange.call.pop_all())
+            request,
+            model,
+            owner=current_owner(),
+            store=self.sessions,
+            cleanup=exchange.call.pop_all(),
+        )
         ask = partial(self.providers.answer, model)
         if previous is None:
             deltas = answer_in_session(ask, chat)
         else:
             deltas = ask(replace(chat, history=previous.turns, session_id=previous.id))
         deltas = self._observed(current_client(), chat, deltas)
-        if not request.stream:
-            answer = b"".join(self._relay(exchange, writer.json(deltas), chat.cancel, chat.cleanup))
-            set_headers({"Content-Type": "application/json", **writer.headers})
-            return answer
+        if request.stream:
+            return self._stream(exchange, chat, writer, deltas)
+        answer = b"".join(self._relay(exchange, writer.json(deltas), chat.cancel, chat.cleanup))
+        set_headers({"Content-Type": "application/json", **writer.headers})
+        return answer
+
+    def _stream(
+        self, exchange: Exchange, chat: Chat, writer: ChatCompletion | ResponseWriter, deltas: Iterator[Delta],
+    ) -> EventStream:
         interval = self.settings.stream_interval_ms / 1000
-        parts = writer.events(pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel))
-        events = event_stream(self._relay(exchange, parts, chat.cancel, chat.cleanup), writer.failure)
+        paced = pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel)
+        data = self._relay(exchange, writer.events(paced), chat.cancel, chat.cleanup)
+        events = event_stream(data, writer.failure)
         first = next(events)  # what goes wrong before the first event is a real status
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
         return EventStream(itertools.chain([first], events), exchange.done.pop_all())
@@ -6406,14 +6445,18 @@ class App:
             response.add_header("Vary", "Origin")
         set_headers(environ.get("kimi2api.limits", {}))
         caller = environ.get("kimi2api.client", ClientKey())
+        name = f"{caller.name} " if caller.name else ""
+        status = response.status_code
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
         if route and route.method == "POST" and "kimi2api.has_call" not in environ:
-            self.meter.count(caller, Tally(), response.status_code)  # refused before an upstream could be asked
+            # Refused before an upstream could be asked
+            self.meter.count(caller, Tally(), status)
+        level = logging.INFO if status >= 400 else logging.DEBUG
+        milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
         log.log(
-            logging.INFO if response.status_code >= 400 else logging.DEBUG, "%s %s%s %s %d %.0f ms",
-            environ["kimi2api.id"], f"{caller.name} " if caller.name else "", environ["REQUEST_METHOD"], rule,
-            response.status_code, (time.monotonic() - environ["kimi2api.began"]) * 1000)
+            level, "%s %s%s %s %d %.0f ms", environ["kimi2api.id"], name, environ["REQUEST_METHOD"], rule, status,
+            milliseconds)
 
 
 def set_headers(headers: Headers) -> None:
