@@ -21,26 +21,27 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Kinds of settings   what they may be             21 Scraper             cloudscraper, many threads
-     2 Settings            every one, in one table      22 Kimi's web chat     the nonce, the form, its answers
-     3 Errors and JSON     in OpenAI's form; strict     23 Model notes         what models refuse
-     4 Schemas             what a value must be like    24 API streams         the events of an answer
-     5 Requests            what a caller may send       25 OpenAI-style APIs   Moonshot, DeepSeek, a local one
-     6 Responses items     read as messages             26 Models and fallback who answers for a model
-     7 Responses requests  read as chats                27 Metering            every answer is counted
-     8 Stores              where sessions are kept      28 Delivery            sessions, threads, keep-alives
-     9 Shared stores       failures, formats            29 Pace                a whole answer in pieces
-    10 SQLite store        one file                     30 Formats             deltas to JSON or to events
-    11 Redis store         many machines                31 Responses           deltas to items and events
-    12 Sessions            what is remembered of users  32 Access              keys, hosts, browsers
-    13 Limits and usage    of each key                  33 App                 what each route does
-    14 Metrics             for Prometheus               34 Routes              paths, errors
-    15 Deltas              folding, tokens, graphemes   35 Demo upstream       a small web chat of our own
-    16 Connections         deadlines, strict reading    36 Client connections  waitress's, bounded
-    17 Transport           pools, failures as errors    37 Server              its loop, and how it stops
-    18 Upstreams           circuit breaker, retries     38 Command line        flags, --check, main()
-    19 Prompts             a request as plain text      39 Description         OpenAPI
-    20 Reading answers     calls and JSON in text       40 Page                HTML
+     1 Kinds of settings   what they may be             22 Scraper             cloudscraper, many threads
+     2 Settings            every one, in one table      23 Kimi's web chat     the nonce, the form, its answers
+     3 Errors and JSON     in OpenAI's form; strict     24 Model notes         what models refuse
+     4 Schemas             what a value must be like    25 API streams         the events of an answer
+     5 Requests            what a caller may send       26 OpenAI-style APIs   Moonshot, DeepSeek, a local one
+     6 Responses items     read as messages             27 Models and fallback who answers for a model
+     7 Responses requests  read as chats                28 Metering            every answer is counted
+     8 Stores              where sessions are kept      29 Delivery            sessions, threads, keep-alives
+     9 Shared stores       failures, formats            30 Pace                a whole answer in pieces
+    10 SQLite store        one file                     31 Formats             deltas to JSON or to events
+    11 Redis client        deadlines, keys, scripts     32 Responses           deltas to items and events
+    12 Redis store         many machines                33 Access              keys, hosts, browsers
+    13 Sessions            what is remembered of users  34 App                 what each route does
+    14 Limits and usage    of each key                  35 Routes              paths, errors
+    15 Metrics             for Prometheus               36 Demo upstream       a small web chat of our own
+    16 Deltas              folding, tokens, graphemes   37 Client connections  waitress's, bounded
+    17 Connections         deadlines, strict reading    38 Server              its loop, and how it stops
+    18 Transport           pools, failures as errors    39 Command line        flags, --check, main()
+    19 Upstreams           circuit breaker, retries     40 Description         OpenAPI
+    20 Prompts             a request as plain text      41 Page                HTML
+    21 Reading answers     calls and JSON in text
 
 A section knows those above it and never one below, but for the last two, which the App serves.
 """
@@ -2126,10 +2127,9 @@ class SQLiteStore(SharedStore):
 
 
 # ======================================================================================================================
-# 11 Redis store
+# 11 Redis client
 #
-# Sessions in Redis, for processes on any number of machines: a list of turns and a hash for the rest of each session,
-# sorted sets for what is oldest. What a request does is one transaction.
+# The package's connections within a deadline, the names of keys, and the scripts that run in Redis.
 # ======================================================================================================================
 
 REDIS_CONNECTIONS = 256  # at most: each thread that asks has one, and of a Redis that is far away all wait at once
@@ -2180,9 +2180,61 @@ redis.call('PEXPIRE', sizes, ttl)
 """
 
 
-def look_up(host: str) -> None:
+class Resolver:
+    """Finds the address of a host within a deadline; the system may take half a minute."""
+
+    def __init__(self) -> None:
+        self._look_up = threading.Thread()  # the latest; all who wait, wait for the same one
+
+    def wait_for(self, host: str) -> None:
+        """Raises TimeoutError."""
+        look_up = self._look_up
+        if not look_up.is_alive():
+            look_up = threading.Thread(target=find_address, args=(host,), name="resolver", daemon=True)
+            look_up.start()
+            self._look_up = look_up
+        look_up.join(REDIS_TIMEOUT)
+        if look_up.is_alive():
+            raise TimeoutError("its host's address cannot be found")
+
+
+def find_address(host: str) -> None:
     with suppress(OSError, UnicodeError):  # which the connection will meet again
         socket.getaddrinfo(host, None)
+
+
+def connect_redis(url: str) -> Any:
+    """A client of the package redis, for many threads. Raises StoreError without it, or for an address of no use."""
+    try:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except ImportError:
+        raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
+    resolver = Resolver()
+    try:
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=REDIS_CONNECTIONS,
+            timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_keepalive=True,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
+        )
+        connection_class: Any = pool.connection_class
+
+        class Connection(connection_class):  # type: ignore[misc]
+            def _connect(self) -> Any:
+                resolver.wait_for(self.host)
+                return super()._connect()
+
+        pool.connection_class = Connection
+        pool.make_connection()  # which reads the options in the address
+    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
+        raise StoreError(f"the address of Redis cannot be used: {error}") from None
+    return redis.Redis(connection_pool=pool)
 
 
 def hashed(text: str) -> str:
@@ -2218,6 +2270,14 @@ class RedisKeys:
         return f"kimi2api:{kind}s:{owner}"
 
 
+# ======================================================================================================================
+# 12 Redis store
+#
+# Sessions in Redis, for processes on any number of machines: a list of turns and a hash for the rest of each session,
+# sorted sets for what is oldest. What a request does is one transaction.
+# ======================================================================================================================
+
+
 class RedisStore(SharedStore):
     """A Redis, or what speaks its protocol; tested with Redis 7."""
 
@@ -2227,27 +2287,12 @@ class RedisStore(SharedStore):
         """Raises StoreError when the package is missing, or a newer version wrote there. A Redis that does not answer
         may do so later."""
         super().__init__(ttl, limit)
-        try:
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
-        except ImportError:
-            raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
+        self._redis = connect_redis(url)
+        import redis
         # After OSError: what the package or we raise for an answer or a key that makes no sense
         self.failures = (
             StoreError, redis.RedisError, OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
         self._conflict = redis.WatchError
-        try:
-            pool = redis.BlockingConnectionPool.from_url(
-                url, max_connections=REDIS_CONNECTIONS, timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT,
-                socket_timeout=REDIS_TIMEOUT, socket_keepalive=True, protocol=2,
-                retry=Retry(NoBackoff(), 0))  # a turn whose answer was lost may have landed
-            self._resolver = threading.Thread()
-            pool.connection_class = self._with_deadline(pool.connection_class)
-            pool.make_connection()  # which reads the options in the address
-        except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-            raise StoreError(f"the address of Redis cannot be used: {error}") from None
-        self._redis: Any = redis.Redis(connection_pool=pool)
         self._keep_reasoning = self._redis.register_script(KEEP_REASONING)
         self._lifetime = max(1, int(ttl * 1000))  # ms
         self._is_format_known = False
@@ -2400,28 +2445,6 @@ class RedisStore(SharedStore):
                 pipe.hgetall(self._counters(owner, period))
             return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
 
-    def _with_deadline(self, connection_class: Any) -> Any:
-        """The package's class of a connection, which has none for finding the address of its host."""
-        store = self
-
-        class Connection(connection_class):  # type: ignore[misc]
-            def _connect(self) -> Any:
-                store._await_address(self.host)
-                return super()._connect()
-
-        return Connection
-
-    def _await_address(self, host: str) -> None:
-        """Raises TimeoutError when the system takes long to find it: half a minute, at worst."""
-        resolver = self._resolver
-        if not resolver.is_alive():
-            resolver = threading.Thread(target=look_up, args=(host,), name="resolver", daemon=True)
-            resolver.start()
-            self._resolver = resolver  # all who wait, wait for the same one
-        resolver.join(REDIS_TIMEOUT)
-        if resolver.is_alive():
-            raise TimeoutError
-
     def _counters(self, owner: str, period: str) -> str:
         return f"kimi2api:counters:{hashed(owner)}:{hashed(period)}"
 
@@ -2488,7 +2511,7 @@ def open_store(settings: Settings) -> Store:
 
 
 # ======================================================================================================================
-# 12 Sessions
+# 13 Sessions
 #
 # What is remembered of users and responses, in whichever store: turns, never system messages, which every request
 # carries itself.
@@ -2599,7 +2622,7 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 13 Limits and usage
+# 14 Limits and usage
 #
 # What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
 # While the store cannot be reached, this process counts by itself.
@@ -2776,7 +2799,7 @@ def summed(counters: Mapping[str, int]) -> JSONObject:
 
 
 # ======================================================================================================================
-# 14 Metrics
+# 15 Metrics
 #
 # Counters and histograms of this process, in Prometheus's text format 0.0.4; names, units and buckets after
 # OpenTelemetry's conventions for generative AI.
@@ -2861,7 +2884,7 @@ def sample(name: str, labels: Labels, value: float) -> str:
 
 
 # ======================================================================================================================
-# 15 Deltas
+# 16 Deltas
 #
 # Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
 # texts are cut between graphemes.
@@ -3065,7 +3088,7 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 
 
 # ======================================================================================================================
-# 16 Connections
+# 17 Connections
 #
 # http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
 # when a chat's client has gone.
@@ -3285,7 +3308,7 @@ class UpstreamConnection:
 
 
 # ======================================================================================================================
-# 17 Transport
+# 18 Transport
 #
 # Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
 # ======================================================================================================================
@@ -3491,7 +3514,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 # ======================================================================================================================
-# 18 Upstreams
+# 19 Upstreams
 #
 # What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
 # that is down; what many chats want at once is fetched once.
@@ -3780,7 +3803,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 19 Prompts
+# 20 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -4024,7 +4047,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 20 Reading answers
+# 21 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -4191,7 +4214,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 21 Scraper
+# 22 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -4330,7 +4353,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 22 Kimi's web chat
+# 23 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -4618,7 +4641,7 @@ def read_text(response: requests.Response, nonce: str) -> str:
 
 
 # ======================================================================================================================
-# 23 Model notes
+# 24 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -4713,7 +4736,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 24 API streams
+# 25 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -4965,7 +4988,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 25 OpenAI-style APIs
+# 26 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -5162,7 +5185,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 26 Models and fallback
+# 27 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -5270,7 +5293,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 27 Metering
+# 28 Metering
 #
 # Every answer is counted here, for its key and for metrics, when it ends: streams, lost clients, fallbacks alike.
 # ======================================================================================================================
@@ -5330,7 +5353,7 @@ class Meter:
 
 
 # ======================================================================================================================
-# 28 Delivery
+# 29 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, with keep-alives
 # during silence.
@@ -5555,7 +5578,7 @@ def fill(mailbox: Mailbox, parts: Iterator[bytes], cleanup: ExitStack) -> None:
 
 
 # ======================================================================================================================
-# 29 Pace
+# 30 Pace
 #
 # An answer that arrived whole, replayed as a stream, in pieces that a reader could have been shown.
 # ======================================================================================================================
@@ -5633,7 +5656,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 30 Formats
+# 31 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -5737,7 +5760,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 31 Responses
+# 32 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -6027,7 +6050,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 32 Access
+# 33 Access
 #
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
@@ -6142,7 +6165,7 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 33 App
+# 34 App
 #
 # The program's state while it runs, and what it does for each route.
 # ======================================================================================================================
@@ -6483,7 +6506,7 @@ def response_not_found(id: str) -> APIError:
 
 
 # ======================================================================================================================
-# 34 Routes
+# 35 Routes
 #
 # Which path is whose. `create_app(settings)` builds a Bottle application with state of its own, so a test can have as
 # many as it likes.
@@ -6574,7 +6597,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 35 Demo upstream
+# 36 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -6739,7 +6762,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 36 Client connections
+# 37 Client connections
 #
 # waitress's, with our own errors, bodies that nobody will read thrown away, and bounds on clients that only wait.
 # ======================================================================================================================
@@ -6889,7 +6912,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 37 Server
+# 38 Server
 #
 # waitress with settings that suit chats, a loop that idle connections do not slow down, and a stop that lets chats
 # finish.
@@ -7073,7 +7096,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 38 Command line
+# 39 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -7213,7 +7236,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 39 Description
+# 40 Description
 #
 # The OpenAPI description of the routes.
 # ======================================================================================================================
@@ -7375,7 +7398,7 @@ def openapi(key_required: bool) -> JSONObject:
 
 
 # ======================================================================================================================
-# 40 Page
+# 41 Page
 #
 # The page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
