@@ -1696,9 +1696,11 @@ class MemoryStore(Store):
         return found
 
     def set_counters(self, owner: str, period: str, counters: Mapping[str, int], max_age: float) -> None:
-        """Take over what another store has told of these counters."""
+        """Take over what another store has told of these counters, unless they are further: they only grow."""
         with self._lock:
-            self._renewed_counters(owner, period, max_age).update(counters)
+            known = self._renewed_counters(owner, period, max_age)
+            for name, value in counters.items():
+                known[name] = max(value, known.get(name, 0))
 
     # The caller of these holds the lock
 
@@ -2741,21 +2743,29 @@ class Accounts:
             return [*self._own.read(client.owner, periods)]
         found: list[Mapping[str, int]] = []
         for period, counters in zip(periods, known, strict=True):
-            if counters:
-                self._own.set_counters(client.owner, period, counters, USAGE_MAX_AGE)
-            found.append(Counter(counters) + self._unsaved.get((client.owner, period), Counter()))
+            found.append(self._learn(client, period, counters, USAGE_MAX_AGE))
         return found
 
     def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
         counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
         if counters is not None:
-            self._own.set_counters(client.owner, period, counters, max_age)
+            known = self._learn(client, period, counters, max_age)
             self._ask_store(self._save)
-            return counters
+            return known
         with self._lock:
             if max_age > DAY:
                 self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
         return self._own.add(client.owner, period, amounts, max_age)
+
+    def _learn(
+        self, client: ClientKey, period: str, counters: Mapping[str, int], max_age: float,
+    ) -> Mapping[str, int]:
+        """What the store tells, and with it what it does not know yet; both are kept for when it fails."""
+        with self._lock:
+            known = Counter(counters) + self._unsaved.get((client.owner, period), Counter())
+        if known:
+            self._own.set_counters(client.owner, period, known, max_age)
+        return known
 
     def _ask_store(self, ask: Callable[[], T]) -> T | None:
         """What the store answers; None while it cannot be reached."""

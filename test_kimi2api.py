@@ -2111,6 +2111,27 @@ def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told
         server.stop()
 
 
+def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
+    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "STORE_RETRY", 0)
+    kimi.answer = "word " * 20
+    server = RedisServer(tmp_path)
+    try:
+        app = make(SESSION_STORE=server.url, TOKENS_PER_DAY="40")
+        assert said(chat(app))
+        server.client.config_set("maxmemory", 1)
+        assert said(chat(app)), "the store does not know of this one"
+        used = tokens_today(app)
+        assert sum(used) > 40
+        assert is_error(chat(app), 429, "insufficient_quota")
+        server.stop()
+        assert is_error(chat(app), 429, "insufficient_quota")
+        assert tokens_today(app) == used
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("limit", ["REQUESTS_PER_MINUTE", "TOKENS_PER_DAY"])
 def test_a_store_that_fails_refills_no_limit(make: Make, clock: Clock, tmp_path: Path, limit: str) -> None:
     settings = {"SESSION_STORE": f"sqlite:{tmp_path}/sessions.db", limit: "1"}
