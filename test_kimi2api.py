@@ -1921,6 +1921,25 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_limited_chat_does_not_wait_five_seconds_for_a_busy_store(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = []
+
+    def open_and_keep(settings: kimi2api.Settings) -> kimi2api.Store:
+        stores.append(open_store_of_settings(settings))
+        return stores[0]
+
+    open_store_of_settings = kimi2api.open_store
+    monkeypatch.setattr(kimi2api, "open_store", open_and_keep)
+    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db", REQUESTS_PER_MINUTE="9", TOKENS_PER_DAY="9")
+    with stores[0]._lock:
+        began = time.monotonic()
+        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
+        assert time.monotonic() - began < 5
+    assert said(chat(app, user="ada"))
+
+
 def test_a_session_that_is_damaged_can_be_forgotten(tmp_path: Path, make: Make) -> None:
     app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
     chat(app, user="ada")
