@@ -5332,9 +5332,6 @@ class Meter:
         except APIError as error:
             status = 499 if cancel.is_set() else error.status
             raise
-        except GeneratorExit:  # what came could not be written as a response
-            status = 502
-            raise
         finally:
             self.count(caller, tally, status)
 
@@ -6292,10 +6289,10 @@ class App:
             deltas = answer_in_session(ask, chat)
         else:
             deltas = ask(replace(chat, history=previous.turns, session_id=previous.id))
-        deltas = self._observed(current_client(), chat, deltas)
         if request.stream:
             return self._stream(exchange, chat, writer, deltas)
-        answer = b"".join(self._relay(exchange, writer.json(deltas), chat.cancel, chat.cleanup))
+        parts = self._counted(current_client(), chat, writer.json(deltas))
+        answer = b"".join(self._relay(exchange, parts, chat.cancel, chat.cleanup))
         set_headers({"Content-Type": "application/json", **writer.headers})
         return answer
 
@@ -6304,16 +6301,16 @@ class App:
     ) -> EventStream:
         interval = self.settings.stream_interval_ms / 1000
         paced = pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel)
-        data = self._relay(exchange, writer.events(paced), chat.cancel, chat.cleanup)
-        events = event_stream(data, writer.failure)
+        parts = self._counted(current_client(), chat, writer.events(paced))
+        events = event_stream(self._relay(exchange, parts, chat.cancel, chat.cleanup), writer.failure)
         first = next(events)  # what goes wrong before the first event is a real status
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
         return EventStream(itertools.chain([first], events), exchange.done.pop_all())
 
-    def _observed(self, caller: ClientKey, chat: Chat, deltas: Iterator[Delta]) -> Iterator[Delta]:
-        """The answer, counted when it ends, however it ends: its session may fail too."""
+    def _counted(self, caller: ClientKey, chat: Chat, parts: Iterator[bytes]) -> Iterator[bytes]:
+        """The answer, counted when it ends, however it ends: it may also fail to be written, or to be kept."""
         with self.meter.counted(caller, chat.tally, chat.cancel):
-            yield from deltas
+            yield from parts
 
     def embeddings(self) -> bytes:
         with self._exchange() as exchange:

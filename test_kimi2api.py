@@ -2376,6 +2376,28 @@ def test_a_chat_whose_session_fails_is_counted_as_it_was_answered(
     assert len([name for name, _ in samples if name == "kimi2api_chats_total"]) == 2
 
 
+@json_and_stream
+def test_a_response_that_cannot_be_kept_is_counted_as_the_failure_that_it_was(
+    make: Make, kimi: WebChat, tmp_path: Path, stream: bool
+) -> None:
+    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    answer = kimi.always
+
+    def answers_without_a_store(handler: WebChatHandler) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        (tmp_path / "sessions.db").mkdir()
+        answer(handler)
+
+    kimi.always = answers_without_a_store
+    refused = respond(app, stream=stream)
+    assert b"response.completed" not in refused.body and (stream or refused.status_int == 503)
+    counted = {key: value for key, value in metrics(app).items() if key[0] == "kimi2api_chats_total"}
+    labels = {"provider": "kimi", "model": "kimi", "status": "503"}
+    assert counted == {("kimi2api_chats_total", frozenset(labels.items())): 1}
+    assert app.get("/v1/usage").json["today"]["requests"] == 0
+
+
 @pytest.mark.parametrize("models", ["kimi=x,*=kimi", "kimi=local/k2,*=kimi"], ids=["web chat", "api"])
 def test_made_up_models_add_no_series(make: Make, both: dict[str, str], models: str) -> None:
     app = make(**both, MODELS=models)
