@@ -1568,7 +1568,7 @@ class Store:
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit
-        self.is_failing = False  # since a call of it, and not only too busy
+        self.is_failing = False  # a call has failed, and none that writes has succeeded since; to be busy is no failure
 
     def check(self) -> None:
         """Raises APIError when the store cannot be reached."""
@@ -2145,6 +2145,10 @@ REDIS_STEPS: tuple[Callable[[Any], None], ...] = (  # as SQLITE_STEPS; each may 
     lambda redis: None,  # an empty database
 )
 MARK_AS_NEWEST = """
+-- What is further ahead than a session lives, a clock that was wrong has left: it would be kept until that time
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[3], '+inf')) do
+    redis.call('ZADD', KEYS[1], ARGV[2], member)
+end
 -- Also when the clock was set back or is behind another machine's: what is new would be the first to go
 local newest = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2] or 0
 redis.call('ZADD', KEYS[1], math.max(ARGV[2], newest + 0.001), ARGV[1])
@@ -2366,7 +2370,8 @@ class RedisStore(SharedStore):
         pipe.hset(keys.session, mapping=fields)
         if new:
             pipe.rpush(keys.turns, *map(dump_json, new))
-        pipe.eval(MARK_AS_NEWEST, 1, REDIS_SESSIONS, keys.member, repr(session.used))
+        pipe.eval(
+            MARK_AS_NEWEST, 1, REDIS_SESSIONS, keys.member, repr(session.used), repr(session.used + self.ttl))
         pipe.zadd(keys.siblings, {keys.member: session.used})
         for by_use in (REDIS_SESSIONS, keys.siblings):
             pipe.zremrangebyscore(by_use, "-inf", expired)

@@ -1442,6 +1442,18 @@ def test_a_clock_that_is_set_back_makes_no_new_session_the_oldest(address: str, 
     assert list(store.users("owner")) == ["e", "f", "d"] and store.count() == 3
 
 
+def test_a_clock_that_was_far_ahead_keeps_no_session_longer(lasting: str, clock: Clock) -> None:
+    store = open_store(lasting, ttl=60)
+    year = 365 * 86400
+    clock.now += year
+    add_turn(store, "ada", "x")
+    clock.now -= year
+    add_turn(store, "eve", "x")
+    assert store.count() == 2
+    clock.now += 61
+    assert store.count() == 0
+
+
 def test_turns_of_many_threads_all_land_in_one_session(address: str) -> None:
     store = open_store(address)
     with ThreadPoolExecutor(32) as pool:
