@@ -1949,7 +1949,9 @@ def test_a_limited_chat_does_not_wait_five_seconds_for_a_busy_store(
         began = time.monotonic()
         assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
         assert time.monotonic() - began < 5
-    assert said(chat(app, user="ada"))
+    assert said(chat(app))
+    other = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    assert other.get("/v1/usage").json["today"]["requests"] == 1, "to be busy is no outage: it is told at once"
 
 
 def test_a_session_that_is_damaged_can_be_forgotten(tmp_path: Path, make: Make) -> None:
