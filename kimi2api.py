@@ -1742,7 +1742,7 @@ class MemoryStore(Store):
 
 # A chat that finds the store busy waits for its two limits and for its session: together less than 5 s
 STORE_PATIENCE = 3.8  # seconds that a call waits for its turn
-CHECK_PATIENCE = 1.0  # the same for /health, and for all while the store fails
+CHECK_PATIENCE = 1.0  # the same for /health, and for all calls of a store that is stuck
 OPTIONAL_PATIENCE = 0.5  # and for what chats can do without: reasoning and counters
 MAX_STORE_PAUSE = 2.0  # seconds without a call after a failure, at most
 
@@ -1762,6 +1762,7 @@ class SharedStore(Store):
         # None of these needs a lock: a call too many or a line too many in the log does no harm
         self._paused_until = 0.0  # in seconds of time.monotonic()
         self._failed_patience = 0.0  # of the call that failed
+        self._is_stuck = False  # it fails, also for a call that has waited as long as any may
 
     def _check_pause(self, patience: float) -> None:
         if time.monotonic() < self._paused_until and patience <= self._failed_patience:
@@ -1779,12 +1780,14 @@ class SharedStore(Store):
             now = time.monotonic()
             self._paused_until = now + min(now - began, MAX_STORE_PAUSE)
             self._failed_patience = patience
+            if patience >= self.patience:
+                self._is_stuck = True
             if not self.is_failing:
                 log.warning("the session store (%s) fails: %s: %s", self.kind, type(error).__name__, error)
             self.is_failing = True
             raise store_unavailable() from None
         if self.is_failing and is_write:  # a full disk can still be read
-            self.is_failing = False
+            self.is_failing = self._is_stuck = False
             log.warning("the session store (%s) is well again", self.kind)
 
 
@@ -2038,7 +2041,7 @@ class SQLiteStore(SharedStore):
     def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = 0.0) -> Iterator[Any]:
         """The connection, in a transaction of which all is done or nothing."""
         patience = patience or self.patience
-        if self.is_failing:  # else all threads wait for what stays locked, and /health for one of them
+        if self._is_stuck:  # else all threads wait for what stays locked, and /health for one of them
             patience = min(patience, CHECK_PATIENCE)
         deadline = time.monotonic() + patience
         with self._calling(begin != "BEGIN", patience):

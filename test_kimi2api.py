@@ -1933,6 +1933,22 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_lock_for_which_a_counter_does_not_wait_costs_no_turn(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "OPTIONAL_PATIENCE", 0.05)
+    monkeypatch.setattr(kimi2api, "CHECK_PATIENCE", 0.1)
+    file = tmp_path / "sessions.db"
+    app = make(SESSION_STORE=f"sqlite:{file}", REQUESTS_PER_MINUTE="9")
+    with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        end = threading.Timer(1, db.execute, ["ROLLBACK"])
+        end.start()
+        assert said(chat(app, user="ada"))
+        end.join()
+    assert app.get("/v1/sessions/ada").status_int == 200
+
+
 def test_a_limited_chat_does_not_wait_five_seconds_for_a_busy_store(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
