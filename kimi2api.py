@@ -1741,7 +1741,7 @@ class MemoryStore(Store):
 # ======================================================================================================================
 
 # A chat that finds the store busy waits for its two limits and for its session: together less than 5 s
-STORE_PATIENCE = 3.8  # seconds that a call waits for its turn
+STORE_PATIENCE = 3.6  # seconds that a call waits for its turn
 CHECK_PATIENCE = 1.0  # the same for /health, and for all calls of a store that is stuck
 OPTIONAL_PATIENCE = 0.5  # and for what chats can do without: reasoning and counters
 MAX_STORE_PAUSE = 2.0  # seconds without a call after a failure, at most
