@@ -2689,10 +2689,12 @@ class Accounts:
 
     def admit(self, client: ClientKey) -> dict[str, str]:
         """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
-        now = time.time()
         headers: dict[str, str] = {}
         tokens_limit = limit_of(self.tokens_per_day, client)
         requests_limit = limit_of(self.requests_per_minute, client)
+        if not tokens_limit and not requests_limit:
+            return headers
+        now = time.time()
         minute_reset = MINUTE - now % MINUTE
         day_reset = DAY - now % DAY
         tokens = requests = 0
@@ -2759,7 +2761,8 @@ class Accounts:
         counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
         if counters is not None:
             known = self._learn(client, period, counters, max_age)
-            self._ask_store(self._save)
+            if self._unsaved:
+                self._ask_store(self._save)
             return known
         with self._lock:
             if max_age > DAY:
@@ -2770,8 +2773,11 @@ class Accounts:
         self, client: ClientKey, period: str, counters: Mapping[str, int], max_age: float,
     ) -> Mapping[str, int]:
         """What the store tells, and with it what it does not know yet; both are kept for when it fails."""
+        if isinstance(self._store, MemoryStore):  # which never does
+            return counters
+        known = Counter(counters)
         with self._lock:
-            known = Counter(counters) + self._unsaved.get((client.owner, period), Counter())
+            known.update(self._unsaved.get((client.owner, period), {}))
         if known:
             self._own.set_counters(client.owner, period, known, max_age)
         return known
@@ -2840,6 +2846,7 @@ METRICS = {
     "process_start_time_seconds": ("gauge", "Start of the process, in seconds since the epoch."),
 }
 Labels = tuple[tuple[str, str], ...]
+Series = tuple[str, Labels]  # the metric's name, and its labels
 
 
 class Metrics:
@@ -2847,21 +2854,23 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards both
-        self._counters: dict[tuple[str, Labels], float] = {}
+        self._counters: dict[Series, float] = {}
         # Of each the counts by bucket, the last of them for all above, and the sum
-        self._histograms: dict[tuple[str, Labels], list[float]] = {}
+        self._histograms: dict[Series, list[float]] = {}
 
-    def count(self, metric: str, labels: Mapping[str, str], amount: float = 1) -> None:
-        key = metric, tuple(labels.items())
-        with self._lock:
-            self._counters[key] = self._counters.get(key, 0) + amount
+    def count(self, metric: str, labels: Mapping[str, str]) -> None:
+        self.record({(metric, tuple(labels.items())): 1}, {})
 
-    def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
-        key = metric, tuple(labels.items())
+    def record(self, amounts: Mapping[Series, float], durations: Mapping[Series, float]) -> None:
+        """Add to counters, and to histograms (seconds). All at once, because at 64 chats at a time a lock costs more
+        than what it guards."""
         with self._lock:
-            histogram = self._histograms.setdefault(key, [0.0] * (len(BUCKETS) + 2))
-            histogram[bisect_left(BUCKETS, seconds)] += 1
-            histogram[-1] += seconds
+            for series, amount in amounts.items():
+                self._counters[series] = self._counters.get(series, 0) + amount
+            for series, seconds in durations.items():
+                histogram = self._histograms.setdefault(series, [0.0] * (len(BUCKETS) + 2))
+                histogram[bisect_left(BUCKETS, seconds)] += 1
+                histogram[-1] += seconds
 
     def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
         """All of them, and these gauges: name, labels and value."""
@@ -2930,17 +2939,6 @@ class Delta:
             if choice["index"] == 0:
                 return choice["delta"].get("content") or ""
         return ""
-
-    def written(self) -> Iterator[str]:
-        """All that the model wrote in it, of every choice: its reasoning and its calls too."""
-        for choice in self.chunk["choices"]:
-            fields = choice["delta"]
-            yield fields.get("reasoning_content") or ""
-            yield fields.get("content") or ""
-            for call in fields.get("tool_calls") or ():
-                function = call.get("function") or {}
-                yield function.get("name") or ""
-                yield function.get("arguments") or ""
 
     @property
     def is_final(self) -> bool:
@@ -3567,11 +3565,23 @@ class Tally:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
             self.usage = delta.chunk.get("usage") or self.usage
-            self._written.extend(delta.written())
+            self._note(delta)
             yield delta
         if not self.usage:
             self.usage = self._estimate()
             yield Delta({"choices": [], "usage": self.usage})
+
+    def _note(self, delta: Delta) -> None:
+        """Keep what the model wrote, in every choice: its reasoning and its calls too."""
+        for choice in delta.chunk["choices"]:
+            for name, value in choice["delta"].items():
+                if name == "tool_calls":
+                    for call in value or ():
+                        function = call.get("function") or {}
+                        self._written.append(function.get("name") or "")
+                        self._written.append(function.get("arguments") or "")
+                elif type(value) is str and name != "role":
+                    self._written.append(value)
 
     def tokens(self) -> tuple[int, int]:
         """Of the prompt and of the answer, each as the upstream counts it, else by estimate."""
@@ -5344,18 +5354,18 @@ class Meter:
             self.count(caller, tally, status)
 
     def count(self, caller: ClientKey, tally: Tally, status: int) -> None:
-        labels = {"provider": tally.provider or "none", "model": self._label(tally)}
-        self._metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
-        if tally.first_chunk is None:  # nothing came, so nothing was used
-            return
-        prompt_tokens, completion_tokens = tally.tokens()
-        seconds = time.monotonic() - tally.began
-        self._metrics.observe("kimi2api_chat_duration_seconds", labels, seconds)
-        self._metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, tally.first_chunk)
-        self._metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
-        self._metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
-        is_answered = status in (200, 499)
-        self._accounts.record(caller, labels["model"], prompt_tokens, completion_tokens, is_answered)
+        model = self._label(tally)
+        labels = ("provider", tally.provider or "none"), ("model", model)
+        amounts: dict[Series, float] = {("kimi2api_chats_total", (*labels, ("status", str(status)))): 1}
+        durations: dict[Series, float] = {}
+        if tally.first_chunk is not None:  # else nothing came, so nothing was used
+            prompt_tokens, completion_tokens = tally.tokens()
+            amounts["kimi2api_tokens_total", (*labels, ("type", "input"))] = prompt_tokens
+            amounts["kimi2api_tokens_total", (*labels, ("type", "output"))] = completion_tokens
+            durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - tally.began
+            durations["kimi2api_time_to_first_chunk_seconds", labels] = tally.first_chunk
+            self._accounts.record(caller, model, prompt_tokens, completion_tokens, status in (200, 499))
+        self._metrics.record(amounts, durations)
 
     def _label(self, tally: Tally) -> str:
         """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
