@@ -21,27 +21,27 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Kinds of settings   what they may be             22 Scraper             cloudscraper, many threads
-     2 Settings            every one, in one table      23 Kimi's web chat     the nonce, the form, its answers
-     3 Errors and JSON     in OpenAI's form; strict     24 Model notes         what models refuse
-     4 Schemas             what a value must be like    25 API streams         the events of an answer
-     5 Requests            what a caller may send       26 OpenAI-style APIs   Moonshot, DeepSeek, a local one
-     6 Responses items     read as messages             27 Models and fallback who answers for a model
-     7 Responses requests  read as chats                28 Metering            every answer is counted
-     8 Stores              where sessions are kept      29 Delivery            sessions, threads, keep-alives
-     9 Shared stores       failures, formats            30 Pace                a whole answer in pieces
-    10 SQLite store        one file                     31 Formats             deltas to JSON or to events
-    11 Redis client        deadlines, keys, scripts     32 Responses           deltas to items and events
-    12 Redis store         many machines                33 Access              keys, hosts, browsers
-    13 Sessions            what is remembered of users  34 App                 what each route does
-    14 Limits and usage    of each key                  35 Routes              paths, errors
-    15 Metrics             for Prometheus               36 Demo upstream       a small web chat of our own
-    16 Deltas              folding, tokens, graphemes   37 Client connections  waitress's, bounded
-    17 Connections         deadlines, strict reading    38 Server              its loop, and how it stops
-    18 Transport           pools, failures as errors    39 Command line        flags, --check, main()
-    19 Upstreams           circuit breaker, retries     40 Description         OpenAPI
-    20 Prompts             a request as plain text      41 Page                HTML
-    21 Reading answers     calls and JSON in text
+     1 Kinds of settings   what they may be             22 Reading answers     calls and JSON in text
+     2 Settings            every one, in one table      23 Scraper             cloudscraper, many threads
+     3 Errors and JSON     in OpenAI's form; strict     24 Kimi's web chat     the nonce, the form, its answers
+     4 Schemas             what a value must be like    25 Model notes         what models refuse
+     5 Requests            what a caller may send       26 API streams         the events of an answer
+     6 Responses items     read as messages             27 OpenAI-style APIs   Moonshot, DeepSeek, a local one
+     7 Responses requests  read as chats                28 Models and fallback who answers for a model
+     8 Stores              where sessions are kept      29 Metering            every answer is counted
+     9 Shared stores       failures, formats            30 Delivery            sessions, threads, keep-alives
+    10 SQLite store        one file                     31 Pace                a whole answer in pieces
+    11 Redis client        deadlines, keys, scripts     32 Formats             deltas to JSON or to events
+    12 Redis store         many machines                33 Responses           deltas to items and events
+    13 Sessions            what is remembered of users  34 Access              keys, hosts, browsers
+    14 Limits and usage    of each key                  35 App                 what each route does
+    15 Metrics             for Prometheus               36 Routes              paths, errors
+    16 Deltas              folding, tokens, graphemes   37 Demo upstream       a small web chat of our own
+    17 Connections         deadlines, strict reading    38 Client connections  waitress's, bounded
+    18 Transport           pools, failures as errors    39 Server              its loop, and how it stops
+    19 Circuit breaker     spares what is down         40 Command line        flags, --check, main()
+    20 Upstreams           providers, retries           41 Description         OpenAPI
+    21 Prompts             a request as plain text      42 Page                HTML
 
 A section knows those above it and never one below, but for the last two, which the App serves.
 """
@@ -3531,14 +3531,95 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 # ======================================================================================================================
-# 19 Upstreams
+# 19 Circuit breaker
 #
-# What providers have in common. A provider turns a Chat into a stream of Deltas; a CircuitBreaker spares an upstream
-# that is down; what many chats want at once is fetched once.
+# An upstream that keeps failing is not asked for a while; its callers learn so at once.
 # ======================================================================================================================
 
 FAILURES_TO_OPEN = 5  # in a row
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
+
+
+class CircuitBreaker:
+    """Spares an upstream that keeps failing.
+
+    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
+    a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
+        self._failures = 0
+        # The last one while the circuit is open or half-open
+        self._error: APIError | None = None
+        self._open_until = 0.0  # by the monotonic clock
+        self._probing = False
+        self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+
+    def allow(self) -> bool:
+        """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
+        with self._lock:
+            if self._error is None:
+                return False
+            pause = self._open_until - time.monotonic()
+            if pause <= 0 and not self._probing:
+                self._probing = True
+                return True
+            raise self._error.copy(
+                message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
+                headers={"Retry-After": str(max(1, ceil(pause)))})
+
+    def succeeded(self, probe: bool = False) -> None:
+        with self._lock:
+            self._end_probe(probe)
+            self._close()
+            self.failing = None
+
+    def failed(self, error: APIError, probe: bool = False) -> None:
+        # It is well, and says what is wrong with the request
+        if error.status < 500 and error.status != 429:
+            self.succeeded(probe)
+            return
+        with self._lock:
+            self._end_probe(probe)
+            self.failing = self.failing or (time.time(), error.reason)
+            # It answers, be it with a no
+            if error.status == 429 or error.code == "upstream_refused":
+                self._close()
+            elif probe or self._error is None:  # else the call began before the circuit opened
+                self._count(error)
+
+    def ignored(self, probe: bool = False) -> None:
+        """The call ended in a way that tells nothing of upstream."""
+        with self._lock:
+            self._end_probe(probe)
+
+    # The caller of these holds the lock
+
+    def _end_probe(self, probe: bool) -> None:
+        if probe:
+            self._probing = False
+
+    def _close(self) -> None:
+        self._failures = 0
+        self._error = None
+
+    def _count(self, error: APIError) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES_TO_OPEN:
+            pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
+            self._error = error.copy()
+            self._open_until = time.monotonic() + pause
+            log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
+
+
+# ======================================================================================================================
+# 20 Upstreams
+#
+# What providers have in common. A provider turns a Chat into a stream of Deltas; what many chats want is fetched once.
+# ======================================================================================================================
+
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
 
 
@@ -3661,80 +3742,6 @@ UPSTREAM_CODES = frozenset({
 })
 
 
-class CircuitBreaker:
-    """Spares an upstream that keeps failing.
-
-    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
-    a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
-        self._failures = 0
-        # The last one while the circuit is open or half-open
-        self._error: APIError | None = None
-        self._open_until = 0.0  # by the monotonic clock
-        self._probing = False
-        self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
-
-    def allow(self) -> bool:
-        """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
-        with self._lock:
-            if self._error is None:
-                return False
-            pause = self._open_until - time.monotonic()
-            if pause <= 0 and not self._probing:
-                self._probing = True
-                return True
-            raise self._error.copy(
-                message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
-                headers={"Retry-After": str(max(1, ceil(pause)))})
-
-    def succeeded(self, probe: bool = False) -> None:
-        with self._lock:
-            self._end_probe(probe)
-            self._close()
-            self.failing = None
-
-    def failed(self, error: APIError, probe: bool = False) -> None:
-        # It is well, and says what is wrong with the request
-        if error.status < 500 and error.status != 429:
-            self.succeeded(probe)
-            return
-        with self._lock:
-            self._end_probe(probe)
-            self.failing = self.failing or (time.time(), error.reason)
-            # It answers, be it with a no
-            if error.status == 429 or error.code == "upstream_refused":
-                self._close()
-            elif probe or self._error is None:  # else the call began before the circuit opened
-                self._count(error)
-
-    def ignored(self, probe: bool = False) -> None:
-        """The call ended in a way that tells nothing of upstream."""
-        with self._lock:
-            self._end_probe(probe)
-
-    # The caller of these holds the lock
-
-    def _end_probe(self, probe: bool) -> None:
-        if probe:
-            self._probing = False
-
-    def _close(self) -> None:
-        self._failures = 0
-        self._error = None
-
-    def _count(self, error: APIError) -> None:
-        self._failures += 1
-        if self._failures >= FAILURES_TO_OPEN:
-            pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
-            self._error = error.copy()
-            self._open_until = time.monotonic() + pause
-            log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
-
-
 class Provider:
     """An upstream: subclasses know its protocol.
 
@@ -3832,7 +3839,7 @@ class Provider:
 
 
 # ======================================================================================================================
-# 20 Prompts
+# 21 Prompts
 #
 # A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
 # read back from the answer. Pure functions of a request, linear in what they read.
@@ -4076,7 +4083,7 @@ def signature(schema: Any) -> str:
 
 
 # ======================================================================================================================
-# 21 Reading answers
+# 22 Reading answers
 #
 # What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
 # anybody's.
@@ -4243,7 +4250,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 
 
 # ======================================================================================================================
-# 22 Scraper
+# 23 Scraper
 #
 # cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
 # ======================================================================================================================
@@ -4382,7 +4389,7 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 23 Kimi's web chat
+# 24 Kimi's web chat
 #
 # A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
 # object. What the site's answers mean is known here and nowhere else.
@@ -4670,7 +4677,7 @@ def read_text(response: requests.Response, nonce: str) -> str:
 
 
 # ======================================================================================================================
-# 24 Model notes
+# 25 Model notes
 #
 # Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
 # kept for its next requests, so that no table of models is needed.
@@ -4765,7 +4772,7 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 
 
 # ======================================================================================================================
-# 25 API streams
+# 26 API streams
 #
 # The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
 # ======================================================================================================================
@@ -5017,7 +5024,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 
 # ======================================================================================================================
-# 26 OpenAI-style APIs
+# 27 OpenAI-style APIs
 #
 # Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
 # Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
@@ -5214,7 +5221,7 @@ class OpenAIProvider(Provider):
 
 
 # ======================================================================================================================
-# 27 Models and fallback
+# 28 Models and fallback
 #
 # Which provider answers for a model's id, and who answers when it cannot.
 # ======================================================================================================================
@@ -5322,7 +5329,7 @@ class Providers:
 
 
 # ======================================================================================================================
-# 28 Metering
+# 29 Metering
 #
 # Every answer is counted here, for its key and for metrics, when it ends: streams, lost clients, fallbacks alike.
 # ======================================================================================================================
@@ -5379,7 +5386,7 @@ class Meter:
 
 
 # ======================================================================================================================
-# 29 Delivery
+# 30 Delivery
 #
 # How an answer gets from its upstream to its client: in the user's session, on a thread of its own, with keep-alives
 # during silence.
@@ -5604,7 +5611,7 @@ def fill(mailbox: Mailbox, parts: Iterator[bytes], cleanup: ExitStack) -> None:
 
 
 # ======================================================================================================================
-# 30 Pace
+# 31 Pace
 #
 # An answer that arrived whole, replayed as a stream, in pieces that a reader could have been shown.
 # ======================================================================================================================
@@ -5682,7 +5689,7 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 
 
 # ======================================================================================================================
-# 31 Formats
+# 32 Formats
 #
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
@@ -5786,7 +5793,7 @@ def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes
 
 
 # ======================================================================================================================
-# 32 Responses
+# 33 Responses
 #
 # Deltas in, a Response or its events out, in the order in which OpenAI sends them.
 # ======================================================================================================================
@@ -6076,7 +6083,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 
 # ======================================================================================================================
-# 33 Access
+# 34 Access
 #
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
@@ -6191,7 +6198,7 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 34 App
+# 35 App
 #
 # The program's state while it runs, and what it does for each route.
 # ======================================================================================================================
@@ -6532,7 +6539,7 @@ def response_not_found(id: str) -> APIError:
 
 
 # ======================================================================================================================
-# 35 Routes
+# 36 Routes
 #
 # Which path is whose. `create_app(settings)` builds a Bottle application with state of its own, so a test can have as
 # many as it likes.
@@ -6623,7 +6630,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 36 Demo upstream
+# 37 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -6788,7 +6795,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 37 Client connections
+# 38 Client connections
 #
 # waitress's, with our own errors, bodies that nobody will read thrown away, and bounds on clients that only wait.
 # ======================================================================================================================
@@ -6938,7 +6945,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 38 Server
+# 39 Server
 #
 # waitress with settings that suit chats, a loop that idle connections do not slow down, and a stop that lets chats
 # finish.
@@ -7122,7 +7129,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 39 Command line
+# 40 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -7262,7 +7269,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 40 Description
+# 41 Description
 #
 # The OpenAPI description of the routes.
 # ======================================================================================================================
@@ -7424,7 +7431,7 @@ def openapi(key_required: bool) -> JSONObject:
 
 
 # ======================================================================================================================
-# 41 Page
+# 42 Page
 #
 # The page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
