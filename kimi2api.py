@@ -21,27 +21,28 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Kinds of settings   what they may be             22 Reading answers     calls and JSON in text
-     2 Settings            every one, in one table      23 Scraper             cloudscraper, many threads
-     3 Errors and JSON     in OpenAI's form; strict     24 Kimi's web chat     the nonce, the form, its answers
-     4 Schemas             what a value must be like    25 Model notes         what models refuse
-     5 Requests            what a caller may send       26 API streams         the events of an answer
-     6 Responses items     read as messages             27 OpenAI-style APIs   Moonshot, DeepSeek, a local one
-     7 Responses requests  read as chats                28 Models and fallback who answers for a model
-     8 Stores              where sessions are kept      29 Metering            every answer is counted
-     9 Shared stores       failures, formats            30 Delivery            sessions, threads, keep-alives
-    10 SQLite store        one file                     31 Pace                a whole answer in pieces
-    11 Redis client        deadlines, keys, scripts     32 Formats             deltas to JSON or to events
-    12 Redis store         many machines                33 Responses           deltas to items and events
-    13 Sessions            what is remembered of users  34 Access              keys, hosts, browsers
-    14 Limits and usage    of each key                  35 App                 what each route does
-    15 Metrics             for Prometheus               36 Routes              paths, errors
-    16 Deltas              folding, tokens, graphemes   37 Demo upstream       a small web chat of our own
-    17 Connections         deadlines, strict reading    38 Client connections  waitress's, bounded
-    18 Transport           pools, failures as errors    39 Server              its loop, and how it stops
-    19 Circuit breaker     spares what is down         40 Command line        flags, --check, main()
-    20 Upstreams           providers, retries           41 Description         OpenAPI
-    21 Prompts             a request as plain text      42 Page                HTML
+     1 Kinds of settings   what they may be             23 Scraper             cloudscraper, many threads
+     2 Settings            every one, in one table      24 Kimi's web chat     the nonce, the form, its answers
+     3 Errors and JSON     in OpenAI's form; strict     25 Model notes         what models refuse
+     4 Schemas             what a value must be like    26 API streams         the events of an answer
+     5 Requests            what a caller may send       27 OpenAI-style APIs   Moonshot, DeepSeek, a local one
+     6 Responses items     read as messages             28 Models and fallback who answers for a model
+     7 Responses requests  read as chats                29 Metering            every answer is counted
+     8 Stores              where sessions are kept      30 Delivery            sessions, threads, keep-alives
+     9 Shared stores       failures, formats            31 Pace                a whole answer in pieces
+    10 SQLite store        one file                     32 Formats             deltas to JSON or to events
+    11 Redis client        deadlines, keys, scripts     33 Responses           deltas to items and events
+    12 Redis store         many machines                34 Access              keys, hosts, browsers
+    13 Sessions            what is remembered of users  35 Exchanges           what a request holds
+    14 Limits and usage    of each key                  36 App                 what each route does
+    15 Metrics             for Prometheus               37 Routes              paths, errors
+    16 Deltas              folding, tokens, graphemes   38 Demo upstream       a small web chat of our own
+    17 Connections         deadlines, strict reading    39 Client connections  waitress's, bounded
+    18 Transport           pools, failures as errors    40 Server              its loop, and how it stops
+    19 Circuit breaker     spares what is down          41 Command line        flags, --check, main()
+    20 Upstreams           providers, retries           42 Description         OpenAPI
+    21 Prompts             a request as plain text      43 Page                HTML
+    22 Reading answers     calls and JSON in text
 
 A section knows those above it and never one below, but for the last two, which the App serves.
 """
@@ -6198,9 +6199,9 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 35 App
+# 35 Exchanges
 #
-# The program's state while it runs, and what it does for each route.
+# What one request holds of the server while it is answered, and the shapes of small answers.
 # ======================================================================================================================
 
 MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
@@ -6235,6 +6236,36 @@ class Exchange:
     body: bytes
     call: ExitStack
     done: ExitStack
+
+
+def set_headers(headers: Headers) -> None:
+    for name, value in headers.items():
+        bottle.response.set_header(name, value)
+
+
+def session_object(user: str, session: Session | SessionSummary) -> JSONObject:
+    return {
+        "object": "session",
+        "user": user,
+        "created": int(session.created),
+        "last_used": int(session.used),
+        "turns": session.turns,
+    }
+
+
+def session_not_found() -> APIError:
+    return APIError(404, "There is no session for this user, or it has expired.", code="session_not_found")
+
+
+def response_not_found(id: str) -> APIError:
+    return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
+
+
+# ======================================================================================================================
+# 36 App
+#
+# The program's state while it runs, and what it does for each route.
+# ======================================================================================================================
 
 
 class App:
@@ -6515,31 +6546,8 @@ class App:
             milliseconds)
 
 
-def set_headers(headers: Headers) -> None:
-    for name, value in headers.items():
-        bottle.response.set_header(name, value)
-
-
-def session_object(user: str, session: Session | SessionSummary) -> JSONObject:
-    return {
-        "object": "session",
-        "user": user,
-        "created": int(session.created),
-        "last_used": int(session.used),
-        "turns": session.turns,
-    }
-
-
-def session_not_found() -> APIError:
-    return APIError(404, "There is no session for this user, or it has expired.", code="session_not_found")
-
-
-def response_not_found(id: str) -> APIError:
-    return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
-
-
 # ======================================================================================================================
-# 36 Routes
+# 37 Routes
 #
 # Which path is whose. `create_app(settings)` builds a Bottle application with state of its own, so a test can have as
 # many as it likes.
@@ -6630,7 +6638,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 # ======================================================================================================================
-# 37 Demo upstream
+# 38 Demo upstream
 #
 # A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
 # so `--demo` runs the real code path without internet.
@@ -6795,7 +6803,7 @@ def answer_of_demo(prompt: str, model: str) -> str:
 
 
 # ======================================================================================================================
-# 38 Client connections
+# 39 Client connections
 #
 # waitress's, with our own errors, bodies that nobody will read thrown away, and bounds on clients that only wait.
 # ======================================================================================================================
@@ -6945,7 +6953,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 
 # ======================================================================================================================
-# 39 Server
+# 40 Server
 #
 # waitress with settings that suit chats, a loop that idle connections do not slow down, and a stop that lets chats
 # finish.
@@ -7129,7 +7137,7 @@ def connection_limit(chats: int) -> int:
 
 
 # ======================================================================================================================
-# 40 Command line
+# 41 Command line
 #
 # Flags, the greeting, --check, logging, and main().
 # ======================================================================================================================
@@ -7269,7 +7277,7 @@ def serve(settings: Settings, demo: bool) -> int:
 
 
 # ======================================================================================================================
-# 41 Description
+# 42 Description
 #
 # The OpenAPI description of the routes.
 # ======================================================================================================================
@@ -7431,7 +7439,7 @@ def openapi(key_required: bool) -> JSONObject:
 
 
 # ======================================================================================================================
-# 42 Page
+# 43 Page
 #
 # The page at / and /docs, which needs nothing from the internet.
 # ======================================================================================================================
