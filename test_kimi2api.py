@@ -1961,10 +1961,22 @@ def test_a_limited_chat_does_not_wait_five_seconds_for_a_busy_store(
     open_store_of_settings = kimi2api.open_store
     monkeypatch.setattr(kimi2api, "open_store", open_and_keep)
     app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db", REQUESTS_PER_MINUTE="9", TOKENS_PER_DAY="9")
-    with stores[0]._lock:
+    is_busy, may_end = threading.Event(), threading.Event()
+
+    def changes_slowly(session: kimi2api.Session | None) -> kimi2api.Session:
+        is_busy.set()
+        may_end.wait(PATIENCE)
+        return kimi2api.Session("session_1", time.time(), time.time())
+
+    with ThreadPoolExecutor() as pool:
+        change = pool.submit(stores[0].update, ("owner", "user", "eve"), changes_slowly)
+        assert is_busy.wait(PATIENCE)
         began = time.monotonic()
-        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
-        assert time.monotonic() - began < 5
+        refused = chat(app, user="ada")
+        waited = time.monotonic() - began
+        may_end.set()
+        change.result(PATIENCE)
+    assert is_error(refused, 503, "session_store_unavailable") and waited < 5
     assert said(chat(app))
     other = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
     assert other.get("/v1/usage").json["today"]["requests"] == 1, "to be busy is no outage: it is told at once"
@@ -2181,15 +2193,20 @@ def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
         server.stop()
 
 
+def put_out_of_order(folder: Path) -> None:
+    """The sqlite store in this folder: where its file was is a directory."""
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "sessions.db").mkdir()
+
+
 @pytest.mark.parametrize("limit", ["REQUESTS_PER_MINUTE", "TOKENS_PER_DAY"])
 def test_a_store_that_fails_refills_no_limit(make: Make, clock: Clock, tmp_path: Path, limit: str) -> None:
     settings = {"SESSION_STORE": f"sqlite:{tmp_path}/sessions.db", limit: "1"}
     app, other = make(**settings), make(**settings)
     assert said(chat(other))
     assert chat(app).status_int == 429, "which is all that this process knows of the other's chat"
-    for path in tmp_path.iterdir():
-        path.unlink()
-    (tmp_path / "sessions.db").mkdir()
+    put_out_of_order(tmp_path)
     assert app.get("/health").json["store"]["ok"] is False
     assert chat(app).status_int == 429
 
@@ -2385,19 +2402,22 @@ def test_a_model_of_the_settings_has_its_name_before_it_has_answered(
     assert metrics(app)["kimi2api_chats_total", frozenset(labels.items())] == 1
 
 
+def loses_its_store_before_the_answer(kimi: WebChat, folder: Path) -> None:
+    answer = kimi.always
+
+    def loses_it_and_answers(handler: WebChatHandler) -> None:
+        if (folder / "sessions.db").is_file():
+            put_out_of_order(folder)
+        answer(handler)
+
+    kimi.always = loses_it_and_answers
+
+
 def test_a_chat_whose_session_fails_is_counted_as_it_was_answered(
     make: Make, kimi: WebChat, tmp_path: Path
 ) -> None:
     app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
-    answer = kimi.always
-
-    def answers_without_a_store(handler: WebChatHandler) -> None:
-        for path in tmp_path.iterdir():
-            path.unlink()
-        (tmp_path / "sessions.db").mkdir()
-        answer(handler)
-
-    kimi.always = answers_without_a_store
+    loses_its_store_before_the_answer(kimi, tmp_path)
     assert is_error(chat(app, user="ada"), 503, "session_store_unavailable"), "its turn cannot be recorded"
     assert is_error(chat(app, user="ada"), 503, "session_store_unavailable"), "its session cannot be read"
     samples = metrics(app)
@@ -2411,15 +2431,7 @@ def test_a_response_that_cannot_be_kept_is_counted_as_the_failure_that_it_was(
     make: Make, kimi: WebChat, tmp_path: Path, stream: bool
 ) -> None:
     app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
-    answer = kimi.always
-
-    def answers_without_a_store(handler: WebChatHandler) -> None:
-        for path in tmp_path.iterdir():
-            path.unlink()
-        (tmp_path / "sessions.db").mkdir()
-        answer(handler)
-
-    kimi.always = answers_without_a_store
+    loses_its_store_before_the_answer(kimi, tmp_path)
     refused = respond(app, stream=stream)
     assert b"response.completed" not in refused.body and (stream or refused.status_int == 503)
     counted = {key: value for key, value in metrics(app).items() if key[0] == "kimi2api_chats_total"}
