@@ -67,7 +67,6 @@ import re
 import selectors
 import socket
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -91,15 +90,13 @@ from math import ceil, inf, isfinite
 from operator import itemgetter
 from queue import Empty, SimpleQueue
 from traceback import clear_frames
-from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
 import cloudscraper
 import requests
 import waitress
-from cloudscraper.cloudflare import Cloudflare
-from cloudscraper.exceptions import CloudflareException, CloudflareLoopProtection, CloudflareSolveError
 from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
 from requests.utils import get_environ_proxies
@@ -3335,7 +3332,6 @@ MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one ev
 LAST_CHUNK = b"0\r\n\r\n"
 DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
 DRAIN_BYTES = 65536
-MAX_POOLS = 20  # hosts and ports; a page that redirects may name any number
 MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
 
 
@@ -3434,8 +3430,6 @@ class Transport:
         origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
         with self._lock:
             if origin not in self._pools:
-                if len(self._pools) >= MAX_POOLS:
-                    self._pools.clear()
                 self._pools[origin] = self._make_pool(origin)
             return self._pools[origin]
 
@@ -4253,140 +4247,61 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 # ======================================================================================================================
 # 23 Scraper
 #
-# cloudscraper over our transport: cookies, ciphers and old challenges are its own, connections and deadlines ours.
+# The web chat's site, called as a browser calls it: TLS ciphers, headers and cookies are cloudscraper's, connections
+# and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
 # ======================================================================================================================
 
-CHALLENGE_DELAY = 4.0  # seconds before a challenge is answered; without it, the page could name any
-MAX_CHALLENGE_BYTES = 24 << 10  # of a page that may be a challenge
-MAX_CHALLENGE_WORD = 8 << 10
-SOLVING_SECONDS = 5.0
-SOLVE = """
-import json, sys
-from cloudscraper import CloudScraper
-from cloudscraper.cloudflare import Cloudflare
-print(json.dumps(Cloudflare(CloudScraper()).IUAM_Challenge_Response(*json.load(sys.stdin))))
-"""
 MAX_COOKIES = 20
-MAX_COOKIE_BYTES = 8 << 10  # of all that one answer sets, and of all that are kept
+MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, or that one request sends
 
 
-class Challenge(Cloudflare):  # type: ignore[misc]
-    """cloudscraper's challenges, solved in a process of their own.
+@dataclass(frozen=True)
+class Page:
+    """A response of the site, read to its end."""
 
-    On a page that is made for it, its expressions hold the interpreter for hours, and its solver never ends.
-    """
-
-    def IUAM_Challenge_Response(self, body: str, url: str, interpreter: str) -> JSONObject:
-        given = json.dumps([body, url, interpreter]).encode()
-        try:
-            solver = subprocess.run(  # noqa: S603  # a program of our own; the page is its input
-                [sys.executable, "-c", SOLVE], input=given, capture_output=True, timeout=SOLVING_SECONDS, check=True)
-            answer: JSONObject = json.loads(solver.stdout)
-        except (OSError, ValueError, subprocess.SubprocessError):
-            self.cloudscraper.simpleException(CloudflareSolveError, "a challenge that could not be solved")
-        return answer
+    status: int
+    headers: Headers  # their names are case-insensitive
+    body: bytes
 
 
-class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
-    """cloudscraper over our transport, for many threads; cookies, ciphers and solving challenges stay cloudscraper's.
-
-    Raises APIError, and cloudscraper's CloudflareException for a challenge that it cannot solve.
-    """
+class Scraper:
+    """A browser for many threads. Redirects are not followed. Raises APIError."""
 
     # cloudscraper's own list ends with Chrome 76
     USER_AGENT = (
         "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
         "Chrome/142.0.0.0 Safari/537.36")
 
-    def __init__(self, name: str, connections: int, timeout: float) -> None:
-        super().__init__(
-            browser={"browser": "chrome", "platform": "windows", "mobile": False}, delay=CHALLENGE_DELAY,
-            doubleDown=False)  # it would look at a second page without is_challenge
-        self.headers["User-Agent"] = self.USER_AGENT
-        self.transport = Transport(name, connections, self.get_adapter("https://"))
-        self._timeout = timeout
-        self._jar_lock = threading.Lock()  # guards cookies: cookie jars are not thread-safe
+    def __init__(self, name: str, connections: int) -> None:
+        browser = cloudscraper.CloudScraper(browser={"browser": "chrome", "platform": "windows", "mobile": False})
+        self.transport = Transport(name, connections, browser.get_adapter("https://"))
+        self._headers = {**browser.headers, "User-Agent": self.USER_AGENT}
+        self._cookies = browser.cookies
+        self._lock = threading.Lock()  # guards _cookies: cookie jars are not thread-safe
 
-    def simpleException(self, exception: type[Exception], msg: str) -> NoReturn:
-        """cloudscraper's also sets sys.tracebacklimit to 0, which empties every later traceback of the process."""
-        self._solveDepthCnt = 0
-        raise exception(msg)
-
-    def request(self, method: str, url: str, **kwargs: Any) -> requests.Response:
-        """cloudscraper's own, but for what its expressions may see; see is_challenge. What a challenge asks for stays
-        on the host of the first request."""
-        if kwargs.setdefault("host", urlsplit(url).hostname) != urlsplit(url).hostname:
-            self.simpleException(CloudflareSolveError, "a challenge that leads to another host")
-        response = self.perform_request(method, url, **kwargs)
-        if not self.is_challenge(response):
-            self._solveDepthCnt = 0
-            return response
-        if self._solveDepthCnt >= self.solveDepth:
-            self.simpleException(CloudflareLoopProtection, "a challenge that comes again after it is solved")
-        self._solveDepthCnt += 1
-        try:
-            solved: requests.Response = Challenge(self).Challenge_Response(response, **kwargs)
-        except ValueError as error:  # of an address that is none
-            self.simpleException(CloudflareSolveError, f"a challenge that leads nowhere ({error})")
-        return solved
-
-    def perform_request(
-        self, method: str, url: str, *, data: bytes | dict[str, str] | None = None, headers: Any = None,
-        timeout: float, cancel: Cancel | None = None, **_: Any,
-    ) -> requests.Response:
-        """Called by cloudscraper for every request. timeout: seconds that are left for all of it."""
+    def request(self, method: str, url: str, call: Call, headers: Headers, body: bytes | None = None) -> Page:
         request = requests.PreparedRequest()
-        request.method = method
-        request.url = url
-        sent = {**self.headers, **(headers or {})}
-        request.headers = sent  # type: ignore[assignment]  # a plain dict will do here
-        with self._jar_lock:
-            cookies = get_cookie_header(self.cookies, request) if self.cookies else None
-        if cookies:
+        request.url = url  # cookie jars match it, and read nothing else
+        sent = {**self._headers, **headers}
+        request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
+        with self._lock:
+            cookies = get_cookie_header(self._cookies, request) if self._cookies else None
+        if cookies and len(cookies) <= MAX_COOKIE_BYTES:
             sent["Cookie"] = cookies
-        body = urlencode(data).encode() if isinstance(data, dict) else data
-        call = Call(self._timeout, cancel or Cancel(), deadline=time.monotonic() + timeout)
-        answer = self.transport.request(method, url, sent, body, call)
-        if "Set-Cookie" in answer.headers:
-            self._keep_cookies(request, answer)
-        response = requests.Response()
-        response.status_code = answer.status
-        response.headers = answer.headers  # type: ignore[assignment]  # urllib3's are case-insensitive too
-        response.url = url
-        response.request = request
-        response.encoding = "utf-8"
-        response._content = answer.read()  # what response.content and response.text go by
-        return response
+        response = self.transport.request(method, url, sent, body, call)
+        if "Set-Cookie" in response.headers:
+            self._keep_cookies(request, response)
+        return Page(response.status, response.headers, response.read())
 
-    def is_challenge(self, response: requests.Response) -> bool:
-        """Whether cloudscraper could solve it. Raises CloudflareException for one that it knows and cannot solve.
-
-        Its expressions are quadratic in the page, and a regular expression holds every thread up; so they see nothing
-        that no challenge is like.
-        """
-        page = response.content
-        if response.status_code == 200 or len(page) > MAX_CHALLENGE_BYTES:
-            return False
-        if page.count(b"<form") > 4 or page.count(b"challenge-form") > 4:
-            return False
-        if max(map(len, page.split()), default=0) > MAX_CHALLENGE_WORD:
-            return False
-        return bool(Cloudflare(self).is_Challenge_Request(response))
-
-    def _keep_cookies(self, request: requests.PreparedRequest, answer: Response) -> None:
-        """Keep the cookies of an answer; the oldest go when there are more than a browser would send."""
-        if sum(map(len, answer.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
+    def _keep_cookies(self, request: requests.PreparedRequest, response: Response) -> None:
+        """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
+        if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
             return
-        # Cookie jars read it too, in quadratic time; no site sends it any more
-        if "Set-Cookie2" in answer.headers:
-            return
-        with self._jar_lock:
-            extract_cookies_to_jar(self.cookies, request, answer.raw)
-            size = 0
-            for count, cookie in enumerate(reversed(list(self.cookies)), start=1):
-                size += len(cookie.name) + len(cookie.value or "")
-                if count > MAX_COOKIES or size > MAX_COOKIE_BYTES:
-                    self.cookies.clear(cookie.domain, cookie.path, cookie.name)
+        with self._lock:
+            extract_cookies_to_jar(self._cookies, request, response.raw)
+            size = sum(len(cookie.name) + len(cookie.value or "") for cookie in self._cookies)
+            if len(self._cookies) > MAX_COOKIES or size > MAX_COOKIE_BYTES:
+                self._cookies.clear()
 
 
 # ======================================================================================================================
@@ -4397,9 +4312,10 @@ class Scraper(cloudscraper.CloudScraper):  # type: ignore[misc]
 # ======================================================================================================================
 
 NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
-CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
-CHALLENGE_SECONDS = 10.0  # that solving one may take beyond REQUEST_TIMEOUT, as cloudscraper waits before it answers
 MAX_REDIRECTS = 4
+CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
+# Cloudflare's own errors, as a web page, as text, and as problem details (RFC 9457)
+CLOUDFLARE_ERROR = re.compile(rb"\s*(?:<|error code: 1\d\d\d|{[^{}]*cloudflare)", re.I)
 
 
 class StaleNonce(Exception):
@@ -4434,7 +4350,7 @@ class KimiProvider(Provider):
     @cached_property
     def _scraper(self) -> Scraper:
         """Made when it is first needed; its certificates would slow the start and take 1 MB."""
-        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats, self._settings.request_timeout)
+        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats)
 
     def stream(self, chat: Chat) -> Iterator[Delta]:
         request = chat.request
@@ -4524,7 +4440,7 @@ class KimiProvider(Provider):
         deadline = time.monotonic() + self._settings.request_timeout
         fetch = self._nonce.latest()
         nonce = self._wait_for(fetch)
-        page = urlsplit(self._settings.chat_page_url)
+        home = urlsplit(self._settings.chat_page_url)
         form = {
             "action": "kimi_send_message",
             "nonce": nonce,
@@ -4536,14 +4452,14 @@ class KimiProvider(Provider):
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
             "Accept": "application/json, */*",
             "X-Requested-With": "XMLHttpRequest",
-            "Origin": f"{page.scheme}://{page.netloc}",
+            "Origin": f"{home.scheme}://{home.netloc}",
             "Referer": self._settings.chat_page_url,
         }
-        send = partial(
-            self._scraper.perform_request, "POST", self._settings.upstream_url, data=form, headers=headers,
-            cancel=cancel)
+        call = Call(self._settings.request_timeout, cancel, deadline)
         try:
-            return read_text(self._send(send, deadline), nonce)
+            page = self._checked_page(
+                "POST", self._settings.upstream_url, call, headers, urlencode(form).encode())
+            return read_text(page, nonce)
         except StaleNonce:
             self._nonce.reject(fetch)
             raise
@@ -4551,28 +4467,25 @@ class KimiProvider(Provider):
             self._scraper.transport.close_idle(self._settings.upstream_url)
             raise
 
-    def _send(self, send: Callable[..., requests.Response], deadline: float) -> requests.Response:
-        """Send one request; what any answer of this site can mean, page or chat, is sorted out here."""
-        try:
-            response = send(timeout=max(0.01, deadline - time.monotonic()))
-            solvable = self._scraper.is_challenge(response)
-        except CloudflareException as error:
-            raise self._blocked(str(error)) from None
-        status = response.status_code
-        is_html = response.content.lstrip()[:1] == b"<"
-        if solvable:
-            raise StaleNonce(self._blocked("a challenge that came again after it was solved"))
-        if response.headers.get("cf-mitigated") == "challenge":
+    def _checked_page(
+        self, method: str, url: str, call: Call, headers: Headers, body: bytes | None = None,
+    ) -> Page:
+        """Send a request; sort out what any response of this site can mean, to the page or to the form."""
+        page = self._scraper.request(method, url, call, headers, body)
+        status = page.status
+        if page.headers.get("cf-mitigated") == "challenge":
             raise self._blocked("a managed challenge")
-        if is_html and (status == 403 or (status in (429, 503) and CHALLENGE.search(response.content))):
-            raise self._blocked(f"HTTP {status} with a web page")
+        is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
+        is_challenge = status in (429, 503) and CHALLENGE.search(page.body)
+        if is_block or is_challenge:
+            raise self._blocked(f"HTTP {status} with a page of its own")
         if status == 429:
             raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
-                               "upstream_rate_limited", response.headers)
+                               "upstream_rate_limited", page.headers)
         if status >= 500:
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
-        return response
+        return page
 
     def _blocked(self, reason: str) -> APIError:
         return upstream_error(503, "upstream_blocked", (
@@ -4583,7 +4496,7 @@ class KimiProvider(Provider):
 
     def _wait_for(self, fetch: Future[str]) -> str:
         try:
-            error = fetch.exception(self._settings.request_timeout + CHALLENGE_SECONDS)
+            error = fetch.exception(self._settings.request_timeout + 1)  # the fetch itself times out before
         except FutureTimeout:
             raise self._scraper.transport.timed_out(self._settings.request_timeout) from None
         if isinstance(error, APIError):
@@ -4591,44 +4504,41 @@ class KimiProvider(Provider):
         return fetch.result()
 
     def _fetch_nonce(self) -> str:
-        """Fetch the chat page, solving an old-style challenge on the way if there is one, and find its nonce."""
+        """Fetch the chat page and find its nonce."""
         home = self._settings.chat_page_url
-        page = self._fetch_page(time.monotonic() + self._settings.request_timeout)
-        nonce = find_nonce(page.content.decode("utf-8", "replace"))
-        if page.status_code != 200 or not nonce:
+        page = self._fetch_page()
+        nonce = find_nonce(page.body.decode("utf-8", "replace"))
+        if page.status != 200 or not nonce:
             raise upstream_error(
-                502, "upstream_changed", f"{home} (HTTP {page.status_code}) carries no nonce: the site has changed. "
+                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed. "
                 "Look for a newer version of this program.")
         log.info("nonce renewed")
         return nonce
 
-    def _fetch_page(self, deadline: float) -> requests.Response:
+    def _fetch_page(self) -> Page:
         """The chat page, after redirects on its own host."""
         home = self._settings.chat_page_url
+        call = Call(self._settings.request_timeout, Cancel())
         # No cache has seen it yet
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         for _ in range(MAX_REDIRECTS + 1):
-            send = partial(self._scraper.request, "GET", url, headers={"Cache-Control": "no-cache"})
-            try:
-                page = self._send(send, deadline)
-            except StaleNonce as stale:
-                raise stale.error from None
-            if not page.is_redirect:
+            page = self._checked_page("GET", url, call, {"Cache-Control": "no-cache"})
+            location = page.headers.get("Location")
+            if not 300 <= page.status < 400 or not location:
                 break
-            url = self._redirected(url, page.headers["Location"])
+            url = self._redirected(url, location)
         return page
 
     def _redirected(self, url: str, location: str) -> str:
-        """Where a redirect leads. Raises APIError for another host."""
+        """Where a redirect leads. Raises APIError for another scheme, host or port."""
         here = urlsplit(self._settings.chat_page_url)
         with suppress(ValueError):
             target = parse_url(urljoin(url, location))
-            there = urlsplit(target)
-            if there.hostname == here.hostname and there.scheme in ("https", here.scheme):
+            if urlsplit(target)[:2] == here[:2]:
                 return target
         raise upstream_error(
             502, "upstream_changed",
-            "The chat page has moved to another host; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
+            "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
 
 
 WEB_CHAT_REQUEST = record({}, {  # what a request may ask for here; the rest would change the shape of the answer
@@ -4651,9 +4561,9 @@ def reject_unsupported(request: ChatRequest) -> None:
             violation.path, "unsupported_value")
 
 
-def read_text(response: requests.Response, nonce: str) -> str:
+def read_text(page: Page, nonce: str) -> str:
     """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
-    body = response.content.strip()
+    body = page.body.strip()
     if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
         raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
     try:
@@ -4666,8 +4576,8 @@ def read_text(response: requests.Response, nonce: str) -> str:
     if answer.get("success") is False:
         raise StaleNonce(upstream_error(
             502, "upstream_refused", f"The web chat refused: {plain_line(data, nonce)}", quotes_upstream=True))
-    if response.status_code != 200:
-        raise invalid_response("The web chat", f"HTTP {response.status_code}")
+    if page.status != 200:
+        raise invalid_response("The web chat", f"HTTP {page.status}")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
     if isinstance(text, str) and text.strip():
         return text

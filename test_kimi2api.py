@@ -288,6 +288,10 @@ IUAM = (
 FIREWALL = '<html><title>Access denied</title><span class="cf-error-code">1020</span></html>'
 DOWN = "<html><title>kimi-ai.chat | 521: Web server is down</title><a href='/cdn-cgi/l/x'>Cloudflare</a></html>"
 CLOUDFLARE = {"Server": "cloudflare"}
+PROBLEM = json.dumps({
+    "type": "https://developers.cloudflare.com/support/troubleshooting/http-status-codes/cloudflare-1xxx-errors/error-1020/",
+    "title": "Error 1020: Access denied", "status": 403, "error_code": 1020, "cloudflare_error": True,
+})
 
 
 @pytest.fixture
@@ -489,7 +493,6 @@ def make(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(kimi2api, "FIRST_BACK_OFF", 0.01)
     monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.3)
     monkeypatch.setattr(kimi2api, "FINISHED_SILENCE", 0.3)
-    monkeypatch.setattr(kimi2api, "CHALLENGE_DELAY", 0.1)
 
     def build(**settings: str) -> Client:
         defaults = {**kimi.settings, "STREAM_INTERVAL_MS": "0", "MAX_RETRIES": "1"}
@@ -3618,7 +3621,9 @@ FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
     ("challenge without its header", sends(403, JUST_A_MOMENT, **CLOUDFLARE), BLOCKED, 1),
     ("challenge as 503", sends(503, JUST_A_MOMENT, **CLOUDFLARE), BLOCKED, 1),
     ("1020", sends(403, FIREWALL, **CLOUDFLARE), BLOCKED, 1),
-    ("IUAM page", sends(503, IUAM, **CLOUDFLARE), BLOCKED, 2),
+    ("IUAM page", sends(503, IUAM, **CLOUDFLARE), BLOCKED, 1),
+    ("1020 as text", sends(403, "error code: 1020", "text/plain; charset=UTF-8"), BLOCKED, 1),
+    ("1020 as problem details", sends(403, PROBLEM, "application/problem+json"), BLOCKED, 1),
     ("a page with a stale nonce", sends(403, "-1"), REFUSED, 2),
     ("success: false", sends(200, '{"success": false}'), REFUSED, 2),
     ("429", sends(429, "slow down"), LIMITED, 1),
@@ -3664,6 +3669,8 @@ def test_a_fault_of_upstream_is_an_honest_error(
         pytest.param(sends(200, "<html>a new design</html>"), CHANGED, id="no nonce"),
         pytest.param(sends(404, "gone"), CHANGED, id="404"),
         pytest.param(sends(302, Location="http://127.0.0.2:1/"), CHANGED, id="redirect elsewhere"),
+        pytest.param(lambda handler: sends(302, Location=f"http://127.0.0.1:{handler.server.port + 1}/")(handler),
+                     CHANGED, id="redirect to another port"),
         pytest.param(sends(302, Location="http://[::1"), CHANGED, id="redirect to half an address"),
         pytest.param(sends(302, Location="ftp://127.0.0.1/x"), CHANGED, id="redirect to FTP"),
         pytest.param(sends(302, Location="http://127.0.0.1:99999/"), CHANGED, id="redirect to port 99999"),
@@ -3691,57 +3698,6 @@ def test_a_redirect_of_the_page_is_followed_on_its_own_host_only(app: Client, ki
     assert said(chat(app)) and len(kimi.pages) == 2
 
 
-def challenge_page(action: str = "/?__cf_chl_f_tk=abc", init: str = "(1)") -> str:
-    """One of Cloudflare's old challenges, which cloudscraper solves."""
-    script = f"""setTimeout(function(){{
-        var s,t,o,p,b,r,e,a,k,i,n,g,f, zz={{"y":{init}}}; ('challenge-form'); ;zz.y+=(1);a.value = zz.y.toFixed(10);"""
-    form = f'<form id="challenge-form" action="{action}" method="POST"></form>'
-    return f'<html><img src="/cdn-cgi/images/trace/jsch/js/transparent.gif">{form}<script>{script}</script></html>'
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="cloudscraper's solver wants ast.Num, which is gone")
-def test_an_old_challenge_is_solved(app: Client, kimi: WebChat) -> None:
-    kimi.page_script.append(sends(503, challenge_page(), **CLOUDFLARE))
-    kimi.script.append(sends(302, Location="/chat/"))
-    assert said(chat(app))
-    assert kimi.posts[0] == {"jschl_answer": "2.0000000000"} and len(kimi.pages) == 2
-
-
-@pytest.mark.parametrize("where", ["http://localhost:{}/", "http://[::1", "//localhost:{}/", "form"])
-def test_a_challenge_leads_to_no_other_host(app: Client, kimi: WebChat, where: str) -> None:
-    other = WebChat()
-    try:
-        action = f"@localhost:{other.port}/__cf_chl_f_tk=abc" if where == "form" else "/?__cf_chl_f_tk=abc"
-        page = challenge_page(action).replace("<script>", '<form ="challenge-form" action="/?__cf_chl_f_tk=">')
-        kimi.page_script.append(sends(503, page, **CLOUDFLARE))
-        kimi.script.append(sends(302, Location=where.format(other.port)))
-        assert is_error(chat(app), *BLOCKED)
-        assert not other.pages and not other.posts
-    finally:
-        other.stop()
-
-
-def test_a_captcha_is_looked_at_once(app: Client, kimi: WebChat) -> None:
-    page = challenge_page().replace("jsch", "captcha")
-    kimi.page_script.append(sends(403, page, **CLOUDFLARE))
-    assert is_error(chat(app), *BLOCKED) and len(kimi.pages) == 1
-
-
-def test_a_page_that_redirects_from_port_to_port_leaves_no_connections_open(run: Run, kimi: WebChat) -> None:
-    with ExitStack() as others:
-        ports = []
-        for _ in range(60):
-            other = WebChat()
-            others.callback(other.stop)
-            ports.append(other.port)
-            other.page_script.append(lambda handler: sends(302, Location=f"http://127.0.0.1:{ports.pop()}/")(handler))
-        program = run(REQUEST_TIMEOUT="20", before="kimi2api.FAILURES_TO_OPEN = 10**9")
-        kimi.page_script.extend([lambda handler: sends(302, Location=f"http://127.0.0.1:{ports.pop()}/")(handler)] * 15)
-        while len(ports) > 5:
-            assert program.chat()[0] == 502
-        assert len(os.listdir(f"/proc/{program.process.pid}/fd")) < 40
-
-
 def test_a_page_in_a_circle_of_redirects_is_an_error(app: Client, kimi: WebChat) -> None:
     kimi.page_script.extend([sends(301, Location="/chat/again")] * 9)
     assert is_error(chat(app), 502, "upstream_changed")
@@ -3752,8 +3708,9 @@ def test_cookies_never_make_a_request_that_a_server_would_refuse(app: Client, ki
         body = '{"success": true, "data": {"message": "x"}}'
         kimi.script.append(sends(200, body, Set_Cookie=f"c{number}={'x' * 3000}"))
         assert said(chat(app))
-    assert said(chat(app)) and kimi.heads[-1]["Cookie"].startswith("c6=") and "c7=" in kimi.heads[-1]["Cookie"]
-    assert len(kimi.heads[-1]["Cookie"]) < 10_000
+    assert said(chat(app))
+    cookies = [head.get("Cookie", "") for head in kimi.heads]
+    assert max(map(len, cookies)) < 10_000 and "c1=" in cookies[2], "more than a browser would send are forgotten"
 
 
 def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplog: pytest.LogCaptureFixture) -> None:
@@ -7272,22 +7229,13 @@ def hostile_web_chats() -> Iterator[Any]:
         yield pytest.param("post", sends(200, refusal, "application/json"), id=f"refusal of {name}")
     for text in ("kimi_ajax ", "</script>", "kimi_ajax nonce: ", "kimi_ajax 'nonce' "):
         yield pytest.param("page", sends(200, many(text, 3 * MB)), id=f"page of {text}")
-    trace = "/cdn-cgi/images/trace/jsch/ "
-    for text in ("<form ", '<form ="challenge-form" action="/', "<input "):
-        html = "<html>" + trace + many(text, 3 * MB)
-        yield pytest.param("post", sends(503, html, **CLOUDFLARE), id=f"503 of {text}")
-        yield pytest.param("page", sends(503, html[:90_000], **CLOUDFLARE), id=f"503 page of {text}")
-    fields = ("__cf_chl_f_tk='" * 540 + " ").replace("'", '"') * 2
-    html = f'<html>{trace}<form x="challenge-form" action="/{fields}'
-    yield pytest.param("page", sends(503, html, **CLOUDFLARE), id="challenge of form fields")
-    html = challenge_page(init="(" * 60 + "+1+" + "(1" * 60)
-    yield pytest.param("page", sends(503, html, **CLOUDFLARE), id="challenge of brackets")
+    for text in ("<form ", "cf-", " "):
+        yield pytest.param("page", sends(503, "<html>" + many(text, 3 * MB), **CLOUDFLARE), id=f"503 page of {text!r}")
+    yield pytest.param("post", sends(403, "{" + many(" cloudflar", 3 * MB)), id="403 of half a problem")
     yield pytest.param("post", raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
     yield pytest.param("post", raw(b"<" * MB), id="no HTTP")
     cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
     yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
-    cookies = b"Set-Cookie: a=b\r\n" + (b"Set-Cookie2: %b\r\n" % (b"a," * 32_000)) * 90
-    yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="older cookies")
 
 
 def hostile_requests() -> Iterator[Any]:
@@ -7310,7 +7258,7 @@ def beside() -> Iterator[tuple[Program, WebChat]]:
     """One program for all hostile texts, which none of them may hold up."""
     kimi = WebChat()
     settings = {**kimi.settings, "MAX_RETRIES": "0", "CONTEXT_MAX_LENGTH": "99999999", "STREAM_INTERVAL_MS": "1"}
-    before = "kimi2api.FAILURES_TO_OPEN = 10**9; kimi2api.CHALLENGE_DELAY = 0.1; kimi2api.SOLVING_SECONDS = 3.5"
+    before = "kimi2api.FAILURES_TO_OPEN = 10**9"
     with closing(Program(**settings, before=before, LOG_LEVEL="ERROR")) as program:
         yield program, kimi
     kimi.stop()
