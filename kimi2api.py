@@ -13,11 +13,11 @@ The way of a chat through this file:
     Access.admit()        whether its client may call
     ChatRequest           checked by schemas; a ResponsesRequest is read as one
     Accounts.admit()      the limits of its key; the Meter counts what it takes, for usage and metrics
-    answer_in_session()   what was said before goes in front: Sessions, in a Store
+    App._complete()       the stages of a chat, in order; what was said before goes in front: Sessions, in a Store
     Providers.answer()    by the model asked for, or else by one to fall back to
     Provider.stream()     Kimi's web chat or an API: a stream of Deltas
     ChatCompletion        deltas as JSON or events; of the Responses API: ResponseWriter
-    relay()               from a thread of the upstream's own to the client
+    Client                is sent the events; the upstream call attends to it while it waits
 
 and of its reader:
 
@@ -27,13 +27,13 @@ and of its reader:
      4 Schemas             what a value must be like    26 API streams         the events of an answer
      5 Requests            what a caller may send       27 OpenAI-style APIs   Moonshot, DeepSeek, a local one
      6 Responses items     read as messages             28 Models and fallback who answers for a model
-     7 Responses requests  read as chats                29 Metering            every answer is counted
-     8 Stores              where sessions are kept      30 Delivery            sessions, threads, keep-alives
+     7 Responses requests  read as chats                29 Clients             events, keep-alives, slots
+     8 Stores              where sessions are kept      30 Delivery            counted and remembered
      9 Shared stores       failures, formats            31 Pace                a whole answer in pieces
     10 SQLite store        one file                     32 Formats             deltas to JSON or to events
     11 Redis client        deadlines, keys, scripts     33 Responses           deltas to items and events
     12 Redis store         many machines                34 Access              keys, hosts, browsers
-    13 Sessions            what is remembered of users  35 Exchanges           what a request holds
+    13 Sessions            what is remembered of users  35 Small answers       headers and shapes
     14 Limits and usage    of each key                  36 App                 what each route does
     15 Metrics             for Prometheus               37 Routes              paths, errors
     16 Deltas              folding, tokens, graphemes   38 Demo upstream       a small web chat of our own
@@ -74,21 +74,21 @@ import unicodedata
 from base64 import b64decode, b64encode
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
-from http.client import HTTPException, HTTPResponse, parse_headers
+from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import itemgetter
-from queue import Empty, SimpleQueue
+from queue import Empty
 from traceback import clear_frames
 from typing import Any, Generic, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
@@ -562,11 +562,6 @@ def invalid_response(upstream: str, what: str, retryable: bool = False) -> APIEr
 def random_hex() -> str:
     """32 hex digits for ids that need not be secret; uuid4 makes a system call, which releases the GIL each time."""
     return f"{random.getrandbits(128):032x}"
-
-
-def client_disconnected() -> APIError:
-    """Nobody will read it; the status is nginx's for the log."""
-    return APIError(499, "The client has disconnected.", code="client_closed_request")
 
 
 def as_api_error(error: Exception) -> APIError:
@@ -2958,78 +2953,113 @@ class Delta:
         return False
 
 
-class Pieces(list[str]):
+class JoinedText(list[str]):
     """A text that grows, joined once, at the end."""
 
 
-class Entries(dict[int, Any]):
+class IndexedList(dict[int, Any]):
     """A list whose entries are identified by their `index`."""
 
 
-NAMES = ("role", "id", "type", "name")  # texts of a delta that name something, so that a later one replaces them
+# Fields of a delta that grow, each by the field that it stands in: texts are joined, lists are extended. Of every other
+# field the last value that is not empty counts
+GROWING = {
+    ("delta", "content"), ("delta", "reasoning_content"), ("delta", "reasoning"), ("delta", "refusal"),
+    ("delta", "tool_calls"), ("delta", "reasoning_details"), ("delta", "annotations"),
+    ("function", "arguments"), ("custom", "input"), ("audio", "data"), ("audio", "transcript"),
+    ("reasoning_details", "text"), ("reasoning_details", "summary"), ("reasoning_details", "data"),
+    ("logprobs", "content"), ("logprobs", "refusal"), ("", "choices"),
+}
 
 
-def merge(whole: Any, part: Any, name: str = "", in_delta: bool = False) -> Any:
-    """`whole` with a later part of it added; read the sum with `unfold`.
-
-    Objects are merged field by field and lists by their entries' `index`; within a delta texts are joined. Whatever
-    else there is, the later value stands, but for null. Linear in the parts, however many there are.
-    """
-    if part is None:
-        return whole
-    if isinstance(part, dict):
-        if not isinstance(whole, dict) or isinstance(whole, Entries):
-            whole = {}
-        for field_name, value in part.items():
-            whole[field_name] = merge(whole.get(field_name), value, field_name, in_delta or name == "delta")
-        return whole
-    if isinstance(part, list):
-        return merge_list(whole, part, in_delta)
-    if isinstance(part, str) and in_delta and name not in NAMES:
-        if not isinstance(whole, Pieces):
-            whole = Pieces()
-        whole.append(part)
-        return whole
-    return part
+def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
+    """Add a part of an object to what came before; read the sum with `plain_value`. path: the field it stands in."""
+    for name, value in part.items():
+        known = whole.get(name)
+        if isinstance(value, dict):
+            if type(known) is not dict:
+                known = whole[name] = {}
+            merge(known, value, name)
+        elif (path, name) in GROWING and value is not None:
+            whole[name] = grown(known, value, name)
+        elif known is None or value not in (None, "", []):
+            whole[name] = value
 
 
-def merge_list(whole: Any, part: list[Any], in_delta: bool) -> Any:
-    for entry in part:
+def grown(known: Any, value: Any, name: str) -> Any:
+    """A growing field with a later value added. Linear in the values, however many there are."""
+    if isinstance(value, str):
+        if not isinstance(known, JoinedText):
+            known = JoinedText()
+        known.append(value)
+        return known
+    if not isinstance(value, list):
+        return value
+    for entry in value:
         if isinstance(entry, dict) and isinstance(entry.get("index"), int):
-            if not isinstance(whole, Entries):
-                whole = Entries()
-            index = entry["index"]
-            whole[index] = merge(whole.get(index), entry, in_delta=in_delta)
+            if not isinstance(known, IndexedList):
+                known = IndexedList()
+            merge(known.setdefault(entry["index"], {}), entry, name)
         else:
-            if type(whole) is not list:
-                whole = []
-            whole.append(entry)
-    return [] if whole is None else whole
+            if type(known) is not list:
+                known = []
+            known.append(entry)
+    return [] if known is None else known
 
 
-def unfold(whole: Any) -> Any:
+def plain_value(whole: Any) -> Any:
     """What `merge` has gathered, as plain JSON values."""
-    if isinstance(whole, Pieces):
+    if isinstance(whole, JoinedText):
         return "".join(whole)
-    if isinstance(whole, Entries):
-        return [unfold(whole[index]) for index in sorted(whole)]
+    if isinstance(whole, IndexedList):
+        return [plain_value(whole[index]) for index in sorted(whole)]
     if isinstance(whole, dict):
-        return {name: unfold(value) for name, value in whole.items()}
+        return {name: plain_value(value) for name, value in whole.items()}
     return whole
 
 
-def folded(deltas: Iterable[Delta]) -> Delta:
-    """All deltas of an answer as one."""
-    whole: Any = None
-    headers: Headers = {}
-    for delta in deltas:
-        whole = merge(whole, delta.chunk)
-        headers = headers or delta.headers
-    return Delta(unfold(whole), headers=headers)
+class Fold:
+    """An answer, gathered from its chunks: for the JSON body, the session, the reasoning to keep, and estimates."""
+
+    def __init__(self) -> None:
+        self._whole: JSONObject = {}
+
+    def add(self, chunk: JSONObject) -> None:
+        merge(self._whole, chunk)
+
+    @property
+    def choices(self) -> IndexedList:
+        choices = self._whole.get("choices")
+        return choices if isinstance(choices, IndexedList) else IndexedList()
+
+    @property
+    def usage(self) -> Any:
+        return self._whole.get("usage")
+
+    def completion(self) -> JSONObject:
+        """All chunks as one."""
+        completion: JSONObject = plain_value(self._whole)
+        return completion
+
+    def message(self, index: int = 0) -> Message:
+        """The message that the deltas of a choice make."""
+        return message_of(plain_value(self.choices.get(index, {"delta": {}})))
+
+    def texts(self) -> Iterator[str]:
+        """All that the model wrote, in every choice: its reasoning and its calls too."""
+        for choice in self.choices.values():
+            for value in choice["delta"].values():
+                if isinstance(value, JoinedText):
+                    yield from value
+            calls = choice["delta"].get("tool_calls")
+            for call in calls.values() if isinstance(calls, IndexedList) else ():
+                function = call.get("function") or {}
+                yield function.get("name") or ""
+                yield from function.get("arguments") or ()
 
 
 def message_of(choice: JSONObject) -> Message:
-    """The message that the merged deltas of a choice make."""
+    """The message that the merged delta of a choice makes."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     for call in message.get("tool_calls") or ():
         call["function"] = {"arguments": "", **(call.get("function") or {})}
@@ -3105,84 +3135,75 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
 # ======================================================================================================================
 # 17 Connections
 #
-# http.client's connections to upstreams, read more strictly and within a deadline, and given up from another thread
-# when a chat's client has gone.
+# http.client's connections to upstreams, read more strictly and within a deadline. Whoever waits for an answer is
+# attended to between the slices of a wait.
 # ======================================================================================================================
 
+CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
 MAX_INTERIM_RESPONSES = 16
 MAX_CHUNK_LINE = 4096
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 TIMEOUT_PRECISION = 0.1  # seconds
+READ_SIZE = 65536
 
 
-class Cancel:
-    """Ends the upstream call of a chat whose client has gone. Called from another thread than the call's own.
+class Abandoned(APIError):
+    """The chat ends for a reason that is not its upstream's: its client has disconnected, or the server stops."""
 
-    It reaches the one connection that the call is using at that moment, and none that has been given back.
-    """
 
-    def __init__(self) -> None:
-        # Guards _sock: it is shut down while it is this chat's, or not at all
-        self._lock = threading.Lock()
-        self._sock: socket.socket | None = None
-        self._called = threading.Event()
+class Waiter:
+    """Whoever waits for an upstream: here nobody in particular, such as --check; for a chat's client, see Client."""
 
-    def __call__(self) -> None:
-        with self._lock:
-            self._called.set()
-            if self._sock:
-                shut_down(self._sock)
+    interval = inf  # seconds, at most, between two calls of attend() during a wait
+    must_finish = False  # the call goes on when the client has disconnected
 
-    def is_set(self) -> bool:
-        return self._called.is_set()
+    def clock(self) -> float:
+        """Seconds of a clock that deadlines go by."""
+        return time.monotonic()
 
-    def wait(self, seconds: float) -> bool:
-        """Sleep, but no longer than until the client has gone; whether it has."""
-        return self._called.wait(seconds)
+    def attend(self) -> None:
+        """Called before each wait and at every interval of it. Raises Abandoned to end the call."""
 
-    def attach(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._sock = sock
-            if self._called.is_set():
-                shut_down(sock)
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
-    def detach(self, sock: socket.socket) -> None:
-        with self._lock:
-            if self._sock is sock:
-                self._sock = None
+
+class Deadline:
+    """How long one upstream call may still take, and who waits for it."""
+
+    def __init__(self, timeout: float, waiter: Waiter) -> None:
+        self.timeout = timeout  # seconds: REQUEST_TIMEOUT
+        self.waiter = waiter
+        self.is_per_read = False  # the timeout is for each read alone, not for all of the call
+        self.may_reuse_connection = True  # False while an answer may be left unread
+        self._began = waiter.clock()
+        self.limit(timeout)
+
+    def limit(self, seconds: float) -> None:
+        """From now on so many seconds are left."""
+        self._end = self.waiter.clock() + seconds
+
+    @property
+    def waited(self) -> float:
+        """Seconds that were given to the wait that has timed out."""
+        return min(self.waiter.clock() - self._began, self.timeout)
+
+    def remaining(self) -> float:
+        """Seconds that are left. Raises TimeoutError when there are none."""
+        seconds = self._end - self.waiter.clock()
+        if seconds <= 0:
+            raise TimeoutError("timed out")
+        return seconds
+
+    def next_wait(self) -> float:
+        """Attend to the waiter, then return the seconds that the next slice of a wait may take."""
+        self.waiter.attend()
+        return min(self.remaining(), self.waiter.interval)
 
 
 def shut_down(sock: socket.socket) -> None:
     with suppress(OSError):  # it is closed already
         sock.shutdown(socket.SHUT_RDWR)
-
-
-class Call:
-    """One request under way: how long it may still take, and whose it is."""
-
-    def __init__(self, timeout: float, cancel: Cancel, deadline: float | None = None) -> None:
-        self.timeout = timeout  # seconds: REQUEST_TIMEOUT
-        self.cancel = cancel
-        self.reader: ResponseReader | None = None  # of the answer, once it begins
-        # Infinite: the time-out is for each read alone
-        self.deadline = deadline or time.monotonic() + timeout
-        # The answer, as far as is known; after one that is not, its connection is not used again
-        self.is_usable = True
-
-    def limit_reads(self) -> None:
-        """From now on the time-out is for each read alone."""
-        self.deadline = inf
-
-    def limit(self, seconds: float) -> None:
-        """From now on so many seconds are left for all of it."""
-        self.deadline = time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds that the next read may take. Raises TimeoutError when there are none left."""
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError("timed out")
-        return min(seconds, self.timeout)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
@@ -3191,54 +3212,56 @@ def set_timeout(sock: socket.socket, seconds: float) -> None:
         sock.settimeout(seconds)
 
 
-CURRENT_CALL: ContextVar[Call] = ContextVar("current_call")  # for the classes that http.client makes by itself
+CURRENT_DEADLINE: ContextVar[Deadline] = ContextVar("current_deadline")  # for the classes that http.client makes itself
 
 
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket within what is left of a call's time.
+class SocketReader(io.RawIOBase):
+    """Reads a socket in slices, within a deadline.
 
-    A socket's own time-out starts anew with every byte, so an upstream that drips could hold a thread for hours.
+    A socket's own time-out starts again with every byte, so an upstream that drips could hold a thread for hours.
+    socket.SocketIO refuses to read after one time-out; it only keeps the socket open until close().
     """
 
-    def __init__(self, source: Any, sock: socket.socket, call: Call) -> None:
-        self._source = source
+    def __init__(self, sock: socket.socket, file: Any, deadline: Deadline) -> None:
         self._sock = sock
-        self._call = call
-        # It gives nothing, so that what has come already can be told from what has not
-        self.is_paused = False
+        self._file = file
+        self.deadline = deadline
+        self.is_paused = False  # reads return nothing, so that a peek shows only what is buffered
+        self.at_end = False  # the upstream has closed the connection
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> Any:
+    def readinto(self, buffer: Any) -> int:
         if self.is_paused:
             return 0
-        set_timeout(self._sock, self._call.remaining())
-        return self._source.readinto(buffer)
+        deadline = self.deadline
+        if deadline.is_per_read:
+            deadline.limit(deadline.timeout)
+        while True:
+            set_timeout(self._sock, deadline.next_wait())
+            try:
+                count = self._sock.recv_into(buffer)
+            except TimeoutError:
+                continue  # one slice has passed
+            self.at_end = not count
+            return count
 
     def close(self) -> None:
-        self._source.close()
+        self._file.close()
         super().close()
 
 
 class ResponseReader(io.BufferedReader):
-    """What http.client reads an answer from. It closes it at the answer's end, before the connection is used again."""
+    """The file that http.client reads a response from, and closes at its end, before the connection is used again."""
 
-    def __init__(self, raw: DeadlineReader, sock: socket.socket, call: Call) -> None:
-        super().__init__(raw)
-        self.is_cut_off = False  # a line was wanted, and the connection has ended
+    def __init__(self, raw: SocketReader, sock: socket.socket) -> None:
+        super().__init__(raw, READ_SIZE)
         self._reader = raw
         self._sock = sock
-        self._call = call
 
-    def readline(self, size: int | None = -1) -> bytes:
-        line = super().readline(size)
-        if not line:
-            self.is_cut_off = True
-        return line
-
-    def waiting(self) -> bytes:
-        """What has come and is not read yet."""
+    def received(self) -> bytes:
+        """What has been received and not read yet."""
         self._reader.is_paused = True
         try:
             return self.peek(1)
@@ -3247,37 +3270,31 @@ class ResponseReader(io.BufferedReader):
 
     def close(self) -> None:
         if not self.closed:
-            self._call.cancel.detach(self._sock)
             decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
-            # More than the answer, or an answer that may have been to another request, so that ours is still to come:
-            # nobody else may find it there
-            if self.waiting() or decrypted or not self._call.is_usable:
+            # Unread bytes, or an answer that may belong to another request: the next request must not read them
+            if self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
                 shut_down(self._sock)
         super().close()
 
 
-class UpstreamResponse(HTTPResponse):
-    """http.client's response, read by a deadline, head and body together, past interim responses, and more strictly."""
+class StrictHTTPResponse(HTTPResponse):
+    """http.client's response, read within a deadline, past interim responses, and more strictly.
+
+    Overrides _read_status, _read1_chunked and _read_next_chunk_size and calls _get_chunk_left, which are private names
+    of http.client in Python 3.10 to 3.14.
+    """
+
+    fp: Any
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        call = CURRENT_CALL.get()
-        self.fp = call.reader = ResponseReader(DeadlineReader(self.fp.detach(), sock, call), sock, call)
-        call.cancel.attach(sock)
+        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), sock)
 
     def begin(self) -> None:
+        reader = self.fp.raw
         super().begin()
-        reader = CURRENT_CALL.get().reader
-        if reader and reader.is_cut_off:
+        if reader.at_end:
             raise HTTPException("its answer is cut off in the head")
-
-    def _read_next_chunk_size(self) -> int:
-        """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
-        line = self.fp.readline(MAX_CHUNK_LINE)
-        size = line.partition(b";")[0].strip()
-        if not (line.endswith(b"\n") and CHUNK_SIZE.fullmatch(size)):
-            raise ValueError("no size of a chunk")
-        return int(size, 16)
 
     def _read_status(self) -> tuple[str, int, str]:
         """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
@@ -3290,12 +3307,40 @@ class UpstreamResponse(HTTPResponse):
             parse_headers(self.fp)
         raise HTTPException("too many interim responses")
 
+    def _read_next_chunk_size(self) -> int:
+        """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
+        line = self.fp.readline(MAX_CHUNK_LINE)
+        size = line.partition(b";")[0].strip()
+        if not (line.endswith(b"\n") and CHUNK_SIZE.fullmatch(size)):
+            raise ValueError("invalid chunk size")
+        return int(size, 16)
+
+    def _read1_chunked(self, size: int) -> bytes:
+        """Read what one wait brings: http.client's returns chunk by chunk, and APIs send each event as a chunk."""
+        parts = []
+        while size > 0:
+            left = self._get_chunk_left()  # type: ignore[attr-defined]
+            if left is None:
+                break
+            part = self.fp.read1(min(size, left))
+            if not part:
+                raise IncompleteRead(b"")
+            parts.append(part)
+            size -= len(part)
+            self.chunk_left = left - len(part)
+            # Reading on must not wait: the next chunk's size and beginning must be here. The last chunk stays unread, so
+            # that the connection is still open when the caller finds the answer complete
+            following = self.fp.received()[2:-1]
+            if self.chunk_left or following.startswith(b"0") or b"\n" not in following:
+                break
+        return b"".join(parts)
+
 
 class UpstreamConnection:
     """Put before urllib3's class of a connection. Sending has the deadline that reading has, and nothing is sent for a
-    client that has left while the connection was made."""
+    client that disconnected while the connection was made."""
 
-    response_class = UpstreamResponse
+    response_class = StrictHTTPResponse
     sock: Any
     _unsent: list[bytes] | None = None  # of the request that is being written
 
@@ -3313,12 +3358,11 @@ class UpstreamConnection:
         if self._unsent is not None:
             self._unsent.append(data)
             return
-        call = CURRENT_CALL.get()
+        deadline = CURRENT_DEADLINE.get()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
-        if call.cancel.is_set():
-            raise client_disconnected()
-        set_timeout(self.sock, call.remaining())
+        deadline.waiter.attend()
+        set_timeout(self.sock, deadline.remaining())
         super().send(data)  # type: ignore[misc]
 
 
@@ -3329,28 +3373,26 @@ class UpstreamConnection:
 # ======================================================================================================================
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
-LAST_CHUNK = b"0\r\n\r\n"
-DRAIN_SECONDS = 1.0  # for what may follow the end of a stream, before its connection can be used again
-DRAIN_BYTES = 65536
+DRAIN_SECONDS = 0.02  # for what may follow the end of a stream, before its connection can be used again
 MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
 
 
-class Response:
-    """An upstream's answer, of which the head has come. Raises APIError."""
+class UpstreamResponse:
+    """An upstream's response, whose head has been read. Raises APIError."""
 
-    def __init__(self, transport: Transport, raw: Any, call: Call) -> None:
+    def __init__(self, transport: Transport, raw: Any, deadline: Deadline) -> None:
         self.status: int = raw.status
         self.headers: Headers = raw.headers  # urllib3's, whose names are case-insensitive
         self.raw = raw
-        self.call = call
+        self.deadline = deadline
         self._transport = transport
 
     def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
-        """All of the body, at most so many bytes, within the call's time."""
+        """All of the body, at most so many bytes, within the deadline."""
         try:
             body: bytes = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
-            raise self._transport.failure(error, self.call) from None
+            raise self._transport.failure(error, self.deadline) from None
         finally:
             self.close()
         if len(body) > limit:
@@ -3361,30 +3403,20 @@ class Response:
         """The body as it comes."""
         try:
             while True:
-                data = self.raw.read1(65536, decode_content=True)
+                data = self.raw.read1(READ_SIZE, decode_content=True)
                 if not data:
                     return
                 yield data
         except HTTPError as error:
-            raise self._transport.failure(error, self.call) from None
+            raise self._transport.failure(error, self.deadline) from None
 
-    def finish(self, cleanup: ExitStack) -> None:
-        """The stream's own end has come. What follows it is read now if it is here, else when the client has all."""
-        reader = self.call.reader
-        if reader and not reader.closed and reader.waiting().endswith(LAST_CHUNK):
-            self._drain(0.01)
-        else:
-            cleanup.callback(self._drain, DRAIN_SECONDS)
-
-    def _drain(self, seconds: float) -> None:
-        """Read the little that may follow a stream's end, so that the connection can be used again, else close it."""
-        self.call.limit(seconds)
-        size = 0
-        with suppress(APIError), closing(self):
-            for data in self.stream():
-                size += len(data)
-                if size > DRAIN_BYTES:
-                    return
+    def finish(self) -> None:
+        """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
+        self.deadline.is_per_read = False
+        self.deadline.limit(DRAIN_SECONDS)
+        with suppress(APIError):
+            next(self.stream(), None)
+        self.close()
 
     def close(self) -> None:
         """Close the connection, unless the body has been read to its end: then it is in the pool already."""
@@ -3392,7 +3424,7 @@ class Response:
 
 
 class Transport:
-    """Requests to an upstream over pooled connections, for many threads. One way of failing: APIError.
+    """Requests to an upstream over pooled connections, for many threads. Every failure is an APIError.
 
     Sending through requests.Session costs several times what the wire costs, in merging settings, cookies, proxies
     and .netrc. Here that is done once for a host, and urllib3's pool is asked directly. Redirects are not followed.
@@ -3406,20 +3438,26 @@ class Transport:
         # Guards the making of pools: urllib3 has one for all spellings of a host
         self._lock = threading.Lock()
 
-    def request(self, method: str, url: str, headers: Headers, body: bytes | None, call: Call) -> Response:
+    def request(
+        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+    ) -> UpstreamResponse:
         parts = urlsplit(url)
-        CURRENT_CALL.set(call)
+        previous = CURRENT_DEADLINE.set(deadline)
         try:
             pool, absolute_form = self._pool(url)
             target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            # StrictHTTPResponse reads within the deadline; urllib3's time-out is that of the first slice
+            timeout = Timeout(min(CONNECT_TIMEOUT, deadline.remaining()), deadline.next_wait())
             raw = pool.urlopen(
                 method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
-                assert_same_host=False, timeout=Timeout(total=max(0.01, call.remaining())))
+                assert_same_host=False, timeout=timeout)
         except TimeoutError:
-            raise self.timed_out(call.timeout) from None
+            raise self.timed_out(deadline) from None
         except (HTTPError, requests.RequestException) as error:  # the latter of a proxy's URL that makes no sense
-            raise self.failure(error, call) from None
-        return Response(self, raw, call)
+            raise self.failure(error, deadline) from None
+        finally:
+            CURRENT_DEADLINE.reset(previous)
+        return UpstreamResponse(self, raw, deadline)
 
     def _pool(self, url: str) -> tuple[Any, bool]:
         """The connection pool for a URL's host, and whether its requests carry the whole URL, as plain proxies want it.
@@ -3455,18 +3493,18 @@ class Transport:
 
     # Failures
 
-    def failure(self, error: Exception, call: Call) -> APIError:
+    def failure(self, error: Exception, deadline: Deadline) -> APIError:
         # urllib3's functions hold the error that holds them, and so the request
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
-            return self.timed_out(call.timeout)
+            return self.timed_out(deadline)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(
             502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
 
-    def timed_out(self, seconds: float) -> APIError:
-        message = f"{self.name} did not answer within {seconds:g} s."
+    def timed_out(self, deadline: Deadline) -> APIError:
+        message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
         # No other attempt: the prompt was taken
         return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
 
@@ -3585,7 +3623,7 @@ class CircuitBreaker:
             elif probe or self._error is None:  # else the call began before the circuit opened
                 self._count(error)
 
-    def ignored(self, probe: bool = False) -> None:
+    def abandoned(self, probe: bool = False) -> None:
         """The call ended in a way that tells nothing of upstream."""
         with self._lock:
             self._end_probe(probe)
@@ -3618,62 +3656,50 @@ class CircuitBreaker:
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
 
 
-class Tally:
-    """What an answer has taken so far, for usage and metrics."""
+class AnswerStats:
+    """What one answer has used so far, for usage and metrics."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.provider = ""  # that was asked last
+        self.provider = ""  # the one that was asked last
         self.model = ""  # by the id that clients know
         self.first_chunk: float | None = None  # seconds after the beginning
-        self.usage: Any = None
+        self.fold = Fold()  # the provider adds each chunk before it yields it
         self.messages: list[Message] = []  # of the prompt
-        self._written: list[str] = []  # by the model
 
-    def count(self, provider: str, model: str, deltas: Iterator[Delta]) -> Iterator[Delta]:
-        """The deltas of this provider's answer, counted; the last tells the usage, by estimate if no other does."""
+    def start(self, provider: str, model: str) -> None:
+        """A provider is asked, the first or one to fall back to."""
         self.provider = provider
         self.model = model
         self.first_chunk = None
-        self.usage = None
-        self._written = []
+        self.fold = Fold()
+
+    def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        """The deltas of the provider's answer, and its usage, by estimate, if the provider reports none."""
         for delta in deltas:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
-            self.usage = delta.chunk.get("usage") or self.usage
-            self._note(delta)
             yield delta
-        if not self.usage:
-            self.usage = self._estimate()
-            yield Delta({"choices": [], "usage": self.usage})
-
-    def _note(self, delta: Delta) -> None:
-        """Keep what the model wrote, in every choice: its reasoning and its calls too."""
-        for choice in delta.chunk["choices"]:
-            for name, value in choice["delta"].items():
-                if name == "tool_calls":
-                    for call in value or ():
-                        function = call.get("function") or {}
-                        self._written.append(function.get("name") or "")
-                        self._written.append(function.get("arguments") or "")
-                elif type(value) is str and name != "role":
-                    self._written.append(value)
+        if not self.fold.usage:
+            delta = Delta({"choices": [], "usage": self._estimate()})
+            self.fold.add(delta.chunk)
+            yield delta
 
     def tokens(self) -> tuple[int, int]:
-        """Of the prompt and of the answer, each as the upstream counts it, else by estimate."""
-        prompt = count_of(self.usage, "prompt_tokens")
-        completion = count_of(self.usage, "completion_tokens")
+        """Tokens of the prompt and of the answer, each as the upstream reports it, else by estimate."""
+        prompt = count_of(self.fold.usage, "prompt_tokens")
+        completion = count_of(self.fold.usage, "completion_tokens")
         if prompt and completion:
             return prompt, completion
         estimate = self._estimate()
         return prompt or estimate["prompt_tokens"], completion or estimate["completion_tokens"]
 
     def _estimate(self) -> dict[str, int]:
-        return estimate_usage("\n".join(map(text_of, self.messages)), "".join(self._written))
+        return estimate_usage("\n".join(map(text_of, self.messages)), "".join(self.fold.texts()))
 
 
 @dataclass(frozen=True)
-class Chat:
+class ProviderRequest:
     """What a provider is asked."""
 
     request: ChatRequest
@@ -3681,21 +3707,20 @@ class Chat:
     history: Turns = ()  # remembered before it
     session_id: str = ""
     owner: str = ""  # whose it is
-    store: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
-    tally: Tally = field(default_factory=Tally)
-    cancel: Cancel = field(default_factory=Cancel)
-    cleanup: ExitStack = field(default_factory=ExitStack)  # what is left to do once the client has the whole answer
+    sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
+    stats: AnswerStats = field(default_factory=AnswerStats)
+    waiter: Waiter = field(default_factory=Waiter)
 
 
-class SharedFetch(Generic[T]):
-    """Something that all chats share: fetched once for all who ask meanwhile, on a thread of its own, and kept."""
+class Cached(Generic[T]):
+    """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
 
     def __init__(self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0) -> None:
         self._name = name
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
         self._retry_after = retry_after  # seconds before it is fetched again after a failure
-        self.known: T | None = None  # what was fetched last, however old it is
+        self.last_value: T | None = None  # however old it is
         self._lock = threading.Lock()  # guards all below; never held while upstream is asked
         self._latest: Future[T] = Future()
         # When it is to be fetched again, seconds since the epoch; infinite during a fetch
@@ -3705,30 +3730,42 @@ class SharedFetch(Generic[T]):
         """The latest fetch, under way or done; a new one if that is too old."""
         with self._lock:
             if time.time() >= self._due:
-                fetch: Future[T] = Future()
-                threading.Thread(target=self._run, args=(fetch,), name=self._name, daemon=True).start()
-                self._latest = fetch
+                self._latest = Future()
                 self._due = inf
+                threading.Thread(target=self._run, args=(self._latest,), name=self._name, daemon=True).start()
             return self._latest
 
-    def reject(self, fetch: Future[T]) -> None:
-        """What this fetch brought is of no use any more: whoever asks next starts another, unless somebody has."""
+    def wait(self, deadline: Deadline) -> Future[T]:
+        """The latest fetch, once it is done. Raises its error, or TimeoutError."""
+        fetch = self.latest()
+        while not fetch.done():
+            seconds = deadline.next_wait()
+            with suppress(FutureTimeout):
+                fetch.exception(seconds)
+        error = fetch.exception()
+        if isinstance(error, APIError):
+            raise error.copy()
+        return fetch
+
+    def invalidate(self, fetch: Future[T]) -> None:
+        """The value of this fetch is of no use: the next caller fetches again, unless one already has."""
         with self._lock:
             if self._latest is fetch:
                 self._due = 0.0
 
     def _run(self, fetch: Future[T]) -> None:
-        keep = self._retry_after
+        error: APIError | None = None
         try:
-            self.known = self._fetch()
-            settle = partial(fetch.set_result, self.known)
-            keep = self._max_age
-        except Exception as error:  # for those who wait
-            settle = partial(fetch.set_exception, as_api_error(error).copy())
+            self.last_value = self._fetch()
+        except Exception as raised:  # for those who wait
+            error = as_api_error(raised).copy()
         # First, so that a caller who has seen a failure and asks again starts a new fetch
         with self._lock:
-            self._due = time.time() + keep
-        settle()
+            self._due = time.time() + (self._retry_after if error else self._max_age)
+        if error:
+            fetch.set_exception(error)
+        else:
+            fetch.set_result(self.last_value)  # type: ignore[arg-type]  # it was just fetched
 
 
 UPSTREAM_CODES = frozenset({
@@ -3750,11 +3787,11 @@ class Provider:
         self._settings = settings
         self._metrics = metrics
 
-    def stream(self, chat: Chat) -> Iterator[Delta]:
+    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
         raise NotImplementedError
 
-    def embed(self, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
+    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
         """The answer to a request for embeddings, and headers for it. Raises APIError."""
         raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
 
@@ -3775,17 +3812,16 @@ class Provider:
                 break
         began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        chat = Chat(question, model, session_id=new_session_id(time.time()))
+        asked = ProviderRequest(question, model, session_id=new_session_id(time.time()))
         try:
-            with chat.cleanup:
-                deque(self.stream(chat), maxlen=0)
+            deque(self.stream(asked), maxlen=0)
         except APIError as error:
             yield "one question answered", error
         else:
             yield f"one question answered in {time.monotonic() - began:.1f} s", None
 
     @contextmanager
-    def _watched(self, cancel: Cancel) -> Iterator[Callable[[], None]]:
+    def _through_breaker(self) -> Iterator[Callable[[], None]]:
         """Around a whole call: the circuit breaker may refuse it, and learns how it ends. What it yields is called when
         the answer has begun, which is enough of a probe: the rest may take long."""
         probe = self.breaker.allow()
@@ -3800,25 +3836,24 @@ class Provider:
             yield has_begun
         except APIError as error:
             # A bug of ours in a fetch that chats share
-            if cancel.is_set() or error.code == "internal_error":
-                self.breaker.ignored(probe)
+            if isinstance(error, Abandoned) or error.code == "internal_error":
+                self.breaker.abandoned(probe)
             else:
                 self.breaker.failed(error, probe)
-                # Theirs could be any
+                # An API's own codes are unbounded
                 code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
             raise
-        except BaseException:  # our own bugs do not count against upstream, nor does a client that leaves
-            self.breaker.ignored(probe)
+        except BaseException:  # our own bugs do not count against upstream
+            self.breaker.abandoned(probe)
             raise
         self.breaker.succeeded(probe)
 
-    def _retry(self, attempt: Callable[[], T], cancel: Cancel) -> T:
-        """What attempt() returns, tried again up to MAX_RETRIES times while its error allows it."""
+    def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
+        """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
         retries = 0
         while True:
-            if cancel.is_set():
-                raise client_disconnected()
+            waiter.attend()
             try:
                 return attempt()
             except APIError as error:
@@ -3830,7 +3865,7 @@ class Provider:
                 self._metrics.count("kimi2api_upstream_retries_total", {"provider": self.name})
                 log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
                             self._settings.max_retries, pause)
-                cancel.wait(pause)
+                waiter.sleep(pause)
 
 
 # ======================================================================================================================
@@ -4279,7 +4314,9 @@ class Scraper:
         self._cookies = browser.cookies
         self._lock = threading.Lock()  # guards _cookies: cookie jars are not thread-safe
 
-    def request(self, method: str, url: str, call: Call, headers: Headers, body: bytes | None = None) -> Page:
+    def request(
+        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+    ) -> Page:
         request = requests.PreparedRequest()
         request.url = url  # cookie jars match it, and read nothing else
         sent = {**self._headers, **headers}
@@ -4288,12 +4325,12 @@ class Scraper:
             cookies = get_cookie_header(self._cookies, request) if self._cookies else None
         if cookies and len(cookies) <= MAX_COOKIE_BYTES:
             sent["Cookie"] = cookies
-        response = self.transport.request(method, url, sent, body, call)
+        response = self.transport.request(method, url, sent, body, deadline)
         if "Set-Cookie" in response.headers:
             self._keep_cookies(request, response)
         return Page(response.status, response.headers, response.read())
 
-    def _keep_cookies(self, request: requests.PreparedRequest, response: Response) -> None:
+    def _keep_cookies(self, request: requests.PreparedRequest, response: UpstreamResponse) -> None:
         """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
         if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
             return
@@ -4345,17 +4382,18 @@ class KimiProvider(Provider):
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(WEB_CHAT, settings, metrics)
-        self._nonce = SharedFetch("nonce", self._fetch_nonce, NONCE_MAX_AGE)
+        self._nonce = Cached("nonce", self._fetch_nonce, NONCE_MAX_AGE)
 
     @cached_property
     def _scraper(self) -> Scraper:
         """Made when it is first needed; its certificates would slow the start and take 1 MB."""
         return Scraper("The web chat", 2 * self._settings.max_concurrent_chats)
 
-    def stream(self, chat: Chat) -> Iterator[Delta]:
-        request = chat.request
+    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+        request = asked.request
         reject_unsupported(request)
-        prompt, content, calls = self._answer(chat)
+        asked.waiter.must_finish = bool(request.user)  # its turn is remembered
+        prompt, content, calls = self._answer(asked)
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -4376,14 +4414,15 @@ class KimiProvider(Provider):
         if prompt.tools_dropped:
             delta.headers = {"X-Kimi2api-Tools-Dropped": str(prompt.tools_dropped)}
             log.info("%d of %d tools did not fit into the prompt", prompt.tools_dropped, len(request.tools))
+        asked.stats.fold.add(delta.chunk)
         yield delta
 
-    def _answer(self, chat: Chat) -> tuple[Prompt, str, list[ToolCall]]:
+    def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
         """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
-        request = chat.request
+        request = asked.request
         limit = self._settings.context_max_length
-        prompt = write_prompt(request, chat.history, limit)
-        text = self._ask(prompt.text, chat)
+        prompt = write_prompt(request, asked.history, limit)
+        text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
@@ -4391,8 +4430,8 @@ class KimiProvider(Provider):
             remark = f"Your last answer could not be used: {fault}"
         # Where there is no room for the reason, the question is asked again as it was
         with suppress(APIError):
-            prompt = write_prompt(request, chat.history, limit, remark)
-        text = self._ask(prompt.text, chat)
+            prompt = write_prompt(request, asked.history, limit, remark)
+        text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request, any_tool=True)
         except NoDocument as fault:
@@ -4405,7 +4444,7 @@ class KimiProvider(Provider):
         steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
         failed: APIError | None = None
         try:
-            self._wait_for(self._nonce.latest())
+            self._nonce.wait(Deadline(2 * self._settings.request_timeout, Waiter()))  # the fetch has half of it
         except APIError as error:
             failed = error
             reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
@@ -4418,35 +4457,37 @@ class KimiProvider(Provider):
 
     # Asking
 
-    def _ask(self, prompt: str, chat: Chat) -> str:
-        """The text of the answer. A chat with a `user` goes on when its client has left, for its turn is remembered."""
-        cancel = Cancel() if chat.request.user else chat.cancel
-        with self._watched(cancel):
-            return self._retry(lambda: self._attempt(prompt, chat, cancel), cancel)
+    def _ask(self, prompt: str, asked: ProviderRequest) -> str:
+        """The text of the answer."""
+        with self._through_breaker():
+            return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
 
-    def _attempt(self, prompt: str, chat: Chat, cancel: Cancel) -> str:
+    def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
         """One attempt; a nonce that is rejected is renewed, once."""
         try:
-            return self._post(prompt, chat, cancel)
+            return self._post(prompt, asked)
         except StaleNonce as stale:
             log.info("refused (%s); trying once more with a new nonce", stale.error.code)
         try:
-            return self._post(prompt, chat, cancel)
+            return self._post(prompt, asked)
         except StaleNonce as stale:
             raise stale.error.with_headers(NO_SDK_RETRY) from None
 
-    def _post(self, prompt: str, chat: Chat, cancel: Cancel) -> str:
+    def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
-        deadline = time.monotonic() + self._settings.request_timeout
-        fetch = self._nonce.latest()
-        nonce = self._wait_for(fetch)
+        deadline = Deadline(self._settings.request_timeout, asked.waiter)
+        try:
+            fetch = self._nonce.wait(deadline)
+        except TimeoutError:
+            raise self._scraper.transport.timed_out(deadline) from None
+        nonce = fetch.result()
         home = urlsplit(self._settings.chat_page_url)
         form = {
             "action": "kimi_send_message",
             "nonce": nonce,
             "message": prompt,
-            "model": chat.model,
-            "session_id": chat.session_id,
+            "model": asked.model,
+            "session_id": asked.session_id,
         }
         headers = {
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
@@ -4455,23 +4496,22 @@ class KimiProvider(Provider):
             "Origin": f"{home.scheme}://{home.netloc}",
             "Referer": self._settings.chat_page_url,
         }
-        call = Call(self._settings.request_timeout, cancel, deadline)
         try:
             page = self._checked_page(
-                "POST", self._settings.upstream_url, call, headers, urlencode(form).encode())
+                "POST", self._settings.upstream_url, headers, urlencode(form).encode(), deadline)
             return read_text(page, nonce)
         except StaleNonce:
-            self._nonce.reject(fetch)
+            self._nonce.invalidate(fetch)
             raise
         except APIError:  # it may have been the answer to another's question, so that ours is still to come
             self._scraper.transport.close_idle(self._settings.upstream_url)
             raise
 
     def _checked_page(
-        self, method: str, url: str, call: Call, headers: Headers, body: bytes | None = None,
+        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
     ) -> Page:
         """Send a request; sort out what any response of this site can mean, to the page or to the form."""
-        page = self._scraper.request(method, url, call, headers, body)
+        page = self._scraper.request(method, url, headers, body, deadline)
         status = page.status
         if page.headers.get("cf-mitigated") == "challenge":
             raise self._blocked("a managed challenge")
@@ -4494,15 +4534,6 @@ class KimiProvider(Provider):
 
     # The nonce
 
-    def _wait_for(self, fetch: Future[str]) -> str:
-        try:
-            error = fetch.exception(self._settings.request_timeout + 1)  # the fetch itself times out before
-        except FutureTimeout:
-            raise self._scraper.transport.timed_out(self._settings.request_timeout) from None
-        if isinstance(error, APIError):
-            raise error.copy()
-        return fetch.result()
-
     def _fetch_nonce(self) -> str:
         """Fetch the chat page and find its nonce."""
         home = self._settings.chat_page_url
@@ -4518,11 +4549,11 @@ class KimiProvider(Provider):
     def _fetch_page(self) -> Page:
         """The chat page, after redirects on its own host."""
         home = self._settings.chat_page_url
-        call = Call(self._settings.request_timeout, Cancel())
+        deadline = Deadline(self._settings.request_timeout, Waiter())
         # No cache has seen it yet
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         for _ in range(MAX_REDIRECTS + 1):
-            page = self._checked_page("GET", url, call, {"Cache-Control": "no-cache"})
+            page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
             location = page.headers.get("Location")
             if not 300 <= page.status < 400 or not location:
                 break
@@ -4689,7 +4720,6 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 # ======================================================================================================================
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-MAX_PARSED_STREAM = 300 << 20  # of the same, as Python's objects
 MAX_CHOICES = 128  # OpenAI's limit for n
 MAX_CALLS = 10_000  # of one choice
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
@@ -4761,66 +4791,49 @@ def digests_of_questions(messages: Iterable[Message]) -> Iterator[str]:
         yield said.hexdigest()
 
 
-@dataclass
-class ChoiceState:
-    """What has come of one of an answer's choices."""
-
-    last_call: int = -1  # the index of its last tool call
-    call_ids: list[str] = field(default_factory=list)
-    reasoning: list[str] = field(default_factory=list)
-
-
 class APIAnswer:
-    """The stream of an API's answer, read. Once every choice has its finish reason, the answer is complete: what fails
-    after that is no failure."""
+    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete:
+    what fails after that is no failure."""
 
-    def __init__(
-        self, api: API, response: Response, chat: Chat, headers: Headers, messages: list[Message],
-    ) -> None:
+    def __init__(self, api: API, response: UpstreamResponse, fold: Fold, choices: int) -> None:
         self.is_done = False  # [DONE] has come
         self._api = api
         self._response = response
-        self._chat = chat
-        self._headers = headers
-        self._messages = messages  # that it answers
-        self._wanted = chat.request.body.get("n") or 1
-        self._seen: dict[int, ChoiceState] = {}
-        self._finished: set[int] = set()
-        self._is_complete = False
-        self._parsed = 0  # bytes that all chunks take, about
+        self._fold = fold
+        self._wanted = choices
+        self._finished: set[int] = set()  # the indexes of choices
 
-    def deltas(self) -> Iterator[Delta]:
-        headers = self._headers
-        call = self._response.call
+    def chunks(self) -> Iterator[JSONObject]:
+        deadline = self._response.deadline
+        is_complete = False
         try:
             for data in server_sent_data(self._response.stream(), self._api.name):
                 if data == b"[DONE]":
-                    self.is_done = call.is_usable = True
+                    self.is_done = deadline.may_reuse_connection = True
                     break
-                had_begun = bool(self._seen)
                 chunk = self._parse_chunk(data)
-                # Now it may take as long as it likes, if it is not silent
-                if self._seen and not had_begun:
-                    call.limit_reads()
-                if not self._is_complete and len(self._finished) >= max(len(self._seen), self._wanted):
-                    self._is_complete = True
-                    call.limit(FINISHED_SILENCE)
-                yield Delta(chunk, headers=headers)
-                headers = {}
+                self._fold.add(chunk)
+                if not is_complete:
+                    # From its first choice on, only silence times out, not the whole answer
+                    deadline.is_per_read = bool(self._fold.choices)
+                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
+                    if is_complete:
+                        deadline.is_per_read = False
+                        deadline.limit(FINISHED_SILENCE)
+                yield chunk
+        except Abandoned:
+            raise
         except APIError:
-            if not self._is_complete:
+            if not is_complete:
                 raise
-        if not (self.is_done or self._is_complete):
+        if not (self.is_done or is_complete):
             message = f"{self._api.name} ended the stream before the answer was complete."
             raise upstream_error(502, "upstream_unavailable", message)
-        if not self._seen:
+        if not self._fold.choices:
             raise invalid_response(self._api.name, "an empty answer")
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        self._parsed += parsed_size(data)
-        if self._parsed > MAX_PARSED_STREAM:
-            raise invalid_response(self._api.name, "an answer of too many values")
         try:
             chunk = parse_upstream_json(data)
         except ValueError:
@@ -4851,36 +4864,23 @@ class APIAnswer:
         index = choice["index"] = int(choice["index"])
         if index >= max(self._wanted, MAX_CHOICES):
             raise invalid_response(self._api.name, "a malformed chunk")
-        if index not in self._seen:
-            self._seen[index] = ChoiceState()
-        state = self._seen[index]
         if delta.get("tool_calls"):
-            number_calls(delta["tool_calls"], state)
+            known = self._fold.choices.get(index, {"delta": {}})["delta"].get("tool_calls")
+            assign_call_indexes(delta["tool_calls"], known or {})
             if any(call["index"] >= MAX_CALLS for call in delta["tool_calls"]):
                 raise invalid_response(self._api.name, "a malformed chunk")
-        if delta.get("reasoning_content"):
-            state.reasoning.append(delta["reasoning_content"])
         if choice["finish_reason"]:
             self._finished.add(index)
-            self._keep_reasoning(state)  # before the client can ask with the results of its calls
-
-    def _keep_reasoning(self, state: ChoiceState) -> None:
-        text = "".join(state.reasoning)
-        if text and state.call_ids:
-            asked = list(digests_of_questions(self._messages))[-1]
-            places = [f"{self._api.name} {asked} {call_id}" for call_id in state.call_ids]
-            self._chat.store.keep_reasoning(self._chat.owner, places, text)
 
 
-def number_calls(calls: list[JSONObject], state: ChoiceState) -> None:
-    """Give pieces of tool calls their index, which some APIs leave out: without an id they go on with the last."""
+def assign_call_indexes(calls: list[JSONObject], known: Mapping[int, Any]) -> None:
+    """Give pieces of tool calls their index, which some APIs leave out: without an id they continue the last call.
+    known: the calls that came before, by index."""
+    last = max(known, default=-1)
     for call in calls:
         if not isinstance(call.get("index"), int):
-            is_new = state.last_call < 0 or call.get("id")
-            call["index"] = state.last_call + 1 if is_new else state.last_call
-        state.last_call = call["index"]
-        if call.get("id"):
-            state.call_ids.append(call["id"])
+            call["index"] = last + 1 if last < 0 or call.get("id") else last
+        last = call["index"]
 
 
 def is_text_only(choice: JSONObject) -> bool:
@@ -4961,60 +4961,63 @@ class OpenAIProvider(Provider):
             self._headers["Authorization"] = f"Bearer {api.key}"
         self._lock = threading.Lock()  # guards changes of _notes
         self._notes: dict[str, ModelNotes] = {}
-        self._models = SharedFetch(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
+        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
-    def stream(self, chat: Chat) -> Iterator[Delta]:
-        request = chat.request
+    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+        request = asked.request
         messages = request.messages
-        if chat.history:
-            turns = append_turns(chat.history, request.turns)
+        if asked.history:
+            turns = append_turns(asked.history, request.turns)
             messages = [*request.system, *itertools.chain.from_iterable(turns)]
         body = {
             **request.body,
-            "model": chat.model,
-            "messages": self._with_reasoning(messages, chat),
+            "model": asked.model,
+            "messages": self._with_reasoning(messages, asked),
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }
-        with self._watched(chat.cancel) as has_begun:
-            response, sent = self._ask(body, chat)
+        asked.waiter.must_finish = False
+        with self._through_breaker() as has_begun:
+            response, sent = self._ask(body, asked)
             headers = rate_limits(response.headers)
             ignored = [name for name in request.body if name not in sent]
             if ignored:
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-            answer = APIAnswer(self._api, response, chat, headers, sent["messages"])
+            answer = APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1)
             try:
-                deltas = answer.deltas()
-                for delta in deltas:
+                for chunk in answer.chunks():
                     has_begun()
-                    yield delta
-                    yield from deltas  # all others
+                    # Before the client can ask with the results of its calls
+                    if any(choice["finish_reason"] for choice in chunk["choices"]):
+                        self._keep_reasoning(asked, sent["messages"])
+                    yield Delta(chunk, headers=headers)
+                    headers = {}
             finally:
                 if answer.is_done:
-                    response.finish(chat.cleanup)
+                    response.finish()
                 else:
                     response.close()
 
-    def _ask(self, body: JSONObject, chat: Chat) -> tuple[Response, JSONObject]:
+    def _ask(self, body: JSONObject, asked: ProviderRequest) -> tuple[UpstreamResponse, JSONObject]:
         """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
         again. What has helped is remembered; what has not is forgotten, and the first refusal of a forced tool told."""
-        notes = self._notes.get(chat.model, ModelNotes())
+        notes = self._notes.get(asked.model, ModelNotes())
         forced: APIError | None = None
         while True:
             sent = notes.adapt(body, time.time())
-            attempt = partial(self._open_stream, sent, chat.cancel)
+            attempt = partial(self._open_stream, sent, asked.waiter)
             try:
-                response = self._retry(attempt, chat.cancel)
+                response = self._retry(attempt, asked.waiter)
             except APIError as error:
                 better = notes.after(error, sent, time.time()) if error.status == 400 else None
                 if better is None:
                     raise forced or error from None
                 if better.forcing != notes.forcing:
                     forced = forced or error.copy()
-                log.info("%s/%s: %s; asking again in another way", self.name, chat.model, error.reason)
+                log.info("%s/%s: %s; asking again in another way", self.name, asked.model, error.reason)
                 notes = better
             else:
-                self._note(chat.model, notes)
+                self._note(asked.model, notes)
                 return response, sent
 
     def _note(self, model: str, notes: ModelNotes) -> None:
@@ -5025,47 +5028,57 @@ class OpenAIProvider(Provider):
             if len(self._notes) > MAX_NOTES:
                 del self._notes[next(iter(self._notes))]
 
-    def _with_reasoning(self, messages: list[Message], chat: Chat) -> list[Message]:
+    def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
+        """Keep the reasoning behind the tool calls of each choice. messages: that the answer is to."""
+        for choice in asked.stats.fold.choices.values():
+            text = "".join(choice["delta"].get("reasoning_content") or ())
+            calls = choice["delta"].get("tool_calls") or {}
+            if text and calls:
+                question = list(digests_of_questions(messages))[-1]
+                places = [f"{self.name} {question} {call['id']}" for call in calls.values() if call.get("id")]
+                asked.sessions.keep_reasoning(asked.owner, places, text)
+
+    def _with_reasoning(self, messages: list[Message], asked: ProviderRequest) -> list[Message]:
         """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
-        store = chat.store
         ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
         if not ids:
             return messages
         restored = []
-        for message, asked in zip(messages, digests_of_questions(messages), strict=True):
+        for message, question in zip(messages, digests_of_questions(messages), strict=True):
             if message.get("reasoning_content") is None:
                 for call in message.get("tool_calls") or ():
                     call_id = call.get("id")
                     # One that occurs twice could be another answer's
                     if not call_id or ids[call_id] > 1:
                         continue
-                    text = store.find_reasoning(chat.owner, f"{self.name} {asked} {call_id}")
+                    text = asked.sessions.find_reasoning(asked.owner, f"{self.name} {question} {call_id}")
                     if text:
                         message = {**message, "reasoning_content": text}
                         break
             restored.append(message)
         return restored
 
-    def embed(self, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
+    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
         def attempt() -> tuple[JSONObject, Headers]:
-            response = self._send("POST", "/embeddings", body, cancel)
+            response = self._send("POST", "/embeddings", body, waiter)
             answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_PARSED_EMBEDDINGS)
             if not isinstance(answer.get("data"), list):
                 raise invalid_response(self._api.name, "no embeddings")
             return answer, rate_limits(response.headers)
 
-        with self._watched(cancel):
-            return self._retry(attempt, cancel)
+        with self._through_breaker():
+            return self._retry(attempt, waiter)
 
-    def _open_stream(self, body: JSONObject, cancel: Cancel) -> Response:
-        response = self._send("POST", "/chat/completions", body, cancel)
+    def _open_stream(self, body: JSONObject, waiter: Waiter) -> UpstreamResponse:
+        response = self._send("POST", "/chat/completions", body, waiter)
         if "json" in response.headers.get("Content-Type", ""):
             self._read_json(response)  # for an error in it
             raise invalid_response(self._api.name, "a complete answer instead of a stream")
+        response.deadline.may_reuse_connection = False  # until the stream's own end
         return response
 
     def _read_json(
-        self, response: Response, limit: int = MAX_UPSTREAM_BYTES, max_parsed: int = MAX_PARSED_DOCUMENT,
+        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_parsed: int = MAX_PARSED_DOCUMENT,
     ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
         try:
@@ -5078,14 +5091,13 @@ class OpenAIProvider(Provider):
             raise api_error(self._api, response.status, answer, response.headers)
         return answer
 
-    def _send(self, method: str, path: str, body: JSONObject | None, cancel: Cancel) -> Response:
+    def _send(self, method: str, path: str, body: JSONObject | None, waiter: Waiter) -> UpstreamResponse:
         """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
         a stream, and for all of another body."""
         headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
-        call = Call(self._settings.request_timeout, cancel)
-        call.is_usable = path != "/chat/completions"  # a stream is once its end has come
+        deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
-        response = self._transport.request(method, self._base_url + path, headers, data, call)
+        response = self._transport.request(method, self._base_url + path, headers, data, deadline)
         if response.status == 200:
             return response
         text = response.read()
@@ -5101,7 +5113,7 @@ class OpenAIProvider(Provider):
         """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
         with suppress(FutureTimeout, APIError):
             return self._models.latest().result(wait)
-        return self._models.known or {}
+        return self._models.last_value or {}
 
     def _fetch_models(self) -> dict[str, JSONObject]:
         try:
@@ -5111,7 +5123,7 @@ class OpenAIProvider(Provider):
             raise
 
     def _list_models(self) -> dict[str, JSONObject]:
-        listed = self._read_json(self._send("GET", "/models", None, Cancel())).get("data")
+        listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
         if not isinstance(listed, list):
             raise invalid_response(self._api.name, "no list of models")
         models = {}
@@ -5189,32 +5201,37 @@ class Providers:
                 model[field_name] = upstream_model[field_name]
         return model
 
-    def answer(self, model: str, chat: Chat) -> Iterator[Delta]:
+    def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
         """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
         What the client must not see before it could still be another model's is held back: of a stream the role, of
-        an answer in one piece everything.
+        an answer in one piece everything, which then is one delta.
         """
         failed: list[tuple[str, APIError]] = []
-        chat.tally.messages = [*itertools.chain.from_iterable(chat.history), *chat.request.messages]
+        stats = asked.stats
+        stats.messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            deltas = chat.tally.count(provider.name, name, provider.stream(replace(chat, model=upstream_model)))
+            stats.start(provider.name, name)
+            deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
             begun: list[Delta] = []
             try:
-                if chat.request.stream:
-                    for delta in deltas:
-                        begun.append(delta)
-                        if delta.has_content or len(begun) > MAX_HELD_BACK:
-                            break
-                else:
-                    begun.append(folded(deltas))
+                for delta in deltas:
+                    begun.append(delta)
+                    if asked.request.stream and (delta.has_content or len(begun) > MAX_HELD_BACK):
+                        break
+                    if not asked.request.stream:
+                        del begun[1:]  # the fold has it
+            except Abandoned:
+                raise
             except APIError as error:
                 failed.append((name, error.copy()))
-                if not error.may_fall_back or chat.cancel.is_set():
+                if not error.may_fall_back:
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
+            if not asked.request.stream:
+                begun[0].chunk = stats.fold.completion()
             if failed:
                 log.warning("%s answers instead of %s", name, model)
             begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
@@ -5226,23 +5243,137 @@ class Providers:
         messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
         raise first.copy(message=" ".join(messages))
 
-    def embed(self, model: str, body: JSONObject, cancel: Cancel, tally: Tally) -> tuple[JSONObject, Headers]:
+    def embed(
+        self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
+    ) -> tuple[JSONObject, Headers]:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
-        tally.provider = provider.name
-        tally.model = model
-        answer, headers = provider.embed({**body, "model": upstream_model}, cancel)
-        tally.first_chunk = time.monotonic() - tally.began
-        tally.usage = answer.get("usage")
-        if not count_of(tally.usage, "prompt_tokens"):
-            tally.usage = {"prompt_tokens": estimate_input(body["input"])}
+        stats.start(provider.name, model)
+        answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
+        stats.first_chunk = time.monotonic() - stats.began
+        usage = answer.get("usage")
+        if not count_of(usage, "prompt_tokens"):
+            usage = {"prompt_tokens": estimate_input(body["input"])}
+        stats.fold.add({"usage": usage})
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
 
 # ======================================================================================================================
-# 29 Metering
+# 29 Clients
 #
-# Every answer is counted here, for its key and for metrics, when it ends: streams, lost clients, fallbacks alike.
+# The clients of chats, and how many there may be at once. A chat runs on the thread of its client's request, upstream
+# call included.
+# ======================================================================================================================
+
+CLIENT_CHECK_INTERVAL = 0.5  # seconds
+SEND_SIZE = 65536  # bytes of events that are sent without waiting for the next pause
+KEEPALIVE = b": keep-alive\n\n"
+
+
+class Client(Waiter):
+    """The client of one chat: it may disconnect, and if it gets a stream, it is sent events and keep-alive comments.
+
+    Events are sent before the next wait for the upstream, so that all that one read brought is one write.
+    """
+
+    def __init__(self, environ: Mapping[str, Any], stopping: threading.Event) -> None:
+        self.interval = CLIENT_CHECK_INTERVAL
+        self.has_left = False
+        self.has_begun = False  # an event has been handed over, so an error can only be another one
+        self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
+        self._stopping = stopping
+        self._begin: Callable[[], Callable[[bytes], object]] | None = None
+        self._write: Callable[[bytes], object] | None = None
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+        self._keepalive_interval = inf
+        self._last_write = time.monotonic()
+        self._blocked = 0.0  # seconds that sending has taken
+
+    def stream(self, begin: Callable[[], Callable[[bytes], object]], keepalive_interval: float) -> None:
+        """The client gets a stream. begin: starts the response, and returns WSGI's write()."""
+        self._begin = begin
+        self._keepalive_interval = keepalive_interval  # seconds
+        self.interval = min(self.interval, keepalive_interval)
+
+    def clock(self) -> float:
+        """Stands still while the client does not read: that is not the upstream's time."""
+        return time.monotonic() - self._blocked
+
+    def attend(self) -> None:
+        self.flush()
+        if self._begin and time.monotonic() - self._last_write >= self._keepalive_interval:
+            self.send(KEEPALIVE)
+            self.flush()
+        self.has_left = self.has_left or self._disconnected()
+        if self.has_left and not self.must_finish:
+            raise Abandoned(499, "The client has disconnected.", code="client_closed_request")  # nginx's status
+        if self._stopping.is_set():
+            raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
+
+    def sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.attend()
+        while True:
+            pause = min(end - time.monotonic(), self.interval)
+            if pause <= 0:
+                return
+            self._stopping.wait(pause)
+            self.attend()
+
+    def send(self, data: bytes) -> None:
+        """Hand over an event. A client that has left is sent nothing."""
+        self.has_begun = True
+        self._pending.append(data)
+        self._pending_size += len(data)
+        if self._pending_size >= SEND_SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        data = b"".join(self._pending)
+        self._pending.clear()
+        self._pending_size = 0
+        if not data or self.has_left or not self._begin:
+            return
+        if self._write is None:
+            self._write = self._begin()
+        began = time.monotonic()
+        try:
+            self._write(data)
+        except Exception:  # a WSGI server raises what it likes for a client that has disconnected
+            self.has_left = True
+        self._last_write = time.monotonic()
+        self._blocked += self._last_write - began
+
+
+class Slots:
+    """Chats that run now, at most `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._lock = threading.Lock()  # guards used
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around a chat. Raises APIError 429 for one too many."""
+        with self._lock:
+            if self.used >= self.limit:
+                raise APIError(
+                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
+            self.used += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.used -= 1
+
+
+# ======================================================================================================================
+# 30 Delivery
+#
+# What happens to an answer on its way: it is counted, and remembered in its user's session.
 # ======================================================================================================================
 
 MAX_MODEL_LABELS = 100
@@ -5259,148 +5390,77 @@ class Meter:
         self._api_models: set[str] = set()  # of APIs, that have answered
 
     @contextmanager
-    def counted(self, caller: ClientKey, tally: Tally, cancel: Cancel) -> Iterator[None]:
+    def counted(self, caller: ClientKey, stats: AnswerStats, client: Client) -> Iterator[None]:
         """Around an answer: it is counted when it ends, however it ends."""
         status = 500
         try:
             yield
-            status = 499 if cancel.is_set() else 200
+            status = 200
         except APIError as error:
-            status = 499 if cancel.is_set() else error.status
+            status = error.status
             raise
         finally:
-            self.count(caller, tally, status)
+            self.count(caller, stats, 499 if client.has_left else status)
 
-    def count(self, caller: ClientKey, tally: Tally, status: int) -> None:
-        model = self._label(tally)
-        labels = ("provider", tally.provider or "none"), ("model", model)
+    def count(self, caller: ClientKey, stats: AnswerStats, status: int) -> None:
+        model = self._label(stats)
+        labels = ("provider", stats.provider or "none"), ("model", model)
         amounts: dict[Series, float] = {("kimi2api_chats_total", (*labels, ("status", str(status)))): 1}
         durations: dict[Series, float] = {}
-        if tally.first_chunk is not None:  # else nothing came, so nothing was used
-            prompt_tokens, completion_tokens = tally.tokens()
+        if stats.first_chunk is not None:  # else nothing came, so nothing was used
+            prompt_tokens, completion_tokens = stats.tokens()
             amounts["kimi2api_tokens_total", (*labels, ("type", "input"))] = prompt_tokens
             amounts["kimi2api_tokens_total", (*labels, ("type", "output"))] = completion_tokens
-            durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - tally.began
-            durations["kimi2api_time_to_first_chunk_seconds", labels] = tally.first_chunk
+            durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - stats.began
+            durations["kimi2api_time_to_first_chunk_seconds", labels] = stats.first_chunk
             self._accounts.record(caller, model, prompt_tokens, completion_tokens, status in (200, 499))
         self._metrics.record(amounts, durations)
 
-    def _label(self, tally: Tally) -> str:
+    def _label(self, stats: AnswerStats) -> str:
         """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
-        if tally.model in self._models:
-            return tally.model
-        is_apis = tally.provider != WEB_CHAT and tally.model.startswith(f"{tally.provider}/")
-        answers = tally.first_chunk is not None and len(tally.model) <= MAX_LABEL
+        if stats.model in self._models:
+            return stats.model
+        is_apis = stats.provider != WEB_CHAT and stats.model.startswith(f"{stats.provider}/")
+        answers = stats.first_chunk is not None and len(stats.model) <= MAX_LABEL
         if is_apis and answers and len(self._api_models) < MAX_MODEL_LABELS:
-            self._api_models.add(tally.model)
-        return tally.model if tally.model in self._api_models else "other"
+            self._api_models.add(stats.model)
+        return stats.model if stats.model in self._api_models else "other"
 
 
-# ======================================================================================================================
-# 30 Delivery
-#
-# How an answer gets from its upstream to its client: in the user's session, on a thread of its own, with keep-alives
-# during silence.
-# ======================================================================================================================
-
-
-class Slots:
-    """At most `limit` of something at once; one more is an APIError 429, unless it is alone."""
-
-    def __init__(self, limit: int, what: str = "chats are running already (MAX_CONCURRENT_CHATS)") -> None:
-        self.limit = limit
-        self.used = 0
-        self._what = what
-        self._lock = threading.Lock()  # guards used
-
-    def acquire(self, count: int = 1) -> None:
-        with self._lock:
-            if self.used and self.used + count > self.limit:
-                raise APIError(
-                    429, f"Too many {self._what}. Try again soon.", "rate_limit_error", "server_busy",
-                    headers={"Retry-After": "1"})
-            self.used += count
-
-    def release(self, count: int = 1) -> None:
-        with self._lock:
-            self.used -= count
-
-
-class Calls(Slots):
-    """Slots whose holders run on threads of their own, which are kept. ThreadPoolExecutor's locks cost a tenth of the
-    chats at 64 at once."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self._threads = 0  # as many as slots were ever in use at once, so that none has to wait
-        self._waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Raises APIError 429."""
-        self.acquire()
-        try:
-            with self._lock:
-                if self.used > self._threads:
-                    threading.Thread(target=self._run, name="upstream", daemon=True).start()
-                    self._threads += 1
-        except RuntimeError:  # the system has no thread for us
-            self.release()
-            raise
-        self._waiting.put(work)
-
-    def _run(self) -> None:
-        while True:
-            work = self._waiting.get()
-            try:
-                work()
-            except Exception as error:
-                as_api_error(error)  # which logs it
-            finally:
-                del work  # else its request would stay until this thread has another
-                self.release()
-
-
-def answer_in_session(ask: Callable[[Chat], Iterator[Delta]], chat: Chat) -> Iterator[Delta]:
-    """An answer with the user's session before it. The turn is recorded before the last delta is handed on, so a
-    client that has seen the end finds it remembered."""
-    request = chat.request
-    session = chat.store.open(chat.owner, request.user)
-    history = () if request.has_history else session.turns
-    deltas = ask(replace(chat, history=history, session_id=session.id))
-    if not request.user:
-        yield from deltas
-        return
-    whole: Any = None
+def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
+    """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
+    finds it remembered."""
     held: list[Delta] = []
     for delta in deltas:
-        whole = merge(whole, delta.chunk)
         if delta.is_final:
             held.append(delta)
             continue
         yield from held
         held = []
         yield delta
-    message = answer_to_remember(unfold(whole))
-    violation = find_violation(message, MESSAGE)
-    if violation:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
-    elif request.turns:
-        *older, newest = request.turns
-        turns = [*older, (*newest, message)]
-        chat.store.record(chat.owner, request.user, session, turns, replace_turns=request.has_history)
+    save()
     yield from held
 
 
-def answer_to_remember(completion: JSONObject) -> Message:
+def record_turn(sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
+    """Record what the user has said and the answer in the user's session."""
+    message = answer_to_remember(stats.fold)
+    violation = find_violation(message, MESSAGE)
+    if violation:  # every later request would be refused for it
+        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+    elif request.turns and request.user:
+        *older, newest = request.turns
+        turns = [*older, (*newest, message)]
+        sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
+
+
+def answer_to_remember(fold: Fold) -> Message:
     """The assistant's message that goes into a session."""
-    for choice in completion["choices"]:
-        if choice["index"] == 0:
-            message = message_of(choice)
-            if not message.get("tool_calls"):
-                # APIs refuse null without tool calls
-                message["content"] = message["content"] or ""
-            return message
-    return {"role": "assistant", "content": ""}
+    message = fold.message()
+    if not message.get("tool_calls"):
+        # APIs refuse null without tool calls
+        message["content"] = message["content"] or ""
+    return message
 
 
 def record_response(
@@ -5414,111 +5474,6 @@ def record_response(
         *older, newest = turns
         turns = (*older, (*newest, *answer))
     sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
-
-
-class Mailbox:
-    """Bytes on their way from one thread to another, which takes all that wait at once. Holds the writer back while
-    the reader is slow."""
-
-    LIMIT = 1 << 18  # bytes that may wait
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards all below
-        self._waiting = bytearray()
-        self._is_abandoned = False
-        self._error: APIError | None = None
-        self.is_finished = False
-
-    def put(self, data: bytes) -> None:
-        with self._changed:
-            while len(self._waiting) >= self.LIMIT and not self._is_abandoned:
-                self._changed.wait()
-            if not self._is_abandoned:
-                self._waiting += data
-                self._changed.notify()
-
-    def finish(self, error: APIError | None = None) -> None:
-        """There is no more, or an error instead."""
-        with self._changed:
-            self._error = error and error.copy()
-            self.is_finished = True
-            self._changed.notify()
-
-    def take(self, timeout: float) -> bytes:
-        """All that waits; nothing after so many seconds, or at the end. Raises the error, after what came before it."""
-        with self._changed:
-            if not self._waiting and not self.is_finished:
-                self._changed.wait(timeout)
-            data = bytes(self._waiting)
-            self._waiting.clear()
-            self._changed.notify()
-            if not data and self._error:
-                raise self._error.copy()
-            return data
-
-    def abandon(self) -> None:
-        """There is no reader any more: put() does nothing."""
-        with self._changed:
-            self._is_abandoned = True
-            self._changed.notify()
-
-
-CLIENT_CHECK_INTERVAL = 0.5  # seconds
-
-
-def relay(
-    parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack, calls: Calls, keepalive_interval: float,
-    check_client: Callable[[], None],
-) -> Generator[bytes, None, None]:
-    """Make the parts on a thread of their own and hand them on, joined where several wait; b"" after an interval of
-    silence (seconds).
-
-    check_client() is called about twice a second; it raises when the client has gone. Then, and at every other end but
-    its own, the call is cancelled; one that goes on all the same, so that its turn is recorded, holds one of `calls`
-    until it ends. cleanup: closed on that thread when the client has everything. Raises APIError 429 at once when there
-    is no room for one more call, and what the parts raise.
-    """
-    mailbox = Mailbox()
-    try:
-        calls.start(partial(fill, mailbox, parts, cleanup))
-    except BaseException:
-        cleanup.close()
-        raise
-    return hand_on(mailbox, cancel, keepalive_interval, check_client)
-
-
-def hand_on(
-    mailbox: Mailbox, cancel: Cancel, keepalive_interval: float, check_client: Callable[[], None],
-) -> Generator[bytes, None, None]:
-    """The reading half of `relay`, which knows nothing of the request: a client that reads slowly must not keep it."""
-    last_sign = time.monotonic()
-    try:
-        while True:
-            check_client()
-            data = mailbox.take(min(CLIENT_CHECK_INTERVAL, keepalive_interval))
-            if data:
-                yield data
-                last_sign = time.monotonic()
-            elif mailbox.is_finished:
-                return
-            elif time.monotonic() - last_sign >= keepalive_interval:
-                yield b""
-                last_sign = time.monotonic()
-    finally:
-        mailbox.abandon()
-        if not mailbox.is_finished:  # else the connection may still be read to its end, for the next to use
-            cancel()
-
-
-def fill(mailbox: Mailbox, parts: Iterator[bytes], cleanup: ExitStack) -> None:
-    """Put the parts into the mailbox, or the error that ended them."""
-    with cleanup:
-        try:
-            for part in parts:
-                mailbox.put(part)
-            mailbox.finish()
-        except Exception as error:  # raised again in the reading thread
-            mailbox.finish(as_api_error(error))
 
 
 # ======================================================================================================================
@@ -5546,14 +5501,15 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
         yield text[start:]
 
 
-def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, cancel: Cancel) -> Iterator[Delta]:
+def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client) -> Iterator[Delta]:
     """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
-    all. Without pauses when the client has gone: the answer may still be recorded, and whole."""
+    all. Without pauses when the client has left: the answer may still be recorded, and whole."""
     max_pieces = max(1, int(max_seconds / interval)) if interval else 1
     for delta in deltas:
         if not delta.is_complete:
             yield delta
             continue
+        client.must_finish = True
         began = time.monotonic()
         # Pieces whose time has passed: the machine is too busy for this pace, so they go out as one
         late = ""
@@ -5566,7 +5522,8 @@ def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, cancel: C
                 if ahead < -interval:
                     late += text
                     continue
-                cancel.wait(max(0.0, ahead))
+                if not client.has_left:
+                    client.sleep(ahead)
                 step = Delta.of({"content": late + text})
                 late = ""
             elif late:
@@ -5605,8 +5562,6 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 # Deltas in, the bytes of OpenAI's JSON or server-sent events out.
 # ======================================================================================================================
 
-KEEPALIVE = b": keep-alive\n\n"
-
 
 class ChatCompletion:
     """One chat completion on its way out: an id and a time of creation, the same in every chunk.
@@ -5623,9 +5578,9 @@ class ChatCompletion:
         self._head: JSONObject = {"id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time())}
         self._include_usage = include_usage
 
-    def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        """The fold of all deltas into one object, in one piece."""
-        whole = folded(deltas)
+    def json(self, deltas: Iterable[Delta]) -> bytes:
+        """The whole answer, which is one delta, as one object."""
+        *_, whole = deltas
         self._note(whole)
         completion = whole.chunk
         for choice in completion["choices"]:
@@ -5633,7 +5588,7 @@ class ChatCompletion:
             choice["logprobs"] = choice.get("logprobs")
             choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
-        yield dump_json(self._with_head(completion, self.kind))
+        return dump_json(self._with_head(completion, self.kind))
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         """Server-sent events, [DONE] at the end."""
@@ -5682,25 +5637,6 @@ class TextCompletion(ChatCompletion):
                 "finish_reason": choice["finish_reason"],
             })
         return super()._with_head({**fields, "choices": choices}, kind)
-
-
-def event_stream(data: Iterator[bytes], failure: Callable[[APIError, int], bytes]) -> Iterator[bytes]:
-    """What is relayed, as a stream: keep-alive comments where there was silence.
-
-    Raises what the relay raises only before the first bytes; later it becomes an event. failure: makes that event, told
-    how many were sent before it.
-    """
-    begun = False
-    sent = 0
-    try:
-        for part in data:
-            begun = True
-            sent += part.count(b"\n\n")
-            yield part or KEEPALIVE
-    except Exception as error:
-        if not begun:
-            raise
-        yield failure(as_api_error(error), sent)
 
 
 # ======================================================================================================================
@@ -5822,9 +5758,9 @@ class ResponseWriter:
         self._finish_reason = ""
         self._usage: Any = None
 
-    def json(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
+    def json(self, deltas: Iterable[Delta]) -> bytes:
         last = deque(self._events(deltas), maxlen=1)
-        yield dump_json(last[0]["response"])
+        return dump_json(last[0]["response"])
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         for number, event in enumerate(self._events(deltas)):
@@ -6109,12 +6045,11 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 
 
 # ======================================================================================================================
-# 35 Exchanges
+# 35 Small answers
 #
-# What one request holds of the server while it is answered, and the shapes of small answers.
+# Headers, and the shapes of small answers.
 # ======================================================================================================================
 
-MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
     "x-should-retry",
@@ -6125,27 +6060,6 @@ EVENT_STREAM_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold a stream back
 }
-
-
-class EventStream:
-    """A WSGI body: events of which the first has been made already, and what to do when it is over or given up."""
-
-    def __init__(self, events: Iterator[bytes], done: ExitStack) -> None:
-        self._events = events
-        self.close = done.close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._events
-
-
-@dataclass
-class Exchange:
-    """A request with a body, and what is to be given back: `call` when its upstream call has ended, which may be after
-    its client has left; `done` when it is answered, which may be with the end of a stream."""
-
-    body: bytes
-    call: ExitStack
-    done: ExitStack
 
 
 def set_headers(headers: Headers) -> None:
@@ -6191,38 +6105,29 @@ class App:
         self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
         self.meter = Meter(self.metrics, self.accounts, settings)
         self.chats = Slots(settings.max_concurrent_chats)
-        self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
-        # Upstream calls, those included whose client has left: they may be as many again, and no more
-        self.calls = Calls(2 * settings.max_concurrent_chats)
         self.started = time.time()
 
     # Routes
 
-    def chat(self) -> bytes | EventStream:
-        return self._complete(ChatRequest.parse, ChatCompletion)
+    def chat(self) -> bytes:
+        request = ChatRequest.parse(self._body())
+        return self._complete(request, ChatCompletion(request.include_usage))
 
-    def completion(self) -> bytes | EventStream:
-        return self._complete(ChatRequest.parse_completion, TextCompletion)
+    def completion(self) -> bytes:
+        request = ChatRequest.parse_completion(self._body())
+        return self._complete(request, TextCompletion(request.include_usage))
 
-    def _complete(
-        self, parse: Callable[[bytes], ChatRequest], writer: Callable[[bool], ChatCompletion],
-    ) -> bytes | EventStream:
-        with self._exchange() as exchange:
-            request = parse(exchange.body)
-            return self._answer(exchange, request, writer(request.include_usage))
-
-    def response(self) -> bytes | EventStream:
-        with self._exchange() as exchange:
-            asked = ResponsesRequest.parse(exchange.body, self._stored_item)
-            previous = self._previous_response(asked.body.get("previous_response_id"))
-            earlier = len(previous.system)
-            try:
-                request = asked.chat(previous.system)
-                record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
-                writer = ResponseWriter(asked, record if asked.is_stored else None)
-                return self._answer(exchange, request, writer, previous)
-            except APIError as error:
-                raise asked.in_own_terms(error, earlier) from None
+    def response(self) -> bytes:
+        asked = ResponsesRequest.parse(self._body(), self._stored_item)
+        previous = self._previous_response(asked.body.get("previous_response_id"))
+        earlier = len(previous.system)
+        try:
+            request = asked.chat(previous.system)
+            record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
+            writer = ResponseWriter(asked, record if asked.is_stored else None)
+            return self._complete(request, writer, previous)
+        except APIError as error:
+            raise asked.in_own_terms(error, earlier) from None
 
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
@@ -6235,108 +6140,76 @@ class App:
                 "previous_response_not_found")
         return found
 
-    def _answer(
-        self, exchange: Exchange, request: ChatRequest, writer: ChatCompletion | ResponseWriter,
-        previous: Session | None = None,
-    ) -> bytes | EventStream:
-        """Have a chat answered. previous: what it goes on from, instead of its user's session."""
+    def _complete(
+        self, request: ChatRequest, writer: ChatCompletion | ResponseWriter, previous: Session | None = None,
+    ) -> bytes:
+        """Answer a chat: its stages, in order. previous: what it continues, instead of its user's session."""
         model = request.model or self.settings.default_model
-        self.providers.resolve(model)  # an unknown model is refused before it takes a slot
-        self._admit(exchange)
-        chat = Chat(
-            request,
-            model,
-            owner=current_owner(),
-            store=self.sessions,
-            cleanup=exchange.call.pop_all(),
-        )
-        ask = partial(self.providers.answer, model)
-        if previous is None:
-            deltas = answer_in_session(ask, chat)
-        else:
-            deltas = ask(replace(chat, history=previous.turns, session_id=previous.id))
-        if request.stream:
-            return self._stream(exchange, chat, writer, deltas)
-        parts = self._counted(current_client(), chat, writer.json(deltas))
-        answer = b"".join(self._relay(exchange, parts, chat.cancel, chat.cleanup))
-        set_headers({"Content-Type": "application/json", **writer.headers})
-        return answer
-
-    def _stream(
-        self, exchange: Exchange, chat: Chat, writer: ChatCompletion | ResponseWriter, deltas: Iterator[Delta],
-    ) -> EventStream:
-        interval = self.settings.stream_interval_ms / 1000
-        paced = pace(deltas, interval, self.settings.stream_max_seconds, chat.cancel)
-        parts = self._counted(current_client(), chat, writer.events(paced))
-        events = event_stream(self._relay(exchange, parts, chat.cancel, chat.cleanup), writer.failure)
-        first = next(events)  # what goes wrong before the first event is a real status
-        set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
-        return EventStream(itertools.chain([first], events), exchange.done.pop_all())
-
-    def _counted(self, caller: ClientKey, chat: Chat, parts: Iterator[bytes]) -> Iterator[bytes]:
-        """The answer, counted when it ends, however it ends: it may also fail to be written, or to be kept."""
-        with self.meter.counted(caller, chat.tally, chat.cancel):
-            yield from parts
+        owner = current_owner()
+        stats = AnswerStats()
+        sent = 0
+        with self._admitted(model) as client:
+            try:
+                with self.meter.counted(current_client(), stats, client):
+                    session = previous or self.sessions.open(owner, request.user)
+                    history = () if request.has_history and not previous else session.turns
+                    asked = ProviderRequest(request, model, history, session.id, owner, self.sessions, stats, client)
+                    deltas = self.providers.answer(model, asked)
+                    if request.user:
+                        save = partial(record_turn, self.sessions, owner, session, request, stats)
+                        deltas = remember(deltas, save)
+                    if not request.stream:
+                        answer = writer.json(deltas)
+                        set_headers({"Content-Type": "application/json", **writer.headers})
+                        return answer
+                    client.stream(partial(self._begin_stream, writer), self.settings.sse_keepalive)
+                    interval = self.settings.stream_interval_ms / 1000
+                    deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
+                    for event in writer.events(deltas):
+                        client.send(event)
+                        sent += 1
+                    client.flush()
+            except Exception as error:
+                if not client.has_begun:
+                    raise
+                client.send(writer.failure(as_api_error(error), sent))
+                client.flush()
+        return b""
 
     def embeddings(self) -> bytes:
-        with self._exchange() as exchange:
-            body = parse_body(exchange.body, EMBEDDINGS_REQUEST)
-            model = body.get("model") or self.settings.default_model
-            self.providers.resolve(model)  # as for a chat
-            cancel = Cancel()
-            caller = current_client()
-            self._admit(exchange)
-            tally = Tally()
-            headers: Headers = {}
-
-            def ask() -> Iterator[bytes]:
-                nonlocal headers
-                with self.meter.counted(caller, tally, cancel):
-                    answer, headers = self.providers.embed(model, body, cancel, tally)
-                yield dump_json(answer)
-
-            answer = b"".join(self._relay(exchange, ask(), cancel, exchange.call.pop_all()))
+        body = parse_body(self._body(), EMBEDDINGS_REQUEST)
+        model = body.get("model") or self.settings.default_model
+        stats = AnswerStats()
+        with self._admitted(model) as client, self.meter.counted(current_client(), stats, client):
+            answer, headers = self.providers.embed(model, body, stats, client)
             set_headers({"Content-Type": "application/json", **headers})
-        return answer
+            return dump_json(answer)
 
-    @contextmanager
-    def _exchange(self) -> Iterator[Exchange]:
-        """The current request, with memory for its body once it is parsed. Raises APIError 413 or 429."""
+    def _body(self) -> bytes:
+        """The body of the current request. Raises APIError 413."""
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
             raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
         body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
-        size = parsed_size(body)
-        self.memory.acquire(size)
-        with ExitStack() as call, ExitStack() as done:
-            call.callback(self.memory.release, size)
-            yield Exchange(body, call, done)
+        return body
 
-    def _admit(self, exchange: Exchange) -> None:
-        """Give a chat a slot until it is answered, and count it against its key's limits. Raises APIError 429."""
-        self.chats.acquire()
-        exchange.done.callback(self.chats.release)
-        bottle.request.environ["kimi2api.limits"] = self.accounts.admit(current_client())
+    @contextmanager
+    def _admitted(self, model: str) -> Iterator[Client]:
+        """Around an answer, which takes a slot and counts against its key's limits. Raises APIError 404 for an unknown
+        model, 429 for one chat too many."""
+        self.providers.resolve(model)
+        environ = bottle.request.environ
+        with self.chats.held():
+            environ["kimi2api.limits"] = self.accounts.admit(current_client())
+            environ["kimi2api.is_counted"] = True
+            yield Client(environ, self.stopping)
 
-    def _relay(
-        self, exchange: Exchange, parts: Iterator[bytes], cancel: Cancel, cleanup: ExitStack,
-    ) -> Generator[bytes, None, None]:
-        data = relay(parts, cancel, cleanup, self.calls, self.settings.sse_keepalive, self._client_check())
-        bottle.request.environ["kimi2api.has_call"] = True
-        return exchange.done.enter_context(closing(data))
-
-    def _client_check(self) -> Callable[[], None]:
-        """A function that raises when the current request's client has gone, or the server stops."""
-        has_gone = bottle.request.environ.get("waitress.client_disconnected", bool)
-
-        def check() -> None:
-            if has_gone():
-                raise client_disconnected()
-            if self.stopping.is_set():
-                raise APIError(503, "The server is stopping.", "server_error", "server_stopping")
-
-        return check
+    def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Callable[[bytes], object]:
+        set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
+        self._set_common_headers()
+        start: Callable[[str, Any], Callable[[bytes], object]] = bottle.request.environ["kimi2api.start_response"]
+        return start(bottle.response.status_line, bottle.response.headerlist)
 
     def models(self) -> JSONObject:
         return {"object": "list", "data": self.providers.models()}
@@ -6430,8 +6303,7 @@ class App:
 
     # After every route
 
-    def finish(self) -> None:
-        """Headers that every response carries, and a line in the log."""
+    def _set_common_headers(self) -> None:
         environ = bottle.request.environ
         response = bottle.response
         response.set_header("X-Request-Id", environ["kimi2api.id"])
@@ -6439,16 +6311,22 @@ class App:
         if origin:
             response.set_header("Access-Control-Allow-Origin", origin)
             response.set_header("Access-Control-Expose-Headers", EXPOSED_HEADERS)
-            response.add_header("Vary", "Origin")
+            response.set_header("Vary", "Origin")
         set_headers(environ.get("kimi2api.limits", {}))
+
+    def finish(self) -> None:
+        """Headers that every response carries, and a line in the log."""
+        self._set_common_headers()
+        environ = bottle.request.environ
+        response = bottle.response
         caller = environ.get("kimi2api.client", ClientKey())
         name = f"{caller.name} " if caller.name else ""
         status = response.status_code
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
-        if route and route.method == "POST" and "kimi2api.has_call" not in environ:
+        if route and route.method == "POST" and "kimi2api.is_counted" not in environ:
             # Refused before an upstream could be asked
-            self.meter.count(caller, Tally(), status)
+            self.meter.count(caller, AnswerStats(), status)
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
         log.log(
@@ -6533,11 +6411,28 @@ ROUTES = [
 ]
 
 
+class WSGIApp(bottle.Bottle):  # type: ignore[misc]
+    """Bottle, with routes that may begin their response themselves and send parts of it, by WSGI's write(): PEP 3333
+    does not allow that in a route's iterable. Such a route returns nothing more."""
+
+    def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        write: Any = None
+
+        def start_once(*args: Any) -> Any:
+            nonlocal write
+            if write is None:
+                write = start_response(*args)
+            return write
+
+        environ["kimi2api.start_response"] = start_once
+        return super().wsgi(environ, start_once)
+
+
 def create_app(settings: Settings, stopping: threading.Event | None = None) -> bottle.Bottle:
     """The WSGI application. Chats end with an error once `stopping` is set. Raises SettingError for a store that cannot
     be used."""
     app = App(settings, stopping or threading.Event())
-    wsgi = bottle.Bottle()
+    wsgi = WSGIApp()
     wsgi.install(json_plugin)
     wsgi.default_error_handler = routing_error
     wsgi.add_hook("before_request", Access(settings).admit)

@@ -2717,6 +2717,38 @@ def test_after_an_unusable_answer_the_web_chats_connection_is_used_no_more(make:
     assert links[0] == links[1] == links[2] != links[3]
 
 
+@contextmanager
+def full_backlog() -> Iterator[int]:
+    """A port whose system answers no request for a connection any more."""
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_a_connection_that_is_never_made_ends_before_the_timeout_of_answers(
+    make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "CONNECT_TIMEOUT", 0.3)
+    with full_backlog() as port:
+        response = chat(make(**{**both, "LOCAL_BASE_URL": f"http://127.0.0.1:{port}/v1"}), model="local/k2")
+        assert is_error(response, 504, "upstream_timeout") and "within 60 s" not in response.text
+
+
+def test_a_tls_handshake_that_never_ends_is_a_timeout(
+    make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "CONNECT_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        assert is_error(chat(make(**{**both, "LOCAL_BASE_URL": url}), model="local/k2"), 504, "upstream_timeout")
+
+
 def test_a_request_that_the_upstream_does_not_read_is_a_timeout(
     make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -4732,10 +4764,11 @@ def test_a_client_that_leaves_in_silence_is_noticed_and_its_turn_is_recorded(
         assert program.running() == 1
         status, body = program.chat("too many")
         assert status == 429 and json.loads(body)["error"]["code"] == "server_busy"
-    wait_for(lambda: program.running() == 0, "the slot is free again")
+    assert program.running() == 1, "its call goes on and holds the slot"
     kimi.gate.set()
     wait_for(lambda: program.ask("GET", "/v1/sessions/ada")[0] == 200, "the turn is recorded")
     assert b"leaving" in program.ask("GET", "/v1/sessions/ada")[1]
+    wait_for(lambda: program.running() == 0, "the slot is free again")
     kimi.always = answer
     assert program.chat()[0] == 200
 
@@ -4777,14 +4810,13 @@ def test_a_client_that_leaves_a_steady_answer_is_noticed(
     wait_for(lambda: program.running() == 0)
 
 
-def test_chats_whose_clients_left_are_bounded_too(run: Run, kimi: WebChat) -> None:
+def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
     program = run(MAX_CONCURRENT_CHATS="2")
-    for count in (2, 4):
-        with program.open_chat(user="ada"), program.open_chat(user="bob"):
-            wait_for(lambda count=count: len(kimi.posts) == count)
-        wait_for(lambda: program.running() == 0)
-    assert program.chat()[0] == 429 and len(kimi.posts) == 4
+    with program.open_chat(user="ada"), program.open_chat(user="bob"):
+        wait_for(lambda: len(kimi.posts) == 2)
+    time.sleep(1.2)  # by now both have been found gone
+    assert program.chat()[0] == 429 and len(kimi.posts) == 2
     refused = 'kimi2api_chats_total{provider="none",model="other",status="429"} 1'
     assert refused in program.ask("GET", "/metrics")[1].decode().splitlines()
     kimi.gate.set()
@@ -4800,6 +4832,72 @@ def test_a_chat_that_nobody_waits_for_is_ended(run: Run, kimi: WebChat) -> None:
         wait_for(lambda: program.running() == 0)
     kimi.always = answer
     wait_for(lambda: program.chat()[0] == 200)
+
+
+def test_all_that_one_read_brings_is_one_write(make: Make, both: dict[str, str], api: Api) -> None:
+    def act(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        chunks = [b"data: %s\n\n" % json.dumps(api_chunk({"content": f"<{number}>"})).encode() for number in range(50)]
+        handler.wfile.write(b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks))
+        handler.wfile.flush()
+        handler.server.gate.wait(0.2)
+        handler.event(api_chunk({}, "stop"))
+        handler.end()
+
+    api.always = act
+    app = make(**both)
+    writes: list[bytes] = []
+    body = json.dumps({"model": "local/k2", "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode()
+    environ = webtest.TestRequest.blank("/v1/chat/completions", method="POST", body=body).environ
+    rest = app.app(environ, lambda *_: writes.append)
+    assert [write.count(b"data: ") for write in writes][:1] == [50] and len(writes) <= 3
+    assert not b"".join(rest) and writes[-1].endswith(b"[DONE]\n\n")
+
+
+def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
+    run: Run, both: dict[str, str], api: Api
+) -> None:
+    text = "word " * 20_000
+
+    def act(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        for _ in range(60):
+            handler.event(api_chunk({"content": text}))
+        handler.event(api_chunk({}, "stop"))
+        handler.event({**api_chunk(), "choices": [], "usage": USAGE})
+        handler.event(b"[DONE]")
+        handler.end()
+
+    api.always = act
+    program = run(**both, REQUEST_TIMEOUT="0.5")
+    with program.open_chat(model="local/k2", stream=True, stream_options={"include_usage": True}) as link:
+        wait_for(lambda: api.asked)
+        time.sleep(1.5)
+        body = read_all(link)
+    assert body.count(text.encode()) == 60 and b"[DONE]" in body and b'"completion_tokens":3' in body
+
+
+def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory(
+    run: Run, both: dict[str, str], api: Api
+) -> None:
+    sent = 0
+
+    def act(handler: ApiHandler) -> None:
+        nonlocal sent
+        handler.begin_stream()
+        while not handler.server.gate.is_set():
+            handler.event(api_chunk({"content": "word " * 20_000}))
+            sent += 1
+
+    api.always = act
+    program = run(**both)
+    before = program.memory()
+    with program.open_chat(model="local/k2", stream=True):
+        wait_for(lambda: sent > 10)
+        wait_for(lambda: sent == (time.sleep(0.5), sent)[1], "the upstream is read no more")
+        assert program.memory() - before < 60
+    wait_for(lambda: program.running() == 0)
+    assert program.chat()[0] == 200
 
 
 def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> None:
@@ -6262,19 +6360,6 @@ def test_many_large_bodies_at_once_do_not_take_all_memory(run: Run, kimi: WebCha
     assert {status for status, _ in answers} <= {200, 429} and 200 in {status for status, _ in answers}
     assert program.memory() < 1000
     assert program.chat()[0] == 200 and program.running() == 0
-
-
-def test_chats_whose_clients_left_count_among_the_large_requests(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(before="kimi2api.MAX_PARSED_BYTES = 5_000_000")
-    large = [[]] * 20_000  # counts as 2.4 MB
-    with program.open_chat(user="ada", x=large), program.open_chat(user="bob", x=large):
-        wait_for(lambda: len(kimi.posts) == 2)
-    wait_for(lambda: program.running() == 0)
-    status, body = program.chat(x=large)
-    assert status == 429 and b"large requests" in body
-    kimi.gate.set()
-    wait_for(lambda: program.chat(x=large)[0] == 200)
 
 
 def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None:
