@@ -3328,8 +3328,8 @@ class StrictHTTPResponse(HTTPResponse):
             parts.append(part)
             size -= len(part)
             self.chunk_left = left - len(part)
-            # Reading on must not wait: the next chunk's size and beginning must be here. The last chunk stays unread, so
-            # that the connection is still open when the caller finds the answer complete
+            # Reading on must not wait: the next chunk's size and beginning must be here. The last chunk stays unread,
+            # so that the connection is still open when the caller finds the answer complete
             following = self.fp.received()[2:-1]
             if self.chunk_left or following.startswith(b"0") or b"\n" not in following:
                 break
