@@ -2961,28 +2961,35 @@ class IndexedList(dict[int, Any]):
     """A list whose entries are identified by their `index`."""
 
 
-# Fields of a delta that grow, each by the field that it stands in: texts are joined, lists are extended. Of every other
-# field the last value that is not empty counts
+# Fields that grow, by the field that they stand in: texts are joined, lists are extended. Of every other field the last
+# value that is not empty counts
 GROWING = {
-    ("delta", "content"), ("delta", "reasoning_content"), ("delta", "reasoning"), ("delta", "refusal"),
-    ("delta", "tool_calls"), ("delta", "reasoning_details"), ("delta", "annotations"),
-    ("function", "arguments"), ("custom", "input"), ("audio", "data"), ("audio", "transcript"),
-    ("reasoning_details", "text"), ("reasoning_details", "summary"), ("reasoning_details", "data"),
-    ("logprobs", "content"), ("logprobs", "refusal"), ("", "choices"),
+    "": {"choices"},
+    "delta": {
+        "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "reasoning_details", "annotations",
+    },
+    "function": {"arguments"},
+    "custom": {"input"},
+    "audio": {"data", "transcript"},
+    "reasoning_details": {"text", "summary", "data"},
+    "logprobs": {"content", "refusal"},
 }
 
 
 def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
     """Add a part of an object to what came before; read the sum with `plain_value`. path: the field it stands in."""
+    growing = GROWING.get(path, ())
     for name, value in part.items():
-        known = whole.get(name)
-        if isinstance(value, dict):
+        if value is None or value == "":
+            whole.setdefault(name, value)
+        elif name in growing:
+            whole[name] = grown(whole.get(name), value, name)
+        elif type(value) is dict:
+            known = whole.get(name)
             if type(known) is not dict:
                 known = whole[name] = {}
             merge(known, value, name)
-        elif (path, name) in GROWING and value is not None:
-            whole[name] = grown(known, value, name)
-        elif known is None or value not in (None, "", []):
+        elif value != [] or name not in whole:
             whole[name] = value
 
 
@@ -5511,24 +5518,10 @@ def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: C
             continue
         client.must_finish = True
         began = time.monotonic()
-        # Pieces whose time has passed: the machine is too busy for this pace, so they go out as one
-        late = ""
-        count = 0
-        for step in steps_of(delta, max_pieces):
+        for count, step in enumerate(steps_of(delta, max_pieces)):
             ahead = began + count * interval - time.monotonic()
-            text = step.text
-            if text:
-                count += 1
-                if ahead < -interval:
-                    late += text
-                    continue
-                if not client.has_left:
-                    client.sleep(ahead)
-                step = Delta.of({"content": late + text})
-                late = ""
-            elif late:
-                yield Delta.of({"content": late})
-                late = ""
+            if ahead > 0 and not client.has_left:
+                client.sleep(ahead)
             yield step
 
 
