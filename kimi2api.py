@@ -28,7 +28,7 @@ and of its reader:
      5 Requests            what a caller may send       27 OpenAI-style APIs   Moonshot, DeepSeek, a local one
      6 Responses items     read as messages             28 Models and fallback who answers for a model
      7 Responses requests  read as chats                29 Clients             events, keep-alives, slots
-     8 Stores              where sessions are kept      30 Delivery            counted and remembered
+     8 Stores              where sessions are kept      30 Delivery            what is remembered
      9 Shared stores       failures, formats            31 Pace                a whole answer in pieces
     10 SQLite store        one file                     32 Formats             deltas to JSON or to events
     11 Redis client        deadlines, keys, scripts     33 Responses           deltas to items and events
@@ -2842,10 +2842,17 @@ Labels = tuple[tuple[str, str], ...]
 Series = tuple[str, Labels]  # the metric's name, and its labels
 
 
+MAX_MODEL_LABELS = 100
+MAX_LABEL = 128  # characters of one
+
+
 class Metrics:
     """Everything that is counted while the process runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        """models: the ids that are labels from the start."""
+        self._models = set(models)
+        self._api_models: set[str] = set()  # of APIs, that have answered
         self._lock = threading.Lock()  # guards both
         self._counters: dict[Series, float] = {}
         # Of each the counts by bucket, the last of them for all above, and the sum
@@ -2864,6 +2871,15 @@ class Metrics:
                 histogram = self._histograms.setdefault(series, [0.0] * (len(BUCKETS) + 2))
                 histogram[bisect_left(BUCKETS, seconds)] += 1
                 histogram[-1] += seconds
+
+    def model_label(self, provider: str, model: str, has_answered: bool) -> str:
+        """The model's id if it is one of a bounded number, else "other": an entry `*` of MODELS accepts any id."""
+        if model in self._models:
+            return model
+        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/") and len(model) <= MAX_LABEL
+        if is_of_api and has_answered and len(self._api_models) < MAX_MODEL_LABELS:
+            self._api_models.add(model)
+        return model if model in self._api_models else "other"
 
     def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
         """All of them, and these gauges: name, labels and value."""
@@ -2924,14 +2940,6 @@ class Delta:
     def of(cls, fields: JSONObject, finish_reason: str | None = None, is_complete: bool = False) -> Delta:
         choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
         return cls({"choices": [choice]}, is_complete)
-
-    @property
-    def text(self) -> str:
-        """What it adds to the text of the first choice."""
-        for choice in self.chunk["choices"]:
-            if choice["index"] == 0:
-                return choice["delta"].get("content") or ""
-        return ""
 
     @property
     def is_final(self) -> bool:
@@ -5380,59 +5388,8 @@ class Slots:
 # ======================================================================================================================
 # 30 Delivery
 #
-# What happens to an answer on its way: it is counted, and remembered in its user's session.
+# What is remembered of an answer, before its client can see that it is complete.
 # ======================================================================================================================
-
-MAX_MODEL_LABELS = 100
-MAX_LABEL = 128  # characters of one
-
-
-class Meter:
-    """Counts answers."""
-
-    def __init__(self, metrics: Metrics, accounts: Accounts, settings: Settings) -> None:
-        self._metrics = metrics
-        self._accounts = accounts
-        self._models = {*settings.models, settings.default_model, *settings.fallback_models} - {"*"}
-        self._api_models: set[str] = set()  # of APIs, that have answered
-
-    @contextmanager
-    def counted(self, caller: ClientKey, stats: AnswerStats, client: Client) -> Iterator[None]:
-        """Around an answer: it is counted when it ends, however it ends."""
-        status = 500
-        try:
-            yield
-            status = 200
-        except APIError as error:
-            status = error.status
-            raise
-        finally:
-            self.count(caller, stats, 499 if client.has_left else status)
-
-    def count(self, caller: ClientKey, stats: AnswerStats, status: int) -> None:
-        model = self._label(stats)
-        labels = ("provider", stats.provider or "none"), ("model", model)
-        amounts: dict[Series, float] = {("kimi2api_chats_total", (*labels, ("status", str(status)))): 1}
-        durations: dict[Series, float] = {}
-        if stats.first_chunk is not None:  # else nothing came, so nothing was used
-            prompt_tokens, completion_tokens = stats.tokens()
-            amounts["kimi2api_tokens_total", (*labels, ("type", "input"))] = prompt_tokens
-            amounts["kimi2api_tokens_total", (*labels, ("type", "output"))] = completion_tokens
-            durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - stats.began
-            durations["kimi2api_time_to_first_chunk_seconds", labels] = stats.first_chunk
-            self._accounts.record(caller, model, prompt_tokens, completion_tokens, status in (200, 499))
-        self._metrics.record(amounts, durations)
-
-    def _label(self, stats: AnswerStats) -> str:
-        """The model's id where it is one of a bounded number: an entry `*` of MODELS accepts any."""
-        if stats.model in self._models:
-            return stats.model
-        is_apis = stats.provider != WEB_CHAT and stats.model.startswith(f"{stats.provider}/")
-        answers = stats.first_chunk is not None and len(stats.model) <= MAX_LABEL
-        if is_apis and answers and len(self._api_models) < MAX_MODEL_LABELS:
-            self._api_models.add(stats.model)
-        return stats.model if stats.model in self._api_models else "other"
-
 
 def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
     """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
@@ -5950,7 +5907,7 @@ class Access:
             is_open = environ["PATH_INFO"] in OPEN_PATHS
             environ["kimi2api.client"] = ClientKey() if is_open else self._client_of(environ)
         except APIError as error:
-            raise as_response(error) from None
+            raise error_response(error) from None
 
     def _check_caller(self, environ: dict[str, Any]) -> None:
         host = environ.get("HTTP_HOST")
@@ -6032,7 +5989,7 @@ def preflight(environ: dict[str, Any]) -> bottle.HTTPResponse:
     })
 
 
-def as_response(error: APIError) -> bottle.HTTPResponse:
+def error_response(error: APIError) -> bottle.HTTPResponse:
     headers = {**error.headers, "Content-Type": "application/json"}
     return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
 
@@ -6091,12 +6048,11 @@ class App:
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
         self.settings = settings
         self.stopping = stopping
-        self.metrics = Metrics()
+        self.metrics = Metrics({*settings.models, settings.default_model, *settings.fallback_models} - {"*"})
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
         self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
-        self.meter = Meter(self.metrics, self.accounts, settings)
         self.chats = Slots(settings.max_concurrent_chats)
         self.started = time.time()
 
@@ -6143,7 +6099,7 @@ class App:
         sent = 0
         with self._admitted(model) as client:
             try:
-                with self.meter.counted(current_client(), stats, client):
+                with self._counted(stats, client):
                     session = previous or self.sessions.open(owner, request.user)
                     history = () if request.has_history and not previous else session.turns
                     asked = ProviderRequest(request, model, history, session.id, owner, self.sessions, stats, client)
@@ -6173,7 +6129,7 @@ class App:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
         stats = AnswerStats()
-        with self._admitted(model) as client, self.meter.counted(current_client(), stats, client):
+        with self._admitted(model) as client, self._counted(stats, client):
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers({"Content-Type": "application/json", **headers})
             return dump_json(answer)
@@ -6197,6 +6153,36 @@ class App:
             environ["kimi2api.limits"] = self.accounts.admit(current_client())
             environ["kimi2api.is_counted"] = True
             yield Client(environ, self.stopping)
+
+    @contextmanager
+    def _counted(self, stats: AnswerStats, client: Client) -> Iterator[None]:
+        """Around an answer: it is counted when it ends, however it ends."""
+        status = 500
+        try:
+            yield
+            status = 200
+        except APIError as error:
+            status = error.status
+            raise
+        finally:
+            self._count(stats, 499 if client.has_left else status)
+
+    def _count(self, stats: AnswerStats, status: int) -> None:
+        """Count an answer for its key's usage and for metrics."""
+        has_answered = stats.first_chunk is not None
+        model = self.metrics.model_label(stats.provider, stats.model, has_answered)
+        labels = ("provider", stats.provider or "none"), ("model", model)
+        amounts: dict[Series, float] = {("kimi2api_chats_total", (*labels, ("status", str(status)))): 1}
+        durations: dict[Series, float] = {}
+        if stats.first_chunk is not None:  # else nothing came, so nothing was used
+            prompt_tokens, completion_tokens = stats.tokens()
+            amounts["kimi2api_tokens_total", (*labels, ("type", "input"))] = prompt_tokens
+            amounts["kimi2api_tokens_total", (*labels, ("type", "output"))] = completion_tokens
+            durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - stats.began
+            durations["kimi2api_time_to_first_chunk_seconds", labels] = stats.first_chunk
+            is_answered = status in (200, 499)
+            self.accounts.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
+        self.metrics.record(amounts, durations)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Callable[[bytes], object]:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
@@ -6319,7 +6305,7 @@ class App:
         rule = route.rule if route else "(no route)"
         if route and route.method == "POST" and "kimi2api.is_counted" not in environ:
             # Refused before an upstream could be asked
-            self.meter.count(caller, AnswerStats(), status)
+            self._count(AnswerStats(), status)
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
         log.log(
@@ -6345,7 +6331,7 @@ def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
                 bottle.response.content_type = "application/json"
             return result
         except Exception as error:
-            return as_response(as_api_error(error))
+            return error_response(as_api_error(error))
 
     return call
 
