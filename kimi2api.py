@@ -84,7 +84,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
-from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
+from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import itemgetter
@@ -3158,6 +3158,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS ha
 MAX_INTERIM_RESPONSES = 16
 MAX_CHUNK_LINE = 4096
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")  # behind the text of the chunk before
 TIMEOUT_PRECISION = 0.1  # seconds
 READ_SIZE = 65536
 
@@ -3295,8 +3296,8 @@ class ResponseReader(io.BufferedReader):
 class StrictHTTPResponse(HTTPResponse):
     """http.client's response, read within a deadline, past interim responses, and more strictly.
 
-    Overrides _read_status, _read1_chunked and _read_next_chunk_size and calls _get_chunk_left, which are private names
-    of http.client in Python 3.10 to 3.14.
+    Overrides _read_status, _read1_chunked and _read_next_chunk_size and reads chunk_left, which are private to
+    http.client; so they are in Python 3.10 to 3.14.
     """
 
     fp: Any
@@ -3331,23 +3332,20 @@ class StrictHTTPResponse(HTTPResponse):
         return int(size, 16)
 
     def _read1_chunked(self, size: int) -> bytes:
-        """Read what one wait brings: http.client's returns chunk by chunk, and APIs send each event as a chunk."""
-        parts = []
-        while size > 0:
-            left = self._get_chunk_left()  # type: ignore[attr-defined]
-            if left is None:
-                break
-            part = self.fp.read1(min(size, left))
-            if not part:
-                raise IncompleteRead(b"")
-            parts.append(part)
-            size -= len(part)
-            self.chunk_left = left - len(part)
-            # Reading on must not wait: the next chunk's size and beginning must be here. The last chunk stays unread,
-            # so that the connection is still open when the caller finds the answer complete
-            following = self.fp.received()[2:-1]
-            if self.chunk_left or following.startswith(b"0") or b"\n" not in following:
-                break
+        """Read one chunk, and all whole ones that are buffered behind it, but for the last: APIs send each event as a
+        chunk, and the caller may find the answer complete before the connection's end is read."""
+        parts: list[bytes] = [super()._read1_chunked(size)]  # type: ignore[misc]
+        if self.chunk_left == 0:
+            buffered = self.fp.received()
+            begin = 0
+            while True:
+                line = NEXT_CHUNK.match(buffered, begin)
+                length = int(line[1], 16) if line else 0
+                if not line or not length or line.end() + length > len(buffered):
+                    break
+                begin = line.end() + length
+                parts.append(buffered[line.end():begin])
+            self.fp.read(begin)
         return b"".join(parts)
 
 
@@ -4739,12 +4737,12 @@ MAX_CHOICES = 128  # OpenAI's limit for n
 MAX_CALLS = 10_000  # of one choice
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
 
-TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
+TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
 CHUNK_CHOICE = object_of({
     "index": COUNT,
     "finish_reason": any_of(STRING, NULL),
     "delta": record({}, {
-        **dict.fromkeys(sorted(TEXT_FIELDS), STRING),
+        **dict.fromkeys(TEXT_FIELDS, STRING),
         "tool_calls": array(record({}, {
             "index": COUNT,
             "id": STRING,
@@ -4812,11 +4810,11 @@ class APIAnswer:
 
     def __init__(self, api: API, response: UpstreamResponse, fold: Fold, choices: int) -> None:
         self.is_done = False  # [DONE] has come
+        self.finished: set[int] = set()  # the indexes of choices that have their finish reason
         self._api = api
         self._response = response
         self._fold = fold
         self._wanted = choices
-        self._finished: set[int] = set()  # the indexes of choices
 
     def chunks(self) -> Iterator[JSONObject]:
         deadline = self._response.deadline
@@ -4831,8 +4829,8 @@ class APIAnswer:
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
-                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
-                    if is_complete:
+                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
+                        is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
                 yield chunk
@@ -4845,47 +4843,59 @@ class APIAnswer:
             message = f"{self._api.name} ended the stream before the answer was complete."
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._fold.choices:
-            raise invalid_response(self._api.name, "an empty answer")
+            raise self._malformed("an empty answer")
+
+    def _malformed(self, what: str = "a malformed chunk") -> APIError:
+        return invalid_response(self._api.name, what)
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
         try:
             chunk = parse_upstream_json(data)
         except ValueError:
-            raise invalid_response(self._api.name, "something that is not JSON") from None
+            raise self._malformed("something that is not JSON") from None
         if not isinstance(chunk, dict):
-            raise invalid_response(self._api.name, "a malformed chunk")
+            raise self._malformed()
         if chunk.get("error"):
             raise api_error(self._api, 500, chunk, {})
         choices = chunk.get("choices")
         if choices is None:
             choices = chunk["choices"] = []
         if not isinstance(choices, list):
-            raise invalid_response(self._api.name, "a malformed chunk")
+            raise self._malformed()
         for choice in choices:
-            self._check_choice(choice)
-            if choice.get("usage"):  # Moonshot's place for it
-                chunk["usage"] = chunk.get("usage") or choice["usage"]
+            if not is_text(choice):
+                self._check_choice(choice)
+                if choice.get("usage"):  # Moonshot's place for it
+                    chunk["usage"] = chunk.get("usage") or choice["usage"]
+            if not 0 <= choice["index"] < max(self._wanted, MAX_CHOICES):
+                raise self._malformed()
         return chunk
 
     def _check_choice(self, choice: Any) -> None:
         if not isinstance(choice, dict):
-            raise invalid_response(self._api.name, "a malformed chunk")
+            raise self._malformed()
         choice.setdefault("index", 0)
         choice.setdefault("finish_reason", None)
         delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
-        if not is_text_only(choice) and find_violation(choice, CHUNK_CHOICE):
-            raise invalid_response(self._api.name, "a malformed chunk")
+        if find_violation(choice, CHUNK_CHOICE):
+            raise self._malformed()
         index = choice["index"] = int(choice["index"])
-        if index >= max(self._wanted, MAX_CHOICES):
-            raise invalid_response(self._api.name, "a malformed chunk")
         if delta.get("tool_calls"):
             known = self._fold.choices.get(index, {"delta": {}})["delta"].get("tool_calls")
             assign_call_indexes(delta["tool_calls"], known or {})
             if any(call["index"] >= MAX_CALLS for call in delta["tool_calls"]):
-                raise invalid_response(self._api.name, "a malformed chunk")
+                raise self._malformed()
         if choice["finish_reason"]:
-            self._finished.add(index)
+            self.finished.add(index)
+
+
+def is_text(choice: Any) -> bool:
+    """Whether a choice of a chunk is as nearly all are, a piece of text and nothing else, which needs no check."""
+    if type(choice) is not dict or type(choice.get("index")) is not int or choice.get("finish_reason", "") is not None:
+        return False
+    delta = choice.get("delta")
+    return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
 
 
 def assign_call_indexes(calls: list[JSONObject], known: Mapping[int, Any]) -> None:
@@ -4896,16 +4906,6 @@ def assign_call_indexes(calls: list[JSONObject], known: Mapping[int, Any]) -> No
         if not isinstance(call.get("index"), int):
             call["index"] = last + 1 if last < 0 or call.get("id") else last
         last = call["index"]
-
-
-def is_text_only(choice: JSONObject) -> bool:
-    """A fast path: nearly every chunk is only text, and needs no check by the schema."""
-    delta = choice["delta"]
-    if type(choice["index"]) is not int or type(delta) is not dict or not delta.keys() <= TEXT_FIELDS:
-        return False
-    if choice["finish_reason"] is not None:
-        return False
-    return all(value is None or type(value) is str for value in delta.values())
 
 
 def rate_limits(headers: Headers) -> dict[str, str]:
@@ -4999,11 +4999,13 @@ class OpenAIProvider(Provider):
             if ignored:
                 headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
             answer = APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1)
+            finished = 0
             try:
                 for chunk in answer.chunks():
                     has_begun()
                     # Before the client can ask with the results of its calls
-                    if any(choice["finish_reason"] for choice in chunk["choices"]):
+                    if len(answer.finished) > finished:
+                        finished = len(answer.finished)
                         self._keep_reasoning(asked, sent["messages"])
                     yield Delta(chunk, headers=headers)
                     headers = {}
@@ -5525,7 +5527,9 @@ class ChatCompletion:
 
     def __init__(self, include_usage: bool = False) -> None:
         self.headers: Headers = {}  # for the response, known once the first delta is there
-        self._head: JSONObject = {"id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time())}
+        self._head: JSONObject = {
+            "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
+        }
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
@@ -5533,18 +5537,19 @@ class ChatCompletion:
         *_, whole = deltas
         self._note(whole)
         completion = whole.chunk
+        self._head["object"] = self.kind
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
             choice["logprobs"] = choice.get("logprobs")
             choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
-        return dump_json(self._with_head(completion, self.kind))
+        return dump_json(self._with_head(completion))
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         """Server-sent events, [DONE] at the end."""
         for delta in deltas:
             self._note(delta)
-            chunk = self._with_head(delta.chunk, self.chunk_kind)
+            chunk = self._with_head(delta.chunk)
             usage = chunk.pop("usage", None)
             if self._include_usage:
                 chunk["usage"] = usage
@@ -5563,10 +5568,9 @@ class ChatCompletion:
         if "model" in delta.chunk:
             self._head["model"] = delta.chunk["model"]
 
-    def _with_head(self, fields: JSONObject, kind: str) -> JSONObject:
+    def _with_head(self, fields: JSONObject) -> JSONObject:
         """The fields with ours, listed first for readers; ours override upstream's."""
-        head = {**self._head, "object": kind}
-        return {**head, **fields, **head}
+        return {**self._head, **fields, **self._head}
 
 
 class TextCompletion(ChatCompletion):
@@ -5576,7 +5580,7 @@ class TextCompletion(ChatCompletion):
     kind = "text_completion"
     chunk_kind = "text_completion"
 
-    def _with_head(self, fields: JSONObject, kind: str) -> JSONObject:
+    def _with_head(self, fields: JSONObject) -> JSONObject:
         choices = []
         for choice in fields["choices"]:
             message = choice.get("message") or choice["delta"]
@@ -5586,7 +5590,7 @@ class TextCompletion(ChatCompletion):
                 "logprobs": None,
                 "finish_reason": choice["finish_reason"],
             })
-        return super()._with_head({**fields, "choices": choices}, kind)
+        return super()._with_head({**fields, "choices": choices})
 
 
 # ======================================================================================================================
