@@ -3170,7 +3170,7 @@ class Abandoned(APIError):
 class Waiter:
     """Whoever waits for an upstream: here nobody in particular, such as --check; for a chat's client, see Client."""
 
-    interval = inf  # seconds, at most, between two calls of attend() during a wait
+    interval = 60.0  # seconds, at most, between two calls of attend() during a wait
     must_finish = False  # the call goes on when the client has disconnected
 
     def clock(self) -> float:
@@ -3748,13 +3748,13 @@ class Cached(Generic[T]):
                 threading.Thread(target=self._run, args=(self._latest,), name=self._name, daemon=True).start()
             return self._latest
 
-    def wait(self, deadline: Deadline) -> Future[T]:
-        """The latest fetch, once it is done. Raises its error, or TimeoutError."""
+    def wait(self, waiter: Waiter) -> Future[T]:
+        """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
         fetch = self.latest()
         while not fetch.done():
-            seconds = deadline.next_wait()
+            waiter.attend()
             with suppress(FutureTimeout):
-                fetch.exception(seconds)
+                fetch.exception(waiter.interval)
         error = fetch.exception()
         if isinstance(error, APIError):
             raise error.copy()
@@ -4457,7 +4457,7 @@ class KimiProvider(Provider):
         steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
         failed: APIError | None = None
         try:
-            self._nonce.wait(Deadline(2 * self._settings.request_timeout, Waiter()))  # the fetch has half of it
+            self._nonce.wait(Waiter())
         except APIError as error:
             failed = error
             reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
@@ -4489,10 +4489,7 @@ class KimiProvider(Provider):
     def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
         deadline = Deadline(self._settings.request_timeout, asked.waiter)
-        try:
-            fetch = self._nonce.wait(deadline)
-        except TimeoutError:
-            raise self._scraper.transport.timed_out(deadline) from None
+        fetch = self._nonce.wait(asked.waiter)
         nonce = fetch.result()
         home = urlsplit(self._settings.chat_page_url)
         form = {
