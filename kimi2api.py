@@ -3847,7 +3847,7 @@ class Provider:
 # ======================================================================================================================
 
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
-SHORTEST_RESULT = 60  # characters of a tool's result that stay when it is clipped
+SHORTEST_RESULT = 80  # characters of a clipped tool result, with its speaker and the mark
 CLIPPED = " [… clipped …] "
 
 
@@ -3856,94 +3856,83 @@ class Prompt:
     """The parts of a prompt, in the order in which the model reads them."""
 
     limit: int  # characters
-    system: list[str]
+    system: str
     how_to_call: str
-    rules: list[str]  # for the form of the answer
-    question: list[str]
-    last_round: list[str]  # of calls and their results
-    tools: list[str] = field(default_factory=list)
-    older: list[str] = field(default_factory=list)
-    rounds: list[str] = field(default_factory=list)  # before the last
-    tools_dropped: int = 0  # for which there was no room
+    tools: list[str]
+    rules: str  # for the form of the answer
+    past: list[str]  # older turns, then older rounds of tool calls, which stand behind the question
+    rounds: int  # of tool calls among them
+    question: str
+    last_round: list[str]  # message by message
 
     @property
     def offer(self) -> list[str]:
-        """The tools, and how to call one."""
         return [self.how_to_call, *self.tools] if self.tools else []
 
     @property
-    def head(self) -> list[str]:
-        return self.system + self.offer + self.rules
-
-    @property
     def text(self) -> str:
-        lines = self.head
-        if lines:
-            lines.append("")
-        return "\n".join(lines + self.older + self.question + self.rounds + self.last_round)
+        asked = max(0, len(self.past) - self.rounds)
+        head = join_lines([self.system, *self.offer, self.rules])
+        body = join_lines([*self.past[:asked], self.question, *self.past[asked:], *self.last_round])
+        return "\n\n".join(filter(None, [head, body]))
 
     @property
-    def room(self) -> int:
-        """Characters that are left of the limit; negative when it is too long."""
-        return self.limit - len(self.text)
+    def excess(self) -> int:
+        """Characters beyond the limit."""
+        return len(self.text) - self.limit
 
 
 def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
-    """System messages and instructions, what fits of tools and of what was said before, and the newest message.
+    """Write a request as one text of at most `limit` characters.
 
-    What gives way to the limit (characters), in this order: older turns beyond a third of it; older rounds of tools in
-    the newest turn; tools that need not be called; all older turns; the middle of long results in the last round.
-    remark: of an earlier answer that could not be used. Raises APIError 400 for what is too long even so, or has no
-    text at all.
+    Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
+    of the limit, oldest first; the middle of results in the last round, down to a third of the limit each; tools, the
+    last first; the rest of the past; the results again, down to SHORTEST_RESULT each. Tools stay if one must be called.
+    remark: why the model's last answer was unusable.
+    Raises APIError 400 if the text is too long even then, or if there is none.
     """
     turns = append_turns(history, request.turns)
     functions = called_functions(turns)
     newest = turns[-1] if turns else ()
     question, *rounds = rounds_of(newest)
     last_round = rounds.pop() if rounds else ()
-    older = [write_messages(turn, functions) for turn in turns[:-1]]
-    tools = list(map(describe_tool, request.tools))
     prompt = Prompt(
         limit,
-        system=non_empty(map(text_of, request.system)),
+        system=join_lines(map(text_of, request.system)),
         how_to_call=how_to_call(request),
-        rules=non_empty([form_instruction(request), remark]),
-        question=non_empty([write_messages(question, functions)]),
-        last_round=non_empty([write_messages(last_round, functions)]),
+        tools=list(map(describe_tool, request.tools)),
+        rules=join_lines([form_instruction(request), remark]),
+        past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
+        rounds=len(rounds),
+        question=write_messages(question, functions),
+        last_round=[write_message(message, functions) for message in last_round],
     )
-    if len(newest) == 1 and not (older or tools or prompt.head):
-        prompt.question = [text_of(newest[0])]  # it stands alone, and needs no name before it
-        prompt.last_round = []
-    wanted = 0
-    if request.must_call:
-        prompt.tools = tools
-    elif tools:
-        wanted = min(joined_length([prompt.how_to_call, *tools]), limit // 3)
-    if prompt.room < wanted:
-        clipped = clip_results(last_round, wanted - prompt.room)
-        prompt.last_round = non_empty([write_messages(clipped, functions)])
-    if prompt.room < 0:
-        raise too_long(prompt)
+    if len(newest) == 1 and prompt.text == prompt.question:
+        prompt.question = text_of(newest[0])  # a single message needs no speaker
+    share = limit // 3
+    if prompt.excess > 0 and not request.must_call:
+        prompt.tools = [tool for tool in prompt.tools if len(tool) <= share]
+    beyond_share = len(join_lines(prompt.past)) - share
+    prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
+    clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
     if not request.must_call:
-        for_older = min(joined_length(older), limit // 3)  # else 28 tools would leave no room for what was said
-        blank_line = 0 if prompt.head else 1
-        prompt.tools = first_that_fit(tools, prompt.room - for_older - len(prompt.how_to_call) - 1 - blank_line)
-    prompt.rounds = latest_that_fit([write_messages(messages, functions) for messages in rounds], prompt.room)
-    if len(prompt.rounds) == len(rounds):
-        prompt.older = latest_that_fit(older, prompt.room)
+        prompt.tools = drop_first(prompt.tools[::-1], prompt.excess)[::-1]
+    prompt.past = drop_first(prompt.past, prompt.excess)
+    clip_results(prompt.last_round, prompt.excess, SHORTEST_RESULT)
+    if prompt.excess > 0:
+        raise too_long(prompt)
     if not prompt.text.strip():
         raise bad_request("'messages' contain no text.", "messages")
-    prompt.tools_dropped = len(tools) - len(prompt.tools)
     return prompt
 
 
 def too_long(prompt: Prompt) -> APIError:
     """In words that clients know the error by."""
     sizes = {
-        "system": joined_length(prompt.system),
-        "tools": joined_length(prompt.offer),
-        "response format": joined_length(prompt.rules),
-        "newest message": joined_length(prompt.question + prompt.last_round),
+        "system": len(prompt.system),
+        "tools": len(join_lines(prompt.offer)),
+        "response format": len(prompt.rules),
+        "newest message": len(join_lines([prompt.question, *prompt.last_round])),
     }
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
     return bad_request(
@@ -3952,58 +3941,37 @@ def too_long(prompt: Prompt) -> APIError:
         "official API.", "messages", "context_length_exceeded")
 
 
-def non_empty(texts: Iterable[str]) -> list[str]:
-    return list(filter(None, texts))
+def join_lines(lines: Iterable[str]) -> str:
+    return "\n".join(filter(None, lines))
 
 
-def joined_length(lines: list[str]) -> int:
-    return len("\n".join(lines))
+def drop_first(texts: list[str], excess: int) -> list[str]:
+    """Return the texts without the first ones, so that `excess` characters are gone."""
+    count = 0
+    while count < len(texts) and excess > 0:
+        excess -= len(texts[count]) + 1
+        count += 1
+    return texts[count:]
 
 
-def first_that_fit(texts: Iterable[str], room: int) -> list[str]:
-    """Those, in order, for which there is room, a line's end included; one that is too long gives way to the next."""
-    kept = []
-    for text in texts:
-        if len(text) < room:
-            kept.append(text)
-            room -= len(text) + 1
-    return kept
-
-
-def latest_that_fit(texts: list[str], room: int) -> list[str]:
-    """As many from the end as there is room for, up to the first that is too long."""
-    first = len(texts)
-    while first > 0 and len(texts[first - 1]) < room:
-        first -= 1
-        room -= len(texts[first]) + 1
-    return texts[first:]
+def clip_results(lines: list[str], excess: int, shortest: int) -> None:
+    """Cut `excess` characters out of the middle of tool results, but leave `shortest` of each."""
+    for index, line in enumerate(lines):
+        half = (max(shortest, len(line) - excess) - len(CLIPPED)) // 2
+        clipped = line[:half] + CLIPPED + line[-half:]
+        if excess > 0 and len(clipped) < len(line) and line.startswith(SPEAKERS["tool"]):
+            lines[index] = clipped
+            excess -= len(line) - len(clipped)
 
 
 def rounds_of(turn: Turn) -> list[Turn]:
-    """The user's message and what follows it, then each round: calls of tools and their results."""
+    """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
             rounds.append([])
         rounds[-1].append(message)
     return [tuple(messages) for messages in rounds]
-
-
-def clip_results(messages: Turn, excess: int) -> Turn:
-    """Messages with the middle of their tool results left out, of the longest first, until so many characters are."""
-    clipped = list(messages)
-    texts = {}
-    for index, message in enumerate(messages):
-        if message["role"] == "tool":
-            texts[index] = text_of(message)
-    for index in sorted(texts, key=lambda index: len(texts[index]), reverse=True):
-        text = texts[index]
-        half = max(SHORTEST_RESULT, len(text) - excess - len(CLIPPED)) // 2
-        short = text[:half] + CLIPPED + text[-half:]
-        if excess > 0 and len(short) < len(text):
-            clipped[index] = {**messages[index], "content": short}
-            excess -= len(text) - len(short)
-    return tuple(clipped)
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
@@ -4457,9 +4425,10 @@ class KimiProvider(Provider):
         delta = Delta.of(message, finish_reason, is_complete=True)
         written = content + "".join(name + arguments for name, arguments in calls)
         delta.chunk["usage"] = estimate_usage(prompt.text, written)
-        if prompt.tools_dropped:
-            delta.headers = {"X-Kimi2api-Tools-Dropped": str(prompt.tools_dropped)}
-            log.info("%d of %d tools did not fit into the prompt", prompt.tools_dropped, len(request.tools))
+        dropped = len(request.tools) - len(prompt.tools)
+        if dropped:
+            delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
+            log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
         yield delta
 
     def _answer(self, chat: Chat) -> tuple[Prompt, str, list[ToolCall]]:

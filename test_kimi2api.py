@@ -3073,6 +3073,17 @@ def test_tools_leave_room_for_what_was_said_before(app: Client, kimi: WebChat) -
     assert "My name is Ada." in prompt and "- tool_0" in prompt and len(prompt) <= 1000
 
 
+def test_a_long_turn_and_a_long_tool_do_not_push_out_the_rest(app: Client, kimi: WebChat) -> None:
+    said(chat(app, "First: " + "a" * 400, user="ada"))
+    said(chat(app, "My name is Ada.", user="ada"))
+    chat(app, "What is my name?", user="ada", tools=[tool("long", "x " * 200), CLOCK])
+    prompt = kimi.posts[-1]["message"]
+    assert "My name is Ada." in prompt and "First" in prompt and "- clock" in prompt and "- long" not in prompt
+    chat(app, "What is my name?", user="ada", tools=[*MANY_TOOLS, CLOCK])
+    prompt = kimi.posts[-1]["message"]
+    assert "My name is Ada." in prompt and "First" not in prompt and "- tool_0" in prompt
+
+
 def test_tools_that_must_be_called_and_do_not_fit_are_a_400(app: Client) -> None:
     assert is_error(chat(app, tools=MANY_TOOLS, tool_choice="required"), 400, "context_length_exceeded")
 
@@ -3082,7 +3093,7 @@ def test_a_question_that_leaves_no_room_for_any_tool_is_asked_without(app: Clien
     assert response.headers["X-Kimi2api-Tools-Dropped"] == "28" and kimi.posts[-1]["message"] == "用户: " + "x" * 980
 
 
-@pytest.mark.parametrize("limit", range(200, 240))
+@pytest.mark.parametrize("limit", range(200, 240, 5))
 def test_no_prompt_is_longer_than_the_limit(make: Make, kimi: WebChat, limit: int) -> None:
     assert chat(make(CONTEXT_MAX_LENGTH=str(limit)), "x" * 20, tools=[CLOCK, WEATHER]).status_int == 200
     assert len(kimi.posts[-1]["message"]) <= limit
