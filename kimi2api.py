@@ -4156,53 +4156,39 @@ def strip_code_fence(text: str) -> str:
     return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
 
 
-BRACKET = re.compile(r'\\.|["{}\[\]]', re.S)
-CLOSING = {"{": "}", "[": "]"}
-BEGINS_JSON = re.compile(r'{\s*["}]|\[\s*["{\[\]\d\-tfn]')  # else it is a bracket of prose: {x}, [see]
-LOOKS_LIKE_JSON = re.compile(r"""[{\[]\s*["'{\[]""")
-MAX_BROKEN = 100  # brackets such as [1st]; each costs Python a look through all the text before it
+BRACKET = re.compile(r"[{}\[\]]")
+PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")  # {x}, [1st]: no JSON and none inside
+MAX_BRACKETS = 100  # tried; a failed attempt costs as much as all the text before it, for the line in its message
 
 
 def parse_document(text: str, kind: type) -> str:
-    """The one JSON document of this type in an answer: all of it, or the longest between prose and fences.
+    """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
 
-    A part of a document must not pass for the whole: what stands in a bracket that cannot be read does not count.
-    Raises NoDocument.
+    A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
+    is an error. Raises NoDocument.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
             return text.strip()
     longest = ""
-    broken = 0
-    unread: list[str] = []  # what closes the brackets around this place, the innermost last
-    in_string = False
     at = 0
-    while True:
-        token = BRACKET.search(text, at)
-        if not token:
+    for _ in range(MAX_BRACKETS):
+        bracket = BRACKET.search(text, at)
+        if not bracket:
             break
-        at = token.end()
-        start = at - 1
-        mark = text[start]
-        if in_string:
-            in_string = token[0] != '"'
-        elif mark == '"':
-            in_string = bool(unread)  # quotation marks in prose open nothing
-        elif mark in CLOSING and not unread and BEGINS_JSON.match(text, start):
-            try:
-                value, at = decode_json(text, start)
-            except UnusableAnswer as error:
-                broken += 1
-                if LOOKS_LIKE_JSON.match(text, start) or broken > MAX_BROKEN:
-                    raise NoDocument(str(error)) from None
-                unread.append(CLOSING[mark])
-            else:
-                if isinstance(value, kind) and at - start >= len(longest):
-                    longest = text[start:at]
-        elif mark in CLOSING:
-            unread.append(CLOSING[mark])
-        elif mark in "}]" and (not unread or unread.pop() != mark):
-            raise NoDocument("its brackets do not match.")
+        start = bracket.start()
+        try:
+            value, at = decode_json(text, start)
+        except UnusableAnswer as error:
+            prose = PROSE.match(text, start)
+            if not prose:
+                raise NoDocument(str(error)) from None
+            at = prose.end()
+        else:
+            if isinstance(value, kind) and at - start >= len(longest):
+                longest = text[start:at]
+    else:
+        raise NoDocument("there are too many brackets in it.")
     if not longest:
         raise NoDocument("there is no JSON document of the right kind in it.")
     return longest

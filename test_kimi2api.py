@@ -3370,6 +3370,7 @@ def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
         pytest.param('Sure! Here it is:\n\n{"a": 1}\n\nAnything else?', id="prose around"),
         pytest.param('```\n{"a": 1}```', id="fence that ends on the line"),
         pytest.param('So {not json} but {"a": 1}.', id="braces in front"),
+        pytest.param('By [1], [2nd]: {"a": 1} (see {x}).\n[^1]: "a"', id="footnotes around"),
     ],
 )
 def test_a_json_answer_is_exactly_one_document(app: Client, kimi: WebChat, format_: Any, text: str) -> None:
@@ -3431,6 +3432,8 @@ def test_an_answer_that_is_not_json_is_asked_for_once_again(app: Client, kimi: W
         pytest.param('"b": 2}, {"a": 1}', id="start cut off"),
         pytest.param('Example: {"a": 1}\nAnswer: {"a": 2, "b": [3', id="example whole, answer cut off"),
         pytest.param('{"a": 1}\n{"a": 2, "b": 3', id="second one cut off"),
+        pytest.param('{"a": 1}\n{\'b\': 2}', id="second one in single quotes"),
+        pytest.param("[1st] " * 101 + '{"a": 1}', id="too many brackets"),
     ],
 )
 def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text: str) -> None:
