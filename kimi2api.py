@@ -71,7 +71,6 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from base64 import b64decode, b64encode
 from bisect import bisect_left
 from collections import Counter, deque
@@ -3043,15 +3042,26 @@ def message_of(choice: JSONObject) -> Message:
 # Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
+# Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
+MARK = (
+    "\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
+    "\u3099\u309a\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef"
+)
+# What a reader sees as one: a flag of two letters, or a character with its marks and what is joined to it, as in 👩‍🚀
+GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
 MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
 WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
 NARROW_TOKENS = 0.25  # any other, by OpenAI's
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens by a rule of thumb."""
+    """Estimate tokens by a rule of thumb."""
+    return ceil(token_weight(text))
+
+
+def token_weight(text: str) -> float:
     wide = 0 if text.isascii() else len(NARROW_TEXT.sub("", text))
-    return ceil(wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS)
+    return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
 
 
 def count_of(usage: Any, *names: str) -> int:
@@ -3073,36 +3083,18 @@ def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
     return {**usage, "total_tokens": sum(usage.values())}
 
 
-def continues_grapheme(text: str, at: int) -> bool:
-    """Whether a reader would see the characters on both sides of the index as one."""
-    before, after = text[at - 1:at], text[at:at + 1]
-    if not after:
-        return False
-    if "\u200d" in (before, after):  # the joiner of emoji
-        return True
-    if unicodedata.category(after).startswith("M"):
-        return True
-    is_flag = "\U0001f1e6" <= after <= "\U0001f1ff"
-    is_skin_tone = "\U0001f3fb" <= after <= "\U0001f3ff"
-    return is_flag or is_skin_tone
-
-
 def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
-    """The text up to the first stop sequence and up to so many tokens, by estimate, and the finish reason."""
+    """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
     ends = [text.find(stop) for stop in stops if stop in text]
     text = text[:min(ends, default=len(text))]
     if max_tokens is None or estimate_tokens(text) <= max_tokens:
         return text, "stop"
-    end = 0
     tokens = 0.0
-    for character in text:
-        tokens += NARROW_TOKENS if NARROW_TEXT.match(character) else WIDE_TOKENS
+    for grapheme in GRAPHEME.finditer(text):
+        tokens += token_weight(grapheme[0])
         if tokens > max_tokens:
-            break
-        end += 1
-    while end and continues_grapheme(text, end):
-        end -= 1
-    return text[:end], "length"
+            return text[:grapheme.start()], "length"
+    return text, "stop"
 
 
 # ======================================================================================================================
@@ -5572,19 +5564,19 @@ def fill(mailbox: Mailbox, parts: Iterator[bytes], cleanup: ExitStack) -> None:
 # An answer that arrived whole, replayed as a stream, in pieces that a reader could have been shown.
 # ======================================================================================================================
 
-PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
+PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
 
 
 def pieces(text: str, max_pieces: int) -> Iterator[str]:
     """Word-like pieces (of Chinese: one or two characters), joined until there are no more than so many.
 
-    None ends inside a combining sequence, an emoji that is joined from several, or a flag.
+    No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
     """
     start = 0
     size = len(text) / max_pieces
     for match in PIECE.finditer(text):
         end = match.end()
-        if end > start and end - start >= size and not continues_grapheme(text, end):
+        if end > start and end - start >= size:
             yield text[start:end]
             start = end
     if start < len(text):
