@@ -3839,6 +3839,8 @@ class Provider:
 # ======================================================================================================================
 
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
+TOOLS_FOLLOW = "You get the results and go on. Tools:"
+JSON_ONLY = "Answer with one JSON document and nothing else"
 SHORTEST_RESULT = 80  # characters of a clipped tool result, with its speaker and the mark
 CLIPPED = " [… clipped …] "
 
@@ -3998,7 +4000,7 @@ def how_to_call(request: ChatRequest) -> str:
     what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
     return (
         f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
-        "arguments being JSON. You get the results and go on. Tools:")
+        f"arguments being JSON. {TOOLS_FOLLOW}")
 
 
 def form_instruction(request: ChatRequest) -> str:
@@ -4007,7 +4009,7 @@ def form_instruction(request: ChatRequest) -> str:
         return ""
     schema = (answer.get("json_schema") or {}).get("schema")
     form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
-    return f"Answer with one JSON document and nothing else{form}"
+    return f"{JSON_ONLY}{form}"
 
 
 def describe_tool(tool: JSONObject) -> str:
@@ -6593,7 +6595,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """Answers every question by saying that it is no model, and what reached it."""
+    """A web chat without a model: its answers say so, and repeat what reached it."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -6616,7 +6618,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
         if form.get("nonce") != self.nonce:
             self.reply(403, "text/html", b"-1")
             return
-        answer = answer_of_demo(form["message"], form["model"])
+        answer = demo_answer(form["message"], form["model"])
         self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
 
     def reply(self, status: int, kind: str, body: bytes) -> None:
@@ -6630,123 +6632,24 @@ class DemoUpstream(BaseHTTPRequestHandler):
         log.debug("demo upstream: " + format, *args)
 
 
-MAX_DEMO_DOCUMENT = 100_000  # characters; arrays in arrays would multiply their minItems
+SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 
 
-def smallest_document(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """A value by a JSON schema, as far as the demo reads one. definitions: what it may refer to, by `$ref`."""
-    if not isinstance(schema, dict):
-        return {}
-    reference = str(schema.get("$ref"))
-    if reference in definitions:  # which can be used once on the way down: it may refer to itself
-        others = {name: definition for name, definition in definitions.items() if name != reference}
-        return smallest_document(definitions[reference], others)
-    if "const" in schema:
-        return schema["const"]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    for keyword in ("anyOf", "oneOf", "allOf"):
-        options = schema.get(keyword)
-        if options:
-            return None if NULL in options else smallest_document(options[0], definitions)
-    kind = schema.get("type", "object")
-    if isinstance(kind, list):
-        kind = kind[0]
-    if kind == "object":
-        properties = schema.get("properties", {})
-        return {name: smallest_document(properties.get(name), definitions) for name in schema.get("required", ())}
-    if kind == "array":
-        items = [smallest_document(schema.get("items"), definitions)] * smallest(schema, "minItems")
-        return items if len(json.dumps(items[:1])) * len(items) <= MAX_DEMO_DOCUMENT else []
-    if kind == "string":
-        return "x" * smallest(schema, "minLength")
-    if kind in ("integer", "number"):
-        return smallest(schema, "minimum")
-    return False if kind == "boolean" else None
-
-
-def smallest(schema: Schema, keyword: str) -> int:
-    bound: float = schema.get(keyword, 0)
-    return min(max(0, ceil(bound)), 1000)
-
-
-def definitions_of(schema: Schema) -> dict[str, Any]:
-    """What the schema defines, by the references to it."""
-    definitions = {}
-    for keyword in ("$defs", "definitions"):
-        for name, definition in schema.get(keyword, {}).items():
-            definitions[f"#/{keyword}/{name}"] = definition
-    return definitions
-
-
-def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
-    """A value of the type that `signature` has written there, and where it ends."""
-    if form.startswith("{", at) and not form.startswith(("{}", '{"'), at):
-        value: Any = {}
-        at += 1
-        while form[at] != "}":
-            colon = form.index(": ", at)
-            name = form[at:colon].removeprefix(", ")
-            inner, at = smallest_arguments(form, colon + 2)
-            if not name.endswith("?"):
-                value[name] = inner
-        at += 1
-    elif form.startswith("[", at):
-        _, at = smallest_arguments(form, at + 1)
-        value = []
-        at += 1
-    else:
-        word = re.compile("array|boolean|integer|number|object|string").match(form, at)
-        if word:
-            value = smallest_document({"type": word[0]}, {})
-            at = word.end()
-        else:
-            value, at = STRICT_JSON.raw_decode(form, at)
-            if isinstance(value, dict):  # a schema as it is
-                value = smallest_document(value, definitions_of(value))
-    if form.startswith("|", at):
-        _, at = smallest_arguments(form, at + 1)
-    return value, at
-
-
-# What a schema or a form that is none can raise
-UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-SPEAKER = re.compile("^(?:用户|模型|工具)(?: .+?)?: ", re.M)
-OFFERED_TOOLS = re.compile(r"^You (may|must) call .*Tools:((?:\n- .*)+)", re.M)
-OFFERED_TOOL = re.compile(r"^- ([\w.-]+)(.*)", re.M)
-WANTS_JSON = re.compile("^Answer with one JSON document and nothing else(?:, valid by this schema: (.*))?", re.M)
-
-
-def answer_of_demo(prompt: str, model: str) -> str:
-    """A call of the first tool, then its result; JSON where it is asked for; else what has reached the model. Where a
-    call is demanded even then, it is of the last tool: an agent's tools end with the one that ends its loop."""
-    parts = SPEAKER.split(prompt)
-    marks = SPEAKER.findall(prompt)
-    newest = parts[-1].strip()
-    has_result = bool(marks) and marks[-1].startswith("工具")
-    offered = OFFERED_TOOLS.search(prompt)
-    tools = OFFERED_TOOL.findall(offered[2]) if offered else []
-    if offered and tools and (offered[1] == "must" or not has_result):
-        name, form = tools[-1 if has_result else 0]
-        arguments: Any = {}
-        with suppress(*UNREADABLE):  # a form that the demo does not know
-            arguments, _ = smallest_arguments(form)
-        return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-    wants_json = WANTS_JSON.search(prompt)
-    if wants_json:
-        document: Any = {}
-        with suppress(*UNREADABLE):  # the words may be the user's own, and the schema anything
-            schema = parse_json(wants_json[1] or "{}")
-            document = smallest_document(schema, definitions_of(schema))
-        return json.dumps(document)
-    about = "The tool said" if has_result else "You said"
-    earlier = ""
-    for part in parts[:-1]:
-        if part.strip():
-            earlier += f"\n- {' '.join(part.split())[:60]}"
+def demo_answer(prompt: str, model: str) -> str:
+    """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
+    *earlier, newest = SPEAKER.split(prompt)
+    speakers = SPEAKER.findall(prompt)
+    has_result = bool(speakers) and speakers[-1].startswith(SPEAKERS["tool"])
+    _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
+    name = re.match(r"[\w.-]+", tools)
+    if name and not has_result:
+        return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
+    if JSON_ONLY in prompt:
+        return "[] {}"  # the reader takes the one of the right type
+    lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
-        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. {about}: “{newest}”\n"
-        f"Earlier messages that reached {model} with it:{earlier or ' none.'}")
+        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
+        f"Earlier messages that reached {model} with it:{''.join(lines) or ' none.'}")
 
 
 # ======================================================================================================================
