@@ -6038,14 +6038,13 @@ def write_event(event: JSONObject, number: int) -> bytes:
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
 
-OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
-
 
 class Access:
     """Lets requests in."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, public_paths: set[str]) -> None:
         self._settings = settings
+        self._public_paths = public_paths
 
     def admit(self) -> None:
         """Let a request in, or raise what to answer instead."""
@@ -6057,8 +6056,8 @@ class Access:
             self._check_caller(environ)
             if environ["REQUEST_METHOD"] == "OPTIONS":
                 raise preflight(environ)
-            is_open = environ["PATH_INFO"] in OPEN_PATHS
-            environ["kimi2api.client"] = ClientKey() if is_open else self._client_of(environ)
+            is_public = environ["PATH_INFO"] in self._public_paths
+            environ["kimi2api.client"] = ClientKey() if is_public else self._client_of(environ)
         except APIError as error:
             raise as_response(error) from None
 
@@ -6460,9 +6459,6 @@ class App:
             "upstreams": upstreams,
         }
 
-    def openapi(self) -> JSONObject:
-        return openapi(bool(self.settings.api_master_key))
-
     def page(self) -> str:
         set_headers(page_headers())
         return PAGE
@@ -6547,6 +6543,11 @@ class Route:
     answer: str
     request: str = ""
     event: str = ""  # of its stream, where it has one: what its data is
+    is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
+
+
+def describe_api(app: App) -> JSONObject:
+    return openapi(ROUTES, key_required=bool(app.settings.api_master_key))
 
 
 ROUTES = [
@@ -6565,10 +6566,10 @@ ROUTES = [
     Route("DELETE", r"/v1/sessions/<user:re:[\s\S]+>", App.forget, "forget a user's turns", "Deleted"),
     Route("GET", "/v1/usage", App.usage, "what the key has used, and its limits", "Usage"),
     Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health, "how the server is", "Health"),
-    Route("GET", "/openapi.json", App.openapi, "this description", "OpenAPI"),
-    Route("GET", "/docs", App.page, "a page to read and to try", "text/html"),
-    Route("GET", "/", App.page, "the same page", "text/html"),
+    Route("GET", "/health", App.health, "how the server is", "Health", is_public=True),
+    Route("GET", "/openapi.json", describe_api, "this description", "OpenAPI", is_public=True),
+    Route("GET", "/docs", App.page, "a page to read and to try", "text/html", is_public=True),
+    Route("GET", "/", App.page, "the same page", "text/html", is_public=True),
 ]
 
 
@@ -6579,7 +6580,8 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi = bottle.Bottle()
     wsgi.install(json_plugin)
     wsgi.default_error_handler = routing_error
-    wsgi.add_hook("before_request", Access(settings).admit)
+    public_paths = {route.rule for route in ROUTES if route.is_public}
+    wsgi.add_hook("before_request", Access(settings, public_paths).admit)
     wsgi.add_hook("after_request", app.finish)
     for route in ROUTES:
         wsgi.route(route.rule, route.method, partial(route.handler, app))
@@ -7137,80 +7139,34 @@ def constant(value: str) -> Schema:
     return {"type": "string", "const": value}
 
 
-def named_object(name: str, required: Schema, optional: Schema | None = None) -> Schema:
-    """What OpenAI's objects are like: the field `object` says which it is."""
-    return object_of({"object": constant(name), **required}, optional)
+def named_object(name: str, fields: Schema) -> Schema:
+    """Return the schema of an object that says in `object` what it is, as all of OpenAI's do."""
+    return object_of({"object": constant(name), **fields})
 
 
-FINISH_REASON = choice_of("stop", "length", "tool_calls", "content_filter", "function_call")
+def openai_object(name: str, page: str) -> Schema:
+    """Return the schema of an object that OpenAI documents."""
+    docs = {"url": f"https://platform.openai.com/docs/api-reference/{page}"}
+    return {**named_object(name, {}), "externalDocs": docs}
+
+
 OR_NULL_STRING = any_of(STRING, NULL)
-USAGE = object_of({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT})
-ANSWERED_CALL = object_of({
-    "id": STRING,
-    "type": constant("function"),
-    "function": object_of({"name": STRING, "arguments": STRING}),
-})
-ANSWERED_MESSAGE = object_of(
-    {"role": constant("assistant"), "content": OR_NULL_STRING, "refusal": OR_NULL_STRING},
-    {"tool_calls": array(ANSWERED_CALL)},
-)
-COMPLETION_CHOICE = object_of({
-    "index": COUNT,
-    "finish_reason": FINISH_REASON,
-    "logprobs": any_of(OBJECT, NULL),
-    "message": ANSWERED_MESSAGE,
-})
 ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
 FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
-COMPLETION_HEAD = {"id": STRING, "created": INTEGER, "model": STRING}
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS: dict[str, Schema] = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
-    "Completion": named_object("chat.completion", {
-        **COMPLETION_HEAD,
-        "choices": array(COMPLETION_CHOICE),
-        "usage": USAGE,
-    }),
-    "Chunk": named_object(
-        "chat.completion.chunk",
-        {
-            **COMPLETION_HEAD,
-            "choices": array(object_of({
-                "index": COUNT, "delta": OBJECT, "finish_reason": any_of(FINISH_REASON, NULL),
-            })),
-        },
-        {"usage": any_of(USAGE, NULL)},
-    ),
+    "Completion": openai_object("chat.completion", "chat/object"),
+    "Chunk": openai_object("chat.completion.chunk", "chat-streaming"),
     "CompletionRequest": COMPLETION_REQUEST,
-    "TextCompletion": named_object("text_completion", {
-        **COMPLETION_HEAD,
-        "choices": array(object_of({
-            "text": STRING, "index": COUNT, "logprobs": NULL, "finish_reason": any_of(FINISH_REASON, NULL),
-        })),
-        "usage": USAGE,
-    }),
+    "TextCompletion": openai_object("text_completion", "completions/object"),
     "ResponsesRequest": RESPONSES_REQUEST,
-    "Response": named_object("response", {
-        "id": STRING,
-        "created_at": INTEGER,
-        "status": choice_of("completed", "incomplete"),
-        "incomplete_details": any_of(object_of({"reason": choice_of("max_output_tokens", "content_filter")}), NULL),
-        "error": NULL,
-        "model": STRING,
-        "output": array(object_of({"type": STRING, "id": STRING})),
-        "usage": object_of({
-            "input_tokens": COUNT,
-            "input_tokens_details": object_of({"cached_tokens": COUNT}),
-            "output_tokens": COUNT,
-            "output_tokens_details": object_of({"reasoning_tokens": COUNT}),
-            "total_tokens": COUNT,
-        }),
-    }),
-    "DeletedResponse": named_object("response", {"id": STRING, "deleted": BOOLEAN}),
+    "Response": openai_object("response", "responses/object"),
+    "DeletedResponse": openai_object("response", "responses/delete"),
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
-    "Embeddings": named_object("list", {"data": array(OBJECT), "model": STRING, "usage": OBJECT}),
+    "Embeddings": openai_object("list", "embeddings/create"),
     "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
     "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
     "Session": named_object("session", {
@@ -7268,15 +7224,15 @@ def operation(route: Route) -> JSONObject:
         described["parameters"] = [{"name": parameter[1], "in": "path", "required": True, "schema": STRING}]
     if route.request:
         described["requestBody"] = {"required": True, "content": content_of(route.request)}
-    if route.rule in OPEN_PATHS:
+    if route.is_public:
         described["security"] = []
     return described
 
 
-def openapi(key_required: bool) -> JSONObject:
-    """The OpenAPI 3.1 description of the server."""
+def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
+    """Describe the routes in the form of OpenAPI 3.1."""
     paths: dict[str, JSONObject] = {}
-    for route in ROUTES:
+    for route in routes:
         path = re.sub(r"<(\w+).*?>", r"{\1}", route.rule)
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
     return {
