@@ -21,7 +21,7 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Kinds of settings   what they may be             23 Scraper             cloudscraper, many threads
+     1 Setting types       parsers and their messages   23 Scraper             cloudscraper, many threads
      2 Settings            every one, in one table      24 Kimi's web chat     the nonce, the form, its answers
      3 Errors and JSON     in OpenAI's form; strict     25 Model notes         what models refuse
      4 Schemas             what a value must be like    26 API streams         the events of an answer
@@ -122,10 +122,10 @@ Turn = tuple[Message, ...]  # a user's message and what followed it, up to the n
 Turns = tuple[Turn, ...]
 
 # ======================================================================================================================
-# 1 Kinds of settings
+# 1 Setting types
 #
-# What a setting may be: parsers, and what they accept in words. A value is checked when it is read, so the rest of the
-# program can trust it.
+# Parsers of setting values, each with a description for error messages. A value is checked when it is read, so the rest
+# of the program can trust it.
 # ======================================================================================================================
 
 
@@ -134,33 +134,33 @@ class SettingError(Exception):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a setting accepts, for messages, and its parser, which raises ValueError."""
+class SettingType:
+    """A parser of setting values, with a description of what it accepts."""
 
     accepts: str
-    parse: Callable[[str], Any]
+    parse: Callable[[str], Any]  # raises ValueError
 
 
-def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> Kind:
+def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> SettingType:
     def parse_within(text: str) -> float:
         value = parse(text)
         if not low <= value <= high:  # NaN is refused too
             raise ValueError
         return value
 
-    return Kind(f"{name} from {low:g} to {high:g}", parse_within)
+    return SettingType(f"{name} from {low:g} to {high:g}", parse_within)
 
 
 integer = partial(number, parse=int, name="a whole number")
 
 
-def matching(pattern: str, accepts: str) -> Kind:
+def matching(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise ValueError
         return text
 
-    return Kind(accepts, parse)
+    return SettingType(accepts, parse)
 
 
 def split_commas(text: str) -> list[str]:
@@ -168,14 +168,14 @@ def split_commas(text: str) -> list[str]:
     return [entry for entry in entries if entry]
 
 
-def comma_separated(pattern: str, accepts: str) -> Kind:
+def comma_separated(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> tuple[str, ...]:
         entries = split_commas(text)
         if not all(re.fullmatch(pattern, entry) for entry in entries):
             raise ValueError
         return tuple(entries)
 
-    return Kind(f"{accepts}; several are separated by commas", parse)
+    return SettingType(f"{accepts}; several are separated by commas", parse)
 
 
 def parse_model_table(text: str) -> dict[str, str]:
@@ -190,28 +190,16 @@ def parse_model_table(text: str) -> dict[str, str]:
     return table
 
 
-def last_name(table: Mapping[str, str], model: str) -> str:
-    """The upstream name of an entry of MODELS, which may lead to it by way of others. Raises SettingError."""
-    seen = [model]
-    name = table[model]
-    while name in table and name != seen[-1]:
-        if name in seen:
-            raise SettingError(f"MODELS: {' = '.join([*seen, name])} is a cycle")
-        seen.append(name)
-        name = table[name]
-    return name
-
-
 @dataclass(frozen=True)
 class ClientKey:
-    """A key that clients send. Its name appears in usage and in the log, it itself nowhere."""
+    """An API key of clients. Usage and logs show the name, never the key."""
 
-    key: str = ""  # none is asked
+    key: str = ""  # empty: the server asks for no key
     name: str | None = None
 
     @cached_property
     def owner(self) -> str:
-        """What sessions and counters are kept under."""
+        """The hash that sessions and counters are kept under."""
         return sha256(self.key.encode()).hexdigest()[:32]
 
 
@@ -223,13 +211,13 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
             raise ValueError
         for known in keys:
             if known.key == found[2] and known.name != found[1]:  # only the first would have its limits
-                raise SettingError("API_MASTER_KEY: the same key stands there under two names")
+                raise SettingError("API_MASTER_KEY: the same key is listed under two names")
         keys.append(ClientKey(found[2], found[1]))
     return tuple(keys)
 
 
 def parse_limits(text: str) -> dict[str, int]:
-    """Limits by the names of keys; that of "" is for all others."""
+    """Return limits by key name; the limit of "" is for all other keys."""
     limits: dict[str, int] = {}
     for entry in split_commas(text):
         name, equals, limit = map(str.strip, entry.rpartition("="))
@@ -257,19 +245,19 @@ def parse_store(text: str) -> str:
     return text
 
 
-TEXT = Kind("any text", str)
-HOST = Kind("a host's name or address", lambda text: text.strip("[]"))
-URL = Kind("an http:// or https:// address", parse_url)
+TEXT = SettingType("any text", str)
+HOST = SettingType("a host's name or address", lambda text: text.strip("[]"))
+URL = SettingType("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-CLIENT_KEYS = Kind(
+CLIENT_KEYS = SettingType(
     "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
     parse_client_keys)
-LIMITS = Kind("a whole number, and name=number for named keys, separated by commas", parse_limits)
-MODEL_TABLE = Kind("`id=upstream name`, separated by commas", parse_model_table)
+LIMITS = SettingType("a whole number, and name=number for named keys, separated by commas", parse_limits)
+MODEL_TABLE = SettingType("`id=upstream name`, separated by commas", parse_model_table)
 MODEL_IDS = comma_separated(r"\S+", "a model's id")
 ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
 API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
-STORE = Kind("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
+STORE = SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
 LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
@@ -283,10 +271,10 @@ LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or E
 WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
 
 
-def setting(default: str, meaning: str, kind: Kind = TEXT) -> Any:
+def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any:
     return field(
-        default_factory=lambda: kind.parse(default),
-        metadata={"default": default, "meaning": meaning, "kind": kind},
+        default_factory=lambda: setting_type.parse(default),
+        metadata={"default": default, "meaning": meaning, "type": setting_type},
     )
 
 
@@ -371,9 +359,9 @@ class Settings:
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
-        """Settings from mappings of names in capitals to text, the first that has a name wins.
+        """Load settings from mappings of names in capitals to text. The first mapping that has a name wins.
 
-        An empty text counts as not set, because that is what `${NAME:-}` of a compose file leaves.
+        An empty text counts as not set, because `${NAME:-}` in a compose file leaves an empty text.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
         def lookup(name: str) -> str:
@@ -383,22 +371,22 @@ class Settings:
                     return text.strip()
             return ""
 
-        def parsed(name: str, kind: Kind, default: str = "") -> Any:
+        def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
             text = lookup(name) or default
             try:
-                return kind.parse(text)
+                return setting_type.parse(text)
             except ValueError:
                 # An address may hold a password
                 is_secret = name.endswith("_KEY") or "@" in text
                 shown = "the value" if is_secret else repr(text)
-                raise SettingError(f"{name}: {shown} is not {kind.accepts}") from None
+                raise SettingError(f"{name}: {shown} is not {setting_type.accepts}") from None
 
         values = {}
         for f in cls.table():
             name = f.name.upper()
-            values[f.name] = parsed(name, f.metadata["kind"], f.metadata["default"])
+            values[f.name] = parsed(name, f.metadata["type"], f.metadata["default"])
         table = values["models"]
-        values["models"] = {model: last_name(table, model) for model in table}
+        values["models"] = {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
         presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
         for name in (*presets, *values["providers"]):
@@ -419,7 +407,7 @@ class Settings:
         return [f for f in fields(cls) if f.metadata]
 
     def resolve(self, model: str) -> tuple[str, str] | None:
-        """Whom a model's id means: a provider's name, and that provider's own name for the model. None: nobody."""
+        """Return (provider, upstream model) for a model id, or None if no provider serves it."""
         if model in self.models:
             return self._split(self.models[model])
         provider, own_name = self._split(model)
@@ -436,7 +424,7 @@ class Settings:
         return WEB_CHAT, name
 
     def check_host(self) -> None:
-        """Raises SettingError for an address that other machines can reach, when no key is asked."""
+        """Raise SettingError if other machines can reach the address and no key is set."""
         if not self.api_master_key and not is_loopback(self.api_host):
             raise SettingError(
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
@@ -457,7 +445,7 @@ class Settings:
 
 @lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
-    """Whether a host name or address means this machine only."""
+    """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
     # RFC 6761 keeps the whole domain on this machine
     if host == "localhost" or host.endswith(".localhost"):
@@ -475,7 +463,7 @@ ENV_LINE = re.compile(r"""
 
 
 def read_env_file(path: str, required: bool) -> dict[str, str]:
-    """`NAME=value` lines of a .env file; `export`, quotes, blank lines and # comments are understood."""
+    """Read the `NAME=value` lines of a .env file, which may have `export`, quotes, blank lines and # comments."""
     values = {}
     try:
         with open(path, encoding="utf-8-sig") as lines:
