@@ -73,6 +73,7 @@ import threading
 import time
 from base64 import b64decode, b64encode
 from bisect import bisect_left
+from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -576,22 +577,25 @@ def finite(text: str) -> float:
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # the only way in for a lone surrogate
 LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
 
 
 MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
-VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
-MAX_PARSED_DOCUMENT = 24 << 20  # bytes that one of an upstream's may take
+MAX_VALUES = 250_000  # of one JSON document: 4 MB of brackets would become 90 MB of objects
 
 
-def parse_json(source: str) -> Any:
-    """Raises ValueError for what is not JSON, or is nested too deep."""
+def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
+    """Parse strict JSON. Raises ValueError also for more than `max_values` values, or more than MAX_DEPTH levels."""
+    brackets = source.count("{") + source.count("[")
+    if len(source) > max_values and brackets + source.count(",") > max_values:
+        raise ValueError("too many values")
     try:
         value = STRICT_JSON.decode(source)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if source.count("{") + source.count("[") > MAX_DEPTH:
+    if brackets > MAX_DEPTH:
         check_depth(value)
     return value
 
@@ -612,19 +616,12 @@ def check_depth(value: Any) -> None:
     raise ValueError("nested too deep")
 
 
-def parsed_size(source: bytes) -> int:
-    """Bytes that JSON takes when it is read, about: 4 MB of brackets take 90."""
-    return len(source) + VALUE_BYTES * (source.count(b",") + source.count(b"[") + source.count(b"{"))
-
-
-def parse_upstream_json(data: bytes, max_parsed: int = MAX_PARSED_DOCUMENT) -> Any:
-    """What an upstream sent, with U+FFFD for what cannot be sent on as UTF-8. Raises ValueError."""
-    if parsed_size(data) > max_parsed:
-        raise ValueError("too many values")
-    source = data.decode("utf-8-sig", "replace")
-    value = parse_json(source)
-    if "\\ud" in source.lower():  # escapes are the only way that surrogates get in
-        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)))
+def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
+    """Parse an upstream's JSON, with U+FFFD for what cannot be encoded as UTF-8. Raises ValueError."""
+    source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
+    value = parse_json(source, max_values)
+    if SURROGATE_ESCAPE.search(source):
+        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
     return value
 
 
@@ -968,9 +965,9 @@ class ChatRequest:
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
     """The caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
     try:
-        source = raw.decode("utf-8-sig")
+        source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
-        if "\\u" in source:
+        if SURROGATE_ESCAPE.search(source):
             dump_json(body)
     except ValueError as error:
         raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
@@ -4716,7 +4713,6 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 # ======================================================================================================================
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-MAX_PARSED_STREAM = 300 << 20  # of the same, as Python's objects
 MAX_CHOICES = 128  # OpenAI's limit for n
 MAX_CALLS = 10_000  # of one choice
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
@@ -4814,7 +4810,6 @@ class APIAnswer:
         self._seen: dict[int, ChoiceState] = {}
         self._finished: set[int] = set()
         self._is_complete = False
-        self._parsed = 0  # bytes that all chunks take, about
 
     def deltas(self) -> Iterator[Delta]:
         headers = self._headers
@@ -4845,9 +4840,6 @@ class APIAnswer:
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        self._parsed += parsed_size(data)
-        if self._parsed > MAX_PARSED_STREAM:
-            raise invalid_response(self._api.name, "an answer of too many values")
         try:
             chunk = parse_upstream_json(data)
         except ValueError:
@@ -4972,7 +4964,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
 MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
 MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
-MAX_PARSED_EMBEDDINGS = 192 << 20  # of the same, as Python's objects
+MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
 class OpenAIProvider(Provider):
@@ -5076,7 +5068,7 @@ class OpenAIProvider(Provider):
     def embed(self, body: JSONObject, cancel: Cancel) -> tuple[JSONObject, Headers]:
         def attempt() -> tuple[JSONObject, Headers]:
             response = self._send("POST", "/embeddings", body, cancel)
-            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_PARSED_EMBEDDINGS)
+            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
             if not isinstance(answer.get("data"), list):
                 raise invalid_response(self._api.name, "no embeddings")
             return answer, rate_limits(response.headers)
@@ -5092,11 +5084,11 @@ class OpenAIProvider(Provider):
         return response
 
     def _read_json(
-        self, response: Response, limit: int = MAX_UPSTREAM_BYTES, max_parsed: int = MAX_PARSED_DOCUMENT,
+        self, response: Response, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
     ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
         try:
-            answer = parse_upstream_json(response.read(limit), max_parsed)
+            answer = parse_upstream_json(response.read(limit), max_values)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -6140,7 +6132,6 @@ def as_response(error: APIError) -> bottle.HTTPResponse:
 # What one request holds of the server while it is answered, and the shapes of small answers.
 # ======================================================================================================================
 
-MAX_PARSED_BYTES = 512 << 20  # of all requests under way, as Python's objects
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
     "x-should-retry",
@@ -6217,7 +6208,6 @@ class App:
         self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
         self.meter = Meter(self.metrics, self.accounts, settings)
         self.chats = Slots(settings.max_concurrent_chats)
-        self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
         # Upstream calls, those included whose client has left: they may be as many again, and no more
         self.calls = Calls(2 * settings.max_concurrent_chats)
         self.started = time.time()
@@ -6327,16 +6317,13 @@ class App:
 
     @contextmanager
     def _exchange(self) -> Iterator[Exchange]:
-        """The current request, with memory for its body once it is parsed. Raises APIError 413 or 429."""
+        """The current request. Raises APIError 413."""
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
             raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
         body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
-        size = parsed_size(body)
-        self.memory.acquire(size)
         with ExitStack() as call, ExitStack() as done:
-            call.callback(self.memory.release, size)
             yield Exchange(body, call, done)
 
     def _admit(self, exchange: Exchange) -> None:
