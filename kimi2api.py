@@ -674,28 +674,31 @@ def object_of(required: Schema, optional: Schema | None = None, **more: Any) -> 
     return {"type": "object", "properties": properties, "required": sorted(required), **more}
 
 
-def record(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
-    """An object in a request: a field that may be missing may be null as well, as OpenAI's server has it."""
+def request_object(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
+    """Return the schema of a request object. Optional fields also accept null, as on OpenAI's server."""
     nullable = {name: any_of(schema, NULL) for name, schema in (optional or {}).items()}
     return object_of(required, nullable, **more)
 
 
-def when(name: str, values: list[Any], then: Schema) -> Schema:
-    """Keywords of an object schema: where the field has one of these values, `then` holds too. None: or is missing."""
+def if_field(name: str, values: list[Any], then: Schema) -> Schema:
+    """Return if/then keywords: if field `name` is one of `values`, the object must also match `then`.
+
+    None among the values: also if the field is absent.
+    """
     condition: Schema = {"properties": {name: {"enum": values}}}
     if None not in values:
         condition["required"] = [name]
     return {"if": condition, "then": then}
 
 
-def record_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
-    """An object in a request whose `type` decides what else is in it. default: the type of one that names none."""
+def request_object_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
+    """Return the schema of a request object whose `type` decides its fields. default: the type of one without."""
     types = {"type": choice_of(*records)}
-    rules = [when("type", [name], then) for name, then in records.items()]
+    rules = [if_field("type", [name], then) for name, then in records.items()]
     if default is None:
-        return record(types, allOf=rules)
-    rules.append(when("type", [None], records[default]))
-    return record({}, types, allOf=rules)
+        return request_object(types, allOf=rules)
+    rules.append(if_field("type", [None], records[default]))
+    return request_object({}, types, allOf=rules)
 
 
 TYPES: dict[str, tuple[Any, str]] = {
@@ -724,7 +727,7 @@ class Violation:
 def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | None:
     """The first violation of a JSON schema by a value, or None. Knows the keywords that the schemas here use.
 
-    Of an anyOf, the deepest violation is reported: it belongs to the alternative that was most likely meant.
+    For anyOf, report the deepest violation: it most likely belongs to the intended alternative.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
@@ -819,9 +822,10 @@ def describe(schema: Schema) -> str:
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
-CONTENT_PART = record({"type": STRING}, **when("type", ["text"], record({"text": STRING})))
-TOOL_CALL = record({"function": record({"name": STRING, "arguments": STRING})}, {"id": STRING})
-MESSAGE = record(
+CONTENT_PART = request_object({"type": STRING}, **if_field("type", ["text"], request_object({"text": STRING})))
+TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
+WITH_CONTENT = request_object({"content": any_of(STRING, array(OBJECT))})
+MESSAGE = request_object(
     {"role": choice_of(*ROLES)},
     {
         "content": any_of(STRING, array(CONTENT_PART)),
@@ -829,26 +833,29 @@ MESSAGE = record(
         "tool_call_id": STRING,
     },
     # an assistant's message may consist of tool calls alone
-    **when("role", [role for role in ROLES if role != "assistant"], record({"content": any_of(STRING, array(OBJECT))})),
+    **if_field("role", [role for role in ROLES if role != "assistant"], WITH_CONTENT),
 )
-FUNCTION = record({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
-TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
-NAMED_TOOL = record(
-    {}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})})))
+FUNCTION = request_object({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
+TOOL = request_object({"type": STRING}, **if_field("type", ["function"], request_object({"function": FUNCTION})))
+NAMED = request_object({"name": STRING})
+NAMED_TOOL = request_object(
+    {}, {"type": STRING}, **if_field("type", ["function", None], request_object({"function": NAMED})))
 TOOL_CHOICE = any_of(choice_of("none", "auto", "required"), NAMED_TOOL)
-ALLOWED_TOOLS = record({"allowed_tools": record({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)})})
-RESPONSE_FORMAT = record(
+ALLOWED_TOOLS = request_object({
+    "allowed_tools": request_object({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)}),
+})
+RESPONSE_FORMAT = request_object(
     {"type": choice_of("text", "json_object", "json_schema")},
     {"json_schema": OBJECT},
-    **when("type", ["json_schema"], record({"json_schema": record({"schema": OBJECT})})),
+    **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
 )
-CHAT_REQUEST = record(
+CHAT_REQUEST = request_object(
     {"messages": array(MESSAGE, minItems=1)},
     {
         "model": STRING,
         "user": STRING,
         "stream": BOOLEAN,
-        "stream_options": record({}, {"include_usage": BOOLEAN}),
+        "stream_options": request_object({}, {"include_usage": BOOLEAN}),
         "stop": any_of(STRING, array(STRING, maxItems=4)),
         "max_tokens": POSITIVE,
         "max_completion_tokens": POSITIVE,
@@ -872,7 +879,7 @@ SHARED_PARAMETERS = (
     "model", "user", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p", "presence_penalty",
     "frequency_penalty", "seed", "logit_bias",
 )
-COMPLETION_REQUEST = record(  # of the API before chats, for the programs that still speak it
+COMPLETION_REQUEST = request_object(  # of the API before chats, for the programs that still speak it
     {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
     {
         "echo": {"enum": [False]},
@@ -882,7 +889,7 @@ COMPLETION_REQUEST = record(  # of the API before chats, for the programs that s
         **{name: CHAT_REQUEST["properties"][name] for name in SHARED_PARAMETERS},
     },
 )
-EMBEDDINGS_REQUEST = record(
+EMBEDDINGS_REQUEST = request_object(
     {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
     {
         "model": STRING,
@@ -1088,33 +1095,33 @@ def text_of(message: Message) -> str:
 # reference.
 # ======================================================================================================================
 
-TEXT_PART = record({"text": STRING})
-INPUT_PART = record_by_type({
+TEXT_PART = request_object({"text": STRING})
+INPUT_PART = request_object_by_type({
     "input_text": TEXT_PART,
     "output_text": TEXT_PART,
-    "refusal": record({"refusal": STRING}),
-    "input_image": record({"image_url": STRING}, {"detail": STRING}),
-    "input_file": record({}, {"file_data": STRING, "file_id": STRING, "filename": STRING}),
+    "refusal": request_object({"refusal": STRING}),
+    "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
+    "input_file": request_object({}, {"file_data": STRING, "file_id": STRING, "filename": STRING}),
 })
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
 CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
-CALL_OUTPUT = record({"call_id": STRING, "output": INPUT_CONTENT})
-INPUT_ITEM = record_by_type(
+CALL_OUTPUT = request_object({"call_id": STRING, "output": INPUT_CONTENT})
+INPUT_ITEM = request_object_by_type(
     {
-        "message": record({
+        "message": request_object({
             "role": choice_of("user", "assistant", "system", "developer"),
             "content": INPUT_CONTENT,
         }),
-        "reasoning": record({}, {
+        "reasoning": request_object({}, {
             "summary": array(TEXT_PART),
             "content": array(TEXT_PART),
             "encrypted_content": STRING,
         }),
-        "function_call": record({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
+        "function_call": request_object({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
         "function_call_output": CALL_OUTPUT,
-        "custom_tool_call": record({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
+        "custom_tool_call": request_object({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
         "custom_tool_call_output": CALL_OUTPUT,
-        "item_reference": record({"id": STRING}),
+        "item_reference": request_object({"id": STRING}),
     },
     default="message",
 )
@@ -1255,24 +1262,24 @@ def read_reasoning(item: JSONObject) -> str:
 # this API's own terms.
 # ======================================================================================================================
 
-FUNCTION_TOOL = when("type", ["function", "custom"], FUNCTION)
-NAMESPACE = record({"name": NON_EMPTY, "tools": array(record({"type": STRING}, **FUNCTION_TOOL))})
-RESPONSES_TOOL = record({"type": STRING}, allOf=[FUNCTION_TOOL, when("type", ["namespace"], NAMESPACE)])
-CHOSEN_TOOL = record({"name": STRING}, {"namespace": STRING})
-CHOSEN_TOOLS = record_by_type({
+FUNCTION_TOOL = if_field("type", ["function", "custom"], FUNCTION)
+NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(request_object({"type": STRING}, **FUNCTION_TOOL))})
+RESPONSES_TOOL = request_object({"type": STRING}, allOf=[FUNCTION_TOOL, if_field("type", ["namespace"], NAMESPACE)])
+CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
+CHOSEN_TOOLS = request_object_by_type({
     "function": CHOSEN_TOOL,
     "custom": CHOSEN_TOOL,
-    "allowed_tools": record({
+    "allowed_tools": request_object({
         "mode": choice_of("auto", "required"),
-        "tools": array(record({"type": STRING}, {"name": STRING, "namespace": STRING})),
+        "tools": array(request_object({"type": STRING}, {"name": STRING, "namespace": STRING})),
     }),
 })
-TEXT_FORMAT = record_by_type({
-    "text": record({}),
-    "json_object": record({}),
-    "json_schema": record({"schema": OBJECT}),
+TEXT_FORMAT = request_object_by_type({
+    "text": request_object({}),
+    "json_object": request_object({}),
+    "json_schema": request_object({"schema": OBJECT}),
 })
-RESPONSES_REQUEST = record(
+RESPONSES_REQUEST = request_object(
     {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
     {
         "model": STRING,
@@ -1283,8 +1290,8 @@ RESPONSES_REQUEST = record(
         "tools": array(RESPONSES_TOOL),
         "tool_choice": any_of(choice_of("none", "auto", "required"), CHOSEN_TOOLS),
         "parallel_tool_calls": BOOLEAN,
-        "text": record({}, {"format": TEXT_FORMAT}),
-        "reasoning": record({}, {"effort": STRING}),
+        "text": request_object({}, {"format": TEXT_FORMAT}),
+        "reasoning": request_object({}, {"effort": STRING}),
         "include": array(STRING),
         "max_output_tokens": POSITIVE,
         "temperature": NUMBER,
@@ -4565,14 +4572,15 @@ class KimiProvider(Provider):
             "The chat page has moved to another host; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
 
 
-WEB_CHAT_REQUEST = record({}, {  # what a request may ask for here; the rest would change the shape of the answer
+WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
+WEB_CHAT_REQUEST = request_object({}, {  # what the web chat supports; the rest would change the shape of the answer
     "n": {"enum": [1]},
     "logprobs": {"enum": [False]},
     "audio": {"enum": [{}]},
     "modalities": {"enum": [[], ["text"]]},
-    "tool_choice": any_of(STRING, record({}, {"type": choice_of("function", "allowed_tools")})),
-    "tools": array(record({"type": choice_of("function")})),
-    "messages": array(record({}, {"content": any_of(STRING, array(record({"type": choice_of("text", "refusal")})))})),
+    "tool_choice": any_of(STRING, request_object({}, {"type": choice_of("function", "allowed_tools")})),
+    "tools": array(request_object({"type": choice_of("function")})),
+    "messages": array(request_object({}, {"content": any_of(STRING, array(WEB_CHAT_PART))})),
 })
 
 
@@ -4721,13 +4729,13 @@ TEXT_FIELDS = {"role", "content", "reasoning_content", "refusal"}
 CHUNK_CHOICE = object_of({
     "index": COUNT,
     "finish_reason": any_of(STRING, NULL),
-    "delta": record({}, {
+    "delta": request_object({}, {
         **dict.fromkeys(sorted(TEXT_FIELDS), STRING),
-        "tool_calls": array(record({}, {
+        "tool_calls": array(request_object({}, {
             "index": COUNT,
             "id": STRING,
             "type": STRING,
-            "function": record({}, {"name": STRING, "arguments": STRING}),
+            "function": request_object({}, {"name": STRING, "arguments": STRING}),
         })),
     }),
 })
