@@ -601,7 +601,7 @@ def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Raises ValueError for a value that is nested deeper than MAX_DEPTH."""
+    """Raise ValueError for a value that is nested deeper than MAX_DEPTH."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
@@ -634,7 +634,7 @@ def dump_json(value: Any) -> bytes:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
+    """Return the text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -970,7 +970,7 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
-    """The caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
+    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
     try:
         source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
@@ -3826,8 +3826,8 @@ class Provider:
 # ======================================================================================================================
 # 21 Prompts
 #
-# A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
-# read back from the answer. Pure functions of a request, linear in what they read.
+# A request as plain text, for an upstream that takes nothing else: history, tools and the wish for JSON become words,
+# and the next section parses the answer. Pure functions of a request, linear in its length.
 # ======================================================================================================================
 
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
@@ -3913,7 +3913,7 @@ def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str =
 
 
 def too_long(prompt: Prompt) -> APIError:
-    """In words that clients know the error by."""
+    """Return the error in OpenAI's words, which clients search for."""
     sizes = {
         "system": len(prompt.system),
         "tools": len(join_lines(prompt.offer)),
@@ -3961,7 +3961,7 @@ def rounds_of(turn: Turn) -> list[Turn]:
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
-    """The names of the functions that were called, by the ids of the calls."""
+    """Return the names of the called functions by call id."""
     names = {}
     for turn in turns:
         for message in turn:
@@ -4005,7 +4005,7 @@ def form_instruction(request: ChatRequest) -> str:
 
 
 def describe_tool(tool: JSONObject) -> str:
-    """In few words, for their room is small."""
+    """Describe a tool in few characters."""
     schema = tool.get("parameters") or {}
     source = dump_json(schema).decode()
     form = source if '"$ref"' in source else signature(schema)
@@ -4014,7 +4014,7 @@ def describe_tool(tool: JSONObject) -> str:
 
 
 def signature(schema: Any) -> str:
-    """A JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
+    """Write a JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
     kind = schema.get("type")
@@ -4040,28 +4040,28 @@ def signature(schema: Any) -> str:
 # ======================================================================================================================
 # 22 Reading answers
 #
-# What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
-# anybody's.
+# Tool calls and JSON documents are parsed out of a model's plain text. All of it is linear in the text, which may be
+# hostile.
 # ======================================================================================================================
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
 
 
 class UnusableAnswer(Exception):
-    """An answer that is not what the request asked for; the message says to the model what was wrong."""
+    """The answer is not what the request asked for. The message tells the model what was wrong."""
 
 
 class NoDocument(UnusableAnswer):
-    """There is no JSON document in the answer, or a broken one."""
+    """The answer has no JSON document, or a broken one."""
 
 
-def parse_answer(text: str, request: ChatRequest, any_tool: bool = False) -> tuple[str, list[ToolCall]]:
-    """The content and the tool calls of a model's answer. Raises UnusableAnswer.
+def parse_answer(text: str, request: ChatRequest, allow_unknown_tools: bool = False) -> tuple[str, list[ToolCall]]:
+    """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
 
-    any_tool: pass calls of tools that were not offered on; agents answer that there is no such tool.
+    allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
     """
     if request.tools:
-        content, calls = parse_tool_calls(text, request, any_tool)
+        content, calls = parse_tool_calls(text, request, allow_unknown_tools)
         if calls and request.body.get("parallel_tool_calls") is False:
             calls = calls[:1]
         if calls:
@@ -4079,7 +4079,7 @@ def parse_answer(text: str, request: ChatRequest, any_tool: bool = False) -> tup
     return text, []
 
 
-# The form that instructions() asks for, and the one that Kimi K2 was trained on
+# The form that how_to_call() asks for, and the form that Kimi K2 was trained on
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*<\|tool_call_argument_begin\|>\s*
     """, re.X)
@@ -4087,8 +4087,8 @@ CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
 
 
-def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[str, list[ToolCall]]:
-    """The text around the calls, and the calls. Raises UnusableAnswer for a call that cannot be made."""
+def parse_tool_calls(text: str, request: ChatRequest, allow_unknown_tools: bool) -> tuple[str, list[ToolCall]]:
+    """Return the text around the calls, and the calls. Raises UnusableAnswer for an invalid call."""
     offered = {tool["name"] for tool in request.tools}
     calls = []
     around = []
@@ -4101,7 +4101,7 @@ def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[s
         value, at = decode_json(text, begin.end())
         if begin["name"]:
             value = {"name": begin["name"], "arguments": value}
-        calls.append(parse_call(value, offered, any_tool))
+        calls.append(parse_call(value, offered, allow_unknown_tools))
         end = CALL_END.match(text, at)
         at = end.end() if end else at
     if calls:
@@ -4113,11 +4113,11 @@ def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[s
         return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
         # Nothing but a call, without its marks
-        return "", [parse_call(value, offered, any_tool)]
+        return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
 
-def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
+def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> ToolCall:
     if not isinstance(value, dict):
         value = {}
     name = value.get("name")
@@ -4127,7 +4127,7 @@ def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
             arguments = parse_json(arguments.strip() or "{}")
         except ValueError as error:
             raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
-    if not isinstance(name, str) or not name or (name not in offered and not any_tool):
+    if not isinstance(name, str) or not name or (name not in offered and not allow_unknown_tools):
         raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
     if not isinstance(arguments, dict):
         raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
@@ -4135,7 +4135,7 @@ def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
 
 
 def strip_code_fence(text: str) -> str:
-    """What stands between the ``` of a text that is one fenced block and nothing else, or the text itself."""
+    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
     text = text.strip()
     if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
         return text
@@ -4181,7 +4181,7 @@ def parse_document(text: str, kind: type) -> str:
 
 
 def decode_json(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends. Raises UnusableAnswer."""
+    """Return the JSON value that begins at this index, and the index behind it. Raises UnusableAnswer."""
     try:
         value, end = STRICT_JSON.raw_decode(text, start)
         check_depth(value)
@@ -4419,7 +4419,7 @@ class KimiProvider(Provider):
             prompt = write_prompt(request, chat.history, limit, remark)
         text = self._ask(prompt.text, chat)
         try:
-            return prompt, *parse_answer(text, request, any_tool=True)
+            return prompt, *parse_answer(text, request, allow_unknown_tools=True)
         except NoDocument as fault:
             raise upstream_error(
                 502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
@@ -5558,7 +5558,7 @@ PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
 
 
 def pieces(text: str, max_pieces: int) -> Iterator[str]:
-    """Word-like pieces (of Chinese: one or two characters), joined until there are no more than so many.
+    """Split a text into at most `max_pieces` pieces of whole words (of Chinese: one or two characters).
 
     No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
     """
@@ -7183,14 +7183,14 @@ SCHEMAS: dict[str, Schema] = {
 
 
 def content_of(schema: str) -> JSONObject:
-    """Of a body: in JSON, by the name of its schema, or a text of this type."""
+    """Describe a body: JSON by the name of its schema, or text of a content type."""
     if "/" in schema:
         return {schema: {"schema": STRING}}
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
 def operation(route: Route) -> JSONObject:
-    """A route's description."""
+    """Describe a route."""
     answer = content_of(route.answer)
     if route.event:
         event = object_of({"data": {**STRING, "description": route.event}}, description="each event of the stream")
