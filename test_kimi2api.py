@@ -1101,7 +1101,7 @@ def test_unknown_fields_and_a_byte_order_mark_do_no_harm(app: Client) -> None:
 
 
 def test_a_body_of_too_many_values_is_a_400_and_one_of_many_letters_is_not(app: Client) -> None:
-    for values, status in (([[]] * 200_000, 400), ([1] * 249_000, 200), ("x" * 1_000_000, 200)):
+    for values, status in (([[]] * 200_000, 400), ([1] * 300_000, 200), ("x" * 1_000_000, 200)):
         response = chat(app, x=values)
         assert response.status_int == status and (status == 200 or "too many values" in response.text)
 
@@ -2081,7 +2081,7 @@ def test_a_name_without_its_key_is_refused(keys: str) -> None:
 
 
 def test_two_names_of_one_key_are_refused() -> None:
-    with pytest.raises(kimi2api.SettingError, match=r"^API_MASTER_KEY: the same key stands there under two names$"):
+    with pytest.raises(kimi2api.SettingError, match=r"^API_MASTER_KEY: the same key is listed under two names$"):
         kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1,bob:sk-1"})
     assert kimi2api.Settings.load({"API_MASTER_KEY": "sk-1,sk-1"})
 
