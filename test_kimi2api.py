@@ -7318,7 +7318,7 @@ def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api
         api_plays(('{"choices": [' + brackets.replace("[]", "{}") + "{}]}").encode())(handler)
 
     def lists(handler: ApiHandler) -> None:
-        chunk = {**api_chunk({"content": "x"}), "x": [[]] * 150_000}
+        chunk = {**api_chunk({"content": "x"}), "x": [[]] * 200_000}
         api_plays(*[json.dumps(chunk).encode()] * 60)(handler)
 
     def choices(handler: ApiHandler) -> None:
