@@ -21,7 +21,7 @@ The way of a chat through this file:
 
 and of its reader:
 
-     1 Kinds of settings   what they may be             23 Scraper             cloudscraper, many threads
+     1 Setting types       parsers and their messages   23 Scraper             cloudscraper, many threads
      2 Settings            every one, in one table      24 Kimi's web chat     the nonce, the form, its answers
      3 Errors and JSON     in OpenAI's form; strict     25 Model notes         what models refuse
      4 Schemas             what a value must be like    26 API streams         the events of an answer
@@ -70,9 +70,9 @@ import ssl
 import sys
 import threading
 import time
-import unicodedata
 from base64 import b64decode, b64encode
 from bisect import bisect_left
+from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -120,10 +120,10 @@ Turn = tuple[Message, ...]  # a user's message and what followed it, up to the n
 Turns = tuple[Turn, ...]
 
 # ======================================================================================================================
-# 1 Kinds of settings
+# 1 Setting types
 #
-# What a setting may be: parsers, and what they accept in words. A value is checked when it is read, so the rest of the
-# program can trust it.
+# Parsers of setting values, each with a description for error messages. A value is checked when it is read, so the rest
+# of the program can trust it.
 # ======================================================================================================================
 
 
@@ -132,33 +132,33 @@ class SettingError(Exception):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a setting accepts, for messages, and its parser, which raises ValueError."""
+class SettingType:
+    """A parser of setting values, with a description of what it accepts."""
 
     accepts: str
-    parse: Callable[[str], Any]
+    parse: Callable[[str], Any]  # raises ValueError
 
 
-def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> Kind:
+def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> SettingType:
     def parse_within(text: str) -> float:
         value = parse(text)
         if not low <= value <= high:  # NaN is refused too
             raise ValueError
         return value
 
-    return Kind(f"{name} from {low:g} to {high:g}", parse_within)
+    return SettingType(f"{name} from {low:g} to {high:g}", parse_within)
 
 
 integer = partial(number, parse=int, name="a whole number")
 
 
-def matching(pattern: str, accepts: str) -> Kind:
+def matching(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise ValueError
         return text
 
-    return Kind(accepts, parse)
+    return SettingType(accepts, parse)
 
 
 def split_commas(text: str) -> list[str]:
@@ -166,14 +166,14 @@ def split_commas(text: str) -> list[str]:
     return [entry for entry in entries if entry]
 
 
-def comma_separated(pattern: str, accepts: str) -> Kind:
+def comma_separated(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> tuple[str, ...]:
         entries = split_commas(text)
         if not all(re.fullmatch(pattern, entry) for entry in entries):
             raise ValueError
         return tuple(entries)
 
-    return Kind(f"{accepts}; several are separated by commas", parse)
+    return SettingType(f"{accepts}; several are separated by commas", parse)
 
 
 def parse_model_table(text: str) -> dict[str, str]:
@@ -188,28 +188,16 @@ def parse_model_table(text: str) -> dict[str, str]:
     return table
 
 
-def last_name(table: Mapping[str, str], model: str) -> str:
-    """The upstream name of an entry of MODELS, which may lead to it by way of others. Raises SettingError."""
-    seen = [model]
-    name = table[model]
-    while name in table and name != seen[-1]:
-        if name in seen:
-            raise SettingError(f"MODELS: {' = '.join([*seen, name])} is a cycle")
-        seen.append(name)
-        name = table[name]
-    return name
-
-
 @dataclass(frozen=True)
 class ClientKey:
-    """A key that clients send. Its name appears in usage and in the log, it itself nowhere."""
+    """An API key of clients. Usage and logs show the name, never the key."""
 
-    key: str = ""  # none is asked
+    key: str = ""  # empty: the server asks for no key
     name: str | None = None
 
     @cached_property
     def owner(self) -> str:
-        """What sessions and counters are kept under."""
+        """The hash that sessions and counters are kept under."""
         return sha256(self.key.encode()).hexdigest()[:32]
 
 
@@ -221,13 +209,13 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
             raise ValueError
         for known in keys:
             if known.key == found[2] and known.name != found[1]:  # only the first would have its limits
-                raise SettingError("API_MASTER_KEY: the same key stands there under two names")
+                raise SettingError("API_MASTER_KEY: the same key is listed under two names")
         keys.append(ClientKey(found[2], found[1]))
     return tuple(keys)
 
 
 def parse_limits(text: str) -> dict[str, int]:
-    """Limits by the names of keys; that of "" is for all others."""
+    """Return limits by key name; the limit of "" is for all other keys."""
     limits: dict[str, int] = {}
     for entry in split_commas(text):
         name, equals, limit = map(str.strip, entry.rpartition("="))
@@ -255,19 +243,19 @@ def parse_store(text: str) -> str:
     return text
 
 
-TEXT = Kind("any text", str)
-HOST = Kind("a host's name or address", lambda text: text.strip("[]"))
-URL = Kind("an http:// or https:// address", parse_url)
+TEXT = SettingType("any text", str)
+HOST = SettingType("a host's name or address", lambda text: text.strip("[]"))
+URL = SettingType("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-CLIENT_KEYS = Kind(
+CLIENT_KEYS = SettingType(
     "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
     parse_client_keys)
-LIMITS = Kind("a whole number, and name=number for named keys, separated by commas", parse_limits)
-MODEL_TABLE = Kind("`id=upstream name`, separated by commas", parse_model_table)
+LIMITS = SettingType("a whole number, and name=number for named keys, separated by commas", parse_limits)
+MODEL_TABLE = SettingType("`id=upstream name`, separated by commas", parse_model_table)
 MODEL_IDS = comma_separated(r"\S+", "a model's id")
 ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
 API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
-STORE = Kind("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
+STORE = SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
 LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
@@ -281,10 +269,10 @@ LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or E
 WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
 
 
-def setting(default: str, meaning: str, kind: Kind = TEXT) -> Any:
+def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any:
     return field(
-        default_factory=lambda: kind.parse(default),
-        metadata={"default": default, "meaning": meaning, "kind": kind},
+        default_factory=lambda: setting_type.parse(default),
+        metadata={"default": default, "meaning": meaning, "type": setting_type},
     )
 
 
@@ -369,9 +357,9 @@ class Settings:
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
-        """Settings from mappings of names in capitals to text, the first that has a name wins.
+        """Load settings from mappings of names in capitals to text. The first mapping that has a name wins.
 
-        An empty text counts as not set, because that is what `${NAME:-}` of a compose file leaves.
+        An empty text counts as not set, because `${NAME:-}` in a compose file leaves an empty text.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
         def lookup(name: str) -> str:
@@ -381,22 +369,22 @@ class Settings:
                     return text.strip()
             return ""
 
-        def parsed(name: str, kind: Kind, default: str = "") -> Any:
+        def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
             text = lookup(name) or default
             try:
-                return kind.parse(text)
+                return setting_type.parse(text)
             except ValueError:
                 # An address may hold a password
                 is_secret = name.endswith("_KEY") or "@" in text
                 shown = "the value" if is_secret else repr(text)
-                raise SettingError(f"{name}: {shown} is not {kind.accepts}") from None
+                raise SettingError(f"{name}: {shown} is not {setting_type.accepts}") from None
 
         values = {}
         for f in cls.table():
             name = f.name.upper()
-            values[f.name] = parsed(name, f.metadata["kind"], f.metadata["default"])
+            values[f.name] = parsed(name, f.metadata["type"], f.metadata["default"])
         table = values["models"]
-        values["models"] = {model: last_name(table, model) for model in table}
+        values["models"] = {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
         presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
         for name in (*presets, *values["providers"]):
@@ -417,7 +405,7 @@ class Settings:
         return [f for f in fields(cls) if f.metadata]
 
     def resolve(self, model: str) -> tuple[str, str] | None:
-        """Whom a model's id means: a provider's name, and that provider's own name for the model. None: nobody."""
+        """Return (provider, upstream model) for a model id, or None if no provider serves it."""
         if model in self.models:
             return self._split(self.models[model])
         provider, own_name = self._split(model)
@@ -434,7 +422,7 @@ class Settings:
         return WEB_CHAT, name
 
     def check_host(self) -> None:
-        """Raises SettingError for an address that other machines can reach, when no key is asked."""
+        """Raise SettingError if other machines can reach the address and no key is set."""
         if not self.api_master_key and not is_loopback(self.api_host):
             raise SettingError(
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
@@ -455,7 +443,7 @@ class Settings:
 
 @lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
-    """Whether a host name or address means this machine only."""
+    """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
     # RFC 6761 keeps the whole domain on this machine
     if host == "localhost" or host.endswith(".localhost"):
@@ -473,7 +461,7 @@ ENV_LINE = re.compile(r"""
 
 
 def read_env_file(path: str, required: bool) -> dict[str, str]:
-    """`NAME=value` lines of a .env file; `export`, quotes, blank lines and # comments are understood."""
+    """Read the `NAME=value` lines of a .env file, which may have `export`, quotes, blank lines and # comments."""
     values = {}
     try:
         with open(path, encoding="utf-8-sig") as lines:
@@ -581,28 +569,34 @@ def finite(text: str) -> float:
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # the only way in for a lone surrogate
 LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
 
 
 MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
-VALUE_BYTES = 60  # that a value of JSON takes in Python, at most about
-MAX_PARSED_DOCUMENT = 24 << 20  # bytes that one of an upstream's may take
+# Of one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds 300,000 tokens at once.
+MAX_VALUES = 350_000
 
 
-def parse_json(source: str) -> Any:
-    """Raises ValueError for what is not JSON, or is nested too deep."""
+def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
+    """Parse strict JSON. Raises ValueError also for more than `max_values` values, or more than MAX_DEPTH levels."""
+    brackets = source.count("{") + source.count("[")
+    if brackets + source.count(",") > max_values:  # perhaps only in texts
+        outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+        if outside.count("{") + outside.count("[") + outside.count(",") > max_values:
+            raise ValueError("too many values")
     try:
         value = STRICT_JSON.decode(source)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if source.count("{") + source.count("[") > MAX_DEPTH:
+    if brackets > MAX_DEPTH:
         check_depth(value)
     return value
 
 
 def check_depth(value: Any) -> None:
-    """Raises ValueError for a value that is nested deeper than MAX_DEPTH."""
+    """Raise ValueError for a value that is nested deeper than MAX_DEPTH."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
@@ -617,19 +611,12 @@ def check_depth(value: Any) -> None:
     raise ValueError("nested too deep")
 
 
-def parsed_size(source: bytes) -> int:
-    """Bytes that JSON takes when it is read, about: 4 MB of brackets take 90."""
-    return len(source) + VALUE_BYTES * (source.count(b",") + source.count(b"[") + source.count(b"{"))
-
-
-def parse_upstream_json(data: bytes, max_parsed: int = MAX_PARSED_DOCUMENT) -> Any:
-    """What an upstream sent, with U+FFFD for what cannot be sent on as UTF-8. Raises ValueError."""
-    if parsed_size(data) > max_parsed:
-        raise ValueError("too many values")
-    source = data.decode("utf-8-sig", "replace")
-    value = parse_json(source)
-    if "\\ud" in source.lower():  # escapes are the only way that surrogates get in
-        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)))
+def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
+    """Parse an upstream's JSON, with U+FFFD for what cannot be encoded as UTF-8. Raises ValueError."""
+    source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
+    value = parse_json(source, max_values)
+    if SURROGATE_ESCAPE.search(source):
+        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
     return value
 
 
@@ -642,7 +629,7 @@ def dump_json(value: Any) -> bytes:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
+    """Return the text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -682,28 +669,31 @@ def object_of(required: Schema, optional: Schema | None = None, **more: Any) -> 
     return {"type": "object", "properties": properties, "required": sorted(required), **more}
 
 
-def record(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
-    """An object in a request: a field that may be missing may be null as well, as OpenAI's server has it."""
+def request_object(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
+    """Return the schema of a request object. Optional fields also accept null, as on OpenAI's server."""
     nullable = {name: any_of(schema, NULL) for name, schema in (optional or {}).items()}
     return object_of(required, nullable, **more)
 
 
-def when(name: str, values: list[Any], then: Schema) -> Schema:
-    """Keywords of an object schema: where the field has one of these values, `then` holds too. None: or is missing."""
+def if_field(name: str, values: list[Any], then: Schema) -> Schema:
+    """Return if/then keywords: if field `name` is one of `values`, the object must also match `then`.
+
+    None among the values: also if the field is absent.
+    """
     condition: Schema = {"properties": {name: {"enum": values}}}
     if None not in values:
         condition["required"] = [name]
     return {"if": condition, "then": then}
 
 
-def record_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
-    """An object in a request whose `type` decides what else is in it. default: the type of one that names none."""
+def request_object_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
+    """Return the schema of a request object whose `type` decides its fields. default: the type of one without."""
     types = {"type": choice_of(*records)}
-    rules = [when("type", [name], then) for name, then in records.items()]
+    rules = [if_field("type", [name], then) for name, then in records.items()]
     if default is None:
-        return record(types, allOf=rules)
-    rules.append(when("type", [None], records[default]))
-    return record({}, types, allOf=rules)
+        return request_object(types, allOf=rules)
+    rules.append(if_field("type", [None], records[default]))
+    return request_object({}, types, allOf=rules)
 
 
 TYPES: dict[str, tuple[Any, str]] = {
@@ -732,7 +722,7 @@ class Violation:
 def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | None:
     """The first violation of a JSON schema by a value, or None. Knows the keywords that the schemas here use.
 
-    Of an anyOf, the deepest violation is reported: it belongs to the alternative that was most likely meant.
+    For anyOf, report the deepest violation: it most likely belongs to the intended alternative.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
@@ -827,9 +817,10 @@ def describe(schema: Schema) -> str:
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
-CONTENT_PART = record({"type": STRING}, **when("type", ["text"], record({"text": STRING})))
-TOOL_CALL = record({"function": record({"name": STRING, "arguments": STRING})}, {"id": STRING})
-MESSAGE = record(
+CONTENT_PART = request_object({"type": STRING}, **if_field("type", ["text"], request_object({"text": STRING})))
+TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
+WITH_CONTENT = request_object({"content": any_of(STRING, array(OBJECT))})
+MESSAGE = request_object(
     {"role": choice_of(*ROLES)},
     {
         "content": any_of(STRING, array(CONTENT_PART)),
@@ -837,26 +828,29 @@ MESSAGE = record(
         "tool_call_id": STRING,
     },
     # an assistant's message may consist of tool calls alone
-    **when("role", [role for role in ROLES if role != "assistant"], record({"content": any_of(STRING, array(OBJECT))})),
+    **if_field("role", [role for role in ROLES if role != "assistant"], WITH_CONTENT),
 )
-FUNCTION = record({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
-TOOL = record({"type": STRING}, **when("type", ["function"], record({"function": FUNCTION})))
-NAMED_TOOL = record(
-    {}, {"type": STRING}, **when("type", ["function", None], record({"function": record({"name": STRING})})))
+FUNCTION = request_object({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
+TOOL = request_object({"type": STRING}, **if_field("type", ["function"], request_object({"function": FUNCTION})))
+NAMED = request_object({"name": STRING})
+NAMED_TOOL = request_object(
+    {}, {"type": STRING}, **if_field("type", ["function", None], request_object({"function": NAMED})))
 TOOL_CHOICE = any_of(choice_of("none", "auto", "required"), NAMED_TOOL)
-ALLOWED_TOOLS = record({"allowed_tools": record({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)})})
-RESPONSE_FORMAT = record(
+ALLOWED_TOOLS = request_object({
+    "allowed_tools": request_object({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)}),
+})
+RESPONSE_FORMAT = request_object(
     {"type": choice_of("text", "json_object", "json_schema")},
     {"json_schema": OBJECT},
-    **when("type", ["json_schema"], record({"json_schema": record({"schema": OBJECT})})),
+    **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
 )
-CHAT_REQUEST = record(
+CHAT_REQUEST = request_object(
     {"messages": array(MESSAGE, minItems=1)},
     {
         "model": STRING,
         "user": STRING,
         "stream": BOOLEAN,
-        "stream_options": record({}, {"include_usage": BOOLEAN}),
+        "stream_options": request_object({}, {"include_usage": BOOLEAN}),
         "stop": any_of(STRING, array(STRING, maxItems=4)),
         "max_tokens": POSITIVE,
         "max_completion_tokens": POSITIVE,
@@ -880,7 +874,7 @@ SHARED_PARAMETERS = (
     "model", "user", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p", "presence_penalty",
     "frequency_penalty", "seed", "logit_bias",
 )
-COMPLETION_REQUEST = record(  # of the API before chats, for the programs that still speak it
+COMPLETION_REQUEST = request_object(  # of the API before chats, for the programs that still speak it
     {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
     {
         "echo": {"enum": [False]},
@@ -890,7 +884,7 @@ COMPLETION_REQUEST = record(  # of the API before chats, for the programs that s
         **{name: CHAT_REQUEST["properties"][name] for name in SHARED_PARAMETERS},
     },
 )
-EMBEDDINGS_REQUEST = record(
+EMBEDDINGS_REQUEST = request_object(
     {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
     {
         "model": STRING,
@@ -971,11 +965,11 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
-    """The caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
+    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
     try:
-        source = raw.decode("utf-8-sig")
+        source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
-        if "\\u" in source:
+        if SURROGATE_ESCAPE.search(source):
             dump_json(body)
     except ValueError as error:
         raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
@@ -1096,33 +1090,33 @@ def text_of(message: Message) -> str:
 # reference.
 # ======================================================================================================================
 
-TEXT_PART = record({"text": STRING})
-INPUT_PART = record_by_type({
+TEXT_PART = request_object({"text": STRING})
+INPUT_PART = request_object_by_type({
     "input_text": TEXT_PART,
     "output_text": TEXT_PART,
-    "refusal": record({"refusal": STRING}),
-    "input_image": record({"image_url": STRING}, {"detail": STRING}),
-    "input_file": record({}, {"file_data": STRING, "file_id": STRING, "filename": STRING}),
+    "refusal": request_object({"refusal": STRING}),
+    "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
+    "input_file": request_object({}, {"file_data": STRING, "file_id": STRING, "filename": STRING}),
 })
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
 CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
-CALL_OUTPUT = record({"call_id": STRING, "output": INPUT_CONTENT})
-INPUT_ITEM = record_by_type(
+CALL_OUTPUT = request_object({"call_id": STRING, "output": INPUT_CONTENT})
+INPUT_ITEM = request_object_by_type(
     {
-        "message": record({
+        "message": request_object({
             "role": choice_of("user", "assistant", "system", "developer"),
             "content": INPUT_CONTENT,
         }),
-        "reasoning": record({}, {
+        "reasoning": request_object({}, {
             "summary": array(TEXT_PART),
             "content": array(TEXT_PART),
             "encrypted_content": STRING,
         }),
-        "function_call": record({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
+        "function_call": request_object({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
         "function_call_output": CALL_OUTPUT,
-        "custom_tool_call": record({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
+        "custom_tool_call": request_object({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
         "custom_tool_call_output": CALL_OUTPUT,
-        "item_reference": record({"id": STRING}),
+        "item_reference": request_object({"id": STRING}),
     },
     default="message",
 )
@@ -1263,24 +1257,24 @@ def read_reasoning(item: JSONObject) -> str:
 # this API's own terms.
 # ======================================================================================================================
 
-FUNCTION_TOOL = when("type", ["function", "custom"], FUNCTION)
-NAMESPACE = record({"name": NON_EMPTY, "tools": array(record({"type": STRING}, **FUNCTION_TOOL))})
-RESPONSES_TOOL = record({"type": STRING}, allOf=[FUNCTION_TOOL, when("type", ["namespace"], NAMESPACE)])
-CHOSEN_TOOL = record({"name": STRING}, {"namespace": STRING})
-CHOSEN_TOOLS = record_by_type({
+FUNCTION_TOOL = if_field("type", ["function", "custom"], FUNCTION)
+NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(request_object({"type": STRING}, **FUNCTION_TOOL))})
+RESPONSES_TOOL = request_object({"type": STRING}, allOf=[FUNCTION_TOOL, if_field("type", ["namespace"], NAMESPACE)])
+CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
+CHOSEN_TOOLS = request_object_by_type({
     "function": CHOSEN_TOOL,
     "custom": CHOSEN_TOOL,
-    "allowed_tools": record({
+    "allowed_tools": request_object({
         "mode": choice_of("auto", "required"),
-        "tools": array(record({"type": STRING}, {"name": STRING, "namespace": STRING})),
+        "tools": array(request_object({"type": STRING}, {"name": STRING, "namespace": STRING})),
     }),
 })
-TEXT_FORMAT = record_by_type({
-    "text": record({}),
-    "json_object": record({}),
-    "json_schema": record({"schema": OBJECT}),
+TEXT_FORMAT = request_object_by_type({
+    "text": request_object({}),
+    "json_object": request_object({}),
+    "json_schema": request_object({"schema": OBJECT}),
 })
-RESPONSES_REQUEST = record(
+RESPONSES_REQUEST = request_object(
     {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
     {
         "model": STRING,
@@ -1291,8 +1285,8 @@ RESPONSES_REQUEST = record(
         "tools": array(RESPONSES_TOOL),
         "tool_choice": any_of(choice_of("none", "auto", "required"), CHOSEN_TOOLS),
         "parallel_tool_calls": BOOLEAN,
-        "text": record({}, {"format": TEXT_FORMAT}),
-        "reasoning": record({}, {"effort": STRING}),
+        "text": request_object({}, {"format": TEXT_FORMAT}),
+        "reasoning": request_object({}, {"effort": STRING}),
         "include": array(STRING),
         "max_output_tokens": POSITIVE,
         "temperature": NUMBER,
@@ -3085,15 +3079,26 @@ def message_of(choice: JSONObject) -> Message:
 # Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
+# Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
+MARK = (
+    "\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
+    "\u3099\u309a\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef"
+)
+# What a reader sees as one: a flag of two letters, or a character with its marks and what is joined to it, as in 👩‍🚀
+GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
 MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
 WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
 NARROW_TOKENS = 0.25  # any other, by OpenAI's
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens by a rule of thumb."""
+    """Estimate tokens by a rule of thumb."""
+    return ceil(token_weight(text))
+
+
+def token_weight(text: str) -> float:
     wide = 0 if text.isascii() else len(NARROW_TEXT.sub("", text))
-    return ceil(wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS)
+    return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
 
 
 def count_of(usage: Any, *names: str) -> int:
@@ -3115,36 +3120,18 @@ def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
     return {**usage, "total_tokens": sum(usage.values())}
 
 
-def continues_grapheme(text: str, at: int) -> bool:
-    """Whether a reader would see the characters on both sides of the index as one."""
-    before, after = text[at - 1:at], text[at:at + 1]
-    if not after:
-        return False
-    if "\u200d" in (before, after):  # the joiner of emoji
-        return True
-    if unicodedata.category(after).startswith("M"):
-        return True
-    is_flag = "\U0001f1e6" <= after <= "\U0001f1ff"
-    is_skin_tone = "\U0001f3fb" <= after <= "\U0001f3ff"
-    return is_flag or is_skin_tone
-
-
 def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
-    """The text up to the first stop sequence and up to so many tokens, by estimate, and the finish reason."""
+    """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
     ends = [text.find(stop) for stop in stops if stop in text]
     text = text[:min(ends, default=len(text))]
     if max_tokens is None or estimate_tokens(text) <= max_tokens:
         return text, "stop"
-    end = 0
     tokens = 0.0
-    for character in text:
-        tokens += NARROW_TOKENS if NARROW_TEXT.match(character) else WIDE_TOKENS
+    for grapheme in GRAPHEME.finditer(text):
+        tokens += token_weight(grapheme[0])
         if tokens > max_tokens:
-            break
-        end += 1
-    while end and continues_grapheme(text, end):
-        end -= 1
-    return text[:end], "length"
+            return text[:grapheme.start()], "length"
+    return text, "stop"
 
 
 # ======================================================================================================================
@@ -3884,12 +3871,14 @@ class Provider:
 # ======================================================================================================================
 # 21 Prompts
 #
-# A request as plain text, for an upstream that knows nothing else: history, tools and JSON are asked for in words, and
-# read back from the answer. Pure functions of a request, linear in what they read.
+# A request as plain text, for an upstream that takes nothing else: history, tools and the wish for JSON become words,
+# and the next section parses the answer. Pure functions of a request, linear in its length.
 # ======================================================================================================================
 
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
-SHORTEST_RESULT = 60  # characters of a tool's result that stay when it is clipped
+TOOLS_FOLLOW = "You get the results and go on. Tools:"
+JSON_ONLY = "Answer with one JSON document and nothing else"
+SHORTEST_RESULT = 80  # characters of a clipped tool result, with its speaker and the mark
 CLIPPED = " [… clipped …] "
 
 
@@ -3898,94 +3887,83 @@ class Prompt:
     """The parts of a prompt, in the order in which the model reads them."""
 
     limit: int  # characters
-    system: list[str]
+    system: str
     how_to_call: str
-    rules: list[str]  # for the form of the answer
-    question: list[str]
-    last_round: list[str]  # of calls and their results
-    tools: list[str] = field(default_factory=list)
-    older: list[str] = field(default_factory=list)
-    rounds: list[str] = field(default_factory=list)  # before the last
-    tools_dropped: int = 0  # for which there was no room
+    tools: list[str]
+    rules: str  # for the form of the answer
+    past: list[str]  # older turns, then older rounds of tool calls, which stand behind the question
+    rounds: int  # of tool calls among them
+    question: str
+    last_round: list[str]  # message by message
 
     @property
     def offer(self) -> list[str]:
-        """The tools, and how to call one."""
         return [self.how_to_call, *self.tools] if self.tools else []
 
     @property
-    def head(self) -> list[str]:
-        return self.system + self.offer + self.rules
-
-    @property
     def text(self) -> str:
-        lines = self.head
-        if lines:
-            lines.append("")
-        return "\n".join(lines + self.older + self.question + self.rounds + self.last_round)
+        asked = max(0, len(self.past) - self.rounds)
+        head = join_lines([self.system, *self.offer, self.rules])
+        body = join_lines([*self.past[:asked], self.question, *self.past[asked:], *self.last_round])
+        return "\n\n".join(filter(None, [head, body]))
 
     @property
-    def room(self) -> int:
-        """Characters that are left of the limit; negative when it is too long."""
-        return self.limit - len(self.text)
+    def excess(self) -> int:
+        """Characters beyond the limit."""
+        return len(self.text) - self.limit
 
 
 def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
-    """System messages and instructions, what fits of tools and of what was said before, and the newest message.
+    """Write a request as one text of at most `limit` characters.
 
-    What gives way to the limit (characters), in this order: older turns beyond a third of it; older rounds of tools in
-    the newest turn; tools that need not be called; all older turns; the middle of long results in the last round.
-    remark: of an earlier answer that could not be used. Raises APIError 400 for what is too long even so, or has no
-    text at all.
+    Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
+    of the limit, oldest first; the middle of results in the last round, down to a third of the limit each; tools, the
+    last first; the rest of the past; the results again, down to SHORTEST_RESULT each. Tools stay if one must be called.
+    remark: why the model's last answer was unusable.
+    Raises APIError 400 if the text is too long even then, or if there is none.
     """
     turns = append_turns(history, request.turns)
     functions = called_functions(turns)
     newest = turns[-1] if turns else ()
     question, *rounds = rounds_of(newest)
     last_round = rounds.pop() if rounds else ()
-    older = [write_messages(turn, functions) for turn in turns[:-1]]
-    tools = list(map(describe_tool, request.tools))
     prompt = Prompt(
         limit,
-        system=non_empty(map(text_of, request.system)),
+        system=join_lines(map(text_of, request.system)),
         how_to_call=how_to_call(request),
-        rules=non_empty([form_instruction(request), remark]),
-        question=non_empty([write_messages(question, functions)]),
-        last_round=non_empty([write_messages(last_round, functions)]),
+        tools=list(map(describe_tool, request.tools)),
+        rules=join_lines([form_instruction(request), remark]),
+        past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
+        rounds=len(rounds),
+        question=write_messages(question, functions),
+        last_round=[write_message(message, functions) for message in last_round],
     )
-    if len(newest) == 1 and not (older or tools or prompt.head):
-        prompt.question = [text_of(newest[0])]  # it stands alone, and needs no name before it
-        prompt.last_round = []
-    wanted = 0
-    if request.must_call:
-        prompt.tools = tools
-    elif tools:
-        wanted = min(joined_length([prompt.how_to_call, *tools]), limit // 3)
-    if prompt.room < wanted:
-        clipped = clip_results(last_round, wanted - prompt.room)
-        prompt.last_round = non_empty([write_messages(clipped, functions)])
-    if prompt.room < 0:
-        raise too_long(prompt)
+    if len(newest) == 1 and prompt.text == prompt.question:
+        prompt.question = text_of(newest[0])  # a single message needs no speaker
+    share = limit // 3
+    if prompt.excess > 0 and not request.must_call:
+        prompt.tools = [tool for tool in prompt.tools if len(tool) <= share]
+    beyond_share = len(join_lines(prompt.past)) - share
+    prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
+    clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
     if not request.must_call:
-        for_older = min(joined_length(older), limit // 3)  # else 28 tools would leave no room for what was said
-        blank_line = 0 if prompt.head else 1
-        prompt.tools = first_that_fit(tools, prompt.room - for_older - len(prompt.how_to_call) - 1 - blank_line)
-    prompt.rounds = latest_that_fit([write_messages(messages, functions) for messages in rounds], prompt.room)
-    if len(prompt.rounds) == len(rounds):
-        prompt.older = latest_that_fit(older, prompt.room)
+        prompt.tools = drop_first(prompt.tools[::-1], prompt.excess)[::-1]
+    prompt.past = drop_first(prompt.past, prompt.excess)
+    clip_results(prompt.last_round, prompt.excess, SHORTEST_RESULT)
+    if prompt.excess > 0:
+        raise too_long(prompt)
     if not prompt.text.strip():
         raise bad_request("'messages' contain no text.", "messages")
-    prompt.tools_dropped = len(tools) - len(prompt.tools)
     return prompt
 
 
 def too_long(prompt: Prompt) -> APIError:
-    """In words that clients know the error by."""
+    """Return the error in OpenAI's words, which clients search for."""
     sizes = {
-        "system": joined_length(prompt.system),
-        "tools": joined_length(prompt.offer),
-        "response format": joined_length(prompt.rules),
-        "newest message": joined_length(prompt.question + prompt.last_round),
+        "system": len(prompt.system),
+        "tools": len(join_lines(prompt.offer)),
+        "response format": len(prompt.rules),
+        "newest message": len(join_lines([prompt.question, *prompt.last_round])),
     }
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
     return bad_request(
@@ -3994,35 +3972,31 @@ def too_long(prompt: Prompt) -> APIError:
         "official API.", "messages", "context_length_exceeded")
 
 
-def non_empty(texts: Iterable[str]) -> list[str]:
-    return list(filter(None, texts))
+def join_lines(lines: Iterable[str]) -> str:
+    return "\n".join(filter(None, lines))
 
 
-def joined_length(lines: list[str]) -> int:
-    return len("\n".join(lines))
+def drop_first(texts: list[str], excess: int) -> list[str]:
+    """Return the texts without the first ones, so that `excess` characters are gone."""
+    count = 0
+    while count < len(texts) and excess > 0:
+        excess -= len(texts[count]) + 1
+        count += 1
+    return texts[count:]
 
 
-def first_that_fit(texts: Iterable[str], room: int) -> list[str]:
-    """Those, in order, for which there is room, a line's end included; one that is too long gives way to the next."""
-    kept = []
-    for text in texts:
-        if len(text) < room:
-            kept.append(text)
-            room -= len(text) + 1
-    return kept
-
-
-def latest_that_fit(texts: list[str], room: int) -> list[str]:
-    """As many from the end as there is room for, up to the first that is too long."""
-    first = len(texts)
-    while first > 0 and len(texts[first - 1]) < room:
-        first -= 1
-        room -= len(texts[first]) + 1
-    return texts[first:]
+def clip_results(lines: list[str], excess: int, shortest: int) -> None:
+    """Cut `excess` characters out of the middle of tool results, but leave `shortest` of each."""
+    for index, line in enumerate(lines):
+        half = (max(shortest, len(line) - excess) - len(CLIPPED)) // 2
+        clipped = line[:half] + CLIPPED + line[-half:]
+        if excess > 0 and len(clipped) < len(line) and line.startswith(SPEAKERS["tool"]):
+            lines[index] = clipped
+            excess -= len(line) - len(clipped)
 
 
 def rounds_of(turn: Turn) -> list[Turn]:
-    """The user's message and what follows it, then each round: calls of tools and their results."""
+    """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
@@ -4031,25 +4005,8 @@ def rounds_of(turn: Turn) -> list[Turn]:
     return [tuple(messages) for messages in rounds]
 
 
-def clip_results(messages: Turn, excess: int) -> Turn:
-    """Messages with the middle of their tool results left out, of the longest first, until so many characters are."""
-    clipped = list(messages)
-    texts = {}
-    for index, message in enumerate(messages):
-        if message["role"] == "tool":
-            texts[index] = text_of(message)
-    for index in sorted(texts, key=lambda index: len(texts[index]), reverse=True):
-        text = texts[index]
-        half = max(SHORTEST_RESULT, len(text) - excess - len(CLIPPED)) // 2
-        short = text[:half] + CLIPPED + text[-half:]
-        if excess > 0 and len(short) < len(text):
-            clipped[index] = {**messages[index], "content": short}
-            excess -= len(text) - len(short)
-    return tuple(clipped)
-
-
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
-    """The names of the functions that were called, by the ids of the calls."""
+    """Return the names of the called functions by call id."""
     names = {}
     for turn in turns:
         for message in turn:
@@ -4080,7 +4037,7 @@ def how_to_call(request: ChatRequest) -> str:
     what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
     return (
         f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
-        "arguments being JSON. You get the results and go on. Tools:")
+        f"arguments being JSON. {TOOLS_FOLLOW}")
 
 
 def form_instruction(request: ChatRequest) -> str:
@@ -4089,11 +4046,11 @@ def form_instruction(request: ChatRequest) -> str:
         return ""
     schema = (answer.get("json_schema") or {}).get("schema")
     form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
-    return f"Answer with one JSON document and nothing else{form}"
+    return f"{JSON_ONLY}{form}"
 
 
 def describe_tool(tool: JSONObject) -> str:
-    """In few words, for their room is small."""
+    """Describe a tool in few characters."""
     schema = tool.get("parameters") or {}
     source = dump_json(schema).decode()
     form = source if '"$ref"' in source else signature(schema)
@@ -4102,7 +4059,7 @@ def describe_tool(tool: JSONObject) -> str:
 
 
 def signature(schema: Any) -> str:
-    """A JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
+    """Write a JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
     kind = schema.get("type")
@@ -4128,28 +4085,28 @@ def signature(schema: Any) -> str:
 # ======================================================================================================================
 # 22 Reading answers
 #
-# What a model wrote in plain text, read back: calls of tools, a JSON document. Linear in the text, which may be
-# anybody's.
+# Tool calls and JSON documents are parsed out of a model's plain text. All of it is linear in the text, which may be
+# hostile.
 # ======================================================================================================================
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
 
 
 class UnusableAnswer(Exception):
-    """An answer that is not what the request asked for; the message says to the model what was wrong."""
+    """The answer is not what the request asked for. The message tells the model what was wrong."""
 
 
 class NoDocument(UnusableAnswer):
-    """There is no JSON document in the answer, or a broken one."""
+    """The answer has no JSON document, or a broken one."""
 
 
-def parse_answer(text: str, request: ChatRequest, any_tool: bool = False) -> tuple[str, list[ToolCall]]:
-    """The content and the tool calls of a model's answer. Raises UnusableAnswer.
+def parse_answer(text: str, request: ChatRequest, allow_unknown_tools: bool = False) -> tuple[str, list[ToolCall]]:
+    """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
 
-    any_tool: pass calls of tools that were not offered on; agents answer that there is no such tool.
+    allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
     """
     if request.tools:
-        content, calls = parse_tool_calls(text, request, any_tool)
+        content, calls = parse_tool_calls(text, request, allow_unknown_tools)
         if calls and request.body.get("parallel_tool_calls") is False:
             calls = calls[:1]
         if calls:
@@ -4167,7 +4124,7 @@ def parse_answer(text: str, request: ChatRequest, any_tool: bool = False) -> tup
     return text, []
 
 
-# The form that instructions() asks for, and the one that Kimi K2 was trained on
+# The form that how_to_call() asks for, and the form that Kimi K2 was trained on
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*<\|tool_call_argument_begin\|>\s*
     """, re.X)
@@ -4175,8 +4132,8 @@ CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
 
 
-def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[str, list[ToolCall]]:
-    """The text around the calls, and the calls. Raises UnusableAnswer for a call that cannot be made."""
+def parse_tool_calls(text: str, request: ChatRequest, allow_unknown_tools: bool) -> tuple[str, list[ToolCall]]:
+    """Return the text around the calls, and the calls. Raises UnusableAnswer for an invalid call."""
     offered = {tool["name"] for tool in request.tools}
     calls = []
     around = []
@@ -4189,7 +4146,7 @@ def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[s
         value, at = decode_json(text, begin.end())
         if begin["name"]:
             value = {"name": begin["name"], "arguments": value}
-        calls.append(parse_call(value, offered, any_tool))
+        calls.append(parse_call(value, offered, allow_unknown_tools))
         end = CALL_END.match(text, at)
         at = end.end() if end else at
     if calls:
@@ -4201,11 +4158,11 @@ def parse_tool_calls(text: str, request: ChatRequest, any_tool: bool) -> tuple[s
         return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
         # Nothing but a call, without its marks
-        return "", [parse_call(value, offered, any_tool)]
+        return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
 
-def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
+def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> ToolCall:
     if not isinstance(value, dict):
         value = {}
     name = value.get("name")
@@ -4215,7 +4172,7 @@ def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
             arguments = parse_json(arguments.strip() or "{}")
         except ValueError as error:
             raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
-    if not isinstance(name, str) or not name or (name not in offered and not any_tool):
+    if not isinstance(name, str) or not name or (name not in offered and not allow_unknown_tools):
         raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
     if not isinstance(arguments, dict):
         raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
@@ -4223,67 +4180,53 @@ def parse_call(value: Any, offered: set[str], any_tool: bool) -> ToolCall:
 
 
 def strip_code_fence(text: str) -> str:
-    """What stands between the ``` of a text that is one fenced block and nothing else, or the text itself."""
+    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
     text = text.strip()
     if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
         return text
     return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
 
 
-BRACKET = re.compile(r'\\.|["{}\[\]]', re.S)
-CLOSING = {"{": "}", "[": "]"}
-BEGINS_JSON = re.compile(r'{\s*["}]|\[\s*["{\[\]\d\-tfn]')  # else it is a bracket of prose: {x}, [see]
-LOOKS_LIKE_JSON = re.compile(r"""[{\[]\s*["'{\[]""")
-MAX_BROKEN = 100  # brackets such as [1st]; each costs Python a look through all the text before it
+BRACKET = re.compile(r"[{}\[\]]")
+PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")  # {x}, [1st]: no JSON and none inside
+MAX_BRACKETS = 100  # tried; a failed attempt costs as much as all the text before it, for the line in its message
 
 
 def parse_document(text: str, kind: type) -> str:
-    """The one JSON document of this type in an answer: all of it, or the longest between prose and fences.
+    """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
 
-    A part of a document must not pass for the whole: what stands in a bracket that cannot be read does not count.
-    Raises NoDocument.
+    A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
+    is an error. Raises NoDocument.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
             return text.strip()
     longest = ""
-    broken = 0
-    unread: list[str] = []  # what closes the brackets around this place, the innermost last
-    in_string = False
     at = 0
-    while True:
-        token = BRACKET.search(text, at)
-        if not token:
+    for _ in range(MAX_BRACKETS):
+        bracket = BRACKET.search(text, at)
+        if not bracket:
             break
-        at = token.end()
-        start = at - 1
-        mark = text[start]
-        if in_string:
-            in_string = token[0] != '"'
-        elif mark == '"':
-            in_string = bool(unread)  # quotation marks in prose open nothing
-        elif mark in CLOSING and not unread and BEGINS_JSON.match(text, start):
-            try:
-                value, at = decode_json(text, start)
-            except UnusableAnswer as error:
-                broken += 1
-                if LOOKS_LIKE_JSON.match(text, start) or broken > MAX_BROKEN:
-                    raise NoDocument(str(error)) from None
-                unread.append(CLOSING[mark])
-            else:
-                if isinstance(value, kind) and at - start >= len(longest):
-                    longest = text[start:at]
-        elif mark in CLOSING:
-            unread.append(CLOSING[mark])
-        elif mark in "}]" and (not unread or unread.pop() != mark):
-            raise NoDocument("its brackets do not match.")
+        start = bracket.start()
+        try:
+            value, at = decode_json(text, start)
+        except UnusableAnswer as error:
+            prose = PROSE.match(text, start)
+            if not prose:
+                raise NoDocument(str(error)) from None
+            at = prose.end()
+        else:
+            if isinstance(value, kind) and at - start >= len(longest):
+                longest = text[start:at]
+    else:
+        raise NoDocument("there are too many brackets in it.")
     if not longest:
         raise NoDocument("there is no JSON document of the right kind in it.")
     return longest
 
 
 def decode_json(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends. Raises UnusableAnswer."""
+    """Return the JSON value that begins at this index, and the index behind it. Raises UnusableAnswer."""
     try:
         value, end = STRICT_JSON.raw_decode(text, start)
         check_depth(value)
@@ -4424,9 +4367,10 @@ class KimiProvider(Provider):
         delta = Delta.of(message, finish_reason, is_complete=True)
         written = content + "".join(name + arguments for name, arguments in calls)
         delta.chunk["usage"] = estimate_usage(prompt.text, written)
-        if prompt.tools_dropped:
-            delta.headers = {"X-Kimi2api-Tools-Dropped": str(prompt.tools_dropped)}
-            log.info("%d of %d tools did not fit into the prompt", prompt.tools_dropped, len(request.tools))
+        dropped = len(request.tools) - len(prompt.tools)
+        if dropped:
+            delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
+            log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
         asked.stats.fold.add(delta.chunk)
         yield delta
 
@@ -4446,7 +4390,7 @@ class KimiProvider(Provider):
             prompt = write_prompt(request, asked.history, limit, remark)
         text = self._ask(prompt.text, asked)
         try:
-            return prompt, *parse_answer(text, request, any_tool=True)
+            return prompt, *parse_answer(text, request, allow_unknown_tools=True)
         except NoDocument as fault:
             raise upstream_error(
                 502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
@@ -4582,14 +4526,15 @@ class KimiProvider(Provider):
             "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
 
 
-WEB_CHAT_REQUEST = record({}, {  # what a request may ask for here; the rest would change the shape of the answer
+WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
+WEB_CHAT_REQUEST = request_object({}, {  # what the web chat supports; the rest would change the shape of the answer
     "n": {"enum": [1]},
     "logprobs": {"enum": [False]},
     "audio": {"enum": [{}]},
     "modalities": {"enum": [[], ["text"]]},
-    "tool_choice": any_of(STRING, record({}, {"type": choice_of("function", "allowed_tools")})),
-    "tools": array(record({"type": choice_of("function")})),
-    "messages": array(record({}, {"content": any_of(STRING, array(record({"type": choice_of("text", "refusal")})))})),
+    "tool_choice": any_of(STRING, request_object({}, {"type": choice_of("function", "allowed_tools")})),
+    "tools": array(request_object({"type": choice_of("function")})),
+    "messages": array(request_object({}, {"content": any_of(STRING, array(WEB_CHAT_PART))})),
 })
 
 
@@ -4738,13 +4683,13 @@ TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
 CHUNK_CHOICE = object_of({
     "index": COUNT,
     "finish_reason": any_of(STRING, NULL),
-    "delta": record({}, {
+    "delta": request_object({}, {
         **dict.fromkeys(TEXT_FIELDS, STRING),
-        "tool_calls": array(record({}, {
+        "tool_calls": array(request_object({}, {
             "index": COUNT,
             "id": STRING,
             "type": STRING,
-            "function": record({}, {"name": STRING, "arguments": STRING}),
+            "function": request_object({}, {"name": STRING, "arguments": STRING}),
         })),
     }),
 })
@@ -4957,7 +4902,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
 MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
 MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
-MAX_PARSED_EMBEDDINGS = 192 << 20  # of the same, as Python's objects
+MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
 class OpenAIProvider(Provider):
@@ -5075,7 +5020,7 @@ class OpenAIProvider(Provider):
     def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
         def attempt() -> tuple[JSONObject, Headers]:
             response = self._send("POST", "/embeddings", body, waiter)
-            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_PARSED_EMBEDDINGS)
+            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
             if not isinstance(answer.get("data"), list):
                 raise invalid_response(self._api.name, "no embeddings")
             return answer, rate_limits(response.headers)
@@ -5092,11 +5037,11 @@ class OpenAIProvider(Provider):
         return response
 
     def _read_json(
-        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_parsed: int = MAX_PARSED_DOCUMENT,
+        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
     ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
         try:
-            answer = parse_upstream_json(response.read(limit), max_parsed)
+            answer = parse_upstream_json(response.read(limit), max_values)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -5445,19 +5390,19 @@ def record_response(
 # An answer that arrived whole, replayed as a stream, in pieces that a reader could have been shown.
 # ======================================================================================================================
 
-PIECE = re.compile(rf"\s*(?:[{WIDE}]{{1,2}}|[^\s{WIDE}]+|$)")
+PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
 
 
 def pieces(text: str, max_pieces: int) -> Iterator[str]:
-    """Word-like pieces (of Chinese: one or two characters), joined until there are no more than so many.
+    """Split a text into at most `max_pieces` pieces of whole words (of Chinese: one or two characters).
 
-    None ends inside a combining sequence, an emoji that is joined from several, or a flag.
+    No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
     """
     start = 0
     size = len(text) / max_pieces
     for match in PIECE.finditer(text):
         end = match.end()
-        if end > start and end - start >= size and not continues_grapheme(text, end):
+        if end > start and end - start >= size:
             yield text[start:end]
             start = end
     if start < len(text):
@@ -5886,14 +5831,13 @@ def write_event(event: JSONObject, number: int) -> bytes:
 # Who may call: keys, and browsers, which may be sent here by anybody's page.
 # ======================================================================================================================
 
-OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # need no key: nothing in them belongs to a caller
-
 
 class Access:
     """Lets requests in."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, public_paths: set[str]) -> None:
         self._settings = settings
+        self._public_paths = public_paths
 
     def admit(self) -> None:
         """Let a request in, or raise what to answer instead."""
@@ -5905,8 +5849,8 @@ class Access:
             self._check_caller(environ)
             if environ["REQUEST_METHOD"] == "OPTIONS":
                 raise preflight(environ)
-            is_open = environ["PATH_INFO"] in OPEN_PATHS
-            environ["kimi2api.client"] = ClientKey() if is_open else self._client_of(environ)
+            is_public = environ["PATH_INFO"] in self._public_paths
+            environ["kimi2api.client"] = ClientKey() if is_public else self._client_of(environ)
         except APIError as error:
             raise error_response(error) from None
 
@@ -6274,9 +6218,6 @@ class App:
             "upstreams": upstreams,
         }
 
-    def openapi(self) -> JSONObject:
-        return openapi(bool(self.settings.api_master_key))
-
     def page(self) -> str:
         set_headers(page_headers())
         return PAGE
@@ -6366,6 +6307,11 @@ class Route:
     answer: str
     request: str = ""
     event: str = ""  # of its stream, where it has one: what its data is
+    is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
+
+
+def describe_api(app: App) -> JSONObject:
+    return openapi(ROUTES, key_required=bool(app.settings.api_master_key))
 
 
 ROUTES = [
@@ -6384,10 +6330,10 @@ ROUTES = [
     Route("DELETE", r"/v1/sessions/<user:re:[\s\S]+>", App.forget, "forget a user's turns", "Deleted"),
     Route("GET", "/v1/usage", App.usage, "what the key has used, and its limits", "Usage"),
     Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health, "how the server is", "Health"),
-    Route("GET", "/openapi.json", App.openapi, "this description", "OpenAPI"),
-    Route("GET", "/docs", App.page, "a page to read and to try", "text/html"),
-    Route("GET", "/", App.page, "the same page", "text/html"),
+    Route("GET", "/health", App.health, "how the server is", "Health", is_public=True),
+    Route("GET", "/openapi.json", describe_api, "this description", "OpenAPI", is_public=True),
+    Route("GET", "/docs", App.page, "a page to read and to try", "text/html", is_public=True),
+    Route("GET", "/", App.page, "the same page", "text/html", is_public=True),
 ]
 
 
@@ -6415,7 +6361,8 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     wsgi = WSGIApp()
     wsgi.install(json_plugin)
     wsgi.default_error_handler = routing_error
-    wsgi.add_hook("before_request", Access(settings).admit)
+    public_paths = {route.rule for route in ROUTES if route.is_public}
+    wsgi.add_hook("before_request", Access(settings, public_paths).admit)
     wsgi.add_hook("after_request", app.finish)
     for route in ROUTES:
         wsgi.route(route.rule, route.method, partial(route.handler, app))
@@ -6431,7 +6378,7 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """Answers every question by saying that it is no model, and what reached it."""
+    """A web chat without a model: its answers say so, and repeat what reached it."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -6454,7 +6401,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
         if form.get("nonce") != self.nonce:
             self.reply(403, "text/html", b"-1")
             return
-        answer = answer_of_demo(form["message"], form["model"])
+        answer = demo_answer(form["message"], form["model"])
         self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
 
     def reply(self, status: int, kind: str, body: bytes) -> None:
@@ -6468,123 +6415,24 @@ class DemoUpstream(BaseHTTPRequestHandler):
         log.debug("demo upstream: " + format, *args)
 
 
-MAX_DEMO_DOCUMENT = 100_000  # characters; arrays in arrays would multiply their minItems
+SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 
 
-def smallest_document(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """A value by a JSON schema, as far as the demo reads one. definitions: what it may refer to, by `$ref`."""
-    if not isinstance(schema, dict):
-        return {}
-    reference = str(schema.get("$ref"))
-    if reference in definitions:  # which can be used once on the way down: it may refer to itself
-        others = {name: definition for name, definition in definitions.items() if name != reference}
-        return smallest_document(definitions[reference], others)
-    if "const" in schema:
-        return schema["const"]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    for keyword in ("anyOf", "oneOf", "allOf"):
-        options = schema.get(keyword)
-        if options:
-            return None if NULL in options else smallest_document(options[0], definitions)
-    kind = schema.get("type", "object")
-    if isinstance(kind, list):
-        kind = kind[0]
-    if kind == "object":
-        properties = schema.get("properties", {})
-        return {name: smallest_document(properties.get(name), definitions) for name in schema.get("required", ())}
-    if kind == "array":
-        items = [smallest_document(schema.get("items"), definitions)] * smallest(schema, "minItems")
-        return items if len(json.dumps(items[:1])) * len(items) <= MAX_DEMO_DOCUMENT else []
-    if kind == "string":
-        return "x" * smallest(schema, "minLength")
-    if kind in ("integer", "number"):
-        return smallest(schema, "minimum")
-    return False if kind == "boolean" else None
-
-
-def smallest(schema: Schema, keyword: str) -> int:
-    bound: float = schema.get(keyword, 0)
-    return min(max(0, ceil(bound)), 1000)
-
-
-def definitions_of(schema: Schema) -> dict[str, Any]:
-    """What the schema defines, by the references to it."""
-    definitions = {}
-    for keyword in ("$defs", "definitions"):
-        for name, definition in schema.get(keyword, {}).items():
-            definitions[f"#/{keyword}/{name}"] = definition
-    return definitions
-
-
-def smallest_arguments(form: str, at: int = 0) -> tuple[Any, int]:
-    """A value of the type that `signature` has written there, and where it ends."""
-    if form.startswith("{", at) and not form.startswith(("{}", '{"'), at):
-        value: Any = {}
-        at += 1
-        while form[at] != "}":
-            colon = form.index(": ", at)
-            name = form[at:colon].removeprefix(", ")
-            inner, at = smallest_arguments(form, colon + 2)
-            if not name.endswith("?"):
-                value[name] = inner
-        at += 1
-    elif form.startswith("[", at):
-        _, at = smallest_arguments(form, at + 1)
-        value = []
-        at += 1
-    else:
-        word = re.compile("array|boolean|integer|number|object|string").match(form, at)
-        if word:
-            value = smallest_document({"type": word[0]}, {})
-            at = word.end()
-        else:
-            value, at = STRICT_JSON.raw_decode(form, at)
-            if isinstance(value, dict):  # a schema as it is
-                value = smallest_document(value, definitions_of(value))
-    if form.startswith("|", at):
-        _, at = smallest_arguments(form, at + 1)
-    return value, at
-
-
-# What a schema or a form that is none can raise
-UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-SPEAKER = re.compile("^(?:用户|模型|工具)(?: .+?)?: ", re.M)
-OFFERED_TOOLS = re.compile(r"^You (may|must) call .*Tools:((?:\n- .*)+)", re.M)
-OFFERED_TOOL = re.compile(r"^- ([\w.-]+)(.*)", re.M)
-WANTS_JSON = re.compile("^Answer with one JSON document and nothing else(?:, valid by this schema: (.*))?", re.M)
-
-
-def answer_of_demo(prompt: str, model: str) -> str:
-    """A call of the first tool, then its result; JSON where it is asked for; else what has reached the model. Where a
-    call is demanded even then, it is of the last tool: an agent's tools end with the one that ends its loop."""
-    parts = SPEAKER.split(prompt)
-    marks = SPEAKER.findall(prompt)
-    newest = parts[-1].strip()
-    has_result = bool(marks) and marks[-1].startswith("工具")
-    offered = OFFERED_TOOLS.search(prompt)
-    tools = OFFERED_TOOL.findall(offered[2]) if offered else []
-    if offered and tools and (offered[1] == "must" or not has_result):
-        name, form = tools[-1 if has_result else 0]
-        arguments: Any = {}
-        with suppress(*UNREADABLE):  # a form that the demo does not know
-            arguments, _ = smallest_arguments(form)
-        return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-    wants_json = WANTS_JSON.search(prompt)
-    if wants_json:
-        document: Any = {}
-        with suppress(*UNREADABLE):  # the words may be the user's own, and the schema anything
-            schema = parse_json(wants_json[1] or "{}")
-            document = smallest_document(schema, definitions_of(schema))
-        return json.dumps(document)
-    about = "The tool said" if has_result else "You said"
-    earlier = ""
-    for part in parts[:-1]:
-        if part.strip():
-            earlier += f"\n- {' '.join(part.split())[:60]}"
+def demo_answer(prompt: str, model: str) -> str:
+    """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
+    *earlier, newest = SPEAKER.split(prompt)
+    speakers = SPEAKER.findall(prompt)
+    has_result = bool(speakers) and speakers[-1].startswith(SPEAKERS["tool"])
+    _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
+    name = re.match(r"[\w.-]+", tools)
+    if name and not has_result:
+        return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
+    if JSON_ONLY in prompt:
+        return "[] {}"  # the reader takes the one of the right type
+    lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
-        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. {about}: “{newest}”\n"
-        f"Earlier messages that reached {model} with it:{earlier or ' none.'}")
+        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
+        f"Earlier messages that reached {model} with it:{''.join(lines) or ' none.'}")
 
 
 # ======================================================================================================================
@@ -7068,84 +6916,34 @@ def serve(settings: Settings, demo: bool) -> int:
 # ======================================================================================================================
 
 
-def constant(value: str) -> Schema:
-    return {"type": "string", "const": value}
+def named_object(name: str, fields: Schema) -> Schema:
+    """Return the schema of an object that says in `object` what it is, as all of OpenAI's do."""
+    return object_of({"object": {"type": "string", "const": name}, **fields})
 
 
-def named_object(name: str, required: Schema, optional: Schema | None = None) -> Schema:
-    """What OpenAI's objects are like: the field `object` says which it is."""
-    return object_of({"object": constant(name), **required}, optional)
+def openai_object(name: str, page: str) -> Schema:
+    """Return the schema of an object that OpenAI documents."""
+    docs = {"url": f"https://platform.openai.com/docs/api-reference/{page}"}
+    return {**named_object(name, {}), "externalDocs": docs}
 
 
-FINISH_REASON = choice_of("stop", "length", "tool_calls", "content_filter", "function_call")
 OR_NULL_STRING = any_of(STRING, NULL)
-USAGE = object_of({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT})
-ANSWERED_CALL = object_of({
-    "id": STRING,
-    "type": constant("function"),
-    "function": object_of({"name": STRING, "arguments": STRING}),
-})
-ANSWERED_MESSAGE = object_of(
-    {"role": constant("assistant"), "content": OR_NULL_STRING, "refusal": OR_NULL_STRING},
-    {"tool_calls": array(ANSWERED_CALL)},
-)
-COMPLETION_CHOICE = object_of({
-    "index": COUNT,
-    "finish_reason": FINISH_REASON,
-    "logprobs": any_of(OBJECT, NULL),
-    "message": ANSWERED_MESSAGE,
-})
 ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
 FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
-COMPLETION_HEAD = {"id": STRING, "created": INTEGER, "model": STRING}
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS: dict[str, Schema] = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
-    "Completion": named_object("chat.completion", {
-        **COMPLETION_HEAD,
-        "choices": array(COMPLETION_CHOICE),
-        "usage": USAGE,
-    }),
-    "Chunk": named_object(
-        "chat.completion.chunk",
-        {
-            **COMPLETION_HEAD,
-            "choices": array(object_of({
-                "index": COUNT, "delta": OBJECT, "finish_reason": any_of(FINISH_REASON, NULL),
-            })),
-        },
-        {"usage": any_of(USAGE, NULL)},
-    ),
+    "Completion": openai_object("chat.completion", "chat/object"),
+    "Chunk": openai_object("chat.completion.chunk", "chat-streaming"),
     "CompletionRequest": COMPLETION_REQUEST,
-    "TextCompletion": named_object("text_completion", {
-        **COMPLETION_HEAD,
-        "choices": array(object_of({
-            "text": STRING, "index": COUNT, "logprobs": NULL, "finish_reason": any_of(FINISH_REASON, NULL),
-        })),
-        "usage": USAGE,
-    }),
+    "TextCompletion": openai_object("text_completion", "completions/object"),
     "ResponsesRequest": RESPONSES_REQUEST,
-    "Response": named_object("response", {
-        "id": STRING,
-        "created_at": INTEGER,
-        "status": choice_of("completed", "incomplete"),
-        "incomplete_details": any_of(object_of({"reason": choice_of("max_output_tokens", "content_filter")}), NULL),
-        "error": NULL,
-        "model": STRING,
-        "output": array(object_of({"type": STRING, "id": STRING})),
-        "usage": object_of({
-            "input_tokens": COUNT,
-            "input_tokens_details": object_of({"cached_tokens": COUNT}),
-            "output_tokens": COUNT,
-            "output_tokens_details": object_of({"reasoning_tokens": COUNT}),
-            "total_tokens": COUNT,
-        }),
-    }),
-    "DeletedResponse": named_object("response", {"id": STRING, "deleted": BOOLEAN}),
+    "Response": openai_object("response", "responses/object"),
+    "DeletedResponse": openai_object("response", "responses/delete"),
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
-    "Embeddings": named_object("list", {"data": array(OBJECT), "model": STRING, "usage": OBJECT}),
+    "Embeddings": openai_object("list", "embeddings/create"),
     "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
     "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
     "Session": named_object("session", {
@@ -7179,14 +6977,14 @@ SCHEMAS: dict[str, Schema] = {
 
 
 def content_of(schema: str) -> JSONObject:
-    """Of a body: in JSON, by the name of its schema, or a text of this type."""
+    """Describe a body: JSON by the name of its schema, or text of a content type."""
     if "/" in schema:
         return {schema: {"schema": STRING}}
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
 def operation(route: Route) -> JSONObject:
-    """A route's description."""
+    """Describe a route."""
     answer = content_of(route.answer)
     if route.event:
         event = object_of({"data": {**STRING, "description": route.event}}, description="each event of the stream")
@@ -7203,15 +7001,15 @@ def operation(route: Route) -> JSONObject:
         described["parameters"] = [{"name": parameter[1], "in": "path", "required": True, "schema": STRING}]
     if route.request:
         described["requestBody"] = {"required": True, "content": content_of(route.request)}
-    if route.rule in OPEN_PATHS:
+    if route.is_public:
         described["security"] = []
     return described
 
 
-def openapi(key_required: bool) -> JSONObject:
-    """The OpenAPI 3.1 description of the server."""
+def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
+    """Describe the routes in the form of OpenAPI 3.1."""
     paths: dict[str, JSONObject] = {}
-    for route in ROUTES:
+    for route in routes:
         path = re.sub(r"<(\w+).*?>", r"{\1}", route.rule)
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
     return {
