@@ -1173,19 +1173,24 @@ def read_items(items: Iterable[JSONObject], continues_previous: bool = False) ->
 def as_message(item: JSONObject) -> Message:
     """Convert an item to a message. The fields of an assistant's message are lists, to be joined with others."""
     kind = item.get("type") or "message"
-    if kind == "reasoning":
-        return {"role": "assistant", "reasoning_content": [read_reasoning(item)]}
-    if kind.endswith("_output"):
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": as_content(read_parts(item["output"]))}
     if kind == "message":
         parts = read_parts(item["content"])
         if item["role"] == "assistant":
             return {"role": "assistant", "content": parts}
         role = "user" if item["role"] == "user" else "system"  # not every API knows developers
         return {"role": role, "content": as_content(parts)}
-    arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
-    function = {"name": function_name(item), "arguments": arguments}
-    return {"role": "assistant", "tool_calls": [{"id": item["call_id"], "type": "function", "function": function}]}
+    if kind == "reasoning":
+        return {"role": "assistant", "reasoning_content": [read_reasoning(item)]}
+    if kind.endswith("_output"):
+        content = as_content(read_parts(item["output"]))
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+    function = {"name": function_name(item)}
+    if kind == "function_call":
+        function["arguments"] = item["arguments"]
+    else:
+        function["arguments"] = dump_json({"input": item["input"]}).decode()
+    call = {"id": item["call_id"], "type": "function", "function": function}
+    return {"role": "assistant", "tool_calls": [call]}
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
@@ -1203,14 +1208,15 @@ def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
 def move_results(messages: list[Message], continues_previous: bool) -> list[Message]:
     """Move the results of tools directly behind the message that made their calls, as APIs require."""
     callers: dict[str, int] = {}  # indexes of messages by the ids of their calls
-    order: list[int] = []
+    placed = []
     for index, message in enumerate(messages):
         for call in message.get("tool_calls", ()):
             callers[call["id"]] = index
         if message["role"] == "tool":
             index = callers.get(message["tool_call_id"], -1 if continues_previous else index)
-        order.append(index)
-    return [message for _, message in sorted(zip(order, messages, strict=True), key=itemgetter(0))]
+        placed.append((index, message))
+    placed.sort(key=itemgetter(0))
+    return [message for _, message in placed]
 
 
 def read_parts(content: Any) -> list[JSONObject]:
@@ -1230,7 +1236,8 @@ def read_part(part: JSONObject) -> JSONObject:
             image["detail"] = part["detail"]
         return {"type": "image_url", "image_url": image}
     if kind == "input_file":
-        return {"type": "file", "file": {name: part[name] for name in FILE_FIELDS if part.get(name)}}
+        file = {name: part[name] for name in FILE_FIELDS if part.get(name)}
+        return {"type": "file", "file": file}
     return {"type": "text", "text": part["text"]}
 
 
@@ -1329,9 +1336,9 @@ class ResponsesRequest:
 
     body: JSONObject
     messages: list[Message]  # of its input
-    functions: list[JSONObject] = field(default_factory=list)  # its tools, as chats have them
-    tools: dict[str, ToolName] = field(default_factory=dict)  # the same, by the names of their functions
-    ignored: set[str] = field(default_factory=set)  # types of tools that only OpenAI can run
+    functions: list[JSONObject]  # its tools, as chats have them
+    tools: dict[str, ToolName]  # the same, by the names of their functions
+    ignored: set[str]  # types of tools that only OpenAI can run
 
     @classmethod
     def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
@@ -1349,7 +1356,7 @@ class ResponsesRequest:
         messages = read_items(resolve_references(items, find_item), bool(body.get("previous_response_id")))
         if not messages:
             raise bad_request("'input' has no message.", "input")
-        request = cls(body, messages)
+        request = cls(body, messages, [], {}, set())
         request._read_tools(body.get("tools") or [], None)
         return request
 
@@ -5758,9 +5765,10 @@ MAX_ITEMS = 1000  # of one response; an item takes a hundred times the bytes tha
 
 def parse_object(text: str) -> JSONObject | None:
     """Return the JSON object in an upstream's text, None where there is none."""
-    value = None
-    with suppress(ValueError):
+    try:
         value = parse_upstream_json(text.encode())
+    except ValueError:
+        return None
     return value if isinstance(value, dict) else None
 
 
@@ -5917,7 +5925,9 @@ class ResponseWriter:
         for number, delta in enumerate(deltas):
             chunk = delta.chunk
             if delta.headers:
-                self.headers = self._with_ignored(delta.headers)
+                names = [*sorted(self._request.ignored), delta.headers.get("X-Kimi2api-Ignored")]
+                ignored = ", ".join(filter(None, names))[:1000]
+                self.headers = {**delta.headers, "X-Kimi2api-Ignored": ignored} if ignored else delta.headers
             self._model = chunk.get("model") or self._model
             usage = chunk.get("usage") or usage
             if number == 0:
@@ -5976,7 +5986,7 @@ class ResponseWriter:
         """Begin an item, and end the one before it unless more may come for it."""
         index = len(self._items)
         if index == MAX_ITEMS:
-            raise upstream_error(502, "upstream_invalid_response", f"The answer has more than {MAX_ITEMS} items.")
+            raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
         if kind.prefix == "rs" and "reasoning.encrypted_content" in (self._request.body.get("include") or ()):
@@ -5984,12 +5994,6 @@ class ResponseWriter:
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
         return item
-
-    def _with_ignored(self, headers: Headers) -> Headers:
-        ignored = sorted(self._request.ignored)
-        if "X-Kimi2api-Ignored" in headers:
-            ignored.append(headers["X-Kimi2api-Ignored"])
-        return {**headers, "X-Kimi2api-Ignored": ", ".join(ignored)[:1000]} if ignored else headers
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
         """Return the Response object, with the settings of the request as they hold."""
