@@ -5708,6 +5708,19 @@ def item_text(item: Any) -> str:
     return str(part["refusal"] if part["type"] == "refusal" else part["text"])
 
 
+def test_the_items_of_one_answer_go_back_as_one_message(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.script.append(api_answers(deltas=[{"content": "a"}, {"reasoning_content": "b"}, piece(0, "{}", "clock")] * 2))
+    made = respond(app, model="local/k2", tools=TOOLS, stream=True)
+    final = response_events(made)[-1]["response"]
+    assert len(final["output"]) == 5, "the second piece of the call adds nothing"
+    items = [USER, *final["output"], {"type": "function_call_output", "call_id": "c0", "output": "12:00"}]
+    assert output_text(respond(app, items, model="local/k2", tools=TOOLS))
+    _, answered, result = api.asked[-1][2]["messages"]
+    assert answered["content"] == "a\na" and answered["reasoning_content"] == "bb" and result["role"] == "tool"
+    assert [call["id"] for call in answered["tool_calls"]] == ["c0"]
+
+
 def test_a_call_that_was_cut_off_has_no_arguments_but_its_own(make: Make, both: dict[str, str], api: Api) -> None:
     api.always = api_answers(deltas=[piece(0, None, "clock"), piece(1, '{"input": "x', "patch")], finish="length")
     final = response_events(respond(make(**both), model="local/k2", stream=True, tools=TOOLS))[-1]["response"]
