@@ -1174,10 +1174,12 @@ def as_message(item: JSONObject) -> Message:
     """Convert an item to a message. The fields of an assistant's message are lists, to be joined with others."""
     kind = item.get("type") or "message"
     if kind == "message":
+        role = item["role"]
         parts = read_parts(item["content"])
-        if item["role"] == "assistant":
-            return {"role": "assistant", "content": parts}
-        role = "user" if item["role"] == "user" else "system"  # not every API knows developers
+        if role == "assistant":
+            return {"role": role, "content": parts}
+        if role == "developer":  # not every API knows developers
+            role = "system"
         return {"role": role, "content": as_content(parts)}
     if kind == "reasoning":
         return {"role": "assistant", "reasoning_content": [read_reasoning(item)]}
@@ -1243,7 +1245,9 @@ def read_part(part: JSONObject) -> JSONObject:
 
 def as_content(parts: list[JSONObject]) -> Any:
     """Return a text, or the parts where there is more than text."""
-    return joined_text(parts) if all(part["type"] == "text" for part in parts) else parts
+    if all(part["type"] == "text" for part in parts):
+        return joined_text(parts)
+    return parts
 
 
 def joined_text(parts: list[JSONObject]) -> str:
@@ -5925,9 +5929,7 @@ class ResponseWriter:
         for number, delta in enumerate(deltas):
             chunk = delta.chunk
             if delta.headers:
-                names = [*sorted(self._request.ignored), delta.headers.get("X-Kimi2api-Ignored")]
-                ignored = ", ".join(filter(None, names))[:1000]
-                self.headers = {**delta.headers, "X-Kimi2api-Ignored": ignored} if ignored else delta.headers
+                self.headers = self._with_ignored(delta.headers)
             self._model = chunk.get("model") or self._model
             usage = chunk.get("usage") or usage
             if number == 0:
@@ -5937,13 +5939,13 @@ class ResponseWriter:
                     self._add(choice["delta"])
                     finish_reason = choice.get("finish_reason") or finish_reason
             yield from self._item_events()
-        reason = INCOMPLETE_REASONS.get(finish_reason)
-        status = "incomplete" if reason else "completed"
+        status, details = "completed", None
+        if finish_reason in INCOMPLETE_REASONS:
+            status, details = "incomplete", {"reason": INCOMPLETE_REASONS[finish_reason]}
         for item in self._items:
             if not item.is_done:
                 item.end(status)
         yield from self._item_events()
-        details = {"reason": reason} if reason else None
         response = self._response(status, incomplete_details=details, usage=response_usage(usage))
         if self._record:
             self._record(response)
@@ -5995,6 +5997,14 @@ class ResponseWriter:
         self._items.append(item)
         return item
 
+    def _with_ignored(self, headers: Headers) -> Headers:
+        if not self._request.ignored:
+            return headers
+        names = sorted(self._request.ignored)
+        if "X-Kimi2api-Ignored" in headers:
+            names.append(headers["X-Kimi2api-Ignored"])
+        return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
+
     def _response(self, status: str, **fields: Any) -> JSONObject:
         """Return the Response object, with the settings of the request as they hold."""
         response = {
@@ -6035,7 +6045,9 @@ def response_usage(usage: Any) -> JSONObject:
 
 def echoed_tool(tool: JSONObject) -> JSONObject:
     """Return a tool with the fields that clients require and requests may leave out."""
-    return {"description": None, "parameters": None, "strict": None, **tool} if tool["type"] == "function" else tool
+    if tool["type"] != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": None, **tool}
 
 
 def response_of(item_id: str) -> str:
