@@ -1091,12 +1091,14 @@ def text_of(message: Message) -> str:
 # ======================================================================================================================
 
 TEXT_PART = request_object({"text": STRING})
+FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
 INPUT_PART = request_object_by_type({
     "input_text": TEXT_PART,
     "output_text": TEXT_PART,
     "refusal": request_object({"refusal": STRING}),
     "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
-    "input_file": request_object({}, {"file_data": STRING, "file_id": STRING, "filename": STRING}),
+    "input_file": any_of(
+        request_object({"file_data": NON_EMPTY}, FILE_FIELDS), request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
 })
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
 CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
@@ -1120,12 +1122,12 @@ INPUT_ITEM = request_object_by_type(
     },
     default="message",
 )
-ENCODED_REASONING = "kimi2api:"  # before the base64 of what an API has told; it is no secret from the client
+ENCODED_REASONING = "kimi2api:"  # before the base64 of an API's reasoning, which is no secret from the client
 
 
 @dataclass(frozen=True)
 class ToolName:
-    """A tool as the client knows it; the upstream knows all of them as functions."""
+    """A tool as the client knows it. The upstream knows all tools as functions."""
 
     name: str
     namespace: str | None = None
@@ -1136,103 +1138,103 @@ class ToolName:
         return f"{self.namespace}__{self.name}" if self.namespace else self.name
 
 
-def function_of(item: JSONObject) -> str:
-    """The function's name of a tool that an item or a choice names."""
+def function_name(item: JSONObject) -> str:
+    """Return the name of the function that stands for the tool of an item or a choice."""
     return ToolName(item.get("name") or "", item.get("namespace")).function
 
 
-def read_items(items: list[JSONObject], go_on: bool = False) -> dict[str, Message]:
-    """Items as messages, by the places in the input where they begin.
+def read_items(items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
+    """Convert items to messages.
 
-    What an assistant did in one step is one message: its reasoning, its text and its calls, up to their results. These
-    come right behind it, as APIs want them, also where the input has something in between. go_on: those of calls that
-    are not here come first, behind the response that the input goes on from.
+    continues_previous: results of calls that are not among the items come first, behind the previous response.
     """
-    found: list[tuple[int, str, Message]] = []  # by the index of the item that each belongs behind
-    steps: dict[str, int] = {}  # the same of calls, by their ids
-    answer: Message | None = None  # the assistant's message that items still add to
-    step = 0  # and where it begins
-    for index, item in enumerate(items):
-        kind = item.get("type") or "message"
-        place = f"input[{index}]"
-        if kind == "message" and item["role"] != "assistant":
-            # Not every API knows developers
-            role = "user" if item["role"] == "user" else "system"
-            content = as_content(read_parts(item["content"], f"{place}.content"))
-            found.append((index, place, {"role": role, "content": content}))
-            answer = None
-        elif kind.endswith("_output"):
-            content = as_content(read_parts(item["output"], f"{place}.output"))
-            result = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-            found.append((steps.get(item["call_id"], -1 if go_on else index), place, result))
-            answer = None
+    messages: list[Message] = []
+    for role, group in itertools.groupby(map(as_message, items), itemgetter("role")):
+        if role == "assistant":
+            messages += join_answer(group)
         else:
-            if answer is None or (kind in ("message", "reasoning") and has_text_alone(answer)):
-                answer = {"role": "assistant", "content": []}
-                step = index
-                found.append((step, place, answer))
-            add_to_answer(answer, item, kind, place)
-            if "call_id" in item:
-                steps[item["call_id"]] = step
-    found.sort(key=itemgetter(0))
-    messages: dict[str, Message] = {}
-    for _, place, message in found:
-        if message["role"] == "assistant":
-            message["content"] = as_content(message["content"]) or None
-            if message["content"] is None and "tool_calls" not in message:
-                continue  # reasoning that nothing followed
-            if "reasoning_content" in message:
-                message["reasoning_content"] = "".join(message["reasoning_content"])
-        messages[place] = message
-    return messages
+            messages += group
+    return move_results(messages, continues_previous)
 
 
-def has_text_alone(answer: Message) -> bool:
-    """Whether an assistant's message is complete: what follows its text is calls, or another message."""
-    return bool(answer["content"]) and "tool_calls" not in answer
-
-
-def add_to_answer(answer: Message, item: JSONObject, kind: str, place: str) -> None:
-    """Add an item to an assistant's message, whose content and reasoning are lists yet."""
+def as_message(item: JSONObject) -> Message:
+    """Convert an item to a message. The fields of an assistant's message are lists, to be joined with others."""
+    kind = item.get("type") or "message"
     if kind == "message":
-        answer["content"] += read_parts(item["content"], f"{place}.content")
-    elif kind == "reasoning":
-        text = read_reasoning(item)
-        if text:
-            answer.setdefault("reasoning_content", []).append(text)
+        role = item["role"]
+        parts = read_parts(item["content"])
+        if role == "assistant":
+            return {"role": role, "content": parts}
+        if role == "developer":  # not every API knows developers
+            role = "system"
+        return {"role": role, "content": as_content(parts)}
+    if kind == "reasoning":
+        return {"role": "assistant", "reasoning_content": [read_reasoning(item)]}
+    if kind.endswith("_output"):
+        content = as_content(read_parts(item["output"]))
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+    function = {"name": function_name(item)}
+    if kind == "function_call":
+        function["arguments"] = item["arguments"]
     else:
-        arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
-        function = {"name": function_of(item), "arguments": arguments}
-        answer.setdefault("tool_calls", []).append({"id": item["call_id"], "type": "function", "function": function})
+        function["arguments"] = dump_json({"input": item["input"]}).decode()
+    call = {"id": item["call_id"], "type": "function", "function": function}
+    return {"role": "assistant", "tool_calls": [call]}
 
 
-def read_parts(content: Any, place: str) -> list[JSONObject]:
-    """Content as parts that chats have; empty texts are left out. Raises APIError 400."""
+def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
+    """Join what an assistant did in one step to one message, unless it is reasoning that nothing followed."""
+    answer: Message = {"role": "assistant", "content": [], "reasoning_content": [], "tool_calls": []}
+    for message in messages:
+        for name in message.keys() - {"role"}:
+            answer[name] += message[name]
+    answer["content"] = as_content(answer["content"]) or None
+    answer["reasoning_content"] = "".join(answer["reasoning_content"])
+    if answer["content"] or answer["tool_calls"]:
+        yield {name: value for name, value in answer.items() if value or name == "content"}
+
+
+def move_results(messages: list[Message], continues_previous: bool) -> list[Message]:
+    """Move the results of tools directly behind the message that made their calls, as APIs require."""
+    callers: dict[str, int] = {}  # indexes of messages by the ids of their calls
+    placed = []
+    for index, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            callers[call["id"]] = index
+        if message["role"] == "tool":
+            index = callers.get(message["tool_call_id"], -1 if continues_previous else index)
+        placed.append((index, message))
+    placed.sort(key=itemgetter(0))
+    return [message for _, message in placed]
+
+
+def read_parts(content: Any) -> list[JSONObject]:
+    """Convert content to parts that chats have, without empty texts."""
     if isinstance(content, str):
         content = [{"type": "input_text", "text": content}]
-    parts: list[JSONObject] = []
-    for part in content:
-        kind = part["type"]
-        if kind == "refusal":
-            parts.append({"type": "refusal", "refusal": part["refusal"]})
-        elif kind == "input_image":
-            image = {"url": part["image_url"]}
-            if part.get("detail"):
-                image["detail"] = part["detail"]
-            parts.append({"type": "image_url", "image_url": image})
-        elif kind == "input_file":
-            file = {name: part[name] for name in ("file_data", "file_id", "filename") if part.get(name)}
-            if not file.keys() & {"file_data", "file_id"}:
-                raise bad_request(f"'{place}' has a file without file_data or file_id.", place)
-            parts.append({"type": "file", "file": file})
-        elif part["text"]:
-            parts.append({"type": "text", "text": part["text"]})
-    return parts
+    return [read_part(part) for part in content if part.get("text") != ""]
+
+
+def read_part(part: JSONObject) -> JSONObject:
+    kind = part["type"]
+    if kind == "refusal":
+        return {"type": "refusal", "refusal": part["refusal"]}
+    if kind == "input_image":
+        image = {"url": part["image_url"]}
+        if part.get("detail"):
+            image["detail"] = part["detail"]
+        return {"type": "image_url", "image_url": image}
+    if kind == "input_file":
+        file = {name: part[name] for name in FILE_FIELDS if part.get(name)}
+        return {"type": "file", "file": file}
+    return {"type": "text", "text": part["text"]}
 
 
 def as_content(parts: list[JSONObject]) -> Any:
-    """A text, or the parts where there is more than text."""
-    return joined_text(parts) if all(part["type"] == "text" for part in parts) else parts
+    """Return a text, or the parts where there is more than text."""
+    if all(part["type"] == "text" for part in parts):
+        return joined_text(parts)
+    return parts
 
 
 def joined_text(parts: list[JSONObject]) -> str:
@@ -1240,11 +1242,11 @@ def joined_text(parts: list[JSONObject]) -> str:
 
 
 def read_reasoning(item: JSONObject) -> str:
-    """The reasoning that an item carries, as an API has told it; else its summary."""
+    """Return the reasoning that an item carries, as an API sent it, else its summary."""
     encoded = item.get("encrypted_content") or ""
     if item.get("content"):
         return joined_text(item["content"])
-    if encoded.startswith(ENCODED_REASONING):  # else it is another server's
+    if encoded.startswith(ENCODED_REASONING):  # else another server encoded it
         with suppress(ValueError):
             return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
     return joined_text(item.get("summary") or [])
@@ -1253,8 +1255,8 @@ def read_reasoning(item: JSONObject) -> str:
 # ======================================================================================================================
 # 7 Responses requests
 #
-# Read as requests for a chat: items become messages, flat tools nested ones. What goes wrong with the chat is told in
-# this API's own terms.
+# Read as requests for a chat: items become messages, flat tools nested ones. Errors of the chat get the names that
+# fields have in this API.
 # ======================================================================================================================
 
 FUNCTION_TOOL = if_field("type", ["function", "custom"], FUNCTION)
@@ -1274,14 +1276,26 @@ TEXT_FORMAT = request_object_by_type({
     "json_object": request_object({}),
     "json_schema": request_object({"schema": OBJECT}),
 })
+SAME_IN_CHATS = {
+    "model": STRING,
+    "stream": BOOLEAN,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "user": STRING,
+    "metadata": OBJECT,
+    "service_tier": STRING,
+    "safety_identifier": STRING,
+    "prompt_cache_key": STRING,
+}
 RESPONSES_REQUEST = request_object(
     {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
     {
-        "model": STRING,
+        **SAME_IN_CHATS,
         "instructions": STRING,
         "previous_response_id": STRING,
         "store": BOOLEAN,
-        "stream": BOOLEAN,
         "tools": array(RESPONSES_TOOL),
         "tool_choice": any_of(choice_of("none", "auto", "required"), CHOSEN_TOOLS),
         "parallel_tool_calls": BOOLEAN,
@@ -1289,32 +1303,21 @@ RESPONSES_REQUEST = request_object(
         "reasoning": request_object({}, {"effort": STRING}),
         "include": array(STRING),
         "max_output_tokens": POSITIVE,
-        "temperature": NUMBER,
-        "top_p": NUMBER,
-        "user": STRING,
-        "metadata": OBJECT,
-        "service_tier": STRING,
-        "safety_identifier": STRING,
-        "prompt_cache_key": STRING,
         "truncation": choice_of("auto", "disabled"),
         "max_tool_calls": POSITIVE,
         "top_logprobs": COUNT,
     },
 )
-MAX_IGNORED = 20  # types of tools
 UNSUPPORTED = ("background", "conversation", "prompt")
-SAME_IN_CHATS = (
-    "model", "stream", "temperature", "top_p", "user", "metadata", "service_tier", "safety_identifier",
-    "prompt_cache_key",
-)
-PARAMS = {  # of a request for a chat, in the words of this API
+PARAMS = {  # how the paths of a chat request's fields begin, and the fields of this API
+    "messages": "input",
+    "tools": "tools",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
-    "response_format.json_schema": "text.format",
     "response_format": "text.format",
-    "tool_choice.function.name": "tool_choice.name",
-    "tool_choice.allowed_tools.tools": "tool_choice.tools",
+    "tool_choice.function": "tool_choice.name",
+    "tool_choice.allowed_tools": "tool_choice.tools",
 }
 
 
@@ -1323,14 +1326,17 @@ class ResponsesRequest:
     """A checked request for a response."""
 
     body: JSONObject
-    messages: dict[str, Message]  # of its instructions and input, by their places in it: input[0]
-    functions: dict[str, JSONObject] = field(default_factory=dict)  # its tools, as chats have them, likewise
-    tools: dict[str, ToolName] = field(default_factory=dict)  # the same, by the names of their functions
-    ignored: list[str] = field(default_factory=list)  # types of tools that only OpenAI can run
+    messages: list[Message]  # of its input
+    functions: list[JSONObject]  # its tools, as chats have them
+    tools: dict[str, ToolName]  # the same, by the names of their functions
+    ignored: set[str]  # types of tools that only OpenAI can run
 
     @classmethod
     def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
-        """find_item: an item of a stored response, by its id. Raises APIError 400 with `param` naming the field."""
+        """Read a request's body. find_item: returns an item of a stored response by its id.
+
+        Raises APIError 400 with `param` naming the field.
+        """
         body = parse_body(raw, RESPONSES_REQUEST)
         for name in UNSUPPORTED:
             if body.get(name):
@@ -1338,13 +1344,11 @@ class ResponsesRequest:
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        messages = read_items(without_references(items, find_item), bool(body.get("previous_response_id")))
+        messages = read_items(resolve_references(items, find_item), bool(body.get("previous_response_id")))
         if not messages:
             raise bad_request("'input' has no message.", "input")
-        if body.get("instructions"):
-            messages = {"instructions": {"role": "system", "content": body["instructions"]}, **messages}
-        request = cls(body, messages)
-        request._read_tools(body.get("tools") or [], "tools", None)
+        request = cls(body, messages, [], {}, set())
+        request._read_tools(body.get("tools") or [], None)
         return request
 
     @property
@@ -1352,132 +1356,93 @@ class ResponsesRequest:
         return self.body.get("store") is not False
 
     @property
-    def wants_encoded_reasoning(self) -> bool:
-        return "reasoning.encrypted_content" in (self.body.get("include") or ())
-
-    @property
     def system_items(self) -> list[Message]:
-        """System messages of the input, which later responses go on from; the instructions are for this one alone."""
-        return [
-            message for place, message in self.messages.items()
-            if is_system(message) and place != "instructions"
-        ]
+        """System messages of the input, which later responses inherit, unlike the instructions."""
+        return list(filter(is_system, self.messages))
 
-    def chat(self, system: Iterable[Message] = ()) -> ChatRequest:
-        """The request for a chat, after system messages of the responses before it. It opens no session of its `user`.
+    def to_chat_request(self, system: Iterable[Message] = ()) -> ChatRequest:
+        """Convert to a chat request without `user`: it opens no session. system: messages of previous responses.
 
-        Raises APIError 400, in the terms of chats; see `in_own_terms`.
+        Raises APIError 400, in the terms of chats; see `translate_error`.
         """
         body = self.body
+        messages = [*system]
+        if body.get("instructions"):
+            messages.append({"role": "system", "content": body["instructions"]})
         text = body.get("text") or {}
         reasoning = body.get("reasoning") or {}
         choice = body.get("tool_choice")
-        fields = {
-            "messages": [*system, *self.messages.values()],
-            "max_tokens": body.get("max_output_tokens"),
-            "reasoning_effort": reasoning.get("effort") or None,
-            "response_format": as_response_format(text.get("format")),
-        }
-        for name in SAME_IN_CHATS:
-            fields[name] = body.get(name)
+        fields = {name: body.get(name) for name in SAME_IN_CHATS}
+        fields["messages"] = messages + self.messages
+        fields["max_tokens"] = body.get("max_output_tokens")
+        fields["reasoning_effort"] = reasoning.get("effort") or None
+        fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
         if self.functions:
-            fields["tools"] = list(self.functions.values())
+            fields["tools"] = self.functions
             fields["parallel_tool_calls"] = body.get("parallel_tool_calls")
         if self.functions or choice not in ("auto", "none"):
             fields["tool_choice"] = as_tool_choice(choice)
         chat = {name: value for name, value in fields.items() if value is not None}
         return replace(ChatRequest.of(chat), user=None)
 
-    def in_own_terms(self, error: APIError, earlier: int) -> APIError:
-        """An error of the chat, told of the field that this request has for it. earlier: messages that the chat has
-        before those of this request."""
-        if error.param is None:
-            return error
-        param = self._own_param(error, earlier)
-        return error.copy(param=param, message=error.message.replace(f"'{error.param}'", f"'{param}'"))
-
-    def _own_param(self, error: APIError, earlier: int) -> str:
-        name = error.param or ""
-        found = re.fullmatch(r"(messages|tools)(?:\.?\[(\d{1,9})\])?(.*)", name, re.S)
-        if not found:
-            for of_chats, own in PARAMS.items():
-                if name == of_chats or name.startswith(f"{of_chats}."):
-                    return own + name[len(of_chats):]
-            return name
-        index = int(found[2] or -1)
-        if found[1] == "tools":
-            place = dict(enumerate(self.functions)).get(index)
-            return place + found[3].removeprefix(".function") if place else "tools"
-        place = dict(enumerate(self.messages)).get(index - earlier)
-        counts_others = error.quotes_upstream and self.body.get("previous_response_id")
-        if place is None or counts_others:
-            return "input"
-        if place != "instructions" and found[3].startswith(".content"):
-            content = ".output" if self.messages[place]["role"] == "tool" else ".content"
-            place += content + found[3].removeprefix(".content")
-        return place
-
-    def _read_tools(self, tools: list[JSONObject], path: str, namespace: str | None) -> None:
-        for index, tool in enumerate(tools):
-            place = f"{path}[{index}]"
+    def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
+        for tool in tools:
             kind = tool["type"]
             if kind == "namespace" and namespace is None:
-                self._read_tools(tool["tools"], f"{place}.tools", tool["name"])
+                self._read_tools(tool["tools"], tool["name"])
             elif kind in ("function", "custom"):
                 name = ToolName(tool["name"], namespace, kind == "custom")
                 if self.tools.setdefault(name.function, name) != name:
-                    raise bad_request(f"'{place}.name': another tool is {name.function!r} too.", f"{place}.name")
-                self.functions[place] = {"type": "function", "function": as_function(tool, name)}
-            elif kind not in self.ignored:
-                can_be_told = re.fullmatch(r"[\w.-]{1,64}", kind, re.A)  # in a header
-                if not can_be_told or len(self.ignored) == MAX_IGNORED:
-                    raise bad_request(f"'{place}.type' is not a type of tools that is known.", f"{place}.type")
-                self.ignored.append(kind)
+                    raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
+                self.functions.append({"type": "function", "function": as_function(tool, name)})
+            elif kind.isascii() and kind.isidentifier():  # others may break the header
+                self.ignored.add(kind)
 
 
-def without_references(
+def translate_error(error: APIError) -> APIError:
+    """Name the field of this API in an error of the chat request."""
+    param = error.param or ""
+    for path, name in PARAMS.items():
+        if param.startswith(path):
+            return error.copy(param=name, message=error.message.replace(f"'{param}'", f"'{name}'"))
+    return error
+
+
+def resolve_references(
     items: list[JSONObject], find_item: Callable[[str], JSONObject | None],
-) -> list[JSONObject]:
-    """The items, with stored ones in the place of references to them. Raises APIError 400."""
-    resolved = []
+) -> Iterator[JSONObject]:
+    """Replace references by the stored items. Raises APIError 400."""
     known: set[str] = set()
-    for index, item in enumerate(items):
+    for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            if id in known:  # many times a large item would make a small request any size
-                raise bad_request(f"Duplicate item found with id {id[:100]!r}.", f"input[{index}].id")
-            known.add(id)
-            found = find_item(id)
+            # Once only: a large item repeated would make a small request any size
+            found = None if id in known else find_item(id)
             if found is None:
-                raise bad_request(f"Item with id {id[:100]!r} not found.", f"input[{index}].type")
+                raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
+            known.add(id)
             item = found
-        resolved.append(item)
-    return resolved
+        yield item
 
 
 def as_tool_choice(choice: Any) -> Any:
     if not isinstance(choice, dict):
         return choice
     if choice["type"] != "allowed_tools":
-        return {"type": "function", "function": {"name": function_of(choice)}}
-    tools = []
-    for tool in choice["tools"]:
-        if tool["type"] in ("function", "custom"):
-            tools.append(as_tool_choice(tool))
+        return {"type": "function", "function": {"name": function_name(choice)}}
+    tools = [as_tool_choice(tool) for tool in choice["tools"] if tool["type"] in ("function", "custom")]
     return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
 
 
-def as_response_format(form: JSONObject | None) -> JSONObject | None:
-    if form is None or form["type"] == "text":
-        return None
-    if form["type"] == "json_object":
-        return form
-    schema = {name: value for name, value in form.items() if name != "type"}
-    return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
+def as_response_format(form: JSONObject) -> JSONObject | None:
+    if form["type"] == "json_schema":
+        schema = {"name": "answer", **form}
+        return {"type": schema.pop("type"), "json_schema": schema}
+    return form if form["type"] == "json_object" else None
 
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
-    """The function by which the upstream knows a tool."""
+    """Return the function by which the upstream knows a tool."""
     function: JSONObject = {"name": name.function}
     description = tool.get("description") or ""
     if name.is_custom:
@@ -5376,7 +5341,7 @@ def record_response(
     response: JSONObject,
 ) -> None:
     """Keep a response, with all that a next one goes on from."""
-    answer = read_items(response["output"]).values()
+    answer = read_items(response["output"])
     turns = append_turns(previous.turns, request.turns)
     if turns:
         *older, newest = turns
@@ -5538,10 +5503,26 @@ class TextCompletion(ChatCompletion):
 # ======================================================================================================================
 # 33 Responses
 #
-# Deltas in, a Response or its events out, in the order in which OpenAI sends them.
+# Deltas in, a Response or its events out. Items follow one another, as OpenAI sends them, also where an upstream sends
+# parts of several by turns: LangChain takes each change of `output_index` for a new item.
 # ======================================================================================================================
 
-MAX_ITEMS = 1000  # of one response; each takes a hundred times the bytes that begin another
+MAX_ITEMS = 1000  # of one response; an item takes a hundred times the bytes that begin it
+
+
+def parse_object(text: str) -> JSONObject | None:
+    """Return the JSON object in an upstream's text, None where there is none."""
+    try:
+        value = parse_upstream_json(text.encode())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def custom_input(arguments: str) -> str:
+    """Return the text for a custom tool from the arguments for the function that stands for it."""
+    value = (parse_object(arguments) or {}).get("input")
+    return value if isinstance(value, str) else arguments
 
 
 @dataclass(frozen=True)
@@ -5549,13 +5530,15 @@ class ItemKind:
     """What the items of one kind have in common, and their events."""
 
     prefix: str  # of their ids
-    fields: JSONObject  # of an item that begins
-    events: str  # what the names of the events begin with that carry its text
-    field: str  # where the text stands when it is complete
-    part: JSONObject | None = None  # of its content, which has the text, without it yet
+    fields: JSONObject  # of a new item
+    events: str  # beginning of the names of the events that carry its text
+    field: str  # of the complete text
+    part: JSONObject | None = None  # of its content, without the text
+    finish: Callable[[str], str] = str  # makes the complete text from what the upstream sent
+    is_streamed: bool = True  # its text is sent as it comes
 
 
-MESSAGE_FIELDS = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
 TEXT_KINDS = {  # by the field of a delta
     "reasoning_content": ItemKind(
         "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
@@ -5566,210 +5549,212 @@ TEXT_KINDS = {  # by the field of a delta
     "refusal": ItemKind("msg", MESSAGE_FIELDS, "refusal", "refusal", {"type": "refusal", "refusal": ""}),
 }
 FUNCTION_CALL = ItemKind(
-    "fc", {"type": "function_call", "status": "in_progress", "arguments": ""}, "function_call_arguments", "arguments")
-CUSTOM_CALL = ItemKind("ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input")
+    "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
+    finish=lambda arguments: arguments or "{}")  # some APIs leave empty arguments out
+CUSTOM_CALL = ItemKind(
+    "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
+    finish=custom_input, is_streamed=False)
 
 
 class OutputItem:
-    """An item of a response under way: its events, without their numbers."""
+    """An item of a response under way."""
 
-    def __init__(self, kind: ItemKind, response_id: str, index: int, fields: JSONObject) -> None:
-        self.item = {"id": f"{kind.prefix}_{response_id.removeprefix('resp_')}_{index}", **kind.fields, **fields}
-        self._kind = kind
+    def __init__(self, kind: ItemKind, id: str, index: int, fields: JSONObject) -> None:
+        self.kind = kind
+        self.item = {"id": id, "status": "in_progress", **kind.fields, **fields}
+        self.events: list[JSONObject] = []  # that are still to be sent, without their numbers
+        self.is_done = False
         self._index = index
         self._pieces: list[str] = []
+        self._emit("output_item.added", item=self.item)
+        if kind.part:
+            self._emit_text("content_part.added", part=kind.part)
 
-    def begin(self) -> Iterator[JSONObject]:
-        yield {"type": "response.output_item.added", "output_index": self._index, "item": self.item}
-        if self._kind.part:
-            yield self._event("content_part.added", part=self._kind.part)
-
-    def add(self, text: str) -> Iterator[JSONObject]:
+    def add(self, text: str) -> None:
         self._pieces.append(text)
-        if self._kind is not CUSTOM_CALL:  # of which the text is known when its JSON is complete
-            yield self._text_event("delta", delta=text)
+        if self.kind.is_streamed and not self.is_done:
+            self._emit_text(f"{self.kind.events}.delta", delta=text)
 
-    def end(self, status: str) -> Iterator[JSONObject]:
+    def may_end(self) -> bool:
+        """Whether the item is complete when another begins: a text is, arguments are when they are an object."""
+        return self.kind.part is not None or parse_object("".join(self._pieces)) is not None
+
+    def end(self, status: str) -> None:
+        self.is_done = True
         text = "".join(self._pieces)
-        ended = dict(self.item)
-        if "status" in ended:
-            ended["status"] = status
-        if "encrypted_content" in ended:
-            ended["encrypted_content"] = ENCODED_REASONING + b64encode(text.encode()).decode()
-        if self._kind is CUSTOM_CALL:
-            text = custom_input(text)
-            yield self._text_event("delta", delta=text)
-        # Some APIs leave the arguments out where there are none
-        if self._kind is FUNCTION_CALL and not text:
-            text = "{}"
-            yield self._text_event("delta", delta=text)
-        written = {self._kind.field: text}
-        yield self._text_event("done", **written)
-        if self._kind.part:
-            part = {**self._kind.part, **written}
-            yield self._event("content_part.done", part=part)
-            ended["content"] = [part]
-        else:
-            ended.update(written)
-        self.item = ended
-        yield {"type": "response.output_item.done", "output_index": self._index, "item": self.item}
+        was_sent = self.kind.is_streamed and text
+        if status == "completed":
+            text = self.kind.finish(text)
+        if text and not was_sent:
+            self._emit_text(f"{self.kind.events}.delta", delta=text)
+        written: JSONObject = {self.kind.field: text}
+        self._emit_text(f"{self.kind.events}.done", **written)
+        if self.kind.part:
+            part = {**self.kind.part, **written}
+            self._emit_text("content_part.done", part=part)
+            written = {"content": [part]}
+        if "encrypted_content" in self.item:
+            written["encrypted_content"] = ENCODED_REASONING + b64encode(text.encode()).decode()
+        self.item = {**self.item, **written, "status": status}
+        self._emit("output_item.done", item=self.item)
 
-    def _text_event(self, step: str, **fields: Any) -> JSONObject:
-        if self._kind.part and "logprobs" in self._kind.part:
-            fields["logprobs"] = []
-        return self._event(f"{self._kind.events}.{step}", **fields)
-
-    def _event(self, name: str, **fields: Any) -> JSONObject:
-        if self._kind.part:
+    def _emit_text(self, event: str, **fields: Any) -> None:
+        if self.kind.part:
             fields["content_index"] = 0
-        return {"type": f"response.{name}", "item_id": self.item["id"], "output_index": self._index, **fields}
+        if event.startswith("output_text"):
+            fields["logprobs"] = []
+        if event == "function_call_arguments.done":
+            fields["name"] = self.item["name"]
+        self._emit(event, item_id=self.item["id"], **fields)
 
-
-def custom_input(arguments: str) -> str:
-    """The text for a custom tool, of the arguments for the function that stands for it."""
-    with suppress(ValueError):
-        value = parse_json(arguments)
-        if isinstance(value, dict) and isinstance(value.get("input"), str):
-            return str(value["input"])
-    return arguments
+    def _emit(self, event: str, **fields: Any) -> None:
+        self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
 INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}  # by finish reason
+ECHOED: JSONObject = {  # settings of the request in the Response, with their defaults
+    "frequency_penalty": 0.0,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
 
 
 class ResponseWriter:
-    """One response on its way out. record: called with it when it is complete, before the client can see that it is."""
+    """A response under way. record: called with the complete response before the client can see that it is complete."""
 
     def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None = None) -> None:
         self.headers: Headers = {}
         self._request = request
         self._record = record
-        self._id = f"resp_{random_hex()}"
+        self._id = random_hex()
         self._created = int(time.time())
         self._model = request.body.get("model") or ""
-        self._begun = False
-        self._items: list[OutputItem] = []  # all but the last are complete
-        self._open: str | int | None = None  # what is under way: a text, by its field in deltas, or a call by its index
-        self._calls: set[int] = set()  # their indexes
-        self._finish_reason = ""
-        self._usage: Any = None
+        self._items: list[OutputItem] = []
+        self._sent = 0  # items of which all events are sent
+        self._calls: dict[int, OutputItem] = {}  # by their index in deltas
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         last = deque(self._events(deltas), maxlen=1)
         return dump_json(last[0]["response"])
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        for number, event in enumerate(self._events(deltas)):
-            yield write_event(event, number)
+        yield from map(write_event, self._events(deltas), itertools.count())
 
     def failure(self, error: APIError, sent: int) -> bytes:
-        """The events that end a stream of which so many have been sent."""
+        """Return the events that end a stream after `sent` events."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         response = self._response("failed", error={"code": code, "message": error.message})
-        events = [] if sent else list(self._begin())
+        events = [] if sent else self._begin()
         events.append({"type": "response.failed", "response": response})
-        written = b""
-        for number, event in enumerate(events, start=sent):
-            written += write_event(event, number)
-        return written
+        return b"".join(map(write_event, events, itertools.count(sent)))
 
     def _events(self, deltas: Iterable[Delta]) -> Iterator[JSONObject]:
-        for delta in deltas:
+        finish_reason = ""
+        usage: Any = None
+        for number, delta in enumerate(deltas):
+            chunk = delta.chunk
             if delta.headers:
                 self.headers = self._with_ignored(delta.headers)
-            self._model = delta.chunk.get("model") or self._model
-            if not self._begun:
-                self._begun = True
+            self._model = chunk.get("model") or self._model
+            usage = chunk.get("usage") or usage
+            if number == 0:
                 yield from self._begin()
-            self._usage = delta.chunk.get("usage") or self._usage
-            for choice in delta.chunk["choices"]:
+            for choice in chunk["choices"]:
                 if choice["index"] == 0:
-                    yield from self._add(choice["delta"])
-                    self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        reason = INCOMPLETE_REASONS.get(self._finish_reason)
-        status = "incomplete" if reason else "completed"
-        yield from self._end_item(status)
-        response = self._response(
-            status, incomplete_details={"reason": reason} if reason else None, usage=self._usage_fields())
+                    self._add(choice["delta"])
+                    finish_reason = choice.get("finish_reason") or finish_reason
+            yield from self._item_events()
+        status, details = "completed", None
+        if finish_reason in INCOMPLETE_REASONS:
+            status, details = "incomplete", {"reason": INCOMPLETE_REASONS[finish_reason]}
+        for item in self._items:
+            if not item.is_done:
+                item.end(status)
+        yield from self._item_events()
+        response = self._response(status, incomplete_details=details, usage=response_usage(usage))
         if self._record:
             self._record(response)
         yield {"type": f"response.{status}", "response": response}
 
-    def _begin(self) -> Iterator[JSONObject]:
+    def _begin(self) -> list[JSONObject]:
         response = self._response("in_progress")
-        yield {"type": "response.created", "response": response}
-        yield {"type": "response.in_progress", "response": response}
+        return [{"type": f"response.{step}", "response": response} for step in ("created", "in_progress")]
 
-    def _add(self, delta: JSONObject) -> Iterator[JSONObject]:
+    def _item_events(self) -> Iterator[JSONObject]:
+        """Yield the events of items; those of an item wait until the items before it are done."""
+        for item in self._items[self._sent:]:
+            yield from item.events
+            item.events = []
+            if not item.is_done:
+                break
+            self._sent += 1
+
+    def _add(self, delta: JSONObject) -> None:
         for name, kind in TEXT_KINDS.items():
             if delta.get(name):
-                yield from self._add_text(name, kind, delta[name])
+                if not self._items or self._items[-1].kind is not kind:
+                    self._begin_item(kind, {})
+                self._items[-1].add(delta[name])
         for call in delta.get("tool_calls") or ():
-            yield from self._add_call(call)
+            function = call.get("function") or {}
+            if call["index"] not in self._calls:
+                self._begin_call(call, function.get("name") or "")
+            if function.get("arguments"):
+                self._calls[call["index"]].add(function["arguments"])
 
-    def _add_text(self, name: str, kind: ItemKind, text: str) -> Iterator[JSONObject]:
-        if self._open != name:
-            fields: JSONObject = {}
-            if name == "reasoning_content" and self._request.wants_encoded_reasoning:
-                fields["encrypted_content"] = None
-            yield from self._begin_item(name, kind, fields)
-        yield from self._items[-1].add(text)
+    def _begin_call(self, call: JSONObject, name: str) -> None:
+        tool = self._request.tools.get(name) or ToolName(name)
+        fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}", "name": tool.name}
+        if tool.namespace:
+            fields["namespace"] = tool.namespace
+        self._calls[call["index"]] = self._begin_item(CUSTOM_CALL if tool.is_custom else FUNCTION_CALL, fields)
 
-    def _add_call(self, call: JSONObject) -> Iterator[JSONObject]:
-        index = call["index"]
-        function = call.get("function") or {}
-        if self._open != index:
-            if index in self._calls:
-                raise upstream_error(502, "upstream_invalid_response", "The pieces of tool calls came in no order.")
-            self._calls.add(index)
-            name = function.get("name") or ""
-            tool = self._request.tools.get(name) or ToolName(name)
-            fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}", "name": tool.name}
-            if tool.namespace:
-                fields["namespace"] = tool.namespace
-            yield from self._begin_item(index, CUSTOM_CALL if tool.is_custom else FUNCTION_CALL, fields)
-        if function.get("arguments"):
-            yield from self._items[-1].add(function["arguments"])
-
-    def _begin_item(self, what: str | int, kind: ItemKind, fields: JSONObject) -> Iterator[JSONObject]:
-        yield from self._end_item("completed")
-        if len(self._items) == MAX_ITEMS:
-            raise upstream_error(502, "upstream_invalid_response", f"An answer of more than {MAX_ITEMS} items came.")
-        item = OutputItem(kind, self._id, len(self._items), fields)
-        self._open = what
+    def _begin_item(self, kind: ItemKind, fields: JSONObject) -> OutputItem:
+        """Begin an item, and end the one before it unless more may come for it."""
+        index = len(self._items)
+        if index == MAX_ITEMS:
+            raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
+        if index and self._items[-1].may_end():
+            self._items[-1].end("completed")
+        if kind.prefix == "rs" and "reasoning.encrypted_content" in (self._request.body.get("include") or ()):
+            fields["encrypted_content"] = None
+        item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
-        yield from item.begin()
-
-    def _end_item(self, status: str) -> Iterator[JSONObject]:
-        if self._open is not None:
-            self._open = None
-            yield from self._items[-1].end(status)
-
-    def _usage_fields(self) -> JSONObject:
-        usage = self._usage
-        cached = count_of(usage, "prompt_tokens_details", "cached_tokens") or count_of(usage, "cached_tokens")
-        reasoning = count_of(usage, "completion_tokens_details", "reasoning_tokens")
-        return {
-            "input_tokens": count_of(usage, "prompt_tokens"),
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": count_of(usage, "completion_tokens"),
-            "output_tokens_details": {"reasoning_tokens": reasoning},
-            "total_tokens": count_of(usage, "total_tokens"),
-        }
+        return item
 
     def _with_ignored(self, headers: Headers) -> Headers:
-        ignored = list(self._request.ignored)
+        if not self._request.ignored:
+            return headers
+        names = sorted(self._request.ignored)
         if "X-Kimi2api-Ignored" in headers:
-            ignored.append(headers["X-Kimi2api-Ignored"])
-        return {**headers, "X-Kimi2api-Ignored": ", ".join(ignored)} if ignored else headers
+            names.append(headers["X-Kimi2api-Ignored"])
+        return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
-        """The Response object, with the settings of the request as they hold."""
-        body = self._request.body
+        """Return the Response object, with the settings of the request as they hold."""
         response = {
-            "id": self._id,
+            "id": f"resp_{self._id}",
             "object": "response",
             "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,
             "error": None,
@@ -5780,44 +5765,36 @@ class ResponseWriter:
             **fields,
         }
         for name, default in ECHOED.items():
-            value = body.get(name)
+            value = self._request.body.get(name)
+            if isinstance(value, dict) and isinstance(default, dict):
+                value = {**default, **value}
             response[name] = default if value is None else value
         response["tools"] = list(map(echoed_tool, response["tools"]))
-        response["text"] = {"format": {"type": "text"}, **response["text"]}
-        response["reasoning"] = {"effort": None, "summary": None, **response["reasoning"]}
         return response
 
 
-ECHOED: JSONObject = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
-    "reasoning": {},
-    "safety_identifier": None,
-    "service_tier": "default",
-    "store": True,
-    "temperature": 1.0,
-    "text": {},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_logprobs": 0,
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "user": None,
-}
+def response_usage(usage: Any) -> JSONObject:
+    """Convert an upstream's usage."""
+    count = partial(count_of, usage)
+    cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
+    return {
+        "input_tokens": count("prompt_tokens"),
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": count("completion_tokens"),
+        "output_tokens_details": {"reasoning_tokens": count("completion_tokens_details", "reasoning_tokens")},
+        "total_tokens": count("total_tokens"),
+    }
 
 
 def echoed_tool(tool: JSONObject) -> JSONObject:
-    """A tool as clients' types want it, with fields that the request may leave out."""
-    return {"parameters": None, "strict": None, **tool} if tool["type"] == "function" else tool
+    """Return a tool with the fields that clients require and requests may leave out."""
+    if tool["type"] != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": None, **tool}
 
 
 def response_of(item_id: str) -> str:
-    """The id of the response that an item belongs to."""
+    """Return the id of the response that an item belongs to."""
     return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
@@ -6014,14 +5991,13 @@ class App:
     def response(self) -> bytes:
         asked = ResponsesRequest.parse(self._body(), self._stored_item)
         previous = self._previous_response(asked.body.get("previous_response_id"))
-        earlier = len(previous.system)
         try:
-            request = asked.chat(previous.system)
+            request = asked.to_chat_request(previous.system)
             record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
             writer = ResponseWriter(asked, record if asked.is_stored else None)
             return self._complete(request, writer, previous)
         except APIError as error:
-            raise asked.in_own_terms(error, earlier) from None
+            raise translate_error(error) from None
 
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
