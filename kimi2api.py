@@ -4551,7 +4551,6 @@ OPTIONAL_PARAMETERS = (
     "logprobs", "stream_options",
 )
 NOTES_MAX_AGE = 3600.0  # seconds
-MAX_NOTES = 1000  # models
 MAX_REFUSED = 50  # settings of one
 
 # How a forced tool is asked for: as the client does; as the only one of the tools; without thinking
@@ -4640,8 +4639,6 @@ def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
 # ======================================================================================================================
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-MAX_CHOICES = 128  # OpenAI's limit for n
-MAX_CALLS = 10_000  # of one choice
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
 
 TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
@@ -4741,10 +4738,8 @@ class APIAnswer:
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
                 yield chunk
-        except Abandoned:
-            raise
-        except APIError:
-            if not is_complete:
+        except APIError as error:
+            if not is_complete or isinstance(error, Abandoned):
                 raise
         if not (self.is_done or is_complete):
             message = f"{self._api.name} ended the stream before the answer was complete."
@@ -4775,8 +4770,6 @@ class APIAnswer:
                 self._check_choice(choice)
                 if choice.get("usage"):  # Moonshot's place for it
                     chunk["usage"] = chunk.get("usage") or choice["usage"]
-            if not 0 <= choice["index"] < max(self._wanted, MAX_CHOICES):
-                raise self._malformed()
         return chunk
 
     def _check_choice(self, choice: Any) -> None:
@@ -4791,8 +4784,6 @@ class APIAnswer:
         if delta.get("tool_calls"):
             known = self._fold.choices.get(index, {"delta": {}})["delta"].get("tool_calls")
             assign_call_indexes(delta["tool_calls"], known or {})
-            if any(call["index"] >= MAX_CALLS for call in delta["tool_calls"]):
-                raise self._malformed()
         if choice["finish_reason"]:
             self.finished.add(index)
 
@@ -4881,7 +4872,6 @@ class OpenAIProvider(Provider):
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        self._lock = threading.Lock()  # guards changes of _notes
         self._notes: dict[str, ModelNotes] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
@@ -4941,16 +4931,8 @@ class OpenAIProvider(Provider):
                 log.info("%s/%s: %s; asking again in another way", self.name, asked.model, error.reason)
                 notes = better
             else:
-                self._note(asked.model, notes)
+                self._notes[asked.model] = notes
                 return response, sent
-
-    def _note(self, model: str, notes: ModelNotes) -> None:
-        if notes == self._notes.get(model, ModelNotes()):
-            return
-        with self._lock:
-            self._notes[model] = notes
-            if len(self._notes) > MAX_NOTES:
-                del self._notes[next(iter(self._notes))]
 
     def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
         """Keep the reasoning behind the tool calls of each choice. messages: that the answer is to."""
@@ -5146,11 +5128,9 @@ class Providers:
                         break
                     if not asked.request.stream:
                         del begun[1:]  # the fold has it
-            except Abandoned:
-                raise
             except APIError as error:
                 failed.append((name, error.copy()))
-                if not error.may_fall_back:
+                if not error.may_fall_back or isinstance(error, Abandoned):
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
