@@ -12,7 +12,7 @@ The way of a chat through this file:
 
     Access.admit()        whether its client may call
     ChatRequest           checked by schemas; a ResponsesRequest is read as one
-    Accounts.admit()      the limits of its key; the Meter counts what it takes, for usage and metrics
+    UsageLimits.admit()   the limits of its key; the Meter counts what it takes, for usage and metrics
     answer_in_session()   what was said before goes in front: Sessions, in a Store
     Providers.answer()    by the model asked for, or else by one to fall back to
     Provider.stream()     Kimi's web chat or an API: a stream of Deltas
@@ -74,8 +74,8 @@ import time
 import unicodedata
 from base64 import b64decode, b64encode
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -91,7 +91,7 @@ from math import ceil, inf, isfinite
 from operator import itemgetter
 from queue import Empty, SimpleQueue
 from traceback import clear_frames
-from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
@@ -714,6 +714,7 @@ def record_by_type(records: Mapping[str, Schema], default: str | None = None) ->
     return record({}, types, allOf=rules)
 
 
+MAXIMA = {"maxItems": "", "maxLength": " characters", "maxProperties": " fields"}  # keywords, and their units
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
     "array": (list, "a list"),
@@ -773,6 +774,11 @@ def find_field_violation(value: JSONObject, schema: Schema, path: str) -> Violat
             violation = find_violation(value[name], field_schema, prefix + name)
             if violation:
                 return violation
+    if "additionalProperties" in schema:
+        for name in value.keys() - schema.get("properties", {}).keys():
+            violation = find_violation(value[name], schema["additionalProperties"], prefix + name)
+            if violation:
+                return violation
     for condition in (schema, *schema.get("allOf", ())):
         if "if" in condition and find_violation(value, condition["if"]) is None:
             violation = find_violation(value, condition["then"], path)
@@ -790,7 +796,9 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
     for keyword in ("minimum", "minLength", "minItems"):
         if keyword in schema and size_of(value) < schema[keyword]:
             return False
-    return "maxItems" not in schema or len(value) <= schema["maxItems"]
+    if "propertyNames" in schema and max(map(len, value), default=0) > schema["propertyNames"]["maxLength"]:
+        return False
+    return all(len(value) <= schema[keyword] for keyword in MAXIMA if keyword in schema)
 
 
 def is_of_type(value: Any, name: str) -> bool:
@@ -820,8 +828,11 @@ def describe(schema: Schema) -> str:
     for keyword in ("minimum", "minItems"):
         if keyword in schema:
             words += f" of at least {schema[keyword]}"
-    if "maxItems" in schema:
-        words += f" of at most {schema['maxItems']}"
+    for keyword, unit in MAXIMA.items():
+        if keyword in schema:
+            words += f" of at most {schema[keyword]}{unit}"
+    if "propertyNames" in schema:
+        words += f" with names of at most {schema['propertyNames']['maxLength']} characters"
     return words
 
 
@@ -858,11 +869,12 @@ RESPONSE_FORMAT = record(
     {"json_schema": OBJECT},
     **when("type", ["json_schema"], record({"json_schema": record({"schema": OBJECT})})),
 )
+USER: Schema = {"type": "string", "maxLength": 512}  # the name of a session
 CHAT_REQUEST = record(
     {"messages": array(MESSAGE, minItems=1)},
     {
         "model": STRING,
-        "user": STRING,
+        "user": USER,
         "stream": BOOLEAN,
         "stream_options": record({}, {"include_usage": BOOLEAN}),
         "stop": any_of(STRING, array(STRING, maxItems=4)),
@@ -902,7 +914,7 @@ EMBEDDINGS_REQUEST = record(
     {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
     {
         "model": STRING,
-        "user": STRING,
+        "user": USER,
         "encoding_format": choice_of("float", "base64"),
         "dimensions": POSITIVE,
     },
@@ -1062,27 +1074,6 @@ def place_of_call(turns: list[Turn], result: Message) -> int:
             if call_id and any(call.get("id") == call_id for call in message.get("tool_calls") or ()):
                 return index
     return len(turns) - 1
-
-
-def slimmed(message: Message) -> Message:
-    """What is remembered of a message: a client may put megabytes into fields that nobody asks for."""
-    slim: Message = {"role": message["role"], "content": text_of(message)}
-    if message.get("tool_call_id"):
-        slim["tool_call_id"] = message["tool_call_id"]
-    if message.get("tool_calls"):
-        slim["content"] = slim["content"] or None
-        slim["tool_calls"] = [
-            {
-                "id": call.get("id"),
-                "type": "function",
-                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
-            }
-            for call in message["tool_calls"]
-        ]
-        # Moonshot and DeepSeek want it back
-        if isinstance(message.get("reasoning_content"), str):
-            slim["reasoning_content"] = message["reasoning_content"]
-    return slim
 
 
 def is_system(message: Message) -> bool:
@@ -1288,6 +1279,12 @@ TEXT_FORMAT = record_by_type({
     "json_object": record({}),
     "json_schema": record({"schema": OBJECT}),
 })
+METADATA: Schema = {  # as OpenAI bounds it
+    "type": "object",
+    "maxProperties": 16,
+    "propertyNames": {"maxLength": 64},
+    "additionalProperties": {"type": "string", "maxLength": 512},
+}
 RESPONSES_REQUEST = record(
     {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
     {
@@ -1305,8 +1302,8 @@ RESPONSES_REQUEST = record(
         "max_output_tokens": POSITIVE,
         "temperature": NUMBER,
         "top_p": NUMBER,
-        "user": STRING,
-        "metadata": OBJECT,
+        "user": USER,
+        "metadata": METADATA,
         "service_tier": STRING,
         "safety_identifier": STRING,
         "prompt_cache_key": STRING,
@@ -1511,104 +1508,109 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # ======================================================================================================================
 # 8 Stores
 #
-# Where sessions, stored responses, reasoning and counters are kept. A store knows how to keep them, `Sessions` what is
-# in them. They belong to an owner, which is a hash of a key.
+# A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
+# kind and a name. `Sessions` decides what is in a document.
 # ======================================================================================================================
 
-MAX_TURNS = 1000  # of one session; more than any prompt holds
-MAX_SESSION_BYTES = 1 << 20  # of one session's turns, as JSON
-MAX_RESPONSE_BYTES = 16 << 20  # of a stored response; a larger one would push out everybody's sessions
-MAX_STORE_BYTES = 64 << 20  # of all sessions, where they are kept in memory
-MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls, likewise
-MESSAGE_BYTES = 500  # that a message takes beside its text
+SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
+MAX_REASONING_TEXTS = 4000  # of one owner
+MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, where they are kept in memory
+DOCUMENT_BYTES = 500  # that a document takes in memory beside its data
+# Seconds that a call may wait, and that an update is retried. A chat may wait three times, for two limits and its
+# session: together less than 5 s
+STORE_TIMEOUT = 1.5
+
+DocumentKey = tuple[str, str, str]  # owner, kind, name
+Amounts = Mapping[str, int]
 
 
-def size_of_turn(turn: Turn) -> int:
-    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
-
-
-@dataclass(frozen=True)
-class Session:
-    """What is remembered of a user, or of a stored response and what led to it."""
-
-    id: str
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    turns: Turns = ()
-    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
-    response: JSONObject | None = None
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes, about."""
-        size = sum(map(size_of_turn, self.turns)) + size_of_turn(self.system) + MESSAGE_BYTES
-        return size + len(dump_json(self.response)) if self.response else size
-
-
-Key = tuple[str, str, str]  # of a session: its owner, "user" or "response", and that one's name or id
+class CounterKey(NamedTuple):
+    owner: str
+    period: str
+    max_age: float  # seconds after the last addition until its counters expire
 
 
 @dataclass(frozen=True)
-class SessionSummary:
-    """What a list of sessions says of one; an owner's turns together may be a gigabyte."""
+class Document:
+    """Bytes in a store, and what lists show of them."""
 
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    turns: int
+    created: float = 0.0  # seconds since the epoch, as is `used`
+    used: float = 0.0
+    turns: int = 0
+    data: bytes = b""
+    version: int = 0  # another one after each put; 0: not stored
+
+
+NO_DOCUMENT = Document()
 
 
 class Store:
-    """What all stores do, for many threads. Each may raise APIError 503 when the store cannot be reached.
+    """Documents and counters, for many threads. Every method raises APIError 503 while the store is unavailable.
 
-    Sessions are forgotten `ttl` seconds after their last use; at most `limit` are kept, and the least recently used
-    goes first. Counters are numbers by owner, period and name.
+    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; the
+    least recently used one is evicted. Counters are numbers by owner, period and name.
     """
 
     kind = ""  # for /health
 
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
-        self.limit = limit
-        self.is_failing = False  # a call has failed, and none that writes has succeeded since; to be busy is no failure
+        self.limit = limit  # sessions of one owner, and stored responses
+
+    def limit_of(self, kind: str) -> int:
+        return MAX_REASONING_TEXTS if kind == REASONING else self.limit
+
+    def expiry(self) -> float:
+        """Return the time of the last use up to which documents have expired."""
+        return time.time() - self.ttl
 
     def check(self) -> None:
-        """Raises APIError when the store cannot be reached."""
+        """Raise APIError unless the store can be written."""
 
-    def get(self, key: Key) -> Session | None:
+    def load(self, key: DocumentKey) -> Document | None:
         raise NotImplementedError
 
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
-        """Put what change() makes of the session in its place; all of it, or nothing. Two updates of one session come
-        after one another, whoever makes them; change() may be called more than once."""
+    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+        """Store a document, or return False if the stored version is not the expected one (None: any)."""
         raise NotImplementedError
 
-    def forget(self, key: Key) -> bool:
-        """Whether there was anything to forget."""
+    def delete(self, key: DocumentKey) -> bool:
+        """Delete a document. Return False if there was none."""
         raise NotImplementedError
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
-        """The sessions of an owner's users, by their names; the least recently used is the first."""
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        """Return an owner's documents by name, the least recently used first. Their data may be left out."""
         raise NotImplementedError
 
     def count(self) -> int:
-        """Sessions kept."""
+        """Count the sessions and stored responses of all owners."""
         raise NotImplementedError
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        """Keep a text under each of these names, for `ttl` seconds."""
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        """Add to counters of a period, and return the new values of those."""
         raise NotImplementedError
 
-    def find_reasoning(self, owner: str, place: str) -> str | None:
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        """Return the counters of each period."""
         raise NotImplementedError
 
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        """Add to the counters of a period, all at once, and return what these are then. They are forgotten when nothing
-        was added for so many seconds."""
-        raise NotImplementedError
+    def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
+        """Replace a document by change(document). document: as the caller has loaded it, or an empty one.
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
-        """The counters of each of these periods."""
-        raise NotImplementedError
+        If another update came first, change() is called again with the document that is stored by then.
+        """
+        deadline = time.monotonic() + STORE_TIMEOUT
+        while not self.put(key, change(document), document.version):
+            if time.monotonic() > deadline:
+                raise store_unavailable()
+            time.sleep(random.uniform(0, 0.005))
+            document = self.load(key) or NO_DOCUMENT
+
+
+def store_unavailable() -> APIError:
+    return APIError(
+        503, "The session store is unavailable; see the server's log. Requests without 'user' and "
+        "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
 
 
 class MemoryStore(Store):
@@ -1618,134 +1620,98 @@ class MemoryStore(Store):
 
     def __init__(self, ttl: float, limit: int) -> None:
         super().__init__(ttl, limit)
-        # Least recently used first, which is also the first to expire
-        self._sessions: dict[Key, Session] = {}
-        self._size = 0  # bytes of all sessions, about
-        # When it was kept, and the text
-        self._reasoning: dict[tuple[str, str], tuple[float, str]] = {}
-        self._reasoning_size = 0
-        # When they expire, and the counters
-        self._counters: dict[tuple[str, str], tuple[float, dict[str, int]]] = {}
-        self._lock = threading.Lock()  # guards all five; held for little work only
+        # By owner and kind, then by name; the least recently used first
+        self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
+        self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
+        self._versions = itertools.count(1)
+        self._counters: dict[CounterKey, tuple[float, Counter[str]]] = {}  # with the time of their expiry
+        self._lock = threading.Lock()  # guards all four; held for little work only
 
-    def get(self, key: Key) -> Session | None:
+    def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
             self._drop_expired()
-            return self._sessions.get(key)
+            return self._documents[key[:2]].get(key[2])
 
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
+    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+        owner, kind, name = key
         with self._lock:
             self._drop_expired()
-            session = change(self._sessions.get(key))
-            self._forget(key)
-            self._sessions[key] = session
-            self._size += session.size
-            while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
-                self._forget(next(iter(self._sessions)))
+            documents = self._documents[owner, kind]
+            found = documents.get(name, NO_DOCUMENT)
+            if expected not in (None, found.version):
+                return False
+            self._drop(key)
+            documents[name] = replace(document, version=next(self._versions))
+            sizes = self._sizes[owner]
+            sizes[kind] += len(document.data) + DOCUMENT_BYTES
+            while len(documents) > self.limit_of(kind):
+                self._drop_oldest(owner, kind)
+            while sizes.total() > MAX_OWNER_BYTES:
+                [(largest, _)] = sizes.most_common(1)
+                self._drop_oldest(owner, largest)
+        return True
 
-    def forget(self, key: Key) -> bool:
+    def delete(self, key: DocumentKey) -> bool:
         with self._lock:
             self._drop_expired()
-            return self._forget(key)
+            return self._drop(key)
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         with self._lock:
             self._drop_expired()
-            sessions = {}
-            for (whose, kind, name), session in self._sessions.items():
-                if (whose, kind) == (owner, "user"):
-                    sessions[name] = SessionSummary(session.created, session.used, len(session.turns))
-            return sessions
+            return self._documents[owner, kind].copy()
 
     def count(self) -> int:
         with self._lock:
             self._drop_expired()
-            return len(self._sessions)
+            return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         now = time.time()
         with self._lock:
-            for place in places:
-                self._drop_reasoning((owner, place))
-                self._reasoning[owner, place] = now, text
-                self._reasoning_size += len(text) + MESSAGE_BYTES
-            while self._reasoning:
-                oldest = next(iter(self._reasoning))
-                is_expired = self._reasoning[oldest][0] <= now - self.ttl
-                if not is_expired and self._reasoning_size <= MAX_REASONING_BYTES:
-                    return
-                self._drop_reasoning(oldest)
-
-    def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._lock:
-            kept, text = self._reasoning.get((owner, place), (0.0, None))
-            return text if kept > time.time() - self.ttl else None
-
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        with self._lock:
-            counters = self._renewed_counters(owner, period, max_age)
-            for name, amount in amounts.items():
-                counters[name] = counters.get(name, 0) + amount
+            expires, counters = self._counters.get(key, (0.0, Counter()))
+            if expires <= now:  # it is a new period, so others may have expired
+                self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
+                counters = Counter()
+            counters.update(amounts)
+            self._counters[key] = now + key.max_age, counters
             return {name: counters[name] for name in amounts}
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
-        found = []
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        found: list[Amounts] = []
         with self._lock:
-            for period in periods:
-                expires, counters = self._counters.get((owner, period), (0.0, {}))
+            for key in keys:
+                expires, counters = self._counters.get(key, (0.0, Counter()))
                 found.append(dict(counters) if expires > time.time() else {})
         return found
 
-    def set_counters(self, owner: str, period: str, counters: Mapping[str, int], max_age: float) -> None:
-        """Take over what another store has told of these counters, unless they are further: they only grow."""
-        with self._lock:
-            known = self._renewed_counters(owner, period, max_age)
-            for name, value in counters.items():
-                known[name] = max(value, known.get(name, 0))
-
     # The caller of these holds the lock
 
-    def _forget(self, key: Key) -> bool:
-        session = self._sessions.pop(key, None)
-        if session:
-            self._size -= session.size
-        return session is not None
+    def _drop(self, key: DocumentKey) -> bool:
+        owner, kind, name = key
+        document = self._documents[owner, kind].pop(name, None)
+        if document:
+            self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
+        return document is not None
 
-    def _renewed_counters(self, owner: str, period: str, max_age: float) -> dict[str, int]:
-        """The counters of a period, which expire after so many seconds from now."""
-        now = time.time()
-        expires, counters = self._counters.get((owner, period), (0.0, {}))
-        if expires <= now:  # it is a new period, so others may have expired
-            self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
-            counters = {}
-        self._counters[owner, period] = now + max_age, counters
-        return counters
-
-    def _drop_reasoning(self, key: tuple[str, str]) -> None:
-        _, text = self._reasoning.pop(key, (0.0, None))
-        if text is not None:
-            self._reasoning_size -= len(text) + MESSAGE_BYTES
+    def _drop_oldest(self, owner: str, kind: str) -> None:
+        self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
 
     def _drop_expired(self) -> None:
-        while self._sessions:
-            oldest = next(iter(self._sessions))
-            if self._sessions[oldest].used > time.time() - self.ttl:
-                return
-            self._forget(oldest)
+        expiry = self.expiry()
+        for (owner, kind), documents in self._documents.items():
+            while documents and next(iter(documents.values())).used <= expiry:
+                self._drop_oldest(owner, kind)
 
 
 # ======================================================================================================================
 # 9 Shared stores
 #
-# What stores outside of this process have in common: others share them, they fail and come back, and they may hold
-# what another version of the program wrote.
+# What stores outside of this process have in common: they fail and recover, and another version may have written them.
 # ======================================================================================================================
 
-# A chat that finds the store busy waits for its two limits and for its session: together less than 5 s
-STORE_PATIENCE = 3.6  # seconds that a call waits for its turn
-CHECK_PATIENCE = 1.0  # the same for /health, and for all calls of a store that is stuck
-OPTIONAL_PATIENCE = 0.5  # and for what chats can do without: reasoning and counters
-MAX_STORE_PAUSE = 2.0  # seconds without a call after a failure, at most
+STORE_FORMAT = 2  # of what SQLite and Redis keep. In format 1 sessions were tables, lists and hashes
+MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class StoreError(Exception):
@@ -1753,75 +1719,44 @@ class StoreError(Exception):
 
 
 class SharedStore(Store):
-    """A store outside of this process. Every failure of it is the same APIError, and soon."""
+    """A store outside of this process. Each failure becomes the same APIError."""
 
     failures: tuple[type[Exception], ...] = (StoreError,)
-    patience = STORE_PATIENCE
 
     def __init__(self, ttl: float, limit: int) -> None:
         super().__init__(ttl, limit)
-        # None of these needs a lock: a call too many or a line too many in the log does no harm
+        # Neither needs a lock: one more call or one more line in the log does no harm
+        self.is_failing = False  # a call has failed, and since then no write has succeeded
         self._paused_until = 0.0  # in seconds of time.monotonic()
-        self._failed_patience = 0.0  # of the call that failed
-        self._is_stuck = False  # it fails, also for a call that has waited as long as any may
 
-    def _check_pause(self, patience: float) -> None:
-        if time.monotonic() < self._paused_until and patience <= self._failed_patience:
+    def _check_pause(self) -> None:
+        if time.monotonic() < self._paused_until:
             raise store_unavailable()
 
     @contextmanager
-    def _calling(self, is_write: bool, patience: float) -> Iterator[None]:
-        """Around a call of the store. After a failure there is none for as long as that took, but of a more patient
-        kind: while each takes a second, a request that could use the store twenty times must not take twenty."""
-        self._check_pause(patience)
+    def _calling(self, is_write: bool) -> Iterator[None]:
+        """Raise APIError 503 for a call that fails. Then all calls fail immediately, for five times as long as that one
+        took: so a request that needs several calls, or many requests, do not wait for each of them."""
+        self._check_pause()
         began = time.monotonic()
         try:
             yield
         except self.failures as error:
             now = time.monotonic()
-            self._paused_until = now + min(now - began, MAX_STORE_PAUSE)
-            self._failed_patience = patience
-            if patience >= self.patience:
-                self._is_stuck = True
+            self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
             if not self.is_failing:
-                log.warning("the session store (%s) fails: %s: %s", self.kind, type(error).__name__, error)
+                log.warning("session store (%s) failed: %s: %s", self.kind, type(error).__name__, error)
             self.is_failing = True
             raise store_unavailable() from None
         if self.is_failing and is_write:  # a full disk can still be read
-            self.is_failing = self._is_stuck = False
-            log.warning("the session store (%s) is well again", self.kind)
+            self.is_failing = False
+            log.warning("session store (%s) recovered", self.kind)
 
 
-def store_unavailable() -> APIError:
-    return APIError(
-        503, "The store of sessions cannot be used at the moment; the server's log says why. Requests without user, "
-        "previous_response_id and store need none.", "server_error", "session_store_unavailable")
-
-
-def newer_format(version: int) -> StoreError:
-    return StoreError(f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-
-
-def not_ours(error: Exception) -> StoreError:
-    return StoreError(f"it holds what this program did not write: {error}")
-
-
-def load_json(source: bytes) -> Any:
-    """What dump_json() wrote."""
-    try:
-        return json.loads(source)
-    except ValueError as error:
-        raise not_ours(error) from None
-
-
-def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
-    """How many of the oldest turns are gone, and which ones are new at the end."""
-    if after and after[0] in before:
-        gone = before.index(after[0])
-        kept = len(before) - gone
-        if before[gone:] == after[:kept]:
-            return gone, after[kept:]
-    return len(before), after
+def check_format(version: int) -> None:
+    if version > STORE_FORMAT:
+        raise StoreError(
+            f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
 
 
 # ======================================================================================================================
@@ -1830,47 +1765,30 @@ def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
 # One file, which the processes of one machine may share.
 # ======================================================================================================================
 
-PROBE_BYTES = 1 << 16  # that must fit before a full disk counts as well again
 LOCK_CHECK_INTERVAL = 0.02  # seconds
-MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are given back to the system
+MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
-SQLITE_STEPS = (  # from each version of the format to the next; PRAGMA user_version is how many have been made
-    (
-        """CREATE TABLE sessions (
-            number INTEGER PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
-            id TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL, system BLOB NOT NULL, response BLOB,
-            UNIQUE (owner, kind, name))""",
-        "CREATE INDEX sessions_by_use ON sessions (used)",
-        """CREATE TABLE turns (
-            number INTEGER PRIMARY KEY, turn BLOB NOT NULL,
-            session INTEGER NOT NULL REFERENCES sessions ON DELETE CASCADE)""",
-        "CREATE INDEX turns_of_session ON turns (session)",
-        """CREATE TABLE reasoning (
-            number INTEGER PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, kept REAL NOT NULL,
-            size INTEGER NOT NULL, text TEXT NOT NULL, UNIQUE (owner, place))""",
-        "CREATE INDEX reasoning_by_age ON reasoning (kept)",
-        """CREATE TABLE counters (
-            owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
-            expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
-        "CREATE INDEX counters_by_expiry ON counters (expires)",
-        "CREATE TABLE probe (content BLOB)",
-        # Counting rows would take longer the more there are
-        "CREATE TABLE totals (sessions INTEGER NOT NULL, reasoning INTEGER NOT NULL)",
-        "INSERT INTO totals VALUES (0, 0)",
-        "CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN UPDATE totals SET sessions = sessions + 1; END",
-        "CREATE TRIGGER session_gone AFTER DELETE ON sessions BEGIN UPDATE totals SET sessions = sessions - 1; END",
-        """CREATE TRIGGER reasoning_added AFTER INSERT ON reasoning BEGIN
-            UPDATE totals SET reasoning = reasoning + NEW.size; END""",
-        """CREATE TRIGGER reasoning_gone AFTER DELETE ON reasoning BEGIN
-            UPDATE totals SET reasoning = reasoning - OLD.size; END""",
-    ),
+SQLITE_TABLES = (
+    # Of format 1. Its counters stay
+    *(f"DROP TABLE IF EXISTS {table}" for table in ("turns", "sessions", "reasoning", "probe", "totals")),
+    # A document has a new number after each put: its version, and the order of use, whatever the clock says
+    """CREATE TABLE documents (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+        created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
+        UNIQUE (owner, kind, name))""",
+    "CREATE INDEX documents_by_use ON documents (used, kind)",
+    """CREATE TABLE IF NOT EXISTS counters (
+        owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
+        expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
+    f"PRAGMA application_id = {SQLITE_APPLICATION}",
+    f"PRAGMA user_version = {STORE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
     "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
     "PRAGMA journal_size_limit = 4194304",
-    "PRAGMA foreign_keys = ON",
 )
 
 
@@ -1888,12 +1806,12 @@ class SQLiteStore(SharedStore):
             raise StoreError("this Python has no sqlite3") from None
         self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
         self._path = os.path.abspath(os.path.expanduser(path))
-        # Guards the connection and its file; held while sqlite3 waits for others
+        # Guards the connection and its file; held while sqlite3 waits for other processes
         self._lock = threading.Lock()
         self._db: Any = None
         self._file: tuple[int, int] | None = None  # device and inode that the connection is to
         try:
-            self._connect(self.patience)
+            self._connect()
         except self.failures as error:
             # An OSError's words have the path in them
             if isinstance(error, OSError) or "locked" not in str(error):
@@ -1902,174 +1820,127 @@ class SQLiteStore(SharedStore):
             log.warning("the session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
-        with self._transaction(patience=CHECK_PATIENCE) as db:
-            if self.is_failing:
-                db.execute("INSERT INTO probe VALUES (zeroblob(?))", (PROBE_BYTES,))
-            else:
-                return
-        with self._transaction(patience=CHECK_PATIENCE) as db:
-            db.execute("DELETE FROM probe")
-
-    def get(self, key: Key) -> Session | None:
-        with self._transaction("BEGIN") as db:
-            _, session = self._read_session(db, key)
-        return session
-
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
         with self._transaction() as db:
-            number, before = self._read_session(db, key)
-            session = change(before)
-            response = dump_json(session.response) if session.response else None
-            fields = (session.id, session.created, session.used, dump_json(session.system), response)
-            gone, new = changed_turns(before.turns if before else (), session.turns)
-            if before is None:
-                # It has expired
-                db.execute("DELETE FROM sessions WHERE number = ?", (number,))
-                number = db.execute(
-                    "INSERT INTO sessions (owner, kind, name, id, created, used, system, response) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*key, *fields)).lastrowid
-            else:
-                db.execute(
-                    "UPDATE sessions SET id = ?, created = ?, used = ?, system = ?, response = ? WHERE number = ?",
-                    (*fields, number))
-            if gone:
-                db.execute(
-                    "DELETE FROM turns WHERE number IN "
-                    "(SELECT number FROM turns WHERE session = ? ORDER BY number LIMIT ?)", (number, gone))
-            rows = [(number, dump_json(turn)) for turn in new]
-            db.executemany("INSERT INTO turns (session, turn) VALUES (?, ?)", rows)
-            # After the clock was set back, what is new would be the first to go
-            db.execute("UPDATE sessions SET used = ? WHERE used > ?", (session.used - 0.001, session.used))
-            self._sweep_sessions(db)
+            # A write, which a full disk refuses
+            db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
 
-    def forget(self, key: Key) -> bool:
+    def load(self, key: DocumentKey) -> Document | None:
+        rows = self._select(
+            "SELECT created, used, turns, data, number FROM documents "
+            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry())
+        return Document(*rows[0]) if rows else None
+
+    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+        now = time.time()
+        expiry = self.expiry()
         with self._transaction() as db:
-            where = "FROM sessions WHERE owner = ? AND kind = ? AND name = ?"
-            row = db.execute(f"SELECT used {where}", key).fetchone()
-            db.execute(f"DELETE {where}", key)
-        return row is not None and row[0] > time.time() - self.ttl
+            [version] = db.execute(
+                "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, expiry)).fetchone()
+            if expected not in (None, version):
+                return False
+            db.execute(
+                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*key, document.created, document.used, document.turns, document.data))
+            # A clock was ahead, and these would expire late
+            db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
+            # Nobody should wait until all of them are deleted
+            db.execute(
+                "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 10)",
+                (expiry,))
+            self._evict(db, *key[:2])
+            [free] = db.execute("PRAGMA freelist_count").fetchone()
+            for _ in range(min(free - MAX_FREE_PAGES, 500)):
+                # Python makes but one step of it, which is one page
+                db.execute("PRAGMA incremental_vacuum(1)")
+        return True
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
-        with self._transaction("BEGIN") as db:
-            rows = db.execute(
-                "SELECT name, created, used, (SELECT count(*) FROM turns WHERE session = sessions.number) "
-                "FROM sessions WHERE owner = ? AND kind = 'user' AND used > ? ORDER BY used",
-                (owner, time.time() - self.ttl))
-            return {name: SessionSummary(created, used, turns) for name, created, used, turns in rows}
+    def _evict(self, db: Any, owner: str, kind: str) -> None:
+        [kept] = db.execute("SELECT count(*) FROM documents WHERE owner = ? AND kind = ?", (owner, kind)).fetchone()
+        surplus = kept - self.limit_of(kind)
+        if surplus > 0:
+            db.execute(
+                "DELETE FROM documents WHERE number IN "
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number LIMIT ?)",
+                (owner, kind, surplus))
+
+    def delete(self, key: DocumentKey) -> bool:
+        with self._transaction() as db:
+            deleted = db.execute(
+                "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?", (*key, self.expiry()))
+            return bool(deleted.rowcount)
+
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        rows = self._select(
+            "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
+            "ORDER BY number", owner, kind, self.expiry())
+        return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        with self._transaction("BEGIN", CHECK_PATIENCE) as db:
-            [count] = db.execute(
-                "SELECT sessions - (SELECT count(*) FROM sessions WHERE used <= ?) FROM totals",
-                (time.time() - self.ttl,)).fetchone()
+        [(count,)] = self._select(
+            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry(), REASONING)
         return int(count)
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         now = time.time()
-        with self._transaction(patience=OPTIONAL_PATIENCE) as db:
-            for place in places:
-                db.execute("DELETE FROM reasoning WHERE owner = ? AND place = ?", (owner, place))
-                db.execute(
-                    "INSERT INTO reasoning (owner, place, kept, size, text) VALUES (?, ?, ?, ?, ?)",
-                    (owner, place, now, len(text) + MESSAGE_BYTES, text))
-            db.execute("DELETE FROM reasoning WHERE kept <= ?", (now - self.ttl,))
-            while db.execute("SELECT reasoning > ? FROM totals", (MAX_REASONING_BYTES,)).fetchone() == (1,):
-                db.execute("DELETE FROM reasoning WHERE number = "
-                           "(SELECT number FROM reasoning ORDER BY kept, number LIMIT 1)")
-
-    def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
-            row = db.execute(
-                "SELECT text FROM reasoning WHERE owner = ? AND place = ? AND kept > ?",
-                (owner, place, time.time() - self.ttl)).fetchone()
-        return row[0] if row else None
-
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        now = time.time()
-        with self._transaction(patience=OPTIONAL_PATIENCE) as db:
+        owner, period, max_age = key
+        with self._transaction() as db:
             db.execute("DELETE FROM counters WHERE expires <= ?", (now,))
             db.executemany(
-                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
+                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, period, name) "
+                "DO UPDATE SET value = value + excluded.value, expires = excluded.expires",
                 [(owner, period, name, amount, now + max_age) for name, amount in amounts.items()])
-            db.execute(
-                "UPDATE counters SET expires = ? WHERE owner = ? AND period = ?", (now + max_age, owner, period))
-            counters = self._read_counters(db, owner, period)
+            counters = dict(db.execute(
+                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
         return {name: counters[name] for name in amounts}
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
-        with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
-            return [self._read_counters(db, owner, period) for period in periods]
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
+        return [dict(self._select(query, key.owner, key.period, time.time())) for key in keys]
 
-    # The caller of these is in a transaction
-
-    def _read_session(self, db: Any, key: Key) -> tuple[int | None, Session | None]:
-        """The number of the session's row, and the session unless it has expired."""
-        row = db.execute(
-            "SELECT number, id, created, used, system, response FROM sessions "
-            "WHERE owner = ? AND kind = ? AND name = ?", key).fetchone()
-        if row is None:
-            return None, None
-        number, id, created, used, system, response = row
-        if used <= time.time() - self.ttl:
-            return number, None
-        rows = db.execute("SELECT turn FROM turns WHERE session = ? ORDER BY number", (number,))
-        turns = tuple(tuple(load_json(turn)) for turn, in rows)
-        return number, Session(
-            id, created, used, turns, tuple(load_json(system)), load_json(response) if response else None)
-
-    def _sweep_sessions(self, db: Any) -> None:
-        """Delete what has expired, not all at once, and what is too many."""
-        db.execute(
-            "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions WHERE used <= ? ORDER BY used LIMIT 10)",
-            (time.time() - self.ttl,))
-        [kept] = db.execute("SELECT sessions FROM totals").fetchone()
-        if kept > self.limit:
-            db.execute(
-                "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions ORDER BY used, number LIMIT ?)",
-                (kept - self.limit,))
-        [free] = db.execute("PRAGMA freelist_count").fetchone()
-        for _ in range(min(free - MAX_FREE_PAGES, 500)):
-            # Python makes but one step of it, which is one page
-            db.execute("PRAGMA incremental_vacuum(1)")
-
-    def _read_counters(self, db: Any, owner: str, period: str) -> dict[str, int]:
-        return dict(db.execute(
-            "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
-            (owner, period, time.time())))
+    def _select(self, query: str, *values: Any) -> list[Any]:
+        with self._connected(is_write=False) as execute:
+            return list(execute(query, values).fetchall())
 
     @contextmanager
-    def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = 0.0) -> Iterator[Any]:
-        """The connection, in a transaction of which all is done or nothing."""
-        patience = patience or self.patience
-        if self._is_stuck:  # else all threads wait for what stays locked, and /health for one of them
-            patience = min(patience, CHECK_PATIENCE)
-        deadline = time.monotonic() + patience
-        with self._calling(begin != "BEGIN", patience):
-            if not self._lock.acquire(timeout=patience):
-                raise store_unavailable()  # which says nothing of the store: there are many calls
+    def _transaction(self) -> Iterator[Any]:
+        """Yield the connection in a transaction, which lands whole or not at all."""
+        with self._connected(is_write=True) as execute:
+            execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _connected(self, is_write: bool) -> Iterator[Callable[..., Any]]:
+        """Yield the connection's execute(), which waits for other processes. If anything fails, close the connection:
+        the next call opens the file again."""
+        deadline = time.monotonic() + STORE_TIMEOUT
+        with self._calling(is_write):
+            if not self._lock.acquire(timeout=STORE_TIMEOUT):
+                raise store_unavailable()  # other threads keep the store busy; it may be well
             try:
-                self._check_pause(patience)  # it may have failed meanwhile
-                try:
-                    self._connect(max(0.0, deadline - time.monotonic()))
-                    self._begin(begin, deadline)
-                    yield self._db
-                    self._db.execute("COMMIT")
-                except BaseException as error:
-                    self._undo(error)
-                    raise
+                self._check_pause()  # it may have failed meanwhile
+                self._connect()
+                yield partial(self._execute, deadline)
+            except BaseException:
+                self._close()
+                raise
             finally:
                 self._lock.release()
 
-    def _undo(self, error: BaseException) -> None:
-        if isinstance(error, self.failures):
-            self._close()  # the next call opens the file anew, whatever has become of it
-        elif self._db and self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-
     # The caller of these holds the lock
 
-    def _connect(self, patience: float) -> None:
+    def _execute(self, deadline: float, statement: str, values: tuple[Any, ...] = ()) -> Any:
+        """Execute a statement, waiting for the locks of other processes. sqlite3's own busy handler comes to look only
+        every 100 ms: with four busy processes one of them waits for more than a second."""
+        while True:
+            try:
+                return self._db.execute(statement, values)
+            except self.failures as error:
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise
+
+    def _connect(self) -> None:
         """Have a connection to the file that the path leads to now: one that was deleted can still be written."""
         if self._db:
             with suppress(OSError):
@@ -2082,7 +1953,7 @@ class SQLiteStore(SharedStore):
             # O_EXCL does not follow a link, and sqlite3 would make its target 0644
             file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(self._db)
         except BaseException:
@@ -2090,19 +1961,6 @@ class SQLiteStore(SharedStore):
             raise
         opened = os.stat(self._path)
         self._file = opened.st_dev, opened.st_ino
-
-    def _begin(self, begin: str, deadline: float) -> None:
-        """By itself sqlite3 looks but ten times a second whether another process has ended its transaction, and one of
-        four busy processes waits for more than a second."""
-        wait = LOCK_CHECK_INTERVAL if begin != "BEGIN" else max(0.0, deadline - time.monotonic())
-        self._db.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
-        while True:
-            try:
-                self._db.execute(begin)
-                return
-            except self.failures as error:
-                if "locked" not in str(error) or time.monotonic() >= deadline:
-                    raise
 
     def _close(self) -> None:
         if self._db:
@@ -2117,101 +1975,53 @@ class SQLiteStore(SharedStore):
         if tables and application != SQLITE_APPLICATION:
             raise StoreError("it is the database of another program")
         [version] = db.execute("PRAGMA user_version").fetchone()
-        if version > len(SQLITE_STEPS):
-            raise newer_format(version)
+        check_format(version)
         for pragma in SQLITE_PRAGMAS:
             db.execute(pragma).fetchall()
-        db.execute("BEGIN IMMEDIATE")
-        # Another process may have been first
-        [version] = db.execute("PRAGMA user_version").fetchone()
-        for step in SQLITE_STEPS[version:]:
-            for statement in step:
-                db.execute(statement)
-        if version < len(SQLITE_STEPS):
-            db.execute(f"PRAGMA application_id = {SQLITE_APPLICATION}")
-            db.execute(f"PRAGMA user_version = {len(SQLITE_STEPS)}")
-        db.execute("COMMIT")
+        if version < STORE_FORMAT:
+            db.execute("BEGIN IMMEDIATE")
+            # Another process may have been first
+            if db.execute("PRAGMA user_version").fetchone() == (version,):
+                for statement in SQLITE_TABLES:
+                    db.execute(statement)
+            db.execute("COMMIT")
+        db.execute(f"PRAGMA busy_timeout = {int(LOCK_CHECK_INTERVAL * 1000)}")
 
 
 # ======================================================================================================================
 # 11 Redis client
 #
-# The package's connections within a deadline, the names of keys, and the scripts that run in Redis.
+# The package's connections, the names of keys, and the script that runs in Redis.
 # ======================================================================================================================
 
-REDIS_CONNECTIONS = 256  # at most: each thread that asks has one, and of a Redis that is far away all wait at once
-REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to have a connection
+REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
+REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
 REDIS_FORMAT = "kimi2api:format"
-REDIS_SESSIONS = "kimi2api:sessions"  # all of them, by their last use
-REDIS_REASONING = "kimi2api:reasoning"  # the names of all texts, by their age
-REDIS_SIZES = "kimi2api:reasoning-sizes"  # of each text, and `total`
-REDIS_STEPS: tuple[Callable[[Any], None], ...] = (  # as SQLITE_STEPS; each may be made twice
-    lambda redis: None,  # an empty database
-)
-MARK_AS_NEWEST = """
--- What is further ahead than a session lives, a clock that was wrong has left: it would be kept until that time
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[3], '+inf')) do
-    redis.call('ZADD', KEYS[1], ARGV[2], member)
+REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
+PUT_DOCUMENT = """
+local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local document = index .. ':' .. member
+if expected ~= '' and expected ~= (redis.call('HGET', document, 'version') or '0') then
+    return 0
 end
--- Also when the clock was set back or is behind another machine's: what is new would be the first to go
-local newest = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2] or 0
-redis.call('ZADD', KEYS[1], math.max(ARGV[2], newest + 0.001), ARGV[1])
-"""
-KEEP_REASONING = """
-local index, sizes = KEYS[1], KEYS[2]
-local now, ttl, limit, text, size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
-local function drop(name)
-    redis.call('DEL', index .. ':' .. name)
-    redis.call('ZREM', index, name)
-    local known = redis.call('HGET', sizes, name)
-    if known then
-        redis.call('HINCRBY', sizes, 'total', '-' .. known)
-        redis.call('HDEL', sizes, name)
-    end
-end
-for place = 6, #ARGV do
-    drop(ARGV[place])
-    redis.call('SET', index .. ':' .. ARGV[place], text, 'PX', ttl)
-    redis.call('ZADD', index, now, ARGV[place])
-    redis.call('HSET', sizes, ARGV[place], size)
-    redis.call('HINCRBY', sizes, 'total', size)
-end
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now - ttl / 1000, 'LIMIT', 0, 100)) do
-    drop(name)
-end
-while tonumber(redis.call('HGET', sizes, 'total')) > limit do
-    local oldest = redis.call('ZRANGE', index, 0, 0)[1]
-    if not oldest then  -- Redis has dropped the index for want of memory
-        return redis.call('DEL', sizes)
-    end
-    drop(oldest)
-end
+-- Microseconds of the one clock that all processes share, and later than all others if it was set back
+local time = redis.call('TIME')
+local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
+local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
+redis.call('HSET', document, 'version', version, unpack(ARGV, 5))
+redis.call('PEXPIRE', document, ttl)
+redis.call('ZADD', index, version, member)
 redis.call('PEXPIRE', index, ttl)
-redis.call('PEXPIRE', sizes, ttl)
+redis.call('SADD', KEYS[2], index)
+local surplus = redis.call('ZCARD', index) - limit
+if surplus > 0 then
+    local oldest = redis.call('ZPOPMIN', index, surplus)
+    for position = 1, #oldest, 2 do
+        redis.call('DEL', index .. ':' .. oldest[position])
+    end
+end
+return 1
 """
-
-
-class Resolver:
-    """Finds the address of a host within a deadline; the system may take half a minute."""
-
-    def __init__(self) -> None:
-        self._look_up = threading.Thread()  # the latest; all who wait, wait for the same one
-
-    def wait_for(self, host: str) -> None:
-        """Raises TimeoutError."""
-        look_up = self._look_up
-        if not look_up.is_alive():
-            look_up = threading.Thread(target=find_address, args=(host,), name="resolver", daemon=True)
-            look_up.start()
-            self._look_up = look_up
-        look_up.join(REDIS_TIMEOUT)
-        if look_up.is_alive():
-            raise TimeoutError("its host's address cannot be found")
-
-
-def find_address(host: str) -> None:
-    with suppress(OSError, UnicodeError):  # which the connection will meet again
-        socket.getaddrinfo(host, None)
 
 
 def connect_redis(url: str) -> Any:
@@ -2222,7 +2032,6 @@ def connect_redis(url: str) -> Any:
         from redis.retry import Retry
     except ImportError:
         raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
-    resolver = Resolver()
     try:
         pool = redis.BlockingConnectionPool.from_url(
             url,
@@ -2234,14 +2043,6 @@ def connect_redis(url: str) -> Any:
             protocol=2,
             retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
         )
-        connection_class: Any = pool.connection_class
-
-        class Connection(connection_class):  # type: ignore[misc]
-            def _connect(self) -> Any:
-                resolver.wait_for(self.host)
-                return super()._connect()
-
-        pool.connection_class = Connection
         pool.make_connection()  # which reads the options in the address
     except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
         raise StoreError(f"the address of Redis cannot be used: {error}") from None
@@ -2253,39 +2054,21 @@ def hashed(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class RedisKeys:
-    """Where a session is in Redis."""
+def redis_names(key: DocumentKey) -> tuple[str, str]:
+    """Return the name of an index and a member. An index is a sorted set of an owner's documents of a kind, by version.
+    A document is a hash; its name is that of the index and of the member."""
+    owner, kind, name = key
+    return f"kimi2api:documents:{hashed(owner)}:{kind}", hashed(name)
 
-    member: str  # of the sorted sets
 
-    @classmethod
-    def of(cls, key: Key) -> RedisKeys:
-        owner, kind, name = key
-        return cls(f"{hashed(owner)}:{kind}:{hashed(name)}")
-
-    @property
-    def session(self) -> str:
-        """A hash: all but the turns, and their number."""
-        return f"kimi2api:session:{self.member}"
-
-    @property
-    def turns(self) -> str:
-        """A list."""
-        return f"kimi2api:turns:{self.member}"
-
-    @property
-    def siblings(self) -> str:
-        """The sorted set of the owner's users or responses, by their last use."""
-        owner, kind, _ = self.member.split(":")
-        return f"kimi2api:{kind}s:{owner}"
+def counters_name(key: CounterKey) -> str:
+    return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
 
 
 # ======================================================================================================================
 # 12 Redis store
 #
-# Sessions in Redis, for processes on any number of machines: a list of turns and a hash for the rest of each session,
-# sorted sets for what is oldest. What a request does is one transaction.
+# Documents in Redis, for processes on any number of machines. Each is a hash that expires by itself.
 # ======================================================================================================================
 
 
@@ -2301,209 +2084,97 @@ class RedisStore(SharedStore):
         self._redis = connect_redis(url)
         import redis
         # After OSError: what the package or we raise for an answer or a key that makes no sense
-        self.failures = (
-            StoreError, redis.RedisError, OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-        self._conflict = redis.WatchError
-        self._keep_reasoning = self._redis.register_script(KEEP_REASONING)
+        self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
+        self._put = self._redis.register_script(PUT_DOCUMENT)
         self._lifetime = max(1, int(ttl * 1000))  # ms
         self._is_format_known = False
-        # Held while a session is changed, each for its part of all sessions: threads that compete for one session by
-        # WATCH alone spend their time on transactions that fail. It is other processes that WATCH is for
-        self._locks = [threading.Lock() for _ in range(1024)]
         try:
             self._check_format()
         except StoreError:
             raise
         except self.failures as error:
             self.is_failing = True
-            log.warning("the session store (redis) fails: %s: %s", type(error).__name__, error)
+            log.warning("session store (redis) failed: %s: %s", type(error).__name__, error)
 
     def check(self) -> None:
         with self._client(is_write=True) as redis:
             # Refused when memory is full, or by a replica
-            redis.set(REDIS_FORMAT, len(REDIS_STEPS), nx=True)
+            redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
 
-    def get(self, key: Key) -> Session | None:
-        keys = RedisKeys.of(key)
-        with self._client() as redis, redis.pipeline() as pipe:
-            pipe.hgetall(keys.session)
-            pipe.lrange(keys.turns, 0, -1)
-            return self._read_session(*pipe.execute())
+    def load(self, key: DocumentKey) -> Document | None:
+        index, member = redis_names(key)
+        with self._client() as redis:
+            head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
+            if version is None:
+                return None
+            created, used, turns = json.loads(head)
+            return Document(created, used, turns, data, int(version))
 
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
-        keys = RedisKeys.of(key)
-        # When it must be read and changed
-        deadline = time.monotonic() + self.patience - REDIS_TIMEOUT
-        self._check_pause(self.patience)
-        lock = self._locks[hash(key) % len(self._locks)]
-        if not lock.acquire(timeout=self.patience / 2):
-            raise store_unavailable()
-        try:
-            with self._client(is_write=True) as redis:
-                kept = None
-                while kept is None:
-                    with redis.pipeline() as pipe:
-                        pipe.watch(keys.session)
-                        before = self._read_session(pipe.hgetall(keys.session), pipe.lrange(keys.turns, 0, -1))
-                        # It is slow, or others are always faster
-                        if time.monotonic() > deadline:
-                            raise store_unavailable()
-                        kept = self._write_session(pipe, keys, key[2], before, change(before))
-        finally:
-            lock.release()
-        if kept > self.limit:
-            self._evict(kept)
+    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+        index, member = redis_names(key)
+        _, kind, name = key
+        head = dump_json([document.created, document.used, document.turns])
+        arguments = [
+            member, "" if expected is None else expected, self._lifetime, self.limit_of(kind),
+            "name", name, "head", head, "data", document.data,
+        ]
+        with self._client(is_write=True) as redis:
+            return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
 
-    def _write_session(
-        self, pipe: Any, keys: RedisKeys, name: str, before: Session | None, session: Session,
-    ) -> int | None:
-        """How many sessions there are then; None when another was faster."""
-        fields = {
-            "name": name, "id": session.id, "created": repr(session.created), "used": repr(session.used),
-            "turns": len(session.turns), "system": dump_json(session.system),
-        }
-        if session.response:
-            fields["response"] = dump_json(session.response)
-        gone, new = changed_turns(before.turns if before else (), session.turns)
-        expired = time.time() - self.ttl
-        pipe.multi()
-        if before is None:
-            pipe.delete(keys.session, keys.turns)
-        elif gone:
-            pipe.ltrim(keys.turns, gone, -1)
-        pipe.hset(keys.session, mapping=fields)
-        if new:
-            pipe.rpush(keys.turns, *map(dump_json, new))
-        pipe.eval(
-            MARK_AS_NEWEST, 1, REDIS_SESSIONS, keys.member, repr(session.used), repr(session.used + self.ttl))
-        pipe.zadd(keys.siblings, {keys.member: session.used})
-        for by_use in (REDIS_SESSIONS, keys.siblings):
-            pipe.zremrangebyscore(by_use, "-inf", expired)
-        for key in (keys.session, keys.turns, REDIS_SESSIONS, keys.siblings):
-            pipe.pexpire(key, self._lifetime)
-        pipe.zcard(REDIS_SESSIONS)
-        try:
-            return int(pipe.execute()[-1])
-        except self._conflict:
-            time.sleep(random.uniform(0, 0.005))
-            return None
-
-    def _evict(self, kept: int) -> None:
-        """Drop the least recently used of too many sessions, but not one that is being used."""
-        with suppress(*self.failures):  # the turn has landed, and the next one tries again
-            while kept > self.limit:
-                count = min(kept - self.limit, 50)
-                with self._redis.pipeline() as pipe:
-                    oldest = self._redis.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
-                    victims = [RedisKeys(member.decode()) for member, _ in oldest]
-                    pipe.watch(*(victim.session for victim in victims))
-                    still_oldest = pipe.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
-                    if still_oldest != oldest or pipe.zcard(REDIS_SESSIONS) - self.limit < count:
-                        return  # another process does the same, and will go on
-                    pipe.multi()
-                    for victim in victims:
-                        self._delete(pipe, victim)
-                    pipe.zcard(REDIS_SESSIONS)
-                    kept = pipe.execute()[-1]
-
-    def forget(self, key: Key) -> bool:
-        keys = RedisKeys.of(key)
+    def delete(self, key: DocumentKey) -> bool:
+        index, member = redis_names(key)
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
-            pipe.zscore(REDIS_SESSIONS, keys.member)
-            self._delete(pipe, keys)
-            used, was_deleted, *_ = pipe.execute()
-        return bool(was_deleted) and used is not None and used > time.time() - self.ttl
+            pipe.delete(f"{index}:{member}")
+            pipe.zrem(index, member)
+            deleted, _ = pipe.execute()
+        return bool(deleted)
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
-        siblings = RedisKeys.of((owner, "user", "")).siblings
-        with self._client() as redis, redis.pipeline() as pipe:
-            for member in redis.zrangebyscore(siblings, f"({time.time() - self.ttl}", "+inf"):
-                pipe.hmget(RedisKeys(member.decode()).session, "name", "created", "used", "turns")
-            sessions = {}
-            for name, created, used, turns in pipe.execute():
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        index, _ = redis_names((owner, kind, ""))
+        documents = {}
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for member in redis.zrange(index, 0, -1):
+                pipe.hmget(f"{index}:{member.decode()}", "name", "head")
+            for name, head in pipe.execute():
                 if name is not None:
-                    sessions[name.decode()] = SessionSummary(float(created), float(used), int(turns))
-            return sessions
+                    documents[name.decode()] = Document(*json.loads(head))
+        return documents
 
     def count(self) -> int:
-        with self._client() as redis:
-            return int(redis.zcount(REDIS_SESSIONS, f"({time.time() - self.ttl}", "+inf"))
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for index in redis.smembers(REDIS_INDEXES):
+                if not index.endswith(REASONING.encode()):
+                    pipe.zcount(index, self.expiry() * 1_000_000, "+inf")
+            return sum(pipe.execute())
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        names = [f"{hashed(owner)}:{hashed(place)}" for place in places]
-        size = len(text.encode()) + MESSAGE_BYTES
-        with self._client(is_write=True) as redis:
-            self._keep_reasoning(
-                [REDIS_REASONING, REDIS_SIZES],
-                [repr(time.time()), self._lifetime, MAX_REASONING_BYTES, text, size, *names], client=redis)
-
-    def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._client() as redis:
-            text = redis.get(f"{REDIS_REASONING}:{hashed(owner)}:{hashed(place)}")
-            return text.decode() if text is not None else None
-
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        key = self._counters(owner, period)
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        counters = counters_name(key)
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
             for name, amount in amounts.items():
-                pipe.hincrby(key, name, amount)
-            pipe.pexpire(key, max(1, int(max_age * 1000)))
+                pipe.hincrby(counters, name, amount)
+            pipe.pexpire(counters, int(key.max_age * 1000))
             *values, _ = pipe.execute()
         return dict(zip(amounts, values, strict=True))
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for period in periods:
-                pipe.hgetall(self._counters(owner, period))
+            for key in keys:
+                pipe.hgetall(counters_name(key))
             return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
-
-    def _counters(self, owner: str, period: str) -> str:
-        return f"kimi2api:counters:{hashed(owner)}:{hashed(period)}"
-
-    def _read_session(self, fields: dict[bytes, bytes], turns: list[bytes]) -> Session | None:
-        if not fields:
-            return None
-        try:
-            response = fields.get(b"response")
-            session = Session(
-                fields[b"id"].decode(), float(fields[b"created"]), float(fields[b"used"]),
-                tuple(tuple(load_json(turn)) for turn in turns), tuple(load_json(fields[b"system"])),
-                load_json(response) if response else None)
-            # Redis may have dropped the list for want of memory
-            is_whole = len(turns) == int(fields[b"turns"])
-        except (KeyError, ValueError) as error:
-            raise not_ours(error) from None
-        return session if is_whole and session.used > time.time() - self.ttl else None
-
-    def _delete(self, pipe: Any, keys: RedisKeys) -> None:
-        pipe.delete(keys.session)
-        pipe.delete(keys.turns)
-        pipe.zrem(REDIS_SESSIONS, keys.member)
-        pipe.zrem(keys.siblings, keys.member)
 
     @contextmanager
     def _client(self, is_write: bool = False) -> Iterator[Any]:
-        with self._calling(is_write, self.patience):
-            try:
-                if not self._is_format_known:
-                    self._check_format()
-                yield self._redis
-            except self.failures:
-                self._is_format_known = False  # it may be another when it is back
-                raise
+        with self._calling(is_write):
+            if not self._is_format_known:
+                self._check_format()
+            yield self._redis
 
     def _check_format(self) -> None:
-        """See that no newer version wrote there, and bring it to the format of this version."""
-        try:
-            version = int(self._redis.get(REDIS_FORMAT) or 0)
-        except ValueError as error:
-            raise not_ours(error) from None
-        if version > len(REDIS_STEPS):
-            raise newer_format(version)
-        for step in REDIS_STEPS[version:]:
-            step(self._redis)
-        if version < len(REDIS_STEPS):
-            self._redis.set(REDIS_FORMAT, len(REDIS_STEPS))
+        """Raise StoreError if a newer version wrote there. What format 1 kept expires by itself; its counters stay."""
+        version = int(self._redis.get(REDIS_FORMAT) or 0)
+        check_format(version)
+        if version < STORE_FORMAT:
+            self._redis.set(REDIS_FORMAT, STORE_FORMAT)
         self._is_format_known = True
 
 
@@ -2525,126 +2196,178 @@ def open_store(settings: Settings) -> Store:
 # ======================================================================================================================
 # 13 Sessions
 #
-# What is remembered of users and responses, in whichever store: turns, never system messages, which every request
-# carries itself.
+# What is in the documents of a store. A session is JSON lines: a head, then one line for each turn. System messages are
+# not remembered, because every request carries them itself.
 # ======================================================================================================================
 
+MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
+MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger one is not stored
+MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not stored
 
-def latest_turns(turns: Turns) -> Turns:
-    """As many of the latest turns as a session may keep."""
-    kept: list[Turn] = []
-    size = 0
-    for turn in reversed(turns[-MAX_TURNS:]):
-        size_of_this = size_of_turn(turn)
-        if size_of_this > MAX_SESSION_BYTES:
+
+@dataclass(frozen=True)
+class Session:
+    """A user's conversation, or a stored response and the conversation up to its end."""
+
+    id: str
+    created: float  # seconds since the epoch, as is `used`
+    used: float
+    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
+    response: JSONObject | None = None
+    document: Document = Document()
+
+    @classmethod
+    def read(cls, document: Document) -> Session:
+        head = json.loads(document.data.partition(b"\n")[0])
+        return cls(
+            head["id"], document.created, document.used, tuple(head.get("system", ())), head.get("response"), document)
+
+    @cached_property
+    def turns(self) -> Turns:
+        return read_turns(turn_lines(self.document))
+
+
+def turn_lines(document: Document) -> list[bytes]:
+    return document.data.split(b"\n")[1:]
+
+
+def read_turns(lines: Iterable[bytes]) -> Turns:
+    return tuple(tuple(json.loads(line)) for line in lines)
+
+
+def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
+    return [dump_json([*map(stored_message, turn)]) for turn in turns]
+
+
+def stored_message(message: Message) -> Message:
+    """Return the part of a message that is stored: a client may put megabytes into fields that nobody reads."""
+    stored: Message = {"role": message["role"], "content": text_of(message)}
+    if message.get("tool_call_id"):
+        stored["tool_call_id"] = message["tool_call_id"]
+    if message.get("tool_calls"):
+        stored["content"] = stored["content"] or None
+        stored["tool_calls"] = [
+            {
+                "id": call.get("id"),
+                "type": "function",
+                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
+            }
+            for call in message["tool_calls"]
+        ]
+        # Moonshot and DeepSeek require it in later requests
+        if isinstance(message.get("reasoning_content"), str):
+            stored["reasoning_content"] = message["reasoning_content"]
+    return stored
+
+
+def latest_lines(lines: list[bytes]) -> list[bytes]:
+    """Return the latest lines that a session may keep. A line that is too long by itself is left out."""
+    kept = []
+    room = MAX_SESSION_BYTES
+    for line in reversed(lines):
+        if len(line) > MAX_SESSION_BYTES:
+            log.warning("a turn of %d bytes is not kept in its session", len(line))
             continue
-        if size + size_of_this > MAX_SESSION_BYTES:
+        room -= len(line)
+        if room < 0:
             break
-        size += size_of_this
-        kept.append(turn)
-    return tuple(reversed(kept))
-
-
-def new_session_id(now: float) -> str:
-    """An id in the form that the web chat's own page uses."""
-    name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
-    return f"session_{int(now * 1000)}_{name}"
-
-
-def slim_turns(turns: Iterable[Turn]) -> Turns:
-    return tuple(tuple(map(slimmed, turn)) for turn in turns)
-
-
-def turns_since(opened: Turns, turns: Turns) -> Turns:
-    """Those turns that were recorded after a session was opened with the others."""
-    known = Counter(map(dump_json, opened))
-    since = []
-    for turn in turns:
-        source = dump_json(turn)
-        if known[source]:
-            known[source] -= 1
-        else:
-            since.append(turn)
-    return tuple(since)
+        kept.append(line)
+    return kept[::-1]
 
 
 class Sessions:
     """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
-    want it back, and clients of OpenAI's protocol drop it."""
+    require it in later requests, and clients of OpenAI's protocol drop it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def get(self, owner: str, user: str) -> Session | None:
-        return self.store.get((owner, "user", user))
+        return self._read((owner, SESSION, user))
+
+    def list_sessions(self, owner: str) -> dict[str, Document]:
+        """Return the sessions of an owner by user, the least recently used first, without their turns."""
+        return self.store.list_documents(owner, SESSION)
 
     def open(self, owner: str, user: str | None) -> Session:
-        """The user's session, or a new one, which is kept only when a turn is recorded."""
+        """Return the user's session, or a new one, which is kept only when a turn is recorded."""
         session = self.get(owner, user) if user else None
         now = time.time()
-        return session or Session(new_session_id(now), now, now)
+        return session or Session(random_hex(), now, now)
 
     def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
         """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
-        slim = slim_turns(turns)
+        turns = [*turns]
+        added = dump_turns(turns)
 
-        def change(session: Session | None) -> Session:
-            session = session or replace(opened, turns=())
-            if replace_turns:  # but for those that others have recorded meanwhile
-                now = (*slim, *turns_since(opened.turns, session.turns))
+        def change(document: Document) -> Document:
+            head, *lines = document.data.split(b"\n")
+            if replace_turns:  # but for turns that others have recorded meanwhile
+                recorded = Counter(lines) - Counter(turn_lines(opened.document))
+                lines = [*added, *recorded.elements()]
+            elif lines and turns and turns[0][0]["role"] != "user":
+                lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
-                now = append_turns(session.turns, slim)
-            return replace(session, used=time.time(), turns=latest_turns(now))
+                lines += added
+            lines = latest_lines(lines)
+            data = b"\n".join([head or dump_json({"id": opened.id}), *lines])
+            return Document(document.created or opened.created, time.time(), len(lines), data)
 
-        self.store.update((owner, "user", user), change)
+        self.store.update((owner, SESSION, user), opened.document, change)
 
     def forget(self, owner: str, user: str) -> bool:
-        """Whether there was anything to forget."""
-        return self.store.forget((owner, "user", user))
+        """Delete a session. Return False if there was none."""
+        return self.store.delete((owner, SESSION, user))
 
     def response(self, owner: str, id: str) -> Session | None:
-        """A stored response and what led to it."""
-        return self.store.get((owner, "response", id))
+        """Return a stored response and the conversation up to its end."""
+        return self._read((owner, RESPONSE, id))
 
     def record_response(
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
-        """Keep a response, and the conversation up to its end for those that go on from it."""
-        now = time.time()
-        kept = latest_turns(slim_turns(turns))
-        # Each a turn: bounded like these
-        rules = latest_turns(slim_turns((message,) for message in system))
-        session = Session(opened.id, now, now, kept, tuple(itertools.chain.from_iterable(rules)), response)
-        if session.size > MAX_RESPONSE_BYTES:
-            log.warning("a response of %d bytes is not kept", session.size)
+        """Store a response, and the conversation up to its end for responses that continue it."""
+        head = {"id": opened.id, "system": [stored_message(message) for message in system], "response": response}
+        lines = dump_turns(turns)
+        data = b"\n".join([dump_json(head), *lines])
+        if len(data) > MAX_RESPONSE_BYTES:
+            log.warning("a response is not stored: with its conversation it has %d bytes", len(data))
             return
-        self.store.update((owner, "response", response["id"]), lambda _: session)
+        now = time.time()
+        self.store.put((owner, RESPONSE, response["id"]), Document(now, now, len(lines), data))
 
     def forget_response(self, owner: str, id: str) -> bool:
-        return self.store.forget((owner, "response", id))
+        return self.store.delete((owner, RESPONSE, id))
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        with suppress(APIError):  # without it, the upstream is given empty reasoning
-            self.store.keep_reasoning(owner, places, text)
+    def keep_reasoning(self, owner: str, name: str, text: str) -> None:
+        data = text.encode()
+        now = time.time()
+        if len(data) <= MAX_REASONING_BYTES:
+            with suppress(APIError):  # without it, the upstream gets empty reasoning
+                self.store.put((owner, REASONING, name), Document(now, now, 0, data))
 
-    def find_reasoning(self, owner: str, place: str) -> str | None:
+    def find_reasoning(self, owner: str, name: str) -> str | None:
+        document = None
         with suppress(APIError):
-            return self.store.find_reasoning(owner, place)
-        return None
+            document = self.store.load((owner, REASONING, name))
+        return document.data.decode() if document else None
+
+    def _read(self, key: DocumentKey) -> Session | None:
+        document = self.store.load(key)
+        return Session.read(document) if document else None
 
 
 # ======================================================================================================================
 # 14 Limits and usage
 #
 # What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
-# While the store cannot be reached, this process counts by itself.
+# While the store is unavailable, this process counts by itself.
 # ======================================================================================================================
 
 MINUTE = 60
 DAY = 86400
 USAGE_DAYS = 31
 USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
-STORE_RETRY = 5.0  # seconds that a store that failed is not asked to count
 
 
 def limit_of(limits: Mapping[str, int], client: ClientKey) -> int:
@@ -2654,6 +2377,10 @@ def limit_of(limits: Mapping[str, int], client: ClientKey) -> int:
 
 def date_of(now: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(now))
+
+
+def day_key(client: ClientKey, now: float) -> CounterKey:
+    return CounterKey(client.owner, f"day {date_of(now)}", USAGE_MAX_AGE)
 
 
 def duration(seconds: float) -> str:
@@ -2674,19 +2401,86 @@ def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, s
     }
 
 
-class Accounts:
-    """The counters of every key."""
+NOTHING: Counter[str] = Counter()
+
+
+class Counters:
+    """Counters in a store that may fail. While it fails, added amounts are pending, and totals are the known ones plus
+    the pending amounts. The next addition that succeeds sends all pending amounts, whoever their owner is."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()  # guards the next three. Their values are replaced and never changed
+        self._known: dict[CounterKey, Counter[str]] = {}  # totals, as the store has returned them
+        self._pending: dict[CounterKey, Counter[str]] = {}  # amounts that the store does not have
+        self._expires: dict[CounterKey, float] = {}
+        self._sending = threading.Lock()  # held by the thread that sends pending amounts
+
+    def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
+        """Add amounts to the counters of a period, and return the totals of these."""
+        # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
+        pending = self._pending.get(key, NOTHING)
+        try:
+            totals = self._send(key, amounts)
+        except APIError:
+            with self._lock:
+                self._renew(key)
+                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
+                return self._known.get(key, NOTHING) + self._pending[key]
+        if self._pending and self._sending.acquire(blocking=False):
+            with suppress(APIError):
+                self._send_pending()
+            self._sending.release()
+        return totals + pending
+
+    def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
+        """Return the totals of each period."""
+        pending = self._pending.copy()
+        try:
+            found = [*map(Counter, self._store.read_counters(keys))]
+        except APIError:
+            found = [self._known.get(key, NOTHING) for key in keys]
+        totals = []
+        for key, counters in zip(keys, found, strict=True):
+            self._learn(key, counters)
+            totals.append(counters + pending.get(key, NOTHING))
+        return totals
+
+    def _send(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
+        totals = Counter(self._store.add_counters(key, amounts))
+        self._learn(key, totals)
+        return totals
+
+    def _send_pending(self) -> None:
+        for key, amounts in self._pending.copy().items():
+            self._send(key, amounts)
+            with self._lock:
+                rest = self._pending.pop(key, NOTHING) - amounts
+                if rest:
+                    self._pending[key] = rest
+
+    def _learn(self, key: CounterKey, totals: Counter[str]) -> None:
+        with self._lock:
+            self._renew(key)
+            self._known[key] = self._known.get(key, NOTHING) | totals  # answers may come in any order
+
+    def _renew(self, key: CounterKey) -> None:
+        """Have a period expire later. The caller holds the lock."""
+        now = time.time()
+        if key not in self._expires:  # it is a new one, so others may have expired
+            for old in [key for key, expires in self._expires.items() if expires <= now]:
+                for counters in (self._expires, self._known, self._pending):
+                    counters.pop(old, None)
+        self._expires[key] = now + key.max_age
+
+
+class UsageLimits:
+    """What every key has used, and its limits."""
 
     def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
         self.requests_per_minute = requests_per_minute
         self.tokens_per_day = tokens_per_day
-        self._store = store
-        # What the store last told, and what has been counted since: limits go by it while the store cannot be reached
-        self._own = MemoryStore(0.0, 0)
-        self._lock = threading.Lock()  # guards the next
-        # Usage that the store does not know yet
-        self._unsaved: dict[tuple[str, str], Counter[str]] = {}
-        self._retry_at = 0.0  # when the store is asked again, by the monotonic clock
+        self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
         """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
@@ -2700,14 +2494,13 @@ class Accounts:
         day_reset = DAY - now % DAY
         tokens = requests = 0
         if tokens_limit:
-            day = f"day {date_of(now)}"
-            [counters] = self._read(client, [day])
+            [counters] = self._counters.read([day_key(client, now)])
             tokens = summed(counters)["total_tokens"]
             headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
         has_quota = not tokens_limit or tokens < tokens_limit
         if requests_limit:
-            period = f"minute {int(now // MINUTE)}"
-            counters = self._add(client, period, {"requests": int(has_quota)}, 2 * MINUTE)
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", 2 * MINUTE)
+            counters = self._counters.add(minute, {"requests": int(has_quota)})
             requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, requests, minute_reset))
         if not has_quota:
@@ -2727,16 +2520,16 @@ class Accounts:
         """Count what an answer took. model: one of a bounded number of ids; is_answered: it did not break off."""
         amounts = {"requests": int(is_answered), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         named = {f"{name} {model}": amount for name, amount in amounts.items()}
-        self._add(client, f"day {date_of(time.time())}", named, USAGE_MAX_AGE)
+        self._counters.add(day_key(client, time.time()), named)
 
     def usage(self, client: ClientKey) -> JSONObject:
         """What the key has used in the last 31 days, the oldest first, and its limits."""
         now = time.time()
-        dates = [date_of(now - ago * DAY) for ago in reversed(range(USAGE_DAYS))]
-        counters_of_days = self._read(client, [f"day {date}" for date in dates])
+        times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
+        counters_of_days = self._counters.read([day_key(client, then) for then in times])
         days = []
-        for date, counters in zip(dates, counters_of_days, strict=True):
-            days.append({"date": date, **summed(counters)})
+        for then, counters in zip(times, counters_of_days, strict=True):
+            days.append({"date": date_of(then), **summed(counters)})
         today = {name: value for name, value in days[-1].items() if name != "models"}
         return {
             "object": "usage",
@@ -2748,66 +2541,6 @@ class Accounts:
             "today": today,
             "days": days,
         }
-
-    def _read(self, client: ClientKey, periods: list[str]) -> list[Mapping[str, int]]:
-        known = self._ask_store(partial(self._store.read, client.owner, periods))
-        if known is None:
-            return [*self._own.read(client.owner, periods)]
-        found: list[Mapping[str, int]] = []
-        for period, counters in zip(periods, known, strict=True):
-            found.append(self._learn(client, period, counters, USAGE_MAX_AGE))
-        return found
-
-    def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
-        counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
-        if counters is not None:
-            known = self._learn(client, period, counters, max_age)
-            if self._unsaved:
-                self._ask_store(self._save)
-            return known
-        with self._lock:
-            if max_age > DAY:
-                self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
-        return self._own.add(client.owner, period, amounts, max_age)
-
-    def _learn(
-        self, client: ClientKey, period: str, counters: Mapping[str, int], max_age: float,
-    ) -> Mapping[str, int]:
-        """What the store tells, and with it what it does not know yet; both are kept for when it fails."""
-        if isinstance(self._store, MemoryStore):  # which never does
-            return counters
-        known = Counter(counters)
-        with self._lock:
-            known.update(self._unsaved.get((client.owner, period), {}))
-        if known:
-            self._own.set_counters(client.owner, period, known, max_age)
-        return known
-
-    def _ask_store(self, ask: Callable[[], T]) -> T | None:
-        """What the store answers; None while it cannot be reached."""
-        if time.monotonic() < self._retry_at:
-            return None
-        try:
-            return ask()
-        except APIError as error:
-            if self._store.is_failing:
-                log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
-                self._retry_at = time.monotonic() + STORE_RETRY
-            return None
-
-    def _save(self) -> None:
-        """Tell the store what was used while it could not be reached."""
-        while self._unsaved:
-            with self._lock:
-                if not self._unsaved:
-                    return
-                (owner, period), amounts = self._unsaved.popitem()
-            try:
-                self._store.add(owner, period, amounts, USAGE_MAX_AGE)
-            except APIError:
-                with self._lock:
-                    self._unsaved.setdefault((owner, period), Counter()).update(amounts)
-                raise
 
 
 def summed(counters: Mapping[str, int]) -> JSONObject:
@@ -3781,7 +3514,7 @@ class Provider:
                 break
         began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        chat = Chat(question, model, session_id=new_session_id(time.time()))
+        chat = Chat(question, model, session_id=random_hex())
         try:
             with chat.cleanup:
                 deque(self.stream(chat), maxlen=0)
@@ -4958,8 +4691,8 @@ class APIAnswer:
         text = "".join(state.reasoning)
         if text and state.call_ids:
             asked = list(digests_of_questions(self._messages))[-1]
-            places = [f"{self._api.name} {asked} {call_id}" for call_id in state.call_ids]
-            self._chat.store.keep_reasoning(self._chat.owner, places, text)
+            name = f"{self._api.name} {asked} {state.call_ids[0]}"
+            self._chat.store.keep_reasoning(self._chat.owner, name, text)
 
 
 def number_calls(calls: list[JSONObject], state: ChoiceState) -> None:
@@ -5123,16 +4856,13 @@ class OpenAIProvider(Provider):
             return messages
         restored = []
         for message, asked in zip(messages, digests_of_questions(messages), strict=True):
-            if message.get("reasoning_content") is None:
-                for call in message.get("tool_calls") or ():
-                    call_id = call.get("id")
-                    # One that occurs twice could be another answer's
-                    if not call_id or ids[call_id] > 1:
-                        continue
+            if message.get("reasoning_content") is None and message.get("tool_calls"):
+                call_id = message["tool_calls"][0].get("id")
+                # One that occurs twice could be another answer's
+                if call_id and ids[call_id] == 1:
                     text = store.find_reasoning(chat.owner, f"{self.name} {asked} {call_id}")
                     if text:
                         message = {**message, "reasoning_content": text}
-                        break
             restored.append(message)
         return restored
 
@@ -5342,7 +5072,7 @@ MAX_LABEL = 128  # characters of one
 class Meter:
     """Counts answers."""
 
-    def __init__(self, metrics: Metrics, accounts: Accounts, settings: Settings) -> None:
+    def __init__(self, metrics: Metrics, accounts: UsageLimits, settings: Settings) -> None:
         self._metrics = metrics
         self._accounts = accounts
         self._models = {*settings.models, settings.default_model, *settings.fallback_models} - {"*"}
@@ -6243,7 +5973,7 @@ def set_headers(headers: Headers) -> None:
         bottle.response.set_header(name, value)
 
 
-def session_object(user: str, session: Session | SessionSummary) -> JSONObject:
+def session_object(user: str, session: Session | Document) -> JSONObject:
     return {
         "object": "session",
         "user": user,
@@ -6278,7 +6008,7 @@ class App:
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
-        self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
+        self.accounts = UsageLimits(self.store, settings.requests_per_minute, settings.tokens_per_day)
         self.meter = Meter(self.metrics, self.accounts, settings)
         self.chats = Slots(settings.max_concurrent_chats)
         self.memory = Slots(MAX_PARSED_BYTES, "large requests at once")
@@ -6321,8 +6051,8 @@ class App:
         found = self.sessions.response(current_owner(), id)
         if found is None:
             raise bad_request(
-                f"Previous response with id {id[:100]!r} not found.", "previous_response_id",
-                "previous_response_not_found")
+                f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
+                "be stored. Send the whole conversation.", "previous_response_id", "previous_response_not_found")
         return found
 
     def _answer(
@@ -6464,7 +6194,7 @@ class App:
 
     def users(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
-        sessions = self.store.users(current_owner())
+        sessions = self.sessions.list_sessions(current_owner())
         return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
 
     def usage(self) -> JSONObject:
