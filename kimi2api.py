@@ -1527,7 +1527,7 @@ Amounts = Mapping[str, int]
 class CounterKey(NamedTuple):
     owner: str
     period: str
-    max_age: float  # seconds after the last addition until its counters expire
+    expires: float  # seconds since the epoch; some time after the end of the period
 
 
 @dataclass(frozen=True)
@@ -1613,6 +1613,11 @@ def store_unavailable() -> APIError:
         "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
 
 
+def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
+    now = time.time()
+    return {key: counters for key, counters in periods.items() if key.expires > now}
+
+
 class MemoryStore(Store):
     """Dicts with an expiry, and a lock. Ends with the process."""
 
@@ -1624,7 +1629,7 @@ class MemoryStore(Store):
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
         self._versions = itertools.count(1)
-        self._counters: dict[CounterKey, tuple[float, Counter[str]]] = {}  # with the time of their expiry
+        self._counters: dict[CounterKey, Counter[str]] = {}
         self._lock = threading.Lock()  # guards all four; held for little work only
 
     def load(self, key: DocumentKey) -> Document | None:
@@ -1667,23 +1672,16 @@ class MemoryStore(Store):
             return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        now = time.time()
         with self._lock:
-            expires, counters = self._counters.get(key, (0.0, Counter()))
-            if expires <= now:  # it is a new period, so others may have expired
-                self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
-                counters = Counter()
+            if key not in self._counters:
+                self._counters = without_expired(self._counters)
+            counters = self._counters.setdefault(key, Counter())
             counters.update(amounts)
-            self._counters[key] = now + key.max_age, counters
             return {name: counters[name] for name in amounts}
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        found: list[Amounts] = []
         with self._lock:
-            for key in keys:
-                expires, counters = self._counters.get(key, (0.0, Counter()))
-                found.append(dict(counters) if expires > time.time() else {})
-        return found
+            return [dict(self._counters.get(key, {})) for key in keys]
 
     # The caller of these holds the lock
 
@@ -1776,6 +1774,7 @@ SQLITE_TABLES = (
         number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
         created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
         UNIQUE (owner, kind, name))""",
+    "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
     "CREATE INDEX documents_by_use ON documents (used, kind)",
     """CREATE TABLE IF NOT EXISTS counters (
         owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
@@ -1809,14 +1808,13 @@ class SQLiteStore(SharedStore):
         # Guards the connection and its file; held while sqlite3 waits for other processes
         self._lock = threading.Lock()
         self._db: Any = None
-        self._file: tuple[int, int] | None = None  # device and inode that the connection is to
+        self._file: Any = None  # the os.stat() of the file that the connection is to
         try:
             self._connect()
         except self.failures as error:
             # An OSError's words have the path in them
             if isinstance(error, OSError) or "locked" not in str(error):
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise StoreError(f"{self._path} cannot be used: {reason}") from None
+                raise StoreError(f"{self._path} cannot be used: {error}") from None
             log.warning("the session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
@@ -1831,6 +1829,7 @@ class SQLiteStore(SharedStore):
         return Document(*rows[0]) if rows else None
 
     def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+        owner, kind, _ = key
         now = time.time()
         expiry = self.expiry()
         with self._transaction() as db:
@@ -1848,21 +1847,15 @@ class SQLiteStore(SharedStore):
             db.execute(
                 "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 10)",
                 (expiry,))
-            self._evict(db, *key[:2])
+            db.execute(
+                "DELETE FROM documents WHERE number IN "
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                (owner, kind, self.limit_of(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
                 # Python makes but one step of it, which is one page
                 db.execute("PRAGMA incremental_vacuum(1)")
         return True
-
-    def _evict(self, db: Any, owner: str, kind: str) -> None:
-        [kept] = db.execute("SELECT count(*) FROM documents WHERE owner = ? AND kind = ?", (owner, kind)).fetchone()
-        surplus = kept - self.limit_of(kind)
-        if surplus > 0:
-            db.execute(
-                "DELETE FROM documents WHERE number IN "
-                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number LIMIT ?)",
-                (owner, kind, surplus))
 
     def delete(self, key: DocumentKey) -> bool:
         with self._transaction() as db:
@@ -1882,14 +1875,13 @@ class SQLiteStore(SharedStore):
         return int(count)
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        now = time.time()
-        owner, period, max_age = key
+        owner, period, expires = key
         with self._transaction() as db:
-            db.execute("DELETE FROM counters WHERE expires <= ?", (now,))
+            db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
             db.executemany(
-                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, period, name) "
-                "DO UPDATE SET value = value + excluded.value, expires = excluded.expires",
-                [(owner, period, name, amount, now + max_age) for name, amount in amounts.items()])
+                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
+                [(owner, period, name, amount, expires) for name, amount in amounts.items()])
             counters = dict(db.execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
         return {name: counters[name] for name in amounts}
@@ -1944,8 +1936,7 @@ class SQLiteStore(SharedStore):
         """Have a connection to the file that the path leads to now: one that was deleted can still be written."""
         if self._db:
             with suppress(OSError):
-                now = os.stat(self._path)
-                if (now.st_dev, now.st_ino) == self._file:
+                if os.path.samestat(os.stat(self._path), self._file):
                     return
             self._close()
         import sqlite3
@@ -1959,8 +1950,7 @@ class SQLiteStore(SharedStore):
         except BaseException:
             self._close()
             raise
-        opened = os.stat(self._path)
-        self._file = opened.st_dev, opened.st_ino
+        self._file = os.stat(self._path)
 
     def _close(self) -> None:
         if self._db:
@@ -2107,16 +2097,16 @@ class RedisStore(SharedStore):
             head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
             if version is None:
                 return None
-            created, used, turns = json.loads(head)
+            _, created, used, turns = json.loads(head)
             return Document(created, used, turns, data, int(version))
 
     def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
         index, member = redis_names(key)
         _, kind, name = key
-        head = dump_json([document.created, document.used, document.turns])
+        head = dump_json([name, document.created, document.used, document.turns])
         arguments = [
             member, "" if expected is None else expected, self._lifetime, self.limit_of(kind),
-            "name", name, "head", head, "data", document.data,
+            "head", head, "data", document.data,
         ]
         with self._client(is_write=True) as redis:
             return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
@@ -2134,10 +2124,10 @@ class RedisStore(SharedStore):
         documents = {}
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
             for member in redis.zrange(index, 0, -1):
-                pipe.hmget(f"{index}:{member.decode()}", "name", "head")
-            for name, head in pipe.execute():
-                if name is not None:
-                    documents[name.decode()] = Document(*json.loads(head))
+                pipe.hget(f"{index}:{member.decode()}", "head")
+            for head in filter(None, pipe.execute()):  # some may have expired
+                name, *fields = json.loads(head)
+                documents[name] = Document(*fields)
         return documents
 
     def count(self) -> int:
@@ -2152,7 +2142,7 @@ class RedisStore(SharedStore):
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
-            pipe.pexpire(counters, int(key.max_age * 1000))
+            pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
             *values, _ = pipe.execute()
         return dict(zip(amounts, values, strict=True))
 
@@ -2380,7 +2370,7 @@ def date_of(now: float) -> str:
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {date_of(now)}", USAGE_MAX_AGE)
+    return CounterKey(client.owner, f"day {date_of(now)}", now - now % DAY + USAGE_MAX_AGE)
 
 
 def duration(seconds: float) -> str:
@@ -2410,68 +2400,72 @@ class Counters:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = threading.Lock()  # guards the next three. Their values are replaced and never changed
-        self._known: dict[CounterKey, Counter[str]] = {}  # totals, as the store has returned them
-        self._pending: dict[CounterKey, Counter[str]] = {}  # amounts that the store does not have
-        self._expires: dict[CounterKey, float] = {}
+        # Totals that the store has returned, and amounts that it does not have. Neither is ever changed in its place
+        self._periods: dict[CounterKey, tuple[Counter[str], Counter[str]]] = {}
+        self._has_pending = False
+        self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
     def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
         """Add amounts to the counters of a period, and return the totals of these."""
         # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
-        pending = self._pending.get(key, NOTHING)
+        pending = self._pending(key)
         try:
-            totals = self._send(key, amounts)
+            totals = self._send(key, Counter(amounts), NOTHING)
         except APIError:
-            with self._lock:
-                self._renew(key)
-                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
-                return self._known.get(key, NOTHING) + self._pending[key]
-        if self._pending and self._sending.acquire(blocking=False):
-            with suppress(APIError):
+            return self._learn(key, added=Counter(amounts))
+        if self._has_pending and self._sending.acquire(blocking=False):
+            try:
                 self._send_pending()
-            self._sending.release()
+            finally:
+                self._sending.release()
         return totals + pending
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
         """Return the totals of each period."""
-        pending = self._pending.copy()
+        pending = [self._pending(key) for key in keys]
         try:
-            found = [*map(Counter, self._store.read_counters(keys))]
+            found = self._store.read_counters(keys)
         except APIError:
-            found = [self._known.get(key, NOTHING) for key in keys]
+            return [self._learn(key) for key in keys]
         totals = []
-        for key, counters in zip(keys, found, strict=True):
-            self._learn(key, counters)
-            totals.append(counters + pending.get(key, NOTHING))
+        for key, counters, more in zip(keys, found, pending, strict=True):
+            self._learn(key, Counter(counters))
+            totals.append(Counter(counters) + more)
         return totals
 
-    def _send(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
+    def _pending(self, key: CounterKey) -> Counter[str]:
+        return self._periods.get(key, (NOTHING, NOTHING))[1]
+
+    def _send(self, key: CounterKey, amounts: Counter[str], sent: Counter[str]) -> Counter[str]:
         totals = Counter(self._store.add_counters(key, amounts))
-        self._learn(key, totals)
+        self._learn(key, totals, sent=sent)
         return totals
 
     def _send_pending(self) -> None:
-        for key, amounts in self._pending.copy().items():
-            self._send(key, amounts)
-            with self._lock:
-                rest = self._pending.pop(key, NOTHING) - amounts
-                if rest:
-                    self._pending[key] = rest
+        self._has_pending = False
+        try:
+            for key in self._periods.copy():
+                pending = self._pending(key)
+                if pending:
+                    self._send(key, pending, pending)
+        except APIError:
+            self._has_pending = True
 
-    def _learn(self, key: CounterKey, totals: Counter[str]) -> None:
+    def _learn(
+        self, key: CounterKey, known: Counter[str] = NOTHING, added: Counter[str] = NOTHING,
+        sent: Counter[str] = NOTHING,
+    ) -> Counter[str]:
+        """Note totals that the store has returned, and amounts that it does not have, or has by now; return both."""
         with self._lock:
-            self._renew(key)
-            self._known[key] = self._known.get(key, NOTHING) | totals  # answers may come in any order
-
-    def _renew(self, key: CounterKey) -> None:
-        """Have a period expire later. The caller holds the lock."""
-        now = time.time()
-        if key not in self._expires:  # it is a new one, so others may have expired
-            for old in [key for key, expires in self._expires.items() if expires <= now]:
-                for counters in (self._expires, self._known, self._pending):
-                    counters.pop(old, None)
-        self._expires[key] = now + key.max_age
+            if key not in self._periods:
+                self._periods = without_expired(self._periods)
+            known_before, pending = self._periods.get(key, (NOTHING, NOTHING))
+            known = known | known_before  # answers may come in any order
+            pending = pending + added - sent
+            self._periods[key] = known, pending
+            self._has_pending |= bool(added)
+            return known + pending
 
 
 class UsageLimits:
@@ -2499,7 +2493,7 @@ class UsageLimits:
             headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
         has_quota = not tokens_limit or tokens < tokens_limit
         if requests_limit:
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", 2 * MINUTE)
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now - now % MINUTE + 2 * MINUTE)
             counters = self._counters.add(minute, {"requests": int(has_quota)})
             requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, requests, minute_reset))
