@@ -1556,6 +1556,8 @@ class Store:
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit  # sessions of one owner, and stored responses
+        # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
+        self._retrying = threading.Lock()
 
     def limit_of(self, kind: str) -> int:
         return MAX_REASONING_TEXTS if kind == REASONING else self.limit
@@ -1600,11 +1602,15 @@ class Store:
         If another update came first, change() is called again with the document that is stored by then.
         """
         deadline = time.monotonic() + STORE_TIMEOUT
-        while not self.put(key, change(document), document.version):
-            if time.monotonic() > deadline:
-                raise store_unavailable()
-            time.sleep(random.uniform(0, 0.005))
-            document = self.load(key) or NO_DOCUMENT
+        if self.put(key, change(document), document.version):
+            return
+        with self._retrying:
+            while time.monotonic() < deadline:
+                document = self.load(key) or NO_DOCUMENT
+                if self.put(key, change(document), document.version):
+                    return
+                time.sleep(random.uniform(0, 0.005))
+        raise store_unavailable()
 
 
 def store_unavailable() -> APIError:
@@ -2400,72 +2406,61 @@ class Counters:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # Totals that the store has returned, and amounts that it does not have. Neither is ever changed in its place
-        self._periods: dict[CounterKey, tuple[Counter[str], Counter[str]]] = {}
-        self._has_pending = False
+        self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
+        # Amounts that the store does not have; replaced, never changed
+        self._pending: dict[CounterKey, Counter[str]] = {}
         self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
-    def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
+    def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
         """Add amounts to the counters of a period, and return the totals of these."""
         # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
-        pending = self._pending(key)
+        pending = self._pending.get(key)
         try:
-            totals = self._send(key, Counter(amounts), NOTHING)
+            totals = self._store.add_counters(key, amounts)
         except APIError:
-            return self._learn(key, added=Counter(amounts))
-        if self._has_pending and self._sending.acquire(blocking=False):
+            with self._lock:
+                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
+                return Counter(self._known.get(key)) + self._pending[key]
+        self._learn(key, totals)
+        if self._pending and self._sending.acquire(blocking=False):
             try:
                 self._send_pending()
             finally:
                 self._sending.release()
-        return totals + pending
+        return Counter(totals) + pending if pending else totals
 
-    def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
+    def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
         """Return the totals of each period."""
-        pending = [self._pending(key) for key in keys]
+        pending = self._pending.copy()
+        found: list[Amounts]
         try:
             found = self._store.read_counters(keys)
         except APIError:
-            return [self._learn(key) for key in keys]
-        totals = []
-        for key, counters, more in zip(keys, found, pending, strict=True):
-            self._learn(key, Counter(counters))
-            totals.append(Counter(counters) + more)
-        return totals
-
-    def _pending(self, key: CounterKey) -> Counter[str]:
-        return self._periods.get(key, (NOTHING, NOTHING))[1]
-
-    def _send(self, key: CounterKey, amounts: Counter[str], sent: Counter[str]) -> Counter[str]:
-        totals = Counter(self._store.add_counters(key, amounts))
-        self._learn(key, totals, sent=sent)
+            found = [self._known.get(key, {}) for key in keys]
+        totals: list[Amounts] = []
+        for key, known in zip(keys, found, strict=True):
+            self._learn(key, known)
+            totals.append(Counter(known) + pending.get(key, NOTHING))
         return totals
 
     def _send_pending(self) -> None:
-        self._has_pending = False
-        try:
-            for key in self._periods.copy():
-                pending = self._pending(key)
-                if pending:
-                    self._send(key, pending, pending)
-        except APIError:
-            self._has_pending = True
+        with suppress(APIError):
+            for key, amounts in self._pending.copy().items():
+                self._learn(key, self._store.add_counters(key, amounts))
+                with self._lock:
+                    rest = self._pending.pop(key, NOTHING) - amounts
+                    if rest:
+                        self._pending[key] = rest
 
-    def _learn(
-        self, key: CounterKey, known: Counter[str] = NOTHING, added: Counter[str] = NOTHING,
-        sent: Counter[str] = NOTHING,
-    ) -> Counter[str]:
-        """Note totals that the store has returned, and amounts that it does not have, or has by now; return both."""
+    def _learn(self, key: CounterKey, totals: Amounts) -> None:
         with self._lock:
-            if key not in self._periods:
-                self._periods = without_expired(self._periods)
-            known_before, pending = self._periods.get(key, (NOTHING, NOTHING))
-            known = known | known_before  # answers may come in any order
-            pending = pending + added - sent
-            self._periods[key] = known, pending
-            self._has_pending |= bool(added)
-            return known + pending
+            if key not in self._known:
+                self._known = without_expired(self._known)
+                self._pending = without_expired(self._pending)
+            known = self._known.setdefault(key, {})
+            for name, total in totals.items():
+                known[name] = max(total, known.get(name, 0))  # answers may come in any order
 
 
 class UsageLimits:
