@@ -316,7 +316,8 @@ class Settings:
     session_cache_ttl: float = setting(
         "3600", "seconds a session lives after its last turn", number(1, 1e9))
     max_session_size: int = setting(
-        "1000", "sessions kept; the least recently used goes first", integer(1, 10**9))
+        "1000", "sessions kept for each key, and as many stored responses; the least recently used goes first",
+        integer(1, 10**9))
     requests_per_minute: dict[str, int] = setting(
         "0", "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own", LIMITS)
     tokens_per_day: dict[str, int] = setting(
