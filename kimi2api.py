@@ -2211,21 +2211,21 @@ class Session:
     used: float
     system: Turn = ()  # of a stored response: system messages among its input and that of those before it
     response: JSONObject | None = None
-    document: Document = Document()
+    document: Document = NO_DOCUMENT  # in which all of it is stored
 
     @classmethod
     def read(cls, document: Document) -> Session:
-        head = json.loads(document.data.partition(b"\n")[0])
-        return cls(
-            head["id"], document.created, document.used, tuple(head.get("system", ())), head.get("response"), document)
+        head = json.loads(split_lines(document)[0])
+        system = tuple(head.get("system", ()))
+        return cls(head["id"], document.created, document.used, system, head.get("response"), document)
 
     @cached_property
     def turns(self) -> Turns:
-        return read_turns(turn_lines(self.document))
+        return read_turns(split_lines(self.document)[1:])
 
 
-def turn_lines(document: Document) -> list[bytes]:
-    return document.data.split(b"\n")[1:]
+def split_lines(document: Document) -> list[bytes]:
+    return document.data.split(b"\n")
 
 
 def read_turns(lines: Iterable[bytes]) -> Turns:
@@ -2233,7 +2233,15 @@ def read_turns(lines: Iterable[bytes]) -> Turns:
 
 
 def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
-    return [dump_json([*map(stored_message, turn)]) for turn in turns]
+    return [dump_json(stored_messages(turn)) for turn in turns]
+
+
+def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
+    return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
+
+
+def stored_messages(messages: Iterable[Message]) -> list[Message]:
+    return list(map(stored_message, messages))
 
 
 def stored_message(message: Message) -> Message:
@@ -2292,23 +2300,22 @@ class Sessions:
         now = time.time()
         return session or Session(random_hex(), now, now)
 
-    def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
+    def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
         """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
-        turns = [*turns]
         added = dump_turns(turns)
+        continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
-            head, *lines = document.data.split(b"\n")
+            lines = split_lines(document)
+            head = lines.pop(0) or dump_json({"id": opened.id})
             if replace_turns:  # but for turns that others have recorded meanwhile
-                recorded = Counter(lines) - Counter(turn_lines(opened.document))
-                lines = [*added, *recorded.elements()]
-            elif lines and turns and turns[0][0]["role"] != "user":
+                recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
+                lines = added + list(recorded.elements())
+            elif continues_turn:
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
-            lines = latest_lines(lines)
-            data = b"\n".join([head or dump_json({"id": opened.id}), *lines])
-            return Document(document.created or opened.created, time.time(), len(lines), data)
+            return session_document(document.created or opened.created, head, latest_lines(lines))
 
         self.store.update((owner, SESSION, user), opened.document, change)
 
@@ -2324,14 +2331,13 @@ class Sessions:
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
         """Store a response, and the conversation up to its end for responses that continue it."""
-        head = {"id": opened.id, "system": [stored_message(message) for message in system], "response": response}
-        lines = dump_turns(turns)
-        data = b"\n".join([dump_json(head), *lines])
-        if len(data) > MAX_RESPONSE_BYTES:
-            log.warning("a response is not stored: with its conversation it has %d bytes", len(data))
-            return
-        now = time.time()
-        self.store.put((owner, RESPONSE, response["id"]), Document(now, now, len(lines), data))
+        head = {"id": opened.id, "system": stored_messages(system), "response": response}
+        document = session_document(time.time(), dump_json(head), dump_turns(turns))
+        size = len(document.data)
+        if size > MAX_RESPONSE_BYTES:
+            log.warning("a response is not stored: with its conversation it has %d bytes", size)
+        else:
+            self.store.put((owner, RESPONSE, response["id"]), document)
 
     def forget_response(self, owner: str, id: str) -> bool:
         return self.store.delete((owner, RESPONSE, id))
