@@ -1560,11 +1560,11 @@ class Store:
         # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
         self._retrying = threading.Lock()
 
-    def limit_of(self, kind: str) -> int:
+    def max_documents(self, kind: str) -> int:
         return MAX_REASONING_TEXTS if kind == REASONING else self.limit
 
-    def expiry(self) -> float:
-        """Return the time of the last use up to which documents have expired."""
+    def expiry_cutoff(self) -> float:
+        """Return the time of last use up to which documents have expired."""
         return time.time() - self.ttl
 
     def check(self) -> None:
@@ -1656,7 +1656,7 @@ class MemoryStore(Store):
             documents[name] = replace(document, version=next(self._versions))
             sizes = self._sizes[owner]
             sizes[kind] += len(document.data) + DOCUMENT_BYTES
-            while len(documents) > self.limit_of(kind):
+            while len(documents) > self.max_documents(kind):
                 self._drop_oldest(owner, kind)
             while sizes.total() > MAX_OWNER_BYTES:
                 [(largest, _)] = sizes.most_common(1)
@@ -1703,9 +1703,9 @@ class MemoryStore(Store):
         self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
 
     def _drop_expired(self) -> None:
-        expiry = self.expiry()
+        cutoff = self.expiry_cutoff()
         for (owner, kind), documents in self._documents.items():
-            while documents and next(iter(documents.values())).used <= expiry:
+            while documents and next(iter(documents.values())).used <= cutoff:
                 self._drop_oldest(owner, kind)
 
 
@@ -1832,17 +1832,17 @@ class SQLiteStore(SharedStore):
     def load(self, key: DocumentKey) -> Document | None:
         rows = self._select(
             "SELECT created, used, turns, data, number FROM documents "
-            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry())
+            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
         return Document(*rows[0]) if rows else None
 
     def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
         owner, kind, _ = key
         now = time.time()
-        expiry = self.expiry()
+        cutoff = self.expiry_cutoff()
         with self._transaction() as db:
             [version] = db.execute(
                 "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
-                (*key, expiry)).fetchone()
+                (*key, cutoff)).fetchone()
             if expected not in (None, version):
                 return False
             db.execute(
@@ -1853,11 +1853,11 @@ class SQLiteStore(SharedStore):
             # Nobody should wait until all of them are deleted
             db.execute(
                 "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 10)",
-                (expiry,))
+                (cutoff,))
             db.execute(
                 "DELETE FROM documents WHERE number IN "
                 "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
-                (owner, kind, self.limit_of(kind)))
+                (owner, kind, self.max_documents(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
                 # Python makes but one step of it, which is one page
@@ -1867,18 +1867,19 @@ class SQLiteStore(SharedStore):
     def delete(self, key: DocumentKey) -> bool:
         with self._transaction() as db:
             deleted = db.execute(
-                "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?", (*key, self.expiry()))
+                "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, self.expiry_cutoff()))
             return bool(deleted.rowcount)
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         rows = self._select(
             "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
-            "ORDER BY number", owner, kind, self.expiry())
+            "ORDER BY number", owner, kind, self.expiry_cutoff())
         return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
         [(count,)] = self._select(
-            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry(), REASONING)
+            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
         return int(count)
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
@@ -2112,7 +2113,7 @@ class RedisStore(SharedStore):
         _, kind, name = key
         head = dump_json([name, document.created, document.used, document.turns])
         arguments = [
-            member, "" if expected is None else expected, self._lifetime, self.limit_of(kind),
+            member, "" if expected is None else expected, self._lifetime, self.max_documents(kind),
             "head", head, "data", document.data,
         ]
         with self._client(is_write=True) as redis:
@@ -2141,7 +2142,7 @@ class RedisStore(SharedStore):
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
             for index in redis.smembers(REDIS_INDEXES):
                 if not index.endswith(REASONING.encode()):
-                    pipe.zcount(index, self.expiry() * 1_000_000, "+inf")
+                    pipe.zcount(index, self.expiry_cutoff() * 1_000_000, "+inf")
             return sum(pipe.execute())
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
@@ -2363,8 +2364,8 @@ class Sessions:
 # ======================================================================================================================
 # 14 Limits and usage
 #
-# What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
-# While the store is unavailable, this process counts by itself.
+# The usage of each key and its limits, counted in the store: so a restart or a second process refills no limit. While
+# the store is unavailable, this process counts by itself.
 # ======================================================================================================================
 
 MINUTE = 60
@@ -2373,21 +2374,21 @@ USAGE_DAYS = 31
 USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
 
 
-def limit_of(limits: Mapping[str, int], client: ClientKey) -> int:
-    """The limit for a key, by its name or else the one for all; 0: none."""
+def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
+    """Return the limit of a key: by its name, else the one for all keys. 0 means no limit."""
     return limits.get(client.name or "", limits.get("", 0))
 
 
-def date_of(now: float) -> str:
+def utc_date(now: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(now))
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {date_of(now)}", now - now % DAY + USAGE_MAX_AGE)
+    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + USAGE_MAX_AGE)
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it in headers: 12s, 1m3s, 5h0m1s."""
+    """Format seconds as OpenAI's headers do: 12s, 1m3s, 5h0m1s."""
     minutes, rest = divmod(ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     text = f"{rest}s"
@@ -2471,7 +2472,7 @@ class Counters:
 
 
 class UsageLimits:
-    """What every key has used, and its limits."""
+    """The usage of every key, and its limits."""
 
     def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
         self.requests_per_minute = requests_per_minute
@@ -2479,10 +2480,10 @@ class UsageLimits:
         self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
+        """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
         headers: dict[str, str] = {}
-        tokens_limit = limit_of(self.tokens_per_day, client)
-        requests_limit = limit_of(self.requests_per_minute, client)
+        tokens_limit = key_limit(self.tokens_per_day, client)
+        requests_limit = key_limit(self.requests_per_minute, client)
         if not tokens_limit and not requests_limit:
             return headers
         now = time.time()
@@ -2491,7 +2492,7 @@ class UsageLimits:
         tokens = requests = 0
         if tokens_limit:
             [counters] = self._counters.read([day_key(client, now)])
-            tokens = summed(counters)["total_tokens"]
+            tokens = sum_by_model(counters)[0]["total_tokens"]
             headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
         has_quota = not tokens_limit or tokens < tokens_limit
         if requests_limit:
@@ -2513,34 +2514,36 @@ class UsageLimits:
     def record(
         self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
     ) -> None:
-        """Count what an answer took. model: one of a bounded number of ids; is_answered: it did not break off."""
+        """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
         amounts = {"requests": int(is_answered), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         named = {f"{name} {model}": amount for name, amount in amounts.items()}
         self._counters.add(day_key(client, time.time()), named)
 
     def usage(self, client: ClientKey) -> JSONObject:
-        """What the key has used in the last 31 days, the oldest first, and its limits."""
+        """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
         now = time.time()
         times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
         counters_of_days = self._counters.read([day_key(client, then) for then in times])
+        today: JSONObject = {}
         days = []
         for then, counters in zip(times, counters_of_days, strict=True):
-            days.append({"date": date_of(then), **summed(counters)})
-        today = {name: value for name, value in days[-1].items() if name != "models"}
+            total, models = sum_by_model(counters)
+            today = {"date": utc_date(then), **total}
+            days.append({**today, "models": models})
         return {
             "object": "usage",
             "key": client.name,
             "limits": {
-                "requests_per_minute": limit_of(self.requests_per_minute, client),
-                "tokens_per_day": limit_of(self.tokens_per_day, client),
+                "requests_per_minute": key_limit(self.requests_per_minute, client),
+                "tokens_per_day": key_limit(self.tokens_per_day, client),
             },
             "today": today,
             "days": days,
         }
 
 
-def summed(counters: Mapping[str, int]) -> JSONObject:
-    """Counters of a day, such as `prompt_tokens kimi`, by model and in all."""
+def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return the sums of a day's counters, such as `prompt_tokens kimi`: of all models, and by model."""
     models: dict[str, dict[str, int]] = {}
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for name, amount in counters.items():
@@ -2550,7 +2553,7 @@ def summed(counters: Mapping[str, int]) -> JSONObject:
             sums[what] += amount
             if what != "requests":
                 sums["total_tokens"] += amount
-    return {**total, "models": models}
+    return total, models
 
 
 # ======================================================================================================================
