@@ -797,9 +797,10 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
     for keyword in ("minimum", "minLength", "minItems"):
         if keyword in schema and size_of(value) < schema[keyword]:
             return False
-    if "propertyNames" in schema and max(map(len, value), default=0) > schema["propertyNames"]["maxLength"]:
-        return False
-    return all(len(value) <= schema[keyword] for keyword in MAXIMA if keyword in schema)
+    for keyword in MAXIMA:
+        if keyword in schema and len(value) > schema[keyword]:
+            return False
+    return "propertyNames" not in schema or all(len(name) <= schema["propertyNames"]["maxLength"] for name in value)
 
 
 def is_of_type(value: Any, name: str) -> bool:
@@ -1720,7 +1721,7 @@ MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class StoreError(Exception):
-    """A store that cannot be used, in words for the log; at the start they are those of a SettingError."""
+    """A store that cannot be used. The message is for the log, or at the start for a SettingError."""
 
 
 class SharedStore(Store):
@@ -1740,8 +1741,8 @@ class SharedStore(Store):
 
     @contextmanager
     def _calling(self, is_write: bool) -> Iterator[None]:
-        """Raise APIError 503 for a call that fails. Then all calls fail immediately, for five times as long as that one
-        took: so a request that needs several calls, or many requests, do not wait for each of them."""
+        """Raise APIError 503 for a call that fails. After that, all calls fail immediately, for five times as long as
+        the failed call took. Otherwise a request with several calls would wait for each of them."""
         self._check_pause()
         began = time.monotonic()
         try:
@@ -1804,7 +1805,7 @@ class SQLiteStore(SharedStore):
     kind = "sqlite"
 
     def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Raises StoreError for a file that cannot be opened or is not ours. One that is locked may be free later."""
+        """Raises StoreError for a file that cannot be opened or is not ours. A locked file may be free later."""
         super().__init__(ttl, limit)
         try:
             import sqlite3
@@ -1822,7 +1823,7 @@ class SQLiteStore(SharedStore):
             # An OSError's words have the path in them
             if isinstance(error, OSError) or "locked" not in str(error):
                 raise StoreError(f"{self._path} cannot be used: {error}") from None
-            log.warning("the session store (sqlite) is locked by another program: %s", self._path)
+            log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
         with self._transaction() as db:
@@ -1848,9 +1849,9 @@ class SQLiteStore(SharedStore):
             db.execute(
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
-            # A clock was ahead, and these would expire late
+            # These were used when the clock was ahead, and would expire late
             db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
-            # Nobody should wait until all of them are deleted
+            # Ten at a time: no put should wait until all expired documents are deleted
             db.execute(
                 "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 10)",
                 (cutoff,))
@@ -1860,7 +1861,7 @@ class SQLiteStore(SharedStore):
                 (owner, kind, self.max_documents(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
-                # Python makes but one step of it, which is one page
+                # Python executes one step of it, which frees one page
                 db.execute("PRAGMA incremental_vacuum(1)")
         return True
 
@@ -1899,29 +1900,28 @@ class SQLiteStore(SharedStore):
         return [dict(self._select(query, key.owner, key.period, time.time())) for key in keys]
 
     def _select(self, query: str, *values: Any) -> list[Any]:
-        with self._connected(is_write=False) as execute:
-            return list(execute(query, values).fetchall())
+        with self._executed(query, values, is_write=False) as rows:
+            return list(rows.fetchall())
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         """Yield the connection in a transaction, which lands whole or not at all."""
-        with self._connected(is_write=True) as execute:
-            execute("BEGIN IMMEDIATE")
+        with self._executed("BEGIN IMMEDIATE", (), is_write=True):
             yield self._db
             self._db.execute("COMMIT")
 
     @contextmanager
-    def _connected(self, is_write: bool) -> Iterator[Callable[..., Any]]:
-        """Yield the connection's execute(), which waits for other processes. If anything fails, close the connection:
-        the next call opens the file again."""
+    def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
+        """Yield the result of a statement, for which other processes may have to be waited for. If anything fails, the
+        connection is closed, and the next call opens the file again."""
         deadline = time.monotonic() + STORE_TIMEOUT
         with self._calling(is_write):
             if not self._lock.acquire(timeout=STORE_TIMEOUT):
-                raise store_unavailable()  # other threads keep the store busy; it may be well
+                raise store_unavailable()  # other threads keep the store busy, which is no failure
             try:
-                self._check_pause()  # it may have failed meanwhile
+                self._check_pause()  # another call may have failed meanwhile
                 self._connect()
-                yield partial(self._execute, deadline)
+                yield self._execute(statement, values, deadline)
             except BaseException:
                 self._close()
                 raise
@@ -1930,9 +1930,9 @@ class SQLiteStore(SharedStore):
 
     # The caller of these holds the lock
 
-    def _execute(self, deadline: float, statement: str, values: tuple[Any, ...] = ()) -> Any:
-        """Execute a statement, waiting for the locks of other processes. sqlite3's own busy handler comes to look only
-        every 100 ms: with four busy processes one of them waits for more than a second."""
+    def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
+        """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
+        retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
         while True:
             try:
                 return self._db.execute(statement, values)
@@ -1941,7 +1941,7 @@ class SQLiteStore(SharedStore):
                     raise
 
     def _connect(self) -> None:
-        """Have a connection to the file that the path leads to now: one that was deleted can still be written."""
+        """Connect to the file at the path, unless the connection is to it: a deleted file can still be written."""
         if self._db:
             with suppress(OSError):
                 if os.path.samestat(os.stat(self._path), self._file):
@@ -1967,7 +1967,7 @@ class SQLiteStore(SharedStore):
         self._db = None
 
     def _prepare(self, db: Any) -> None:
-        """See that the file is ours, and bring it to the format of this version."""
+        """Upgrade the file to the format of this version. Raises StoreError if the file is not ours."""
         [application] = db.execute("PRAGMA application_id").fetchone()
         [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != SQLITE_APPLICATION:
@@ -2023,7 +2023,7 @@ return 1
 
 
 def connect_redis(url: str) -> Any:
-    """A client of the package redis, for many threads. Raises StoreError without it, or for an address of no use."""
+    """Return a client of the package redis, for many threads. Raises StoreError without it, or for a bad address."""
     try:
         import redis
         from redis.backoff import NoBackoff
@@ -2048,7 +2048,7 @@ def connect_redis(url: str) -> Any:
 
 
 def hashed(text: str) -> str:
-    """A name for a key of Redis, which says nothing of the text and cannot be another's."""
+    """Return part of a Redis key, which does not reveal the text and differs from that of any other text."""
     return sha256(text.encode()).hexdigest()[:32]
 
 
@@ -2076,12 +2076,12 @@ class RedisStore(SharedStore):
     kind = "redis"
 
     def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Raises StoreError when the package is missing, or a newer version wrote there. A Redis that does not answer
-        may do so later."""
+        """Raises StoreError if the package is missing, or a newer version wrote there. A Redis that does not answer may
+        do so later."""
         super().__init__(ttl, limit)
         self._redis = connect_redis(url)
         import redis
-        # After OSError: what the package or we raise for an answer or a key that makes no sense
+        # Those after OSError are raised for answers and documents that are malformed
         self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
         self._put = self._redis.register_script(PUT_DOCUMENT)
         self._lifetime = max(1, int(ttl * 1000))  # ms
@@ -2177,7 +2177,7 @@ class RedisStore(SharedStore):
 
 
 def open_store(settings: Settings) -> Store:
-    """The store of SESSION_STORE. Raises SettingError when it cannot be used at all."""
+    """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
     ttl = settings.session_cache_ttl
     limit = settings.max_session_size
     kind, _, path = settings.session_store.partition(":")
