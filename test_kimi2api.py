@@ -1388,6 +1388,7 @@ def test_a_store_gives_back_the_documents_it_was_given(address: str) -> None:
         assert store.load(other) is None and not store.delete(other)
     [(name, listed)] = store.list_documents("owner", "response").items()
     assert (name, listed.created, listed.used, listed.turns) == ("resp_1", 1.25, document.used, 3)
+    assert address == "memory" or not listed.data, "a list reads no text"
     assert store.list_documents("owner", "session") == {}, "a response is nobody's session"
     store.put(("owner", "reasoning", "x"), document)
     assert store.count() == 1, "reasoning is not counted"
@@ -2215,13 +2216,14 @@ def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answer
     assert said(chat(app))
 
 
-def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told_it_later(
-    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+def test_limits_hold_while_the_store_is_gone_and_what_was_counted_meanwhile_is_added_later(
+    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 20
     server = RedisServer(tmp_path)
     try:
-        app = make(**NAMED_KEYS, SESSION_STORE=server.url, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
+        settings = {**NAMED_KEYS, "SESSION_STORE": server.url}
+        app = make(**settings, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
         for key in ("sk-1", "sk-2", "sk-3"):
             assert said(chat(app, headers=bearer(key)))
         server.stop()
@@ -2232,15 +2234,17 @@ def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told
         wait_for(lambda: app.get("/health").json["store"]["ok"], "it is back")
         assert said(chat(app, headers=bearer("sk-3")))
         used = app.get("/v1/usage", headers=bearer("sk-3")).json["today"]
-        assert used["requests"] == 3 and used == make(**NAMED_KEYS, SESSION_STORE=server.url).get(
+        assert used["requests"] == 3 and used == make(**settings).get(
             "/v1/usage", headers=bearer("sk-3")).json["today"]
+        other = make(**settings, REQUESTS_PER_MINUTE="bob=3")
+        assert [chat(other, headers=bearer("sk-2")).status_int for _ in range(2)] == [429, 429], "three were counted"
         assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
     finally:
         server.stop()
 
 
 def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
-    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 20
     server = RedisServer(tmp_path)
