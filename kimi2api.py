@@ -1544,6 +1544,7 @@ class Document:
 
 
 NO_DOCUMENT = Document()
+ANY_VERSION = -1
 
 
 class Store:
@@ -1574,8 +1575,8 @@ class Store:
     def load(self, key: DocumentKey) -> Document | None:
         raise NotImplementedError
 
-    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
-        """Store a document, or return False if the stored version is not the expected one (None: any)."""
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        """Store a document, or return False if the stored version is not the expected one."""
         raise NotImplementedError
 
     def delete(self, key: DocumentKey) -> bool:
@@ -1591,7 +1592,7 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period, and return the new values of those."""
+        """Add to counters of a period, and return the new values: of these, or of all counters of the period."""
         raise NotImplementedError
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
@@ -1645,13 +1646,13 @@ class MemoryStore(Store):
             self._drop_expired()
             return self._documents[key[:2]].get(key[2])
 
-    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, name = key
         with self._lock:
             self._drop_expired()
             documents = self._documents[owner, kind]
             found = documents.get(name, NO_DOCUMENT)
-            if expected not in (None, found.version):
+            if expected not in (ANY_VERSION, found.version):
                 return False
             self._drop(key)
             documents[name] = replace(document, version=next(self._versions))
@@ -1728,12 +1729,9 @@ class SharedStore(Store):
     """A store outside of this process. Each failure becomes the same APIError."""
 
     failures: tuple[type[Exception], ...] = (StoreError,)
-
-    def __init__(self, ttl: float, limit: int) -> None:
-        super().__init__(ttl, limit)
-        # Neither needs a lock: one more call or one more line in the log does no harm
-        self.is_failing = False  # a call has failed, and since then no write has succeeded
-        self._paused_until = 0.0  # in seconds of time.monotonic()
+    # Neither needs a lock: one more call or one more line in the log does no harm
+    is_failing = False  # a call has failed, and since then no write has succeeded
+    _paused_until = 0.0  # in seconds of time.monotonic()
 
     def _check_pause(self) -> None:
         if time.monotonic() < self._paused_until:
@@ -1836,7 +1834,7 @@ class SQLiteStore(SharedStore):
             "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
         return Document(*rows[0]) if rows else None
 
-    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, _ = key
         now = time.time()
         cutoff = self.expiry_cutoff()
@@ -1844,7 +1842,7 @@ class SQLiteStore(SharedStore):
             [version] = db.execute(
                 "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, cutoff)).fetchone()
-            if expected not in (None, version):
+            if expected not in (ANY_VERSION, version):
                 return False
             db.execute(
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -1879,9 +1877,9 @@ class SQLiteStore(SharedStore):
         return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        [(count,)] = self._select(
+        rows = self._select(
             "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
-        return int(count)
+        return int(rows[0][0])
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
@@ -1891,9 +1889,8 @@ class SQLiteStore(SharedStore):
                 "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
                 [(owner, period, name, amount, expires) for name, amount in amounts.items()])
-            counters = dict(db.execute(
+            return dict(db.execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
-        return {name: counters[name] for name in amounts}
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
@@ -1999,7 +1996,7 @@ REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
 PUT_DOCUMENT = """
 local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local document = index .. ':' .. member
-if expected ~= '' and expected ~= (redis.call('HGET', document, 'version') or '0') then
+if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
     return 0
 end
 -- Microseconds of the one clock that all processes share, and later than all others if it was set back
@@ -2108,13 +2105,12 @@ class RedisStore(SharedStore):
             _, created, used, turns = json.loads(head)
             return Document(created, used, turns, data, int(version))
 
-    def put(self, key: DocumentKey, document: Document, expected: int | None = None) -> bool:
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         index, member = redis_names(key)
         _, kind, name = key
         head = dump_json([name, document.created, document.used, document.turns])
         arguments = [
-            member, "" if expected is None else expected, self._lifetime, self.max_documents(kind),
-            "head", head, "data", document.data,
+            member, expected, self._lifetime, self.max_documents(kind), "head", head, "data", document.data,
         ]
         with self._client(is_write=True) as redis:
             return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
@@ -2234,15 +2230,11 @@ def read_turns(lines: Iterable[bytes]) -> Turns:
 
 
 def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
-    return [dump_json(stored_messages(turn)) for turn in turns]
+    return [dump_json(list(map(stored_message, turn))) for turn in turns]
 
 
 def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
     return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
-
-
-def stored_messages(messages: Iterable[Message]) -> list[Message]:
-    return list(map(stored_message, messages))
 
 
 def stored_message(message: Message) -> Message:
@@ -2332,7 +2324,7 @@ class Sessions:
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
         """Store a response, and the conversation up to its end for responses that continue it."""
-        head = {"id": opened.id, "system": stored_messages(system), "response": response}
+        head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
         document = session_document(time.time(), dump_json(head), dump_turns(turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
@@ -2515,9 +2507,12 @@ class UsageLimits:
         self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
     ) -> None:
         """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
-        amounts = {"requests": int(is_answered), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-        named = {f"{name} {model}": amount for name, amount in amounts.items()}
-        self._counters.add(day_key(client, time.time()), named)
+        amounts = {
+            f"requests {model}": int(is_answered),
+            f"prompt_tokens {model}": prompt_tokens,
+            f"completion_tokens {model}": completion_tokens,
+        }
+        self._counters.add(day_key(client, time.time()), amounts)
 
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
