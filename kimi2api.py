@@ -12,7 +12,7 @@ The way of a chat through this file:
 
     Access.admit()        whether its client may call
     ChatRequest           checked by schemas; a ResponsesRequest is read as one
-    Accounts.admit()      the limits of its key; the Meter counts what it takes, for usage and metrics
+    UsageLimits.admit()   the limits of its key
     App._complete()       the stages of a chat, in order; what was said before goes in front: Sessions, in a Store
     Providers.answer()    by the model asked for, or else by one to fall back to
     Provider.stream()     Kimi's web chat or an API: a stream of Deltas
@@ -73,8 +73,8 @@ import time
 from base64 import b64decode, b64encode
 from bisect import bisect_left
 from codecs import BOM_UTF8
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
@@ -90,7 +90,7 @@ from math import ceil, inf, isfinite
 from operator import itemgetter
 from queue import Empty
 from traceback import clear_frames
-from typing import Any, Generic, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
@@ -301,7 +301,8 @@ class Settings:
     session_cache_ttl: float = setting(
         "3600", "seconds a session lives after its last turn", number(1, 1e9))
     max_session_size: int = setting(
-        "1000", "sessions kept; the least recently used goes first", integer(1, 10**9))
+        "1000", "sessions kept for each key, and as many stored responses; the least recently used goes first",
+        integer(1, 10**9))
     requests_per_minute: dict[str, int] = setting(
         "0", "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own", LIMITS)
     tokens_per_day: dict[str, int] = setting(
@@ -696,6 +697,7 @@ def request_object_by_type(records: Mapping[str, Schema], default: str | None = 
     return request_object({}, types, allOf=rules)
 
 
+MAXIMA = {"maximum": "", "maxItems": "", "maxLength": " characters", "maxProperties": " fields"}  # keywords, and their units
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
     "array": (list, "a list"),
@@ -755,6 +757,11 @@ def find_field_violation(value: JSONObject, schema: Schema, path: str) -> Violat
             violation = find_violation(value[name], field_schema, prefix + name)
             if violation:
                 return violation
+    if "additionalProperties" in schema:
+        for name in value.keys() - schema.get("properties", {}).keys():
+            violation = find_violation(value[name], schema["additionalProperties"], prefix + name)
+            if violation:
+                return violation
     for condition in (schema, *schema.get("allOf", ())):
         if "if" in condition and find_violation(value, condition["if"]) is None:
             violation = find_violation(value, condition["then"], path)
@@ -772,7 +779,10 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
     for keyword in ("minimum", "minLength", "minItems"):
         if keyword in schema and size_of(value) < schema[keyword]:
             return False
-    return "maxItems" not in schema or len(value) <= schema["maxItems"]
+    for keyword in MAXIMA:
+        if keyword in schema and size_of(value) > schema[keyword]:
+            return False
+    return "propertyNames" not in schema or all(len(name) <= schema["propertyNames"]["maxLength"] for name in value)
 
 
 def is_of_type(value: Any, name: str) -> bool:
@@ -784,7 +794,7 @@ def is_of_type(value: Any, name: str) -> bool:
 
 
 def size_of(value: Any) -> float:
-    return len(value) if isinstance(value, (str, list)) else value
+    return value if isinstance(value, (int, float)) else len(value)
 
 
 def describe(schema: Schema) -> str:
@@ -802,8 +812,11 @@ def describe(schema: Schema) -> str:
     for keyword in ("minimum", "minItems"):
         if keyword in schema:
             words += f" of at least {schema[keyword]}"
-    if "maxItems" in schema:
-        words += f" of at most {schema['maxItems']}"
+    for keyword, unit in MAXIMA.items():
+        if keyword in schema:
+            words += f" of at most {schema[keyword]}{unit}"
+    if "propertyNames" in schema:
+        words += f" with names of at most {schema['propertyNames']['maxLength']} characters"
     return words
 
 
@@ -844,11 +857,12 @@ RESPONSE_FORMAT = request_object(
     {"json_schema": OBJECT},
     **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
 )
+USER: Schema = {"type": "string", "maxLength": 512}  # the name of a session
 CHAT_REQUEST = request_object(
     {"messages": array(MESSAGE, minItems=1)},
     {
         "model": STRING,
-        "user": STRING,
+        "user": USER,
         "stream": BOOLEAN,
         "stream_options": request_object({}, {"include_usage": BOOLEAN}),
         "stop": any_of(STRING, array(STRING, maxItems=4)),
@@ -888,7 +902,7 @@ EMBEDDINGS_REQUEST = request_object(
     {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
     {
         "model": STRING,
-        "user": STRING,
+        "user": USER,
         "encoding_format": choice_of("float", "base64"),
         "dimensions": POSITIVE,
     },
@@ -1048,27 +1062,6 @@ def place_of_call(turns: list[Turn], result: Message) -> int:
             if call_id and any(call.get("id") == call_id for call in message.get("tool_calls") or ()):
                 return index
     return len(turns) - 1
-
-
-def slimmed(message: Message) -> Message:
-    """What is remembered of a message: a client may put megabytes into fields that nobody asks for."""
-    slim: Message = {"role": message["role"], "content": text_of(message)}
-    if message.get("tool_call_id"):
-        slim["tool_call_id"] = message["tool_call_id"]
-    if message.get("tool_calls"):
-        slim["content"] = slim["content"] or None
-        slim["tool_calls"] = [
-            {
-                "id": call.get("id"),
-                "type": "function",
-                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
-            }
-            for call in message["tool_calls"]
-        ]
-        # Moonshot and DeepSeek want it back
-        if isinstance(message.get("reasoning_content"), str):
-            slim["reasoning_content"] = message["reasoning_content"]
-    return slim
 
 
 def is_system(message: Message) -> bool:
@@ -1276,6 +1269,12 @@ TEXT_FORMAT = request_object_by_type({
     "json_object": request_object({}),
     "json_schema": request_object({"schema": OBJECT}),
 })
+METADATA: Schema = {  # as OpenAI bounds it
+    "type": "object",
+    "maxProperties": 16,
+    "propertyNames": {"maxLength": 64},
+    "additionalProperties": {"type": "string", "maxLength": 512},
+}
 SAME_IN_CHATS = {
     "model": STRING,
     "stream": BOOLEAN,
@@ -1283,8 +1282,8 @@ SAME_IN_CHATS = {
     "top_p": NUMBER,
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
-    "user": STRING,
-    "metadata": OBJECT,
+    "user": USER,
+    "metadata": METADATA,
     "service_tier": STRING,
     "safety_identifier": STRING,
     "prompt_cache_key": STRING,
@@ -1462,104 +1461,121 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # ======================================================================================================================
 # 8 Stores
 #
-# Where sessions, stored responses, reasoning and counters are kept. A store knows how to keep them, `Sessions` what is
-# in them. They belong to an owner, which is a hash of a key.
+# A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
+# kind and a name. `Sessions` decides what is in a document.
 # ======================================================================================================================
 
-MAX_TURNS = 1000  # of one session; more than any prompt holds
-MAX_SESSION_BYTES = 1 << 20  # of one session's turns, as JSON
-MAX_RESPONSE_BYTES = 16 << 20  # of a stored response; a larger one would push out everybody's sessions
-MAX_STORE_BYTES = 64 << 20  # of all sessions, where they are kept in memory
-MAX_REASONING_BYTES = 16 << 20  # of all reasoning behind tool calls, likewise
-MESSAGE_BYTES = 500  # that a message takes beside its text
+SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
+MAX_REASONING_TEXTS = 4000  # of one owner
+MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, where they are kept in memory
+DOCUMENT_BYTES = 500  # that a document takes in memory beside its data
+# Seconds that a call may wait, and that an update is retried. A chat may wait three times, for two limits and its
+# session: together less than 5 s
+STORE_TIMEOUT = 1.5
+
+DocumentKey = tuple[str, str, str]  # owner, kind, name
+Amounts = Mapping[str, int]
 
 
-def size_of_turn(turn: Turn) -> int:
-    return len(dump_json(turn)) + MESSAGE_BYTES * len(turn)
-
-
-@dataclass(frozen=True)
-class Session:
-    """What is remembered of a user, or of a stored response and what led to it."""
-
-    id: str
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    turns: Turns = ()
-    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
-    response: JSONObject | None = None
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes, about."""
-        size = sum(map(size_of_turn, self.turns)) + size_of_turn(self.system) + MESSAGE_BYTES
-        return size + len(dump_json(self.response)) if self.response else size
-
-
-Key = tuple[str, str, str]  # of a session: its owner, "user" or "response", and that one's name or id
+class CounterKey(NamedTuple):
+    owner: str
+    period: str
+    expires: float  # seconds since the epoch; some time after the end of the period
 
 
 @dataclass(frozen=True)
-class SessionSummary:
-    """What a list of sessions says of one; an owner's turns together may be a gigabyte."""
+class Document:
+    """Bytes in a store, and what lists show of them."""
 
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    turns: int
+    created: float = 0.0  # seconds since the epoch, as is `used`
+    used: float = 0.0
+    turns: int = 0
+    data: bytes = b""
+    version: int = 0  # another one after each put; 0: not stored
+
+
+NO_DOCUMENT = Document()
+ANY_VERSION = -1
 
 
 class Store:
-    """What all stores do, for many threads. Each may raise APIError 503 when the store cannot be reached.
+    """Documents and counters, for many threads. Every method raises APIError 503 while the store is unavailable.
 
-    Sessions are forgotten `ttl` seconds after their last use; at most `limit` are kept, and the least recently used
-    goes first. Counters are numbers by owner, period and name.
+    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; the
+    least recently used one is evicted. Counters are numbers by owner, period and name.
     """
 
     kind = ""  # for /health
 
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
-        self.limit = limit
-        self.is_failing = False  # a call has failed, and none that writes has succeeded since; to be busy is no failure
+        self.limit = limit  # sessions of one owner, and stored responses
+        # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
+        self._retrying = threading.Lock()
+
+    def max_documents(self, kind: str) -> int:
+        return MAX_REASONING_TEXTS if kind == REASONING else self.limit
+
+    def expiry_cutoff(self) -> float:
+        """Return the time of last use up to which documents have expired."""
+        return time.time() - self.ttl
 
     def check(self) -> None:
-        """Raises APIError when the store cannot be reached."""
+        """Raise APIError unless the store can be written."""
 
-    def get(self, key: Key) -> Session | None:
+    def load(self, key: DocumentKey) -> Document | None:
         raise NotImplementedError
 
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
-        """Put what change() makes of the session in its place; all of it, or nothing. Two updates of one session come
-        after one another, whoever makes them; change() may be called more than once."""
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        """Store a document, or return False if the stored version is not the expected one."""
         raise NotImplementedError
 
-    def forget(self, key: Key) -> bool:
-        """Whether there was anything to forget."""
+    def delete(self, key: DocumentKey) -> bool:
+        """Delete a document. Return False if there was none."""
         raise NotImplementedError
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
-        """The sessions of an owner's users, by their names; the least recently used is the first."""
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        """Return an owner's documents by name, the least recently used first. Their data may be left out."""
         raise NotImplementedError
 
     def count(self) -> int:
-        """Sessions kept."""
+        """Count the sessions and stored responses of all owners."""
         raise NotImplementedError
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        """Keep a text under each of these names, for `ttl` seconds."""
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        """Add to counters of a period, and return the new values: of these, or of all counters of the period."""
         raise NotImplementedError
 
-    def find_reasoning(self, owner: str, place: str) -> str | None:
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        """Return the counters of each period."""
         raise NotImplementedError
 
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        """Add to the counters of a period, all at once, and return what these are then. They are forgotten when nothing
-        was added for so many seconds."""
-        raise NotImplementedError
+    def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
+        """Replace a document by change(document). document: as the caller has loaded it, or an empty one.
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
-        """The counters of each of these periods."""
-        raise NotImplementedError
+        If another update came first, change() is called again with the document that is stored by then.
+        """
+        deadline = time.monotonic() + STORE_TIMEOUT
+        if self.put(key, change(document), document.version):
+            return
+        with self._retrying:
+            while time.monotonic() < deadline:
+                document = self.load(key) or NO_DOCUMENT
+                if self.put(key, change(document), document.version):
+                    return
+                time.sleep(random.uniform(0, 0.005))
+        raise store_unavailable()
+
+
+def store_unavailable() -> APIError:
+    return APIError(
+        503, "The session store is unavailable; see the server's log. Requests without 'user' and "
+        "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
+
+
+def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
+    now = time.time()
+    return {key: counters for key, counters in periods.items() if key.expires > now}
 
 
 class MemoryStore(Store):
@@ -1569,210 +1585,133 @@ class MemoryStore(Store):
 
     def __init__(self, ttl: float, limit: int) -> None:
         super().__init__(ttl, limit)
-        # Least recently used first, which is also the first to expire
-        self._sessions: dict[Key, Session] = {}
-        self._size = 0  # bytes of all sessions, about
-        # When it was kept, and the text
-        self._reasoning: dict[tuple[str, str], tuple[float, str]] = {}
-        self._reasoning_size = 0
-        # When they expire, and the counters
-        self._counters: dict[tuple[str, str], tuple[float, dict[str, int]]] = {}
-        self._lock = threading.Lock()  # guards all five; held for little work only
+        # By owner and kind, then by name; the least recently used first
+        self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
+        self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
+        self._versions = itertools.count(1)
+        self._counters: dict[CounterKey, Counter[str]] = {}
+        self._lock = threading.Lock()  # guards all four; held for little work only
 
-    def get(self, key: Key) -> Session | None:
+    def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
             self._drop_expired()
-            return self._sessions.get(key)
+            return self._documents[key[:2]].get(key[2])
 
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        owner, kind, name = key
         with self._lock:
             self._drop_expired()
-            session = change(self._sessions.get(key))
-            self._forget(key)
-            self._sessions[key] = session
-            self._size += session.size
-            while len(self._sessions) > self.limit or self._size > MAX_STORE_BYTES:
-                self._forget(next(iter(self._sessions)))
+            documents = self._documents[owner, kind]
+            found = documents.get(name, NO_DOCUMENT)
+            if expected not in (ANY_VERSION, found.version):
+                return False
+            self._drop(key)
+            documents[name] = replace(document, version=next(self._versions))
+            sizes = self._sizes[owner]
+            sizes[kind] += len(document.data) + DOCUMENT_BYTES
+            while len(documents) > self.max_documents(kind):
+                self._drop_oldest(owner, kind)
+            while sizes.total() > MAX_OWNER_BYTES:
+                [(largest, _)] = sizes.most_common(1)
+                self._drop_oldest(owner, largest)
+        return True
 
-    def forget(self, key: Key) -> bool:
+    def delete(self, key: DocumentKey) -> bool:
         with self._lock:
             self._drop_expired()
-            return self._forget(key)
+            return self._drop(key)
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         with self._lock:
             self._drop_expired()
-            sessions = {}
-            for (whose, kind, name), session in self._sessions.items():
-                if (whose, kind) == (owner, "user"):
-                    sessions[name] = SessionSummary(session.created, session.used, len(session.turns))
-            return sessions
+            return self._documents[owner, kind].copy()
 
     def count(self) -> int:
         with self._lock:
             self._drop_expired()
-            return len(self._sessions)
+            return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        now = time.time()
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         with self._lock:
-            for place in places:
-                self._drop_reasoning((owner, place))
-                self._reasoning[owner, place] = now, text
-                self._reasoning_size += len(text) + MESSAGE_BYTES
-            while self._reasoning:
-                oldest = next(iter(self._reasoning))
-                is_expired = self._reasoning[oldest][0] <= now - self.ttl
-                if not is_expired and self._reasoning_size <= MAX_REASONING_BYTES:
-                    return
-                self._drop_reasoning(oldest)
-
-    def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._lock:
-            kept, text = self._reasoning.get((owner, place), (0.0, None))
-            return text if kept > time.time() - self.ttl else None
-
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        with self._lock:
-            counters = self._renewed_counters(owner, period, max_age)
-            for name, amount in amounts.items():
-                counters[name] = counters.get(name, 0) + amount
+            if key not in self._counters:
+                self._counters = without_expired(self._counters)
+            counters = self._counters.setdefault(key, Counter())
+            counters.update(amounts)
             return {name: counters[name] for name in amounts}
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
-        found = []
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._lock:
-            for period in periods:
-                expires, counters = self._counters.get((owner, period), (0.0, {}))
-                found.append(dict(counters) if expires > time.time() else {})
-        return found
-
-    def set_counters(self, owner: str, period: str, counters: Mapping[str, int], max_age: float) -> None:
-        """Take over what another store has told of these counters, unless they are further: they only grow."""
-        with self._lock:
-            known = self._renewed_counters(owner, period, max_age)
-            for name, value in counters.items():
-                known[name] = max(value, known.get(name, 0))
+            return [dict(self._counters.get(key, {})) for key in keys]
 
     # The caller of these holds the lock
 
-    def _forget(self, key: Key) -> bool:
-        session = self._sessions.pop(key, None)
-        if session:
-            self._size -= session.size
-        return session is not None
+    def _drop(self, key: DocumentKey) -> bool:
+        owner, kind, name = key
+        document = self._documents[owner, kind].pop(name, None)
+        if document:
+            self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
+        return document is not None
 
-    def _renewed_counters(self, owner: str, period: str, max_age: float) -> dict[str, int]:
-        """The counters of a period, which expire after so many seconds from now."""
-        now = time.time()
-        expires, counters = self._counters.get((owner, period), (0.0, {}))
-        if expires <= now:  # it is a new period, so others may have expired
-            self._counters = {key: entry for key, entry in self._counters.items() if entry[0] > now}
-            counters = {}
-        self._counters[owner, period] = now + max_age, counters
-        return counters
-
-    def _drop_reasoning(self, key: tuple[str, str]) -> None:
-        _, text = self._reasoning.pop(key, (0.0, None))
-        if text is not None:
-            self._reasoning_size -= len(text) + MESSAGE_BYTES
+    def _drop_oldest(self, owner: str, kind: str) -> None:
+        self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
 
     def _drop_expired(self) -> None:
-        while self._sessions:
-            oldest = next(iter(self._sessions))
-            if self._sessions[oldest].used > time.time() - self.ttl:
-                return
-            self._forget(oldest)
+        cutoff = self.expiry_cutoff()
+        for (owner, kind), documents in self._documents.items():
+            while documents and next(iter(documents.values())).used <= cutoff:
+                self._drop_oldest(owner, kind)
 
 
 # ======================================================================================================================
 # 9 Shared stores
 #
-# What stores outside of this process have in common: others share them, they fail and come back, and they may hold
-# what another version of the program wrote.
+# What stores outside of this process have in common: they fail and recover, and another version may have written them.
 # ======================================================================================================================
 
-# A chat that finds the store busy waits for its two limits and for its session: together less than 5 s
-STORE_PATIENCE = 3.6  # seconds that a call waits for its turn
-CHECK_PATIENCE = 1.0  # the same for /health, and for all calls of a store that is stuck
-OPTIONAL_PATIENCE = 0.5  # and for what chats can do without: reasoning and counters
-MAX_STORE_PAUSE = 2.0  # seconds without a call after a failure, at most
+STORE_FORMAT = 2  # of what SQLite and Redis keep. In format 1 sessions were tables, lists and hashes
+MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class StoreError(Exception):
-    """A store that cannot be used, in words for the log; at the start they are those of a SettingError."""
+    """A store that cannot be used. The message is for the log, or at the start for a SettingError."""
 
 
 class SharedStore(Store):
-    """A store outside of this process. Every failure of it is the same APIError, and soon."""
+    """A store outside of this process. Each failure becomes the same APIError."""
 
     failures: tuple[type[Exception], ...] = (StoreError,)
-    patience = STORE_PATIENCE
+    # Neither needs a lock: one more call or one more line in the log does no harm
+    is_failing = False  # a call has failed, and since then no write has succeeded
+    _paused_until = 0.0  # in seconds of time.monotonic()
 
-    def __init__(self, ttl: float, limit: int) -> None:
-        super().__init__(ttl, limit)
-        # None of these needs a lock: a call too many or a line too many in the log does no harm
-        self._paused_until = 0.0  # in seconds of time.monotonic()
-        self._failed_patience = 0.0  # of the call that failed
-        self._is_stuck = False  # it fails, also for a call that has waited as long as any may
-
-    def _check_pause(self, patience: float) -> None:
-        if time.monotonic() < self._paused_until and patience <= self._failed_patience:
+    def _check_pause(self) -> None:
+        if time.monotonic() < self._paused_until:
             raise store_unavailable()
 
     @contextmanager
-    def _calling(self, is_write: bool, patience: float) -> Iterator[None]:
-        """Around a call of the store. After a failure there is none for as long as that took, but of a more patient
-        kind: while each takes a second, a request that could use the store twenty times must not take twenty."""
-        self._check_pause(patience)
+    def _calling(self, is_write: bool) -> Iterator[None]:
+        """Raise APIError 503 for a call that fails. After that, all calls fail immediately, for five times as long as
+        the failed call took. Otherwise a request with several calls would wait for each of them."""
+        self._check_pause()
         began = time.monotonic()
         try:
             yield
         except self.failures as error:
             now = time.monotonic()
-            self._paused_until = now + min(now - began, MAX_STORE_PAUSE)
-            self._failed_patience = patience
-            if patience >= self.patience:
-                self._is_stuck = True
+            self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
             if not self.is_failing:
-                log.warning("the session store (%s) fails: %s: %s", self.kind, type(error).__name__, error)
+                log.warning("session store (%s) failed: %s: %s", self.kind, type(error).__name__, error)
             self.is_failing = True
             raise store_unavailable() from None
         if self.is_failing and is_write:  # a full disk can still be read
-            self.is_failing = self._is_stuck = False
-            log.warning("the session store (%s) is well again", self.kind)
+            self.is_failing = False
+            log.warning("session store (%s) recovered", self.kind)
 
 
-def store_unavailable() -> APIError:
-    return APIError(
-        503, "The store of sessions cannot be used at the moment; the server's log says why. Requests without user, "
-        "previous_response_id and store need none.", "server_error", "session_store_unavailable")
-
-
-def newer_format(version: int) -> StoreError:
-    return StoreError(f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-
-
-def not_ours(error: Exception) -> StoreError:
-    return StoreError(f"it holds what this program did not write: {error}")
-
-
-def load_json(source: bytes) -> Any:
-    """What dump_json() wrote."""
-    try:
-        return json.loads(source)
-    except ValueError as error:
-        raise not_ours(error) from None
-
-
-def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
-    """How many of the oldest turns are gone, and which ones are new at the end."""
-    if after and after[0] in before:
-        gone = before.index(after[0])
-        kept = len(before) - gone
-        if before[gone:] == after[:kept]:
-            return gone, after[kept:]
-    return len(before), after
+def check_format(version: int) -> None:
+    if version > STORE_FORMAT:
+        raise StoreError(
+            f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
 
 
 # ======================================================================================================================
@@ -1781,47 +1720,31 @@ def changed_turns(before: Turns, after: Turns) -> tuple[int, Turns]:
 # One file, which the processes of one machine may share.
 # ======================================================================================================================
 
-PROBE_BYTES = 1 << 16  # that must fit before a full disk counts as well again
 LOCK_CHECK_INTERVAL = 0.02  # seconds
-MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are given back to the system
+MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
-SQLITE_STEPS = (  # from each version of the format to the next; PRAGMA user_version is how many have been made
-    (
-        """CREATE TABLE sessions (
-            number INTEGER PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
-            id TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL, system BLOB NOT NULL, response BLOB,
-            UNIQUE (owner, kind, name))""",
-        "CREATE INDEX sessions_by_use ON sessions (used)",
-        """CREATE TABLE turns (
-            number INTEGER PRIMARY KEY, turn BLOB NOT NULL,
-            session INTEGER NOT NULL REFERENCES sessions ON DELETE CASCADE)""",
-        "CREATE INDEX turns_of_session ON turns (session)",
-        """CREATE TABLE reasoning (
-            number INTEGER PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, kept REAL NOT NULL,
-            size INTEGER NOT NULL, text TEXT NOT NULL, UNIQUE (owner, place))""",
-        "CREATE INDEX reasoning_by_age ON reasoning (kept)",
-        """CREATE TABLE counters (
-            owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
-            expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
-        "CREATE INDEX counters_by_expiry ON counters (expires)",
-        "CREATE TABLE probe (content BLOB)",
-        # Counting rows would take longer the more there are
-        "CREATE TABLE totals (sessions INTEGER NOT NULL, reasoning INTEGER NOT NULL)",
-        "INSERT INTO totals VALUES (0, 0)",
-        "CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN UPDATE totals SET sessions = sessions + 1; END",
-        "CREATE TRIGGER session_gone AFTER DELETE ON sessions BEGIN UPDATE totals SET sessions = sessions - 1; END",
-        """CREATE TRIGGER reasoning_added AFTER INSERT ON reasoning BEGIN
-            UPDATE totals SET reasoning = reasoning + NEW.size; END""",
-        """CREATE TRIGGER reasoning_gone AFTER DELETE ON reasoning BEGIN
-            UPDATE totals SET reasoning = reasoning - OLD.size; END""",
-    ),
+SQLITE_TABLES = (
+    # Of format 1. Its counters stay
+    *(f"DROP TABLE IF EXISTS {table}" for table in ("turns", "sessions", "reasoning", "probe", "totals")),
+    # A document has a new number after each put: its version, and the order of use, whatever the clock says
+    """CREATE TABLE documents (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+        created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
+        UNIQUE (owner, kind, name))""",
+    "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
+    "CREATE INDEX documents_by_use ON documents (used, kind)",
+    """CREATE TABLE IF NOT EXISTS counters (
+        owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
+        expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
+    f"PRAGMA application_id = {SQLITE_APPLICATION}",
+    f"PRAGMA user_version = {STORE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
     "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
     "PRAGMA journal_size_limit = 4194304",
-    "PRAGMA foreign_keys = ON",
 )
 
 
@@ -1831,7 +1754,7 @@ class SQLiteStore(SharedStore):
     kind = "sqlite"
 
     def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Raises StoreError for a file that cannot be opened or is not ours. One that is locked may be free later."""
+        """Raises StoreError for a file that cannot be opened or is not ours. A locked file may be free later."""
         super().__init__(ttl, limit)
         try:
             import sqlite3
@@ -1839,193 +1762,137 @@ class SQLiteStore(SharedStore):
             raise StoreError("this Python has no sqlite3") from None
         self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
         self._path = os.path.abspath(os.path.expanduser(path))
-        # Guards the connection and its file; held while sqlite3 waits for others
+        # Guards the connection and its file; held while sqlite3 waits for other processes
         self._lock = threading.Lock()
         self._db: Any = None
-        self._file: tuple[int, int] | None = None  # device and inode that the connection is to
+        self._file: Any = None  # the os.stat() of the file that the connection is to
         try:
-            self._connect(self.patience)
+            self._connect()
         except self.failures as error:
             # An OSError's words have the path in them
             if isinstance(error, OSError) or "locked" not in str(error):
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise StoreError(f"{self._path} cannot be used: {reason}") from None
-            log.warning("the session store (sqlite) is locked by another program: %s", self._path)
+                raise StoreError(f"{self._path} cannot be used: {error}") from None
+            log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
-        with self._transaction(patience=CHECK_PATIENCE) as db:
-            if self.is_failing:
-                db.execute("INSERT INTO probe VALUES (zeroblob(?))", (PROBE_BYTES,))
-            else:
-                return
-        with self._transaction(patience=CHECK_PATIENCE) as db:
-            db.execute("DELETE FROM probe")
-
-    def get(self, key: Key) -> Session | None:
-        with self._transaction("BEGIN") as db:
-            _, session = self._read_session(db, key)
-        return session
-
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
         with self._transaction() as db:
-            number, before = self._read_session(db, key)
-            session = change(before)
-            response = dump_json(session.response) if session.response else None
-            fields = (session.id, session.created, session.used, dump_json(session.system), response)
-            gone, new = changed_turns(before.turns if before else (), session.turns)
-            if before is None:
-                # It has expired
-                db.execute("DELETE FROM sessions WHERE number = ?", (number,))
-                number = db.execute(
-                    "INSERT INTO sessions (owner, kind, name, id, created, used, system, response) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*key, *fields)).lastrowid
-            else:
-                db.execute(
-                    "UPDATE sessions SET id = ?, created = ?, used = ?, system = ?, response = ? WHERE number = ?",
-                    (*fields, number))
-            if gone:
-                db.execute(
-                    "DELETE FROM turns WHERE number IN "
-                    "(SELECT number FROM turns WHERE session = ? ORDER BY number LIMIT ?)", (number, gone))
-            rows = [(number, dump_json(turn)) for turn in new]
-            db.executemany("INSERT INTO turns (session, turn) VALUES (?, ?)", rows)
-            # After the clock was set back, what is new would be the first to go
-            db.execute("UPDATE sessions SET used = ? WHERE used > ?", (session.used - 0.001, session.used))
-            self._sweep_sessions(db)
+            # A write, which a full disk refuses
+            db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
 
-    def forget(self, key: Key) -> bool:
+    def load(self, key: DocumentKey) -> Document | None:
+        rows = self._select(
+            "SELECT created, used, turns, data, number FROM documents "
+            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
+        return Document(*rows[0]) if rows else None
+
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        owner, kind, _ = key
+        now = time.time()
+        cutoff = self.expiry_cutoff()
         with self._transaction() as db:
-            where = "FROM sessions WHERE owner = ? AND kind = ? AND name = ?"
-            row = db.execute(f"SELECT used {where}", key).fetchone()
-            db.execute(f"DELETE {where}", key)
-        return row is not None and row[0] > time.time() - self.ttl
+            [version] = db.execute(
+                "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, cutoff)).fetchone()
+            if expected not in (ANY_VERSION, version):
+                return False
+            db.execute(
+                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*key, document.created, document.used, document.turns, document.data))
+            # These were used when the clock was ahead, and would expire late
+            db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
+            # Two at a time: to delete one of 16 MiB takes 0.1 s, in which nobody else can write
+            db.execute(
+                "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 2)",
+                (cutoff,))
+            db.execute(
+                "DELETE FROM documents WHERE number IN "
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                (owner, kind, self.max_documents(kind)))
+            [free] = db.execute("PRAGMA freelist_count").fetchone()
+            for _ in range(min(free - MAX_FREE_PAGES, 500)):
+                # Python executes one step of it, which frees one page
+                db.execute("PRAGMA incremental_vacuum(1)")
+        return True
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
-        with self._transaction("BEGIN") as db:
-            rows = db.execute(
-                "SELECT name, created, used, (SELECT count(*) FROM turns WHERE session = sessions.number) "
-                "FROM sessions WHERE owner = ? AND kind = 'user' AND used > ? ORDER BY used",
-                (owner, time.time() - self.ttl))
-            return {name: SessionSummary(created, used, turns) for name, created, used, turns in rows}
+    def delete(self, key: DocumentKey) -> bool:
+        with self._transaction() as db:
+            deleted = db.execute(
+                "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, self.expiry_cutoff()))
+            return bool(deleted.rowcount)
+
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        rows = self._select(
+            "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
+            "ORDER BY number", owner, kind, self.expiry_cutoff())
+        return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        with self._transaction("BEGIN", CHECK_PATIENCE) as db:
-            [count] = db.execute(
-                "SELECT sessions - (SELECT count(*) FROM sessions WHERE used <= ?) FROM totals",
-                (time.time() - self.ttl,)).fetchone()
-        return int(count)
+        rows = self._select(
+            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
+        return int(rows[0][0])
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        now = time.time()
-        with self._transaction(patience=OPTIONAL_PATIENCE) as db:
-            for place in places:
-                db.execute("DELETE FROM reasoning WHERE owner = ? AND place = ?", (owner, place))
-                db.execute(
-                    "INSERT INTO reasoning (owner, place, kept, size, text) VALUES (?, ?, ?, ?, ?)",
-                    (owner, place, now, len(text) + MESSAGE_BYTES, text))
-            db.execute("DELETE FROM reasoning WHERE kept <= ?", (now - self.ttl,))
-            while db.execute("SELECT reasoning > ? FROM totals", (MAX_REASONING_BYTES,)).fetchone() == (1,):
-                db.execute("DELETE FROM reasoning WHERE number = "
-                           "(SELECT number FROM reasoning ORDER BY kept, number LIMIT 1)")
-
-    def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
-            row = db.execute(
-                "SELECT text FROM reasoning WHERE owner = ? AND place = ? AND kept > ?",
-                (owner, place, time.time() - self.ttl)).fetchone()
-        return row[0] if row else None
-
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        now = time.time()
-        with self._transaction(patience=OPTIONAL_PATIENCE) as db:
-            db.execute("DELETE FROM counters WHERE expires <= ?", (now,))
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        owner, period, expires = key
+        with self._transaction() as db:
+            db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
             db.executemany(
                 "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
-                [(owner, period, name, amount, now + max_age) for name, amount in amounts.items()])
-            db.execute(
-                "UPDATE counters SET expires = ? WHERE owner = ? AND period = ?", (now + max_age, owner, period))
-            counters = self._read_counters(db, owner, period)
-        return {name: counters[name] for name in amounts}
+                [(owner, period, name, amount, expires) for name, amount in amounts.items()])
+            return dict(db.execute(
+                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
-        with self._transaction("BEGIN", OPTIONAL_PATIENCE) as db:
-            return [self._read_counters(db, owner, period) for period in periods]
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
+        return [dict(self._select(query, key.owner, key.period, time.time())) for key in keys]
 
-    # The caller of these is in a transaction
-
-    def _read_session(self, db: Any, key: Key) -> tuple[int | None, Session | None]:
-        """The number of the session's row, and the session unless it has expired."""
-        row = db.execute(
-            "SELECT number, id, created, used, system, response FROM sessions "
-            "WHERE owner = ? AND kind = ? AND name = ?", key).fetchone()
-        if row is None:
-            return None, None
-        number, id, created, used, system, response = row
-        if used <= time.time() - self.ttl:
-            return number, None
-        rows = db.execute("SELECT turn FROM turns WHERE session = ? ORDER BY number", (number,))
-        turns = tuple(tuple(load_json(turn)) for turn, in rows)
-        return number, Session(
-            id, created, used, turns, tuple(load_json(system)), load_json(response) if response else None)
-
-    def _sweep_sessions(self, db: Any) -> None:
-        """Delete what has expired, not all at once, and what is too many."""
-        db.execute(
-            "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions WHERE used <= ? ORDER BY used LIMIT 10)",
-            (time.time() - self.ttl,))
-        [kept] = db.execute("SELECT sessions FROM totals").fetchone()
-        if kept > self.limit:
-            db.execute(
-                "DELETE FROM sessions WHERE number IN (SELECT number FROM sessions ORDER BY used, number LIMIT ?)",
-                (kept - self.limit,))
-        [free] = db.execute("PRAGMA freelist_count").fetchone()
-        for _ in range(min(free - MAX_FREE_PAGES, 500)):
-            # Python makes but one step of it, which is one page
-            db.execute("PRAGMA incremental_vacuum(1)")
-
-    def _read_counters(self, db: Any, owner: str, period: str) -> dict[str, int]:
-        return dict(db.execute(
-            "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
-            (owner, period, time.time())))
+    def _select(self, query: str, *values: Any) -> list[Any]:
+        with self._executed(query, values, is_write=False) as rows:
+            return list(rows.fetchall())
 
     @contextmanager
-    def _transaction(self, begin: str = "BEGIN IMMEDIATE", patience: float = 0.0) -> Iterator[Any]:
-        """The connection, in a transaction of which all is done or nothing."""
-        patience = patience or self.patience
-        if self._is_stuck:  # else all threads wait for what stays locked, and /health for one of them
-            patience = min(patience, CHECK_PATIENCE)
-        deadline = time.monotonic() + patience
-        with self._calling(begin != "BEGIN", patience):
-            if not self._lock.acquire(timeout=patience):
-                raise store_unavailable()  # which says nothing of the store: there are many calls
+    def _transaction(self) -> Iterator[Any]:
+        """Yield the connection in a transaction, which lands whole or not at all."""
+        with self._executed("BEGIN IMMEDIATE", (), is_write=True):
+            yield self._db
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
+        """Yield the result of a statement, for which other processes may have to be waited for. If anything fails, the
+        connection is closed, and the next call opens the file again."""
+        deadline = time.monotonic() + STORE_TIMEOUT
+        with self._calling(is_write):
+            if not self._lock.acquire(timeout=STORE_TIMEOUT):
+                raise store_unavailable()  # other threads keep the store busy, which is no failure
             try:
-                self._check_pause(patience)  # it may have failed meanwhile
-                try:
-                    self._connect(max(0.0, deadline - time.monotonic()))
-                    self._begin(begin, deadline)
-                    yield self._db
-                    self._db.execute("COMMIT")
-                except BaseException as error:
-                    self._undo(error)
-                    raise
+                self._check_pause()  # another call may have failed meanwhile
+                self._connect()
+                yield self._execute(statement, values, deadline)
+            except BaseException:
+                self._close()
+                raise
             finally:
                 self._lock.release()
 
-    def _undo(self, error: BaseException) -> None:
-        if isinstance(error, self.failures):
-            self._close()  # the next call opens the file anew, whatever has become of it
-        elif self._db and self._db.in_transaction:
-            self._db.execute("ROLLBACK")
-
     # The caller of these holds the lock
 
-    def _connect(self, patience: float) -> None:
-        """Have a connection to the file that the path leads to now: one that was deleted can still be written."""
+    def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
+        """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
+        retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
+        while True:
+            try:
+                return self._db.execute(statement, values)
+            except self.failures as error:
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise
+
+    def _connect(self) -> None:
+        """Connect to the file at the path, unless the connection is to it: a deleted file can still be written."""
         if self._db:
             with suppress(OSError):
-                now = os.stat(self._path)
-                if (now.st_dev, now.st_ino) == self._file:
+                if os.path.samestat(os.stat(self._path), self._file):
                     return
             self._close()
         import sqlite3
@@ -2033,27 +1900,13 @@ class SQLiteStore(SharedStore):
             # O_EXCL does not follow a link, and sqlite3 would make its target 0644
             file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(self._db)
         except BaseException:
             self._close()
             raise
-        opened = os.stat(self._path)
-        self._file = opened.st_dev, opened.st_ino
-
-    def _begin(self, begin: str, deadline: float) -> None:
-        """By itself sqlite3 looks but ten times a second whether another process has ended its transaction, and one of
-        four busy processes waits for more than a second."""
-        wait = LOCK_CHECK_INTERVAL if begin != "BEGIN" else max(0.0, deadline - time.monotonic())
-        self._db.execute(f"PRAGMA busy_timeout = {int(wait * 1000)}")
-        while True:
-            try:
-                self._db.execute(begin)
-                return
-            except self.failures as error:
-                if "locked" not in str(error) or time.monotonic() >= deadline:
-                    raise
+        self._file = os.stat(self._path)
 
     def _close(self) -> None:
         if self._db:
@@ -2062,118 +1915,69 @@ class SQLiteStore(SharedStore):
         self._db = None
 
     def _prepare(self, db: Any) -> None:
-        """See that the file is ours, and bring it to the format of this version."""
+        """Upgrade the file to the format of this version. Raises StoreError if the file is not ours."""
         [application] = db.execute("PRAGMA application_id").fetchone()
         [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != SQLITE_APPLICATION:
             raise StoreError("it is the database of another program")
         [version] = db.execute("PRAGMA user_version").fetchone()
-        if version > len(SQLITE_STEPS):
-            raise newer_format(version)
+        check_format(version)
         for pragma in SQLITE_PRAGMAS:
             db.execute(pragma).fetchall()
-        db.execute("BEGIN IMMEDIATE")
-        # Another process may have been first
-        [version] = db.execute("PRAGMA user_version").fetchone()
-        for step in SQLITE_STEPS[version:]:
-            for statement in step:
-                db.execute(statement)
-        if version < len(SQLITE_STEPS):
-            db.execute(f"PRAGMA application_id = {SQLITE_APPLICATION}")
-            db.execute(f"PRAGMA user_version = {len(SQLITE_STEPS)}")
-        db.execute("COMMIT")
+        if version < STORE_FORMAT:
+            db.execute("BEGIN IMMEDIATE")
+            # Another process may have been first
+            if db.execute("PRAGMA user_version").fetchone() == (version,):
+                for statement in SQLITE_TABLES:
+                    db.execute(statement)
+            db.execute("COMMIT")
+        db.execute(f"PRAGMA busy_timeout = {int(LOCK_CHECK_INTERVAL * 1000)}")
 
 
 # ======================================================================================================================
 # 11 Redis client
 #
-# The package's connections within a deadline, the names of keys, and the scripts that run in Redis.
+# The package's connections, the names of keys, and the script that runs in Redis.
 # ======================================================================================================================
 
-REDIS_CONNECTIONS = 256  # at most: each thread that asks has one, and of a Redis that is far away all wait at once
-REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to have a connection
+REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
+REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
 REDIS_FORMAT = "kimi2api:format"
-REDIS_SESSIONS = "kimi2api:sessions"  # all of them, by their last use
-REDIS_REASONING = "kimi2api:reasoning"  # the names of all texts, by their age
-REDIS_SIZES = "kimi2api:reasoning-sizes"  # of each text, and `total`
-REDIS_STEPS: tuple[Callable[[Any], None], ...] = (  # as SQLITE_STEPS; each may be made twice
-    lambda redis: None,  # an empty database
-)
-MARK_AS_NEWEST = """
--- What is further ahead than a session lives, a clock that was wrong has left: it would be kept until that time
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. ARGV[3], '+inf')) do
-    redis.call('ZADD', KEYS[1], ARGV[2], member)
+REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
+PUT_DOCUMENT = """
+local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local document = index .. ':' .. member
+if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
+    return 0
 end
--- Also when the clock was set back or is behind another machine's: what is new would be the first to go
-local newest = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2] or 0
-redis.call('ZADD', KEYS[1], math.max(ARGV[2], newest + 0.001), ARGV[1])
-"""
-KEEP_REASONING = """
-local index, sizes = KEYS[1], KEYS[2]
-local now, ttl, limit, text, size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
-local function drop(name)
-    redis.call('DEL', index .. ':' .. name)
-    redis.call('ZREM', index, name)
-    local known = redis.call('HGET', sizes, name)
-    if known then
-        redis.call('HINCRBY', sizes, 'total', '-' .. known)
-        redis.call('HDEL', sizes, name)
-    end
-end
-for place = 6, #ARGV do
-    drop(ARGV[place])
-    redis.call('SET', index .. ':' .. ARGV[place], text, 'PX', ttl)
-    redis.call('ZADD', index, now, ARGV[place])
-    redis.call('HSET', sizes, ARGV[place], size)
-    redis.call('HINCRBY', sizes, 'total', size)
-end
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now - ttl / 1000, 'LIMIT', 0, 100)) do
-    drop(name)
-end
-while tonumber(redis.call('HGET', sizes, 'total')) > limit do
-    local oldest = redis.call('ZRANGE', index, 0, 0)[1]
-    if not oldest then  -- Redis has dropped the index for want of memory
-        return redis.call('DEL', sizes)
-    end
-    drop(oldest)
-end
+-- Microseconds of the one clock that all processes share, and later than all others if it was set back
+local time = redis.call('TIME')
+local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
+local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
+redis.call('HSET', document, 'version', version, unpack(ARGV, 5))
+redis.call('PEXPIRE', document, ttl)
+redis.call('ZADD', index, version, member)
 redis.call('PEXPIRE', index, ttl)
-redis.call('PEXPIRE', sizes, ttl)
+redis.call('SADD', KEYS[2], index)
+local surplus = redis.call('ZCARD', index) - limit
+if surplus > 0 then
+    local oldest = redis.call('ZPOPMIN', index, surplus)
+    for position = 1, #oldest, 2 do
+        redis.call('DEL', index .. ':' .. oldest[position])
+    end
+end
+return 1
 """
-
-
-class Resolver:
-    """Finds the address of a host within a deadline; the system may take half a minute."""
-
-    def __init__(self) -> None:
-        self._look_up = threading.Thread()  # the latest; all who wait, wait for the same one
-
-    def wait_for(self, host: str) -> None:
-        """Raises TimeoutError."""
-        look_up = self._look_up
-        if not look_up.is_alive():
-            look_up = threading.Thread(target=find_address, args=(host,), name="resolver", daemon=True)
-            look_up.start()
-            self._look_up = look_up
-        look_up.join(REDIS_TIMEOUT)
-        if look_up.is_alive():
-            raise TimeoutError("its host's address cannot be found")
-
-
-def find_address(host: str) -> None:
-    with suppress(OSError, UnicodeError):  # which the connection will meet again
-        socket.getaddrinfo(host, None)
 
 
 def connect_redis(url: str) -> Any:
-    """A client of the package redis, for many threads. Raises StoreError without it, or for an address of no use."""
+    """Return a client of the package redis, for many threads. Raises StoreError without it, or for a bad address."""
     try:
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
     except ImportError:
         raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
-    resolver = Resolver()
     try:
         pool = redis.BlockingConnectionPool.from_url(
             url,
@@ -2185,14 +1989,6 @@ def connect_redis(url: str) -> Any:
             protocol=2,
             retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
         )
-        connection_class: Any = pool.connection_class
-
-        class Connection(connection_class):  # type: ignore[misc]
-            def _connect(self) -> Any:
-                resolver.wait_for(self.host)
-                return super()._connect()
-
-        pool.connection_class = Connection
         pool.make_connection()  # which reads the options in the address
     except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
         raise StoreError(f"the address of Redis cannot be used: {error}") from None
@@ -2200,43 +1996,25 @@ def connect_redis(url: str) -> Any:
 
 
 def hashed(text: str) -> str:
-    """A name for a key of Redis, which says nothing of the text and cannot be another's."""
+    """Return part of a Redis key, which does not reveal the text and differs from that of any other text."""
     return sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class RedisKeys:
-    """Where a session is in Redis."""
+def redis_names(key: DocumentKey) -> tuple[str, str]:
+    """Return the name of an index and a member. An index is a sorted set of an owner's documents of a kind, by version.
+    A document is a hash; its name is that of the index and of the member."""
+    owner, kind, name = key
+    return f"kimi2api:documents:{hashed(owner)}:{kind}", hashed(name)
 
-    member: str  # of the sorted sets
 
-    @classmethod
-    def of(cls, key: Key) -> RedisKeys:
-        owner, kind, name = key
-        return cls(f"{hashed(owner)}:{kind}:{hashed(name)}")
-
-    @property
-    def session(self) -> str:
-        """A hash: all but the turns, and their number."""
-        return f"kimi2api:session:{self.member}"
-
-    @property
-    def turns(self) -> str:
-        """A list."""
-        return f"kimi2api:turns:{self.member}"
-
-    @property
-    def siblings(self) -> str:
-        """The sorted set of the owner's users or responses, by their last use."""
-        owner, kind, _ = self.member.split(":")
-        return f"kimi2api:{kind}s:{owner}"
+def counters_name(key: CounterKey) -> str:
+    return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
 
 
 # ======================================================================================================================
 # 12 Redis store
 #
-# Sessions in Redis, for processes on any number of machines: a list of turns and a hash for the rest of each session,
-# sorted sets for what is oldest. What a request does is one transaction.
+# Documents in Redis, for processes on any number of machines. Each is a hash that expires by itself.
 # ======================================================================================================================
 
 
@@ -2246,220 +2024,107 @@ class RedisStore(SharedStore):
     kind = "redis"
 
     def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Raises StoreError when the package is missing, or a newer version wrote there. A Redis that does not answer
-        may do so later."""
+        """Raises StoreError if the package is missing, or a newer version wrote there. A Redis that does not answer may
+        do so later."""
         super().__init__(ttl, limit)
         self._redis = connect_redis(url)
         import redis
-        # After OSError: what the package or we raise for an answer or a key that makes no sense
-        self.failures = (
-            StoreError, redis.RedisError, OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-        self._conflict = redis.WatchError
-        self._keep_reasoning = self._redis.register_script(KEEP_REASONING)
+        # Those after OSError are raised for answers and documents that are malformed
+        self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
+        self._put = self._redis.register_script(PUT_DOCUMENT)
         self._lifetime = max(1, int(ttl * 1000))  # ms
         self._is_format_known = False
-        # Held while a session is changed, each for its part of all sessions: threads that compete for one session by
-        # WATCH alone spend their time on transactions that fail. It is other processes that WATCH is for
-        self._locks = [threading.Lock() for _ in range(1024)]
         try:
             self._check_format()
         except StoreError:
             raise
         except self.failures as error:
             self.is_failing = True
-            log.warning("the session store (redis) fails: %s: %s", type(error).__name__, error)
+            log.warning("session store (redis) failed: %s: %s", type(error).__name__, error)
 
     def check(self) -> None:
         with self._client(is_write=True) as redis:
             # Refused when memory is full, or by a replica
-            redis.set(REDIS_FORMAT, len(REDIS_STEPS), nx=True)
+            redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
 
-    def get(self, key: Key) -> Session | None:
-        keys = RedisKeys.of(key)
-        with self._client() as redis, redis.pipeline() as pipe:
-            pipe.hgetall(keys.session)
-            pipe.lrange(keys.turns, 0, -1)
-            return self._read_session(*pipe.execute())
+    def load(self, key: DocumentKey) -> Document | None:
+        index, member = redis_names(key)
+        with self._client() as redis:
+            head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
+            if version is None:
+                return None
+            _, created, used, turns = json.loads(head)
+            return Document(created, used, turns, data, int(version))
 
-    def update(self, key: Key, change: Callable[[Session | None], Session]) -> None:
-        keys = RedisKeys.of(key)
-        # When it must be read and changed
-        deadline = time.monotonic() + self.patience - REDIS_TIMEOUT
-        self._check_pause(self.patience)
-        lock = self._locks[hash(key) % len(self._locks)]
-        if not lock.acquire(timeout=self.patience / 2):
-            raise store_unavailable()
-        try:
-            with self._client(is_write=True) as redis:
-                kept = None
-                while kept is None:
-                    with redis.pipeline() as pipe:
-                        pipe.watch(keys.session)
-                        before = self._read_session(pipe.hgetall(keys.session), pipe.lrange(keys.turns, 0, -1))
-                        # It is slow, or others are always faster
-                        if time.monotonic() > deadline:
-                            raise store_unavailable()
-                        kept = self._write_session(pipe, keys, key[2], before, change(before))
-        finally:
-            lock.release()
-        if kept > self.limit:
-            self._evict(kept)
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        index, member = redis_names(key)
+        _, kind, name = key
+        head = dump_json([name, document.created, document.used, document.turns])
+        arguments = [
+            member, expected, self._lifetime, self.max_documents(kind), "head", head, "data", document.data,
+        ]
+        with self._client(is_write=True) as redis:
+            return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
 
-    def _write_session(
-        self, pipe: Any, keys: RedisKeys, name: str, before: Session | None, session: Session,
-    ) -> int | None:
-        """How many sessions there are then; None when another was faster."""
-        fields = {
-            "name": name, "id": session.id, "created": repr(session.created), "used": repr(session.used),
-            "turns": len(session.turns), "system": dump_json(session.system),
-        }
-        if session.response:
-            fields["response"] = dump_json(session.response)
-        gone, new = changed_turns(before.turns if before else (), session.turns)
-        expired = time.time() - self.ttl
-        pipe.multi()
-        if before is None:
-            pipe.delete(keys.session, keys.turns)
-        elif gone:
-            pipe.ltrim(keys.turns, gone, -1)
-        pipe.hset(keys.session, mapping=fields)
-        if new:
-            pipe.rpush(keys.turns, *map(dump_json, new))
-        pipe.eval(
-            MARK_AS_NEWEST, 1, REDIS_SESSIONS, keys.member, repr(session.used), repr(session.used + self.ttl))
-        pipe.zadd(keys.siblings, {keys.member: session.used})
-        for by_use in (REDIS_SESSIONS, keys.siblings):
-            pipe.zremrangebyscore(by_use, "-inf", expired)
-        for key in (keys.session, keys.turns, REDIS_SESSIONS, keys.siblings):
-            pipe.pexpire(key, self._lifetime)
-        pipe.zcard(REDIS_SESSIONS)
-        try:
-            return int(pipe.execute()[-1])
-        except self._conflict:
-            time.sleep(random.uniform(0, 0.005))
-            return None
-
-    def _evict(self, kept: int) -> None:
-        """Drop the least recently used of too many sessions, but not one that is being used."""
-        with suppress(*self.failures):  # the turn has landed, and the next one tries again
-            while kept > self.limit:
-                count = min(kept - self.limit, 50)
-                with self._redis.pipeline() as pipe:
-                    oldest = self._redis.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
-                    victims = [RedisKeys(member.decode()) for member, _ in oldest]
-                    pipe.watch(*(victim.session for victim in victims))
-                    still_oldest = pipe.zrange(REDIS_SESSIONS, 0, count - 1, withscores=True)
-                    if still_oldest != oldest or pipe.zcard(REDIS_SESSIONS) - self.limit < count:
-                        return  # another process does the same, and will go on
-                    pipe.multi()
-                    for victim in victims:
-                        self._delete(pipe, victim)
-                    pipe.zcard(REDIS_SESSIONS)
-                    kept = pipe.execute()[-1]
-
-    def forget(self, key: Key) -> bool:
-        keys = RedisKeys.of(key)
+    def delete(self, key: DocumentKey) -> bool:
+        index, member = redis_names(key)
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
-            pipe.zscore(REDIS_SESSIONS, keys.member)
-            self._delete(pipe, keys)
-            used, was_deleted, *_ = pipe.execute()
-        return bool(was_deleted) and used is not None and used > time.time() - self.ttl
+            pipe.delete(f"{index}:{member}")
+            pipe.zrem(index, member)
+            deleted, _ = pipe.execute()
+        return bool(deleted)
 
-    def users(self, owner: str) -> dict[str, SessionSummary]:
-        siblings = RedisKeys.of((owner, "user", "")).siblings
-        with self._client() as redis, redis.pipeline() as pipe:
-            for member in redis.zrangebyscore(siblings, f"({time.time() - self.ttl}", "+inf"):
-                pipe.hmget(RedisKeys(member.decode()).session, "name", "created", "used", "turns")
-            sessions = {}
-            for name, created, used, turns in pipe.execute():
-                if name is not None:
-                    sessions[name.decode()] = SessionSummary(float(created), float(used), int(turns))
-            return sessions
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        index, _ = redis_names((owner, kind, ""))
+        documents = {}
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for member in redis.zrange(index, 0, -1):
+                pipe.hget(f"{index}:{member.decode()}", "head")
+            for head in filter(None, pipe.execute()):  # some may have expired
+                name, *fields = json.loads(head)
+                documents[name] = Document(*fields)
+        return documents
 
     def count(self) -> int:
-        with self._client() as redis:
-            return int(redis.zcount(REDIS_SESSIONS, f"({time.time() - self.ttl}", "+inf"))
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for index in redis.smembers(REDIS_INDEXES):
+                if not index.endswith(REASONING.encode()):
+                    pipe.zcount(index, self.expiry_cutoff() * 1_000_000, "+inf")
+            return sum(pipe.execute())
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        names = [f"{hashed(owner)}:{hashed(place)}" for place in places]
-        size = len(text.encode()) + MESSAGE_BYTES
-        with self._client(is_write=True) as redis:
-            self._keep_reasoning(
-                [REDIS_REASONING, REDIS_SIZES],
-                [repr(time.time()), self._lifetime, MAX_REASONING_BYTES, text, size, *names], client=redis)
-
-    def find_reasoning(self, owner: str, place: str) -> str | None:
-        with self._client() as redis:
-            text = redis.get(f"{REDIS_REASONING}:{hashed(owner)}:{hashed(place)}")
-            return text.decode() if text is not None else None
-
-    def add(self, owner: str, period: str, amounts: Mapping[str, int], max_age: float) -> dict[str, int]:
-        key = self._counters(owner, period)
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        counters = counters_name(key)
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
             for name, amount in amounts.items():
-                pipe.hincrby(key, name, amount)
-            pipe.pexpire(key, max(1, int(max_age * 1000)))
+                pipe.hincrby(counters, name, amount)
+            pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
             *values, _ = pipe.execute()
         return dict(zip(amounts, values, strict=True))
 
-    def read(self, owner: str, periods: Iterable[str]) -> list[dict[str, int]]:
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for period in periods:
-                pipe.hgetall(self._counters(owner, period))
+            for key in keys:
+                pipe.hgetall(counters_name(key))
             return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
-
-    def _counters(self, owner: str, period: str) -> str:
-        return f"kimi2api:counters:{hashed(owner)}:{hashed(period)}"
-
-    def _read_session(self, fields: dict[bytes, bytes], turns: list[bytes]) -> Session | None:
-        if not fields:
-            return None
-        try:
-            response = fields.get(b"response")
-            session = Session(
-                fields[b"id"].decode(), float(fields[b"created"]), float(fields[b"used"]),
-                tuple(tuple(load_json(turn)) for turn in turns), tuple(load_json(fields[b"system"])),
-                load_json(response) if response else None)
-            # Redis may have dropped the list for want of memory
-            is_whole = len(turns) == int(fields[b"turns"])
-        except (KeyError, ValueError) as error:
-            raise not_ours(error) from None
-        return session if is_whole and session.used > time.time() - self.ttl else None
-
-    def _delete(self, pipe: Any, keys: RedisKeys) -> None:
-        pipe.delete(keys.session)
-        pipe.delete(keys.turns)
-        pipe.zrem(REDIS_SESSIONS, keys.member)
-        pipe.zrem(keys.siblings, keys.member)
 
     @contextmanager
     def _client(self, is_write: bool = False) -> Iterator[Any]:
-        with self._calling(is_write, self.patience):
-            try:
-                if not self._is_format_known:
-                    self._check_format()
-                yield self._redis
-            except self.failures:
-                self._is_format_known = False  # it may be another when it is back
-                raise
+        with self._calling(is_write):
+            if not self._is_format_known:
+                self._check_format()
+            yield self._redis
 
     def _check_format(self) -> None:
-        """See that no newer version wrote there, and bring it to the format of this version."""
-        try:
-            version = int(self._redis.get(REDIS_FORMAT) or 0)
-        except ValueError as error:
-            raise not_ours(error) from None
-        if version > len(REDIS_STEPS):
-            raise newer_format(version)
-        for step in REDIS_STEPS[version:]:
-            step(self._redis)
-        if version < len(REDIS_STEPS):
-            self._redis.set(REDIS_FORMAT, len(REDIS_STEPS))
+        """Raise StoreError if a newer version wrote there. What format 1 kept expires by itself; its counters stay."""
+        version = int(self._redis.get(REDIS_FORMAT) or 0)
+        check_format(version)
+        if version < STORE_FORMAT:
+            self._redis.set(REDIS_FORMAT, STORE_FORMAT)
         self._is_format_known = True
 
 
 def open_store(settings: Settings) -> Store:
-    """The store of SESSION_STORE. Raises SettingError when it cannot be used at all."""
+    """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
     ttl = settings.session_cache_ttl
     limit = settings.max_session_size
     kind, _, path = settings.session_store.partition(":")
@@ -2476,139 +2141,197 @@ def open_store(settings: Settings) -> Store:
 # ======================================================================================================================
 # 13 Sessions
 #
-# What is remembered of users and responses, in whichever store: turns, never system messages, which every request
-# carries itself.
+# What is in the documents of a store. A session is JSON lines: a head, then one line for each turn. System messages are
+# not remembered, because every request carries them itself.
 # ======================================================================================================================
 
+MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
+MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger one is not stored
+MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not stored
 
-def latest_turns(turns: Turns) -> Turns:
-    """As many of the latest turns as a session may keep."""
-    kept: list[Turn] = []
-    size = 0
-    for turn in reversed(turns[-MAX_TURNS:]):
-        size_of_this = size_of_turn(turn)
-        if size_of_this > MAX_SESSION_BYTES:
+
+@dataclass(frozen=True)
+class Session:
+    """A user's conversation, or a stored response and the conversation up to its end."""
+
+    id: str
+    created: float  # seconds since the epoch, as is `used`
+    used: float
+    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
+    response: JSONObject | None = None
+    document: Document = NO_DOCUMENT  # in which all of it is stored
+
+    @classmethod
+    def read(cls, document: Document) -> Session:
+        head = json.loads(split_lines(document)[0])
+        system = tuple(head.get("system", ()))
+        return cls(head["id"], document.created, document.used, system, head.get("response"), document)
+
+    @cached_property
+    def turns(self) -> Turns:
+        return read_turns(split_lines(self.document)[1:])
+
+
+def split_lines(document: Document) -> list[bytes]:
+    return document.data.split(b"\n")
+
+
+def read_turns(lines: Iterable[bytes]) -> Turns:
+    return tuple(tuple(json.loads(line)) for line in lines)
+
+
+def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
+    return [dump_json(list(map(stored_message, turn))) for turn in turns]
+
+
+def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
+    return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
+
+
+def stored_message(message: Message) -> Message:
+    """Return the part of a message that is stored: a client may put megabytes into fields that nobody reads."""
+    stored: Message = {"role": message["role"], "content": text_of(message)}
+    if message.get("tool_call_id"):
+        stored["tool_call_id"] = message["tool_call_id"]
+    if message.get("tool_calls"):
+        stored["content"] = stored["content"] or None
+        stored["tool_calls"] = [
+            {
+                "id": call.get("id"),
+                "type": "function",
+                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
+            }
+            for call in message["tool_calls"]
+        ]
+        # Moonshot and DeepSeek require it in later requests
+        if isinstance(message.get("reasoning_content"), str):
+            stored["reasoning_content"] = message["reasoning_content"]
+    return stored
+
+
+def latest_lines(lines: list[bytes]) -> list[bytes]:
+    """Return the latest lines that a session may keep. A line that is too long by itself is left out."""
+    kept = []
+    room = MAX_SESSION_BYTES
+    for line in reversed(lines):
+        if len(line) > MAX_SESSION_BYTES:
+            log.warning("a turn of %d bytes is not kept in its session", len(line))
             continue
-        if size + size_of_this > MAX_SESSION_BYTES:
+        room -= len(line)
+        if room < 0:
             break
-        size += size_of_this
-        kept.append(turn)
-    return tuple(reversed(kept))
-
-
-def new_session_id(now: float) -> str:
-    """An id in the form that the web chat's own page uses."""
-    name = "".join(random.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=9))
-    return f"session_{int(now * 1000)}_{name}"
-
-
-def slim_turns(turns: Iterable[Turn]) -> Turns:
-    return tuple(tuple(map(slimmed, turn)) for turn in turns)
-
-
-def turns_since(opened: Turns, turns: Turns) -> Turns:
-    """Those turns that were recorded after a session was opened with the others."""
-    known = Counter(map(dump_json, opened))
-    since = []
-    for turn in turns:
-        source = dump_json(turn)
-        if known[source]:
-            known[source] -= 1
-        else:
-            since.append(turn)
-    return tuple(since)
+        kept.append(line)
+    return kept[::-1]
 
 
 class Sessions:
     """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
-    want it back, and clients of OpenAI's protocol drop it."""
+    require it in later requests, and clients of OpenAI's protocol drop it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def get(self, owner: str, user: str) -> Session | None:
-        return self.store.get((owner, "user", user))
+        return self._read((owner, SESSION, user))
+
+    def list_sessions(self, owner: str) -> dict[str, Document]:
+        """Return the sessions of an owner by user, the least recently used first, without their turns."""
+        return self.store.list_documents(owner, SESSION)
 
     def open(self, owner: str, user: str | None) -> Session:
-        """The user's session, or a new one, which is kept only when a turn is recorded."""
+        """Return the user's session, or a new one, which is kept only when a turn is recorded."""
         session = self.get(owner, user) if user else None
         now = time.time()
-        return session or Session(new_session_id(now), now, now)
+        return session or Session(random_hex(), now, now)
 
-    def record(self, owner: str, user: str, opened: Session, turns: Iterable[Turn], replace_turns: bool) -> None:
+    def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
         """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
-        slim = slim_turns(turns)
+        added = dump_turns(turns)
+        continues_turn = turns[0][0]["role"] != "user"
 
-        def change(session: Session | None) -> Session:
-            session = session or replace(opened, turns=())
-            if replace_turns:  # but for those that others have recorded meanwhile
-                now = (*slim, *turns_since(opened.turns, session.turns))
+        def change(document: Document) -> Document:
+            lines = split_lines(document)
+            head = lines.pop(0) or dump_json({"id": opened.id})
+            if replace_turns:  # but for turns that others have recorded meanwhile
+                recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
+                lines = added + list(recorded.elements())
+            elif continues_turn:
+                lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
-                now = append_turns(session.turns, slim)
-            return replace(session, used=time.time(), turns=latest_turns(now))
+                lines += added
+            return session_document(document.created or opened.created, head, latest_lines(lines))
 
-        self.store.update((owner, "user", user), change)
+        self.store.update((owner, SESSION, user), opened.document, change)
 
     def forget(self, owner: str, user: str) -> bool:
-        """Whether there was anything to forget."""
-        return self.store.forget((owner, "user", user))
+        """Delete a session. Return False if there was none."""
+        return self.store.delete((owner, SESSION, user))
 
     def response(self, owner: str, id: str) -> Session | None:
-        """A stored response and what led to it."""
-        return self.store.get((owner, "response", id))
+        """Return a stored response and the conversation up to its end."""
+        return self._read((owner, RESPONSE, id))
 
     def record_response(
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
-        """Keep a response, and the conversation up to its end for those that go on from it."""
-        now = time.time()
-        kept = latest_turns(slim_turns(turns))
-        # Each a turn: bounded like these
-        rules = latest_turns(slim_turns((message,) for message in system))
-        session = Session(opened.id, now, now, kept, tuple(itertools.chain.from_iterable(rules)), response)
-        if session.size > MAX_RESPONSE_BYTES:
-            log.warning("a response of %d bytes is not kept", session.size)
-            return
-        self.store.update((owner, "response", response["id"]), lambda _: session)
+        """Store a response, and the conversation up to its end for responses that continue it."""
+        head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
+        document = session_document(time.time(), dump_json(head), dump_turns(turns))
+        size = len(document.data)
+        if size > MAX_RESPONSE_BYTES:
+            log.warning("a response is not stored: with its conversation it has %d bytes", size)
+        else:
+            self.store.put((owner, RESPONSE, response["id"]), document)
 
     def forget_response(self, owner: str, id: str) -> bool:
-        return self.store.forget((owner, "response", id))
+        return self.store.delete((owner, RESPONSE, id))
 
-    def keep_reasoning(self, owner: str, places: Iterable[str], text: str) -> None:
-        with suppress(APIError):  # without it, the upstream is given empty reasoning
-            self.store.keep_reasoning(owner, places, text)
+    def keep_reasoning(self, owner: str, name: str, text: str) -> None:
+        data = text.encode()
+        now = time.time()
+        if len(data) <= MAX_REASONING_BYTES:
+            with suppress(APIError):  # without it, the upstream gets empty reasoning
+                self.store.put((owner, REASONING, name), Document(now, now, 0, data))
 
-    def find_reasoning(self, owner: str, place: str) -> str | None:
+    def find_reasoning(self, owner: str, name: str) -> str | None:
+        document = None
         with suppress(APIError):
-            return self.store.find_reasoning(owner, place)
-        return None
+            document = self.store.load((owner, REASONING, name))
+        return document.data.decode() if document else None
+
+    def _read(self, key: DocumentKey) -> Session | None:
+        document = self.store.load(key)
+        return Session.read(document) if document else None
 
 
 # ======================================================================================================================
 # 14 Limits and usage
 #
-# What each key has used and how much it may, counted in the store: so a restart or a second process refills nothing.
-# While the store cannot be reached, this process counts by itself.
+# The usage of each key and its limits, counted in the store: so a restart or a second process refills no limit. While
+# the store is unavailable, this process counts by itself.
 # ======================================================================================================================
 
 MINUTE = 60
 DAY = 86400
 USAGE_DAYS = 31
 USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
-STORE_RETRY = 5.0  # seconds that a store that failed is not asked to count
 
 
-def limit_of(limits: Mapping[str, int], client: ClientKey) -> int:
-    """The limit for a key, by its name or else the one for all; 0: none."""
+def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
+    """Return the limit of a key: by its name, else the one for all keys. 0 means no limit."""
     return limits.get(client.name or "", limits.get("", 0))
 
 
-def date_of(now: float) -> str:
+def utc_date(now: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(now))
 
 
+def day_key(client: ClientKey, now: float) -> CounterKey:
+    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + USAGE_MAX_AGE)
+
+
 def duration(seconds: float) -> str:
-    """As OpenAI writes it in headers: 12s, 1m3s, 5h0m1s."""
+    """Format seconds as OpenAI's headers do: 12s, 1m3s, 5h0m1s."""
     minutes, rest = divmod(ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     text = f"{rest}s"
@@ -2625,25 +2348,85 @@ def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, s
     }
 
 
-class Accounts:
-    """The counters of every key."""
+NOTHING: Counter[str] = Counter()
+
+
+class Counters:
+    """Counters in a store that may fail. While it fails, added amounts are pending, and totals are the known ones plus
+    the pending amounts. The next addition that succeeds sends all pending amounts, whoever their owner is."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
+        # Amounts that the store does not have; replaced, never changed
+        self._pending: dict[CounterKey, Counter[str]] = {}
+        self._lock = threading.Lock()  # guards both
+        self._sending = threading.Lock()  # held by the thread that sends pending amounts
+
+    def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        """Add amounts to the counters of a period, and return the totals of these."""
+        # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
+        pending = self._pending.get(key)
+        try:
+            totals = self._store.add_counters(key, amounts)
+        except APIError:
+            with self._lock:
+                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
+                return Counter(self._known.get(key)) + self._pending[key]
+        self._learn(key, totals)
+        if self._pending and self._sending.acquire(blocking=False):
+            try:
+                self._send_pending()
+            finally:
+                self._sending.release()
+        return Counter(totals) + pending if pending else totals
+
+    def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
+        """Return the totals of each period."""
+        pending = self._pending.copy()
+        found: list[Amounts]
+        try:
+            found = self._store.read_counters(keys)
+        except APIError:
+            found = [self._known.get(key, {}) for key in keys]
+        totals: list[Amounts] = []
+        for key, known in zip(keys, found, strict=True):
+            self._learn(key, known)
+            totals.append(Counter(known) + pending.get(key, NOTHING))
+        return totals
+
+    def _send_pending(self) -> None:
+        with suppress(APIError):
+            for key, amounts in self._pending.copy().items():
+                self._learn(key, self._store.add_counters(key, amounts))
+                with self._lock:
+                    rest = self._pending.pop(key, NOTHING) - amounts
+                    if rest:
+                        self._pending[key] = rest
+
+    def _learn(self, key: CounterKey, totals: Amounts) -> None:
+        with self._lock:
+            if key not in self._known:
+                self._known = without_expired(self._known)
+                self._pending = without_expired(self._pending)
+            known = self._known.setdefault(key, {})
+            for name, total in totals.items():
+                known[name] = max(total, known.get(name, 0))  # answers may come in any order
+
+
+class UsageLimits:
+    """The usage of every key, and its limits."""
 
     def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
         self.requests_per_minute = requests_per_minute
         self.tokens_per_day = tokens_per_day
-        self._store = store
-        # What the store last told, and what has been counted since: limits go by it while the store cannot be reached
-        self._own = MemoryStore(0.0, 0)
-        self._lock = threading.Lock()  # guards the next
-        # Usage that the store does not know yet
-        self._unsaved: dict[tuple[str, str], Counter[str]] = {}
-        self._retry_at = 0.0  # when the store is asked again, by the monotonic clock
+        self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a chat that begins; the headers for its response. Raises APIError 429 for one that is over a limit."""
+        """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
         headers: dict[str, str] = {}
-        tokens_limit = limit_of(self.tokens_per_day, client)
-        requests_limit = limit_of(self.requests_per_minute, client)
+        tokens_limit = key_limit(self.tokens_per_day, client)
+        requests_limit = key_limit(self.requests_per_minute, client)
         if not tokens_limit and not requests_limit:
             return headers
         now = time.time()
@@ -2651,14 +2434,13 @@ class Accounts:
         day_reset = DAY - now % DAY
         tokens = requests = 0
         if tokens_limit:
-            day = f"day {date_of(now)}"
-            [counters] = self._read(client, [day])
-            tokens = summed(counters)["total_tokens"]
+            [counters] = self._counters.read([day_key(client, now)])
+            tokens = sum_by_model(counters)[0]["total_tokens"]
             headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
         has_quota = not tokens_limit or tokens < tokens_limit
         if requests_limit:
-            period = f"minute {int(now // MINUTE)}"
-            counters = self._add(client, period, {"requests": int(has_quota)}, 2 * MINUTE)
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now - now % MINUTE + 2 * MINUTE)
+            counters = self._counters.add(minute, {"requests": int(has_quota)})
             requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, requests, minute_reset))
         if not has_quota:
@@ -2675,94 +2457,39 @@ class Accounts:
     def record(
         self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
     ) -> None:
-        """Count what an answer took. model: one of a bounded number of ids; is_answered: it did not break off."""
-        amounts = {"requests": int(is_answered), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-        named = {f"{name} {model}": amount for name, amount in amounts.items()}
-        self._add(client, f"day {date_of(time.time())}", named, USAGE_MAX_AGE)
+        """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
+        amounts = {
+            f"requests {model}": int(is_answered),
+            f"prompt_tokens {model}": prompt_tokens,
+            f"completion_tokens {model}": completion_tokens,
+        }
+        self._counters.add(day_key(client, time.time()), amounts)
 
     def usage(self, client: ClientKey) -> JSONObject:
-        """What the key has used in the last 31 days, the oldest first, and its limits."""
+        """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
         now = time.time()
-        dates = [date_of(now - ago * DAY) for ago in reversed(range(USAGE_DAYS))]
-        counters_of_days = self._read(client, [f"day {date}" for date in dates])
+        times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
+        counters_of_days = self._counters.read([day_key(client, then) for then in times])
+        today: JSONObject = {}
         days = []
-        for date, counters in zip(dates, counters_of_days, strict=True):
-            days.append({"date": date, **summed(counters)})
-        today = {name: value for name, value in days[-1].items() if name != "models"}
+        for then, counters in zip(times, counters_of_days, strict=True):
+            total, models = sum_by_model(counters)
+            today = {"date": utc_date(then), **total}
+            days.append({**today, "models": models})
         return {
             "object": "usage",
             "key": client.name,
             "limits": {
-                "requests_per_minute": limit_of(self.requests_per_minute, client),
-                "tokens_per_day": limit_of(self.tokens_per_day, client),
+                "requests_per_minute": key_limit(self.requests_per_minute, client),
+                "tokens_per_day": key_limit(self.tokens_per_day, client),
             },
             "today": today,
             "days": days,
         }
 
-    def _read(self, client: ClientKey, periods: list[str]) -> list[Mapping[str, int]]:
-        known = self._ask_store(partial(self._store.read, client.owner, periods))
-        if known is None:
-            return [*self._own.read(client.owner, periods)]
-        found: list[Mapping[str, int]] = []
-        for period, counters in zip(periods, known, strict=True):
-            found.append(self._learn(client, period, counters, USAGE_MAX_AGE))
-        return found
 
-    def _add(self, client: ClientKey, period: str, amounts: Mapping[str, int], max_age: float) -> Mapping[str, int]:
-        counters = self._ask_store(partial(self._store.add, client.owner, period, amounts, max_age))
-        if counters is not None:
-            known = self._learn(client, period, counters, max_age)
-            if self._unsaved:
-                self._ask_store(self._save)
-            return known
-        with self._lock:
-            if max_age > DAY:
-                self._unsaved.setdefault((client.owner, period), Counter()).update(amounts)
-        return self._own.add(client.owner, period, amounts, max_age)
-
-    def _learn(
-        self, client: ClientKey, period: str, counters: Mapping[str, int], max_age: float,
-    ) -> Mapping[str, int]:
-        """What the store tells, and with it what it does not know yet; both are kept for when it fails."""
-        if isinstance(self._store, MemoryStore):  # which never does
-            return counters
-        known = Counter(counters)
-        with self._lock:
-            known.update(self._unsaved.get((client.owner, period), {}))
-        if known:
-            self._own.set_counters(client.owner, period, known, max_age)
-        return known
-
-    def _ask_store(self, ask: Callable[[], T]) -> T | None:
-        """What the store answers; None while it cannot be reached."""
-        if time.monotonic() < self._retry_at:
-            return None
-        try:
-            return ask()
-        except APIError as error:
-            if self._store.is_failing:
-                log.warning("limits and usage are counted by this process alone for now: %s", error.reason)
-                self._retry_at = time.monotonic() + STORE_RETRY
-            return None
-
-    def _save(self) -> None:
-        """Tell the store what was used while it could not be reached."""
-        while self._unsaved:
-            with self._lock:
-                if not self._unsaved:
-                    return
-                (owner, period), amounts = self._unsaved.popitem()
-            try:
-                self._store.add(owner, period, amounts, USAGE_MAX_AGE)
-            except APIError:
-                with self._lock:
-                    self._unsaved.setdefault((owner, period), Counter()).update(amounts)
-                raise
-
-
-def summed(counters: Mapping[str, int]) -> JSONObject:
-    """Counters of a day, such as `prompt_tokens kimi`, by model and in all."""
+def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return the sums of a day's counters, such as `prompt_tokens kimi`: of all models, and by model."""
     models: dict[str, dict[str, int]] = {}
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for name, amount in counters.items():
@@ -2772,7 +2499,7 @@ def summed(counters: Mapping[str, int]) -> JSONObject:
             sums[what] += amount
             if what != "requests":
                 sums["total_tokens"] += amount
-    return {**total, "models": models}
+    return total, models
 
 
 # ======================================================================================================================
@@ -3777,7 +3504,7 @@ class Provider:
                 break
         began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        asked = ProviderRequest(question, model, session_id=new_session_id(time.time()))
+        asked = ProviderRequest(question, model, session_id=random_hex())
         try:
             deque(self.stream(asked), maxlen=0)
         except APIError as error:
@@ -4642,13 +4369,14 @@ MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
 FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
 
 TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
+INDEX: Schema = {**COUNT, "maximum": 9999}
 CHUNK_CHOICE = object_of({
-    "index": COUNT,
+    "index": INDEX,
     "finish_reason": any_of(STRING, NULL),
     "delta": request_object({}, {
         **dict.fromkeys(TEXT_FIELDS, STRING),
         "tool_calls": array(request_object({}, {
-            "index": COUNT,
+            "index": INDEX,
             "id": STRING,
             "type": STRING,
             "function": request_object({}, {"name": STRING, "arguments": STRING}),
@@ -4941,26 +4669,23 @@ class OpenAIProvider(Provider):
             calls = choice["delta"].get("tool_calls") or {}
             if text and calls:
                 question = list(digests_of_questions(messages))[-1]
-                places = [f"{self.name} {question} {call['id']}" for call in calls.values() if call.get("id")]
-                asked.sessions.keep_reasoning(asked.owner, places, text)
+                first = next(iter(calls.values())).get("id")
+                asked.sessions.keep_reasoning(asked.owner, f"{self.name} {question} {first}", text)
 
     def _with_reasoning(self, messages: list[Message], asked: ProviderRequest) -> list[Message]:
         """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
-        ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
-        if not ids:
+        if not any("tool_calls" in message for message in messages):
             return messages
+        ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
         restored = []
         for message, question in zip(messages, digests_of_questions(messages), strict=True):
-            if message.get("reasoning_content") is None:
-                for call in message.get("tool_calls") or ():
-                    call_id = call.get("id")
-                    # One that occurs twice could be another answer's
-                    if not call_id or ids[call_id] > 1:
-                        continue
+            if message.get("reasoning_content") is None and message.get("tool_calls"):
+                call_id = message["tool_calls"][0].get("id")
+                # One that occurs twice could be another answer's
+                if call_id and ids[call_id] == 1:
                     text = asked.sessions.find_reasoning(asked.owner, f"{self.name} {question} {call_id}")
                     if text:
                         message = {**message, "reasoning_content": text}
-                        break
             restored.append(message)
         return restored
 
@@ -5919,7 +5644,7 @@ def set_headers(headers: Headers) -> None:
         bottle.response.set_header(name, value)
 
 
-def session_object(user: str, session: Session | SessionSummary) -> JSONObject:
+def session_object(user: str, session: Session | Document) -> JSONObject:
     return {
         "object": "session",
         "user": user,
@@ -5954,7 +5679,7 @@ class App:
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
-        self.accounts = Accounts(self.store, settings.requests_per_minute, settings.tokens_per_day)
+        self.limits = UsageLimits(self.store, settings.requests_per_minute, settings.tokens_per_day)
         self.chats = Slots(settings.max_concurrent_chats)
         self.started = time.time()
 
@@ -5986,8 +5711,8 @@ class App:
         found = self.sessions.response(current_owner(), id)
         if found is None:
             raise bad_request(
-                f"Previous response with id {id[:100]!r} not found.", "previous_response_id",
-                "previous_response_not_found")
+                f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
+                "be stored. Send the whole conversation.", "previous_response_id", "previous_response_not_found")
         return found
 
     def _complete(
@@ -6051,7 +5776,7 @@ class App:
         self.providers.resolve(model)
         environ = bottle.request.environ
         with self.chats.held():
-            environ["kimi2api.limits"] = self.accounts.admit(current_client())
+            environ["kimi2api.limits"] = self.limits.admit(current_client())
             environ["kimi2api.is_counted"] = True
             yield Client(environ, self.stopping)
 
@@ -6082,7 +5807,7 @@ class App:
             durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - stats.began
             durations["kimi2api_time_to_first_chunk_seconds", labels] = stats.first_chunk
             is_answered = status in (200, 499)
-            self.accounts.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
+            self.limits.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
         self.metrics.record(amounts, durations)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Callable[[bytes], object]:
@@ -6127,11 +5852,11 @@ class App:
 
     def users(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
-        sessions = self.store.users(current_owner())
+        sessions = self.sessions.list_sessions(current_owner())
         return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
 
     def usage(self) -> JSONObject:
-        return self.accounts.usage(current_client())
+        return self.limits.usage(current_client())
 
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

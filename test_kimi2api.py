@@ -1035,6 +1035,7 @@ def says_call(**call: Any) -> list[Any]:
         pytest.param({"max_tokens": True}, "max_tokens", id="max_tokens as true"),
         pytest.param({"max_completion_tokens": "9"}, "max_completion_tokens", id="max_completion_tokens as text"),
         pytest.param({"temperature": "hot"}, "temperature", id="temperature as text"),
+        pytest.param({"user": "x" * 513}, "user", id="user of 513 characters"),
         pytest.param({"tools": {}}, "tools", id="tools as object"),
         pytest.param({"tools": [1]}, "tools[0]", id="tool as number"),
         pytest.param({"tools": [{"type": "function"}]}, "tools[0].function", id="tool without function"),
@@ -1150,7 +1151,6 @@ def test_with_user_the_remembered_turns_go_in_front(app: Client, kimi: WebChat) 
     chat(app, "second", user="ada")
     assert kimi.posts[1]["message"] == "用户: first\n模型: Hello from upstream.\n用户: second"
     assert kimi.posts[0]["session_id"] == kimi.posts[1]["session_id"]
-    assert re.fullmatch(r"session_\d{13}_[a-z0-9]{9}", kimi.posts[0]["session_id"])
     session = app.get("/v1/sessions/ada").json
     assert [[message["content"] for message in turn] for turn in session["turns"]] == [
         ["first", "Hello from upstream."],
@@ -1264,23 +1264,23 @@ def test_a_session_keeps_what_later_requests_need_and_nothing_else(make: Make, b
     ]
 
 
-def test_sessions_are_bounded_in_bytes_each_and_all(
+def test_a_session_keeps_its_latest_turns_up_to_a_size(
     make: Make, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_SESSION_BYTES", 5_000)
-    monkeypatch.setattr(kimi2api, "MAX_STORE_BYTES", 9_000)
+    monkeypatch.setattr(kimi2api, "MAX_SESSION_BYTES", 3_000)
     app = make(CONTEXT_MAX_LENGTH="99999")
+
+    def remembered() -> list[str]:
+        return [turn[0]["content"][0] for turn in app.get("/v1/sessions/ada").json["turns"]]
+
     for number in range(5):
         chat(app, f"{number}" + "x" * 1_000, user="ada")
-    turns = app.get("/v1/sessions/ada").json["turns"]
-    assert [turn[0]["content"][0] for turn in turns] == ["3", "4"], "the oldest turns go first"
-    for user in ("bob", "eve"):
-        chat(app, "y" * 2_000, user=user)
-    assert app.get("/v1/sessions/ada").status_int == 404, "the least recently used session goes first"
-    assert app.get("/v1/sessions/eve").status_int == 200
-    chat(app, "z" * 9_000, user="eve")
-    [turn] = app.get("/v1/sessions/eve").json["turns"]
-    assert turn[0]["content"][0] == "y", "a turn that is too large is not kept, what was remembered is"
+    assert remembered() == ["3", "4"], "the oldest turns go first"
+    chat(app, "z" * 9_000, user="ada")
+    assert remembered() == ["3", "4"], "a turn that is too large is not kept, what was remembered is"
+    mine = [{"role": role, "content": letter * 900} for role, letter in (("user", "a"), ("assistant", "b")) * 3]
+    chat(app, messages=[*mine, {"role": "user", "content": "c"}], user="ada")
+    assert remembered() == ["a", "c"], "nor is more kept of what a client resends"
 
 
 # Each of the three keeps the same contract
@@ -1369,52 +1369,93 @@ def add_turn(store: kimi2api.Store, user: str, text: Any, owner: str = "owner") 
 
 
 def asked_in(store: kimi2api.Store, user: str, owner: str = "owner") -> list[str]:
-    session = store.get((owner, "user", user))
+    session = kimi2api.Sessions(store).get(owner, user)
     return [turn[0]["content"] for turn in session.turns] if session else []
 
 
-def test_a_store_gives_back_what_it_was_given(address: str) -> None:
+def users(store: kimi2api.Store, owner: str = "owner") -> list[str]:
+    return list(store.list_documents(owner, "session"))
+
+
+def document_of(data: bytes = b"", turns: int = 0) -> kimi2api.Document:
+    now = time.time()
+    return kimi2api.Document(now, now, turns, data)
+
+
+def counter(period: str, owner: str = "owner", expires: float = 4e9) -> kimi2api.CounterKey:
+    return kimi2api.CounterKey(owner, period, expires)
+
+
+def test_a_store_gives_back_the_documents_it_was_given(address: str) -> None:
     store = open_store(address)
-    turns = (turn_of("a\0b\n\u2028"), turn_of("女 🧑‍🚀"), turn_of(""))
-    response = {"id": "resp_1", "output": [{"content": [{"text": "ü"}]}], "usage": {"total_tokens": 3}}
-    session = kimi2api.Session("session_1", 1.25, time.time(), turns, ({"role": "system", "content": "S"},), response)
+    document = kimi2api.Document(1.25, time.time(), 3, b"a\0b\n\xff" + "女".encode())
     key = ("owner", "response", "resp_1")
-    store.update(key, lambda before: session if before is None else before)
-    assert store.get(key) == session
-    for other in (("owner", "user", "resp_1"), ("other", "response", "resp_1"), ("owner", "response", "resp_2")):
-        assert store.get(other) is None and not store.forget(other)
-    assert store.users("owner") == {}, "a response is nobody's session"
-    assert store.count() == 1 and store.forget(key) and not store.forget(key)
-    assert store.get(key) is None and store.count() == 0
+    assert store.load(key) is None and store.put(key, document)
+    loaded = store.load(key)
+    assert loaded and loaded.version and replace(loaded, version=0) == document
+    for other in (("owner", "session", "resp_1"), ("other", "response", "resp_1"), ("owner", "response", "resp_2")):
+        assert store.load(other) is None and not store.delete(other)
+    [(name, listed)] = store.list_documents("owner", "response").items()
+    assert (name, listed.created, listed.used, listed.turns) == ("resp_1", 1.25, document.used, 3)
+    assert address == "memory" or not listed.data, "a list reads no text"
+    assert store.list_documents("owner", "session") == {}, "a response is nobody's session"
+    store.put(("owner", "reasoning", "x"), document)
+    assert store.count() == 1, "reasoning is not counted"
+    assert store.delete(key) and not store.delete(key) and store.load(key) is None and store.count() == 0
+
+
+def test_a_document_is_put_only_if_its_version_is_the_one_that_was_seen(address: str) -> None:
+    store = open_store(address)
+    key = ("owner", "session", "ada")
+    assert store.put(key, document_of(b"1"), 0) and not store.put(key, document_of(b"2"), 0)
+    first = store.load(key)
+    assert first and store.put(key, document_of(b"2"), first.version)
+    assert not store.put(key, document_of(b"3"), first.version)
+    assert store.delete(key) and not store.put(key, document_of(b"3"), first.version)
+    assert store.put(key, document_of(b"4"), 0) and not store.put(key, document_of(b"5"), first.version)
+    last = store.load(key)
+    assert last and last.data == b"4" and store.put(key, document_of(b"6")), "no version is expected"
+
+
+def test_a_session_that_is_forgotten_meanwhile_begins_again(address: str) -> None:
+    store = open_store(address)
+    sessions = kimi2api.Sessions(store)
+    add_turn(store, "ada", 1)
+    opened = sessions.open("owner", "ada")
+    assert sessions.forget("owner", "ada")
+    sessions.record("owner", "ada", opened, [turn_of(2)], replace_turns=False)
+    assert asked_in(store, "ada") == ["2"]
 
 
 def test_users_of_any_name_have_sessions_of_their_own(address: str) -> None:
     names = ["ada", "ADA", "a:b", "a", "a:b:c", "*", "a\0b", "a\nb", "ü", "u\u0308", "'; DROP TABLE sessions", "🧑"]
-    names.append("x" * 9999)
+    names.append("x" * 512)
     store = open_store(address)
     for name in names:
         add_turn(store, name, name)
     add_turn(store, "ada", "other's", owner="other")
     assert all(asked_in(store, name) == [name] for name in names)
-    assert list(store.users("owner")) == names and list(store.users("other")) == ["ada"]
-    assert {summary.turns for summary in store.users("owner").values()} == {1}
+    assert users(store) == names and users(store, "other") == ["ada"]
+    assert {document.turns for document in store.list_documents("owner", "session").values()} == {1}
 
 
-def test_turns_are_appended_replaced_and_dropped(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_TURNS", 3)
+def test_turns_are_appended_and_replaced(address: str) -> None:
     store = open_store(address)
-    for text in ("1", "1", "2", "1", "3"):
+    for text in ("1", "1", "2"):
         add_turn(store, "ada", text)
-    assert asked_in(store, "ada") == ["2", "1", "3"]
+    assert asked_in(store, "ada") == ["1", "1", "2"]
     sessions = kimi2api.Sessions(store)
     sessions.record("owner", "ada", sessions.open("owner", "ada"), [turn_of("new")], replace_turns=True)
     assert asked_in(store, "ada") == ["new"]
-    add_turn(store, "ada", "newer")
-    assert asked_in(store, "ada") == ["new", "newer"]
+    add_turn(store, "ada", "a\0b\n\u2028 女 🧑‍🚀")
+    assert asked_in(store, "ada") == ["new", "a\0b\n\u2028 女 🧑‍🚀"]
 
 
-def test_a_session_is_kept_for_its_time_after_its_last_turn(address: str, clock: Clock) -> None:
-    store = open_store(address, ttl=60)
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_session_is_kept_for_its_time_after_its_last_turn(
+    kind: str, request: pytest.FixtureRequest, clock: Clock
+) -> None:
+    store = open_store(address_of_store(kind, request), ttl=60)
     add_turn(store, "ada", 1)
     clock.now += 50
     add_turn(store, "ada", 2)
@@ -1422,20 +1463,62 @@ def test_a_session_is_kept_for_its_time_after_its_last_turn(address: str, clock:
     clock.now += 59
     assert asked_in(store, "ada") == ["1", "2"] and store.count() == 2
     clock.now += 2
-    assert store.get(("owner", "user", "ada")) is None and store.users("owner") == {} and store.count() == 0
-    assert not store.forget(("owner", "user", "ada"))
-    add_turn(store, "ada", 3)
-    assert asked_in(store, "ada") == ["3"] and store.count() == 1
+    assert asked_in(store, "ada") == [] and users(store) == [] and store.count() == 0
+
+
+def test_a_session_that_has_expired_begins_again(address: str) -> None:
+    store = open_store(address, ttl=0.3)
+    sessions = kimi2api.Sessions(store)
+    add_turn(store, "ada", 1)
+    opened = sessions.open("owner", "ada")
+    wait_for(lambda: sessions.get("owner", "ada") is None, "it expires")
+    assert users(store) == [] and not sessions.forget("owner", "ada")
+    wait_for(lambda: store.count() == 0)
+    sessions.record("owner", "ada", opened, [turn_of(2)], replace_turns=False)
+    lasting = open_store(address, ttl=60) if address != "memory" else store
+    assert asked_in(lasting, "ada") == ["2"] and lasting.count() == 1
 
 
 def test_the_least_recently_used_session_makes_room(address: str) -> None:
     store = open_store(address, limit=3)
     for user in ("ada", "bob", "eve", "ada", "kim", "lin"):
         add_turn(store, user, user)
-    assert list(store.users("owner")) == ["ada", "kim", "lin"] and store.count() == 3
+    assert users(store) == ["ada", "kim", "lin"] and store.count() == 3
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: add_turn(store, f"user {number}", "x"), range(40)))
-    assert store.count() == 3 and len(store.users("owner")) == 3
+    assert store.count() == 3 and len(users(store)) == 3
+
+
+def test_one_key_or_kind_pushes_nothing_out_of_another(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_REASONING_TEXTS", 5)
+    store = open_store(address, limit=3)
+    mine = {("ann", kind, "mine"): document_of(b"x", number) for number, kind in enumerate(KINDS)}
+    for key, document in mine.items():
+        assert store.put(key, document)
+    for kind in KINDS:
+        for number in range(9):
+            assert store.put(("bob", kind, str(number)), document_of(b"y"))
+    for key, document in mine.items():
+        loaded = store.load(key)
+        assert loaded and replace(loaded, version=0) == document
+    kept = [list(store.list_documents("bob", kind)) for kind in KINDS]
+    assert kept == [["6", "7", "8"], ["6", "7", "8"], ["4", "5", "6", "7", "8"]] and store.count() == 8
+
+
+KINDS = ("session", "response", "reasoning")
+
+
+def test_in_memory_the_kind_that_takes_the_most_of_a_keys_bytes_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_OWNER_BYTES", 100_000)
+    store = open_store("memory")
+    for number in range(8):
+        store.put(("ann", "session", str(number)), document_of(b"x" * 1_000))
+    for number in range(20):
+        store.put(("bob", "response", str(number)), document_of(b"y" * 30_000))
+        store.put(("ann", "response", str(number)), document_of(b"y" * 30_000))
+    assert len(users(store, "ann")) == 8, "a chain of responses costs no session"
+    assert list(store.list_documents("ann", "response")) == ["18", "19"]
+    assert list(store.list_documents("bob", "response")) == ["17", "18", "19"]
 
 
 def test_a_clock_that_is_set_back_makes_no_new_session_the_oldest(address: str, clock: Clock) -> None:
@@ -1448,11 +1531,11 @@ def test_a_clock_that_is_set_back_makes_no_new_session_the_oldest(address: str, 
         clock.now += 1
         add_turn(store, user, user)
         assert user in asked_in(store, user)
-    assert list(store.users("owner")) == ["e", "f", "d"] and store.count() == 3
+    assert users(store) == ["e", "f", "d"] and store.count() == 3
 
 
-def test_a_clock_that_was_far_ahead_keeps_no_session_longer(lasting: str, clock: Clock) -> None:
-    store = open_store(lasting, ttl=60)
+def test_a_clock_that_was_far_ahead_keeps_no_session_longer(tmp_path: Path, clock: Clock) -> None:
+    store = open_store(f"sqlite:{tmp_path}/sessions.db", ttl=60)
     year = 365 * 86400
     clock.now += year
     add_turn(store, "ada", "x")
@@ -1478,7 +1561,7 @@ def test_a_change_that_fails_changes_nothing(address: str) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        store.update(("owner", "user", "ada"), fails)
+        store.update(("owner", "session", "ada"), document_of(), fails)
     add_turn(store, "ada", 2)
     assert asked_in(store, "ada") == ["1", "2"]
 
@@ -1487,36 +1570,28 @@ def test_counters_are_added_to_by_many_at_once(address: str) -> None:
     store = open_store(address)
 
     def add(number: int) -> int:
-        return store.add("owner", "day 1", {"requests": 1, "tokens kimi": number}, 60)["requests"]
+        return store.add_counters(counter("day 1"), {"requests": 1, "tokens kimi": number})["requests"]
 
     with ThreadPoolExecutor(16) as pool:
         assert sorted(pool.map(add, range(100))) == list(range(1, 101))
-    assert store.read("owner", ["day 2", "day 1"]) == [{}, {"requests": 100, "tokens kimi": 4950}]
-    assert store.read("other", ["day 1"]) == [{}]
-    assert store.add("owner", "minute", {"requests": 2}, 0.05) == {"requests": 2}
-    wait_for(lambda: store.read("owner", ["minute"]) == [{}], "the counters expire")
-    assert store.add("owner", "minute", {"requests": 1}, 60) == {"requests": 1}, "and begin again"
+    known = store.read_counters([counter("day 2"), counter("day 1"), counter("day 1", "other")])
+    assert known == [{}, {"requests": 100, "tokens kimi": 4950}, {}]
+    brief = counter("minute", expires=time.time() + 0.05)
+    assert store.add_counters(brief, {"requests": 2}) == {"requests": 2}
+    time.sleep(0.06)
+    store.add_counters(counter("next minute"), {"requests": 1})
+    assert store.read_counters([brief]) == [{}], "they have expired"
 
 
-def test_reasoning_is_kept_by_place_and_owner_for_its_time_and_within_a_size(
+def test_reasoning_is_kept_by_name_and_owner_unless_it_is_too_long(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_REASONING_BYTES", 5_000)
-    store = open_store(address)
-    store.keep_reasoning("owner", ["a", "b"], "Hm\0 嗯")
-    assert store.find_reasoning("owner", "a") == store.find_reasoning("owner", "b") == "Hm\0 嗯"
-    assert store.find_reasoning("other", "a") is None and store.find_reasoning("owner", "c") is None
-    for _ in range(10):
-        store.keep_reasoning("owner", ["same"], "x" * 1_000)
-    assert store.find_reasoning("owner", "a"), "what is kept again counts once"
-    for number in range(10):
-        store.keep_reasoning("owner", [str(number)], "x" * 1_000)
-    assert [bool(store.find_reasoning("owner", str(number))) for number in range(10)] == [False] * 7 + [True] * 3
-    store.keep_reasoning("owner", ["huge"], "x" * 9_000)
-    assert store.find_reasoning("owner", "huge") is None
-    short = open_store(address, ttl=0.1)
-    short.keep_reasoning("owner", ["brief"], "text")
-    wait_for(lambda: short.find_reasoning("owner", "brief") is None, "it expires")
+    sessions = kimi2api.Sessions(open_store(address))
+    for name, text in (("a", "Hm\0 嗯"), ("b", "x" * 5_000), ("c", "x" * 5_001)):
+        sessions.keep_reasoning("owner", name, text)
+    found = [sessions.find_reasoning(owner, name) for owner, name in [("owner", "a"), ("owner", "b"), ("owner", "c")]]
+    assert found == ["Hm\0 嗯", "x" * 5_000, None] and sessions.find_reasoning("other", "a") is None
 
 
 ADD_TURNS = """
@@ -1526,7 +1601,7 @@ import test_kimi2api as t
 store = t.open_store(sys.argv[2])
 for number in range(int(sys.argv[4])):
     t.add_turn(store, "ada", f"{sys.argv[3]} {number}")
-    store.add("owner", "day", {"requests": 1}, 60)
+    store.add_counters(t.counter("day"), {"requests": 1})
 """
 
 
@@ -1540,7 +1615,7 @@ def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -
     for worker in range(3):
         of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
         assert of_worker == sorted(of_worker), "those of one are in their order"
-    assert store.read("owner", ["day"]) == [{"requests": 75}]
+    assert store.read_counters([counter("day")]) == [{"requests": 75}]
 
 
 def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
@@ -1592,12 +1667,46 @@ def test_a_newer_programs_format_is_refused(lasting: str, tmp_path: Path, reques
     add_turn(open_store(lasting), "ada", "1")
     if lasting.startswith("sqlite"):
         with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
-            db.execute("PRAGMA user_version = 2")
+            db.execute("PRAGMA user_version = 3")
     else:
-        request.getfixturevalue("redis_server").client.set("kimi2api:format", 2)
+        request.getfixturevalue("redis_server").client.set("kimi2api:format", 3)
     refused = command(SESSION_STORE=lasting)
     assert refused.returncode == 2 and re.fullmatch(
-        r"kimi2api: SESSION_STORE: .*written by a newer version of kimi2api \(format 2\).*\n", refused.stderr)
+        r"kimi2api: SESSION_STORE: .*written by a newer version of kimi2api \(format 3\).*\n", refused.stderr)
+
+
+FORMAT_1 = """
+CREATE TABLE sessions (
+    number INTEGER PRIMARY KEY, owner TEXT, kind TEXT, name TEXT, id TEXT, UNIQUE (owner, kind, name));
+CREATE TABLE turns (
+    number INTEGER PRIMARY KEY, turn BLOB, session INTEGER NOT NULL REFERENCES sessions ON DELETE CASCADE);
+CREATE TABLE reasoning (number INTEGER PRIMARY KEY, owner TEXT, place TEXT);
+CREATE TABLE counters (
+    owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
+    expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID;
+CREATE INDEX counters_by_expiry ON counters (expires);
+CREATE TABLE probe (content BLOB);
+CREATE TABLE totals (sessions INTEGER NOT NULL, reasoning INTEGER NOT NULL);
+CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN UPDATE totals SET sessions = sessions + 1; END;
+INSERT INTO totals VALUES (0, 0);
+INSERT INTO sessions VALUES (1, 'owner', 'user', 'ada', 'session_1');
+INSERT INTO turns VALUES (1, '[]', 1);
+INSERT INTO counters VALUES ('owner', 'day', 'requests', 7, 9e9);
+PRAGMA application_id = 1798463856;
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_format_1_keeps_its_counters_and_loses_its_sessions(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
+        db.executescript(FORMAT_1)
+    store = open_store(f"sqlite:{tmp_path}/sessions.db")
+    assert store.read_counters([counter("day")]) == [{"requests": 7}] and users(store) == []
+    add_turn(store, "ada", 1)
+    assert asked_in(store, "ada") == ["1"]
+    with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
+        tables = {name for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'trigger')")}
+    assert tables == {"documents", "counters", "sqlite_sequence"}
 
 
 def test_a_store_that_cannot_be_used_stops_the_start_in_one_line(tmp_path: Path) -> None:
@@ -1659,13 +1768,11 @@ def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Pat
         for number in range(5):
             add_turn(store, f"{number}", "x")
             if number == 0:
-                assert db.execute("SELECT count(*) > 40 FROM sessions").fetchone() == (1,), "nobody waits for all"
-        while db.execute("SELECT count(*) > 5 FROM sessions").fetchone() == (1,):
+                assert db.execute("SELECT count(*) > 40 FROM documents").fetchone() == (1,), "nobody waits for all"
+        while db.execute("SELECT count(*) > 5 FROM documents").fetchone() == (1,):
             add_turn(store, "0", "x")
     assert store.count() == 5
     with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
-        kept = "SELECT (SELECT count(*) FROM sessions), (SELECT count(DISTINCT session) FROM turns)"
-        assert db.execute(kept).fetchone() == (5, 5)
         pages = db.execute("PRAGMA page_count").fetchone()[0]
     assert pages * 4096 < sizes[-1] / 2, "the room is given back"
 
@@ -1677,25 +1784,28 @@ def test_a_file_that_a_link_promises_is_the_users_alone(tmp_path: Path) -> None:
     assert made and {path.stat().st_mode & 0o777 for path in made} == {0o600}
 
 
-def test_sessions_in_redis_are_native_and_expire_by_themselves(redis_server: RedisServer) -> None:
+def test_documents_in_redis_expire_by_themselves_and_a_turn_costs_few_commands(redis_server: RedisServer) -> None:
     store = open_store(redis_server.url, ttl=60)
     client = redis_server.client
     for text in "abc":
         add_turn(store, "ada", text)
-    store.add("owner", "day", {"requests": 1}, 60)
-    store.keep_reasoning("owner", ["place"], "text")
+    store.add_counters(counter("day", expires=time.time() + 60), {"requests": 1})
+    store.put(("owner", "reasoning", "name"), document_of(b"text"))
     keys = {key.decode(): client.type(key).decode() for key in client.scan_iter()}
-    [turns] = [key for key in keys if key.startswith("kimi2api:turns:")]
-    assert keys[turns] == "list" and client.llen(turns) == 3
-    assert sorted(keys.values()) == ["hash"] * 3 + ["list", "string", "string"] + ["zset"] * 3
-    for key in keys.keys() - {"kimi2api:format"}:
+    assert sorted(keys.values()) == ["hash"] * 3 + ["set", "string"] + ["zset"] * 2
+    for key in keys.keys() - {"kimi2api:format", "kimi2api:indexes"}:
         assert 0 < client.ttl(key) <= 60, key
+        client.pexpire(key, 5000)
     client.config_resetstat()
     add_turn(store, "ada", "d")
     asked = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
-    assert asked["cmdstat_rpush"] == asked["cmdstat_watch"] == 1 and asked["cmdstat_multi"] == 2
-    assert "cmdstat_del" not in asked and "cmdstat_ltrim" not in asked
-    assert sum(asked.values()) < 25
+    del asked["cmdstat_config|resetstat"]
+    assert asked["cmdstat_evalsha"] == 1 and sum(asked.values()) <= 11, asked
+    renewed = [key for key in keys if client.pttl(key) > 5000]
+    assert len(renewed) == 2, "the session and the index"
+    client.flushall()
+    add_turn(store, "ada", "e")
+    assert asked_in(store, "ada") == ["e"] and store.count() == 1
 
 
 # A store that fails, and is well again
@@ -1795,7 +1905,10 @@ def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: l
         assert [text for text in kept if text in texts] == texts
 
 
-def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> None:
+def test_redis_stopped_stuck_full_or_a_replica(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.5)
     server = RedisServer(tmp_path)
     try:
         app = make(SESSION_STORE=server.url)
@@ -1825,29 +1938,6 @@ def test_redis_stopped_stuck_full_or_a_replica(tmp_path: Path, make: Make) -> No
         assert is_well(make(SESSION_STORE=server.url.replace("redis://", "redis://:secret@")))()
     finally:
         server.stop()
-
-
-def test_a_name_that_takes_long_to_be_resolved_is_a_store_that_fails(
-    make: Make, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    getaddrinfo = socket.getaddrinfo
-    answers = threading.Event()
-
-    def slow(host: Any, *args: Any, **kwargs: Any) -> Any:
-        if host != "redis.test":
-            return getaddrinfo(host, *args, **kwargs)
-        if not answers.wait(PATIENCE / 2):
-            raise socket.gaierror
-        return getaddrinfo("127.0.0.1", *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", slow)
-    try:
-        app = make(SESSION_STORE=f"redis://redis.test:{redis_server.port}/0")
-        answers_while_the_store_fails(app)
-        answers.set()
-        wait_for(is_well(app), "the name is known")
-    finally:
-        answers.set()
 
 
 @contextmanager
@@ -1894,27 +1984,28 @@ def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
 
     with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
         store = open_store(address)
-        assert list(pool.map(lambda number: store.get(("owner", "user", str(number))), range(128))) == [None] * 128
+        assert list(pool.map(lambda number: store.load(("owner", "session", str(number))), range(128))) == [None] * 128
         list(pool.map(lambda number: add_turn(store, "ada", number), range(2)))
         assert sorted(asked_in(store, "ada")) == ["0", "1"], "two turns of one user at once both land"
 
 
-def test_a_session_that_this_program_did_not_write_can_be_forgotten(make: Make, redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("head", ["x", "5", "[]"])
+def test_a_document_that_makes_no_sense_is_a_store_that_fails_and_can_be_deleted(
+    make: Make, redis_server: RedisServer, head: str
+) -> None:
     app, client = make(SESSION_STORE=redis_server.url), redis_server.client
-    for name, value in (("used", "x"), ("turns", "x"), ("system", "5"), ("system", "[" * 100_000), ("id", b"\xff")):
-        chat(app, user="ada")
-        [key] = client.keys("kimi2api:session:*")
-        client.hset(key, name, value)
-        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
-        assert app.get("/v1/sessions").status_int in (200, 503)
-        wait_for(lambda: app.delete("/v1/sessions/ada").status_int in (200, 404), "it is forgotten")
-        assert app.get("/health").json["store"]["ok"] is True
+    chat(app, user="ada")
+    [key] = client.keys("kimi2api:documents:*:session:*")
+    client.hset(key, "head", head)
+    assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
+    wait_for(lambda: app.delete("/v1/sessions/ada").status_int in (200, 404), "it is forgotten")
+    assert app.get("/health").json["store"]["ok"] is True
 
 
 def test_a_database_locked_damaged_or_gone(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi2api.SQLiteStore, "patience", 1.0)
+    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.5)
     directory = tmp_path / "kept"
     directory.mkdir()
     file = directory / "sessions.db"
@@ -1942,11 +2033,7 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_lock_for_which_a_counter_does_not_wait_costs_no_turn(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kimi2api, "OPTIONAL_PATIENCE", 0.05)
-    monkeypatch.setattr(kimi2api, "CHECK_PATIENCE", 0.1)
+def test_a_database_that_is_locked_for_a_second_costs_no_turn(tmp_path: Path, make: Make) -> None:
     file = tmp_path / "sessions.db"
     app = make(SESSION_STORE=f"sqlite:{file}", REQUESTS_PER_MINUTE="9")
     with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as db:
@@ -1958,64 +2045,46 @@ def test_a_lock_for_which_a_counter_does_not_wait_costs_no_turn(
     assert app.get("/v1/sessions/ada").status_int == 200
 
 
-def test_a_limited_chat_does_not_wait_five_seconds_for_a_busy_store(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stores = []
+    monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.2)
+    store = open_store(f"sqlite:{tmp_path}/sessions.db")
 
-    def open_and_keep(settings: kimi2api.Settings) -> kimi2api.Store:
-        stores.append(open_store_of_settings(settings))
-        return stores[0]
-
-    open_store_of_settings = kimi2api.open_store
-    monkeypatch.setattr(kimi2api, "open_store", open_and_keep)
-    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db", REQUESTS_PER_MINUTE="9", TOKENS_PER_DAY="9")
-    is_busy, may_end = threading.Event(), threading.Event()
-
-    def changes_slowly(session: kimi2api.Session | None) -> kimi2api.Session:
-        is_busy.set()
-        may_end.wait(PATIENCE)
-        return kimi2api.Session("session_1", time.time(), time.time())
-
-    with ThreadPoolExecutor() as pool:
-        change = pool.submit(stores[0].update, ("owner", "user", "eve"), changes_slowly)
-        assert is_busy.wait(PATIENCE)
+    def seconds_of_a_failure() -> float:
         began = time.monotonic()
-        refused = chat(app, user="ada")
-        waited = time.monotonic() - began
-        may_end.set()
-        change.result(PATIENCE)
-    assert is_error(refused, 503, "session_store_unavailable") and waited < 5
-    assert said(chat(app))
-    other = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
-    assert other.get("/v1/usage").json["today"]["requests"] == 1, "to be busy is no outage: it is told at once"
+        with pytest.raises(kimi2api.APIError) as failed:
+            store.put(("owner", "session", "ada"), document_of())
+        assert (failed.value.status, failed.value.code) == (503, "session_store_unavailable")
+        return time.monotonic() - began
 
-
-def test_a_session_that_is_damaged_can_be_forgotten(tmp_path: Path, make: Make) -> None:
-    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
-    chat(app, user="ada")
-    with closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as db:
-        db.execute("UPDATE turns SET turn = x'7b'")
-        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
-        wait_for(lambda: app.delete("/v1/sessions/ada").status_int == 200, "it is forgotten")
-        assert said(chat(app, user="ada"))
-        assert db.execute("SELECT count(*) FROM turns").fetchone() == (1,)
-
-
-def test_a_database_that_stays_locked_is_not_waited_for_as_long_again(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
     with closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        monkeypatch.setattr(kimi2api.SQLiteStore, "patience", 0.1)
-        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
-        monkeypatch.setattr(kimi2api.SQLiteStore, "patience", PATIENCE)
-        began = time.monotonic()
-        assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
-        assert time.monotonic() - began < PATIENCE
+        assert seconds_of_a_failure() >= 0.2
+        failed = time.monotonic()
+        assert seconds_of_a_failure() < 0.1
         db.execute("ROLLBACK")
-    wait_for(is_well(app), "it is not locked any more")
+
+    def is_written() -> bool:
+        with suppress(kimi2api.APIError):
+            return store.put(("owner", "session", "ada"), document_of())
+        return False
+
+    wait_for(is_written, "it recovers by itself")
+    assert 0.9 < time.monotonic() - failed < 5
+
+
+def test_a_store_that_this_programs_own_threads_keep_busy_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.2)
+    store = open_store(f"sqlite:{tmp_path}/sessions.db")
+    add_turn(store, "ada", 1)
+    assert isinstance(store, kimi2api.SQLiteStore)
+    with store._lock, pytest.raises(kimi2api.APIError):
+        add_turn(store, "ada", 2)
+    add_turn(store, "ada", 3)
+    assert asked_in(store, "ada") == ["1", "3"], "no pause follows"
 
 
 def test_a_database_that_cannot_be_written_is_opened_anew(tmp_path: Path) -> None:
@@ -2156,14 +2225,14 @@ def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answer
     assert said(chat(app))
 
 
-def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told_it_later(
-    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+def test_limits_hold_while_the_store_is_gone_and_what_was_counted_meanwhile_is_added_later(
+    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
 ) -> None:
-    monkeypatch.setattr(kimi2api, "STORE_RETRY", 0)
     kimi.answer = "word " * 20
     server = RedisServer(tmp_path)
     try:
-        app = make(**NAMED_KEYS, SESSION_STORE=server.url, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
+        settings = {**NAMED_KEYS, "SESSION_STORE": server.url}
+        app = make(**settings, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
         for key in ("sk-1", "sk-2", "sk-3"):
             assert said(chat(app, headers=bearer(key)))
         server.stop()
@@ -2174,17 +2243,18 @@ def test_limits_hold_while_the_store_is_gone_and_what_was_used_meanwhile_is_told
         wait_for(lambda: app.get("/health").json["store"]["ok"], "it is back")
         assert said(chat(app, headers=bearer("sk-3")))
         used = app.get("/v1/usage", headers=bearer("sk-3")).json["today"]
-        assert used["requests"] == 3 and used == make(**NAMED_KEYS, SESSION_STORE=server.url).get(
+        assert used["requests"] == 3 and used == make(**settings).get(
             "/v1/usage", headers=bearer("sk-3")).json["today"]
+        other = make(**settings, REQUESTS_PER_MINUTE="bob=3")
+        assert [chat(other, headers=bearer("sk-2")).status_int for _ in range(2)] == [429, 429], "three were counted"
         assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
     finally:
         server.stop()
 
 
 def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
-    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
 ) -> None:
-    monkeypatch.setattr(kimi2api, "STORE_RETRY", 0)
     kimi.answer = "word " * 20
     server = RedisServer(tmp_path)
     try:
@@ -2200,6 +2270,63 @@ def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
         assert tokens_today(app) == used
     finally:
         server.stop()
+
+
+class FlakyStore(kimi2api.MemoryStore):
+    """A store that is up or down, or fails with every third call; some calls take a while."""
+
+    is_down = False
+    is_flaky = False
+
+    def __init__(self) -> None:
+        super().__init__(60, 10)
+        self._calls = itertools.count()
+
+    def add_counters(self, key: kimi2api.CounterKey, amounts: kimi2api.Amounts) -> kimi2api.Amounts:
+        number = next(self._calls)
+        if number % 5 == 0:
+            time.sleep(0.001)
+        if self.is_down or (self.is_flaky and number % 3 == 0):
+            raise kimi2api.store_unavailable()
+        return super().add_counters(key, amounts)
+
+
+def test_totals_are_right_while_a_store_fails_and_recovers_under_many_threads() -> None:
+    store = FlakyStore()
+    store.is_flaky = True
+    counters = kimi2api.Counters(store)
+    key = counter("minute 1")
+    finished = itertools.count(1)
+    added = 0
+
+    def add(number: int) -> bool:
+        nonlocal added
+        store.is_down = number % 100 < 30
+        before = added
+        total = counters.add(key, {"requests": 1})["requests"]
+        added = max(added, next(finished))
+        return total > before
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(add, range(2000))), "no total leaves out what had been added before"
+    store.is_down = False
+    wait_for(lambda: counters.add(counter("minute 2", "other"), {"requests": 1}) and not counters._pending)
+    assert store.read_counters([key]) == [{"requests": 2000}] and counters.read([key]) == [{"requests": 2000}]
+
+
+def test_a_key_that_never_chats_again_has_its_usage_sent_and_old_periods_are_forgotten(clock: Clock) -> None:
+    store = FlakyStore()
+    store.is_down = True
+    counters = kimi2api.Counters(store)
+    old = counter("day 1", "ann", clock.now + 5)
+    assert counters.add(old, {"tokens": 7})["tokens"] == 7 and counters.add(old, {"tokens": 1})["tokens"] == 8
+    assert counters.read([old]) == [{"tokens": 8}]
+    store.is_down = False
+    counters.add(counter("day 1", "bob", clock.now + 5), {"tokens": 1})
+    assert store.read_counters([old]) == [{"tokens": 8}]
+    clock.now += 6
+    counters.add(counter("day 2", "bob"), {"tokens": 1})
+    assert len(counters._known) == 1 and not counters._pending
 
 
 def put_out_of_order(folder: Path) -> None:
@@ -5442,6 +5569,11 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
         pytest.param({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", id="no schema"),
         pytest.param({"max_output_tokens": 0}, "max_output_tokens", id="no tokens"),
+        pytest.param({"user": "x" * 513}, "user", id="long user"),
+        pytest.param({"metadata": {str(number): "" for number in range(17)}}, "metadata", id="17 pairs of metadata"),
+        pytest.param({"metadata": {"k" * 65: ""}}, "metadata", id="long key of metadata"),
+        pytest.param({"metadata": {"k": "v" * 513}}, "metadata.k", id="long value of metadata"),
+        pytest.param({"metadata": {"k": 1}}, "metadata.k", id="metadata that is no text"),
         pytest.param({"background": True}, "background", id="background"),
         pytest.param({"conversation": "conv_1"}, "conversation", id="conversation"),
         pytest.param({"prompt": {"id": "p"}}, "prompt", id="prompt"),
@@ -5563,25 +5695,35 @@ def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat
     assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
 
 
-def test_what_a_response_goes_on_from_does_not_grow_without_end(
-    make: Make, both: dict[str, str], api: Api
+def test_a_conversation_that_is_too_long_to_be_stored_is_not_cut_in_silence(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 5_000_000)
     app = make(**both)
-    previous: dict[str, str] = {}
-    for number in range(4):
-        items = [{"role": "system", "content": f"{number}" * 400_000}, USER]
-        made = respond(app, items, model="local/k2", **previous).json
-        previous = {"previous_response_id": made["id"]}
-    system = [message["content"][0] for message in api.asked[-1][2]["messages"] if message["role"] == "system"]
-    assert system == ["1", "2", "3"], "the latest 1 MB of those before it, and its own"
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
+    made = respond(app, model="local/k2").json
+    results = 0
+    while True:  # one user's turn, which grows by a result with each step
+        item = {"type": "function_call_output", "call_id": "call_1", "output": f"{results}" * 1_000_000}
+        made = respond(app, [item], model="local/k2", previous_response_id=made["id"])
+        if made.status_int != 200:
+            break
+        results += 1
+        made = made.json
+        roles = [message["role"] for message in api.asked[-1][2]["messages"]]
+        assert roles == ["user", *["assistant", "tool"] * results]
+    assert results == 5, "all that is stored is sent"
+    assert is_error(made, 400, "previous_response_not_found", param="previous_response_id")
+    assert "Send the whole conversation" in made.json["error"]["message"]
 
 
 @json_and_stream
 def test_a_response_that_is_too_large_to_keep_pushes_out_nobodys_sessions(
     make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_STORE_BYTES", 1 << 20)
-    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 1 << 18, raising=False)
+    monkeypatch.setattr(kimi2api, "MAX_OWNER_BYTES", 1 << 20)
+    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 1 << 18)
     app = make(**both)
     assert said(chat(app, user="ada"))
     api.always = api_answers("x" * (2 << 20))
@@ -7068,7 +7210,7 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
     if not Path("/usr/bin/chromium").exists():
         pytest.skip("needs Debian's chromium, which .ci/run installs")
     program = run(API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600")
-    hostile = ["../x/y?z#&%2F\"'", "😀" * 10_000, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
+    hostile = ["../x/y?z#&%2F\"'", "😀" * 512, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
     for user in hostile:
         body = {"messages": HELLO, "user": user}
         assert program.ask("POST", "/v1/chat/completions", body, Authorization="Bearer sk-1")[0] == 200
