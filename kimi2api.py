@@ -697,7 +697,7 @@ def request_object_by_type(records: Mapping[str, Schema], default: str | None = 
     return request_object({}, types, allOf=rules)
 
 
-MAXIMA = {"maximum": "", "maxItems": "", "maxLength": " characters", "maxProperties": " fields"}  # keywords, and their units
+MAXIMA = {"maximum": "", "maxItems": "", "maxLength": " characters", "maxProperties": " fields"}  # and their units
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
     "array": (list, "a list"),
