@@ -6805,21 +6805,21 @@ def answer_of_demo(prompt: str, model: str) -> str:
 # ======================================================================================================================
 # 39 Client connections
 #
-# waitress's, with our own errors, bodies that nobody will read thrown away, and bounds on clients that only wait.
+# waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
 # ======================================================================================================================
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
 MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
 CONNECTION_TIMEOUT = 30.0  # seconds without a request, without its head, or without taking any of its answer
 MIN_BODY_RATE = 1000  # bytes a second
-MAX_PIPELINED = 8  # requests that one connection may have waiting
+MAX_PIPELINED = 8  # requests that one connection may have waiting; without a key, all answers fit MAX_UNSENT_BYTES
 MAX_UNSENT_BYTES = 1 << 18  # of an answer; a thread that has more to write waits for its client
 SEND_BUFFER = 1 << 16  # bytes; behind the 4 MB of a system, a client that reads 20 KB a second would look stalled
 EXTRA_BODY_BYTES = 16 << 20  # received above MAX_BODY_BYTES: a client still sending would miss our 413
 
 
 class JSONErrorTask(ErrorTask):  # type: ignore[misc]
-    """waitress's own answers (a request that is not HTTP, headers too long, …) in OpenAI's shape."""
+    """waitress's own errors (a request that is not HTTP, headers too long, …) in OpenAI's shape."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -6915,7 +6915,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 for request in self.requests[MAX_PIPELINED:]:
                     request.close()
                 del self.requests[MAX_PIPELINED:]
-                # So that its client sends the others again
+                # The client sends the others again over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
         return received
 
@@ -6925,7 +6925,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return bool(self.requests or self.total_outbufs_len)
 
     def is_overdue(self) -> bool:
-        """Whether the connection has waited too long for its client: to send a request, or to read an answer."""
+        """Return whether the client takes too long to send a request or to read an answer."""
         if self.requests and not self.total_outbufs_len:
             return False
         if self.request and self.request.is_overdue():
@@ -6934,8 +6934,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return idle_for > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
-        # waitress does not wait for a thread that is sending: its loop turns without a pause until the thread is done
-        # (for that needs Python's lock again), and a thread's 100 Continue may be sent twice
+        # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
+        # the interpreter's lock for that), and a thread's 100 Continue may be sent twice
         with self.outbuf_lock:
             super().handle_write()
 
@@ -6950,8 +6950,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 # ======================================================================================================================
 # 40 Server
 #
-# waitress with settings that suit chats, a loop that idle connections do not slow down, and a stop that lets chats
-# finish.
+# waitress with settings for chats, a loop that idle connections do not slow down, and a stop that lets chats finish.
 # ======================================================================================================================
 
 
@@ -7138,7 +7137,7 @@ def connection_limit(chats: int) -> int:
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """The options; those that are settings have their names in capitals, and None where no flag was given."""
+    """Parse the flags. Those of settings have the names of their settings, and are None where not given."""
     cli = argparse.ArgumentParser(
         "kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.", allow_abbrev=False,
         epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
@@ -7162,7 +7161,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     header = ""
     if keys:
         key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
-        # Whoever sits there has set it; a log file must not have it
+        # A terminal belongs to whoever set the key; a log file must not have the key
         if sys.stdout and sys.stdout.isatty():
             key = keys[0].key
         elif keys[0].name:
@@ -7178,7 +7177,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     ])
 
 
-ADVICE = {  # what to do about an error of a check, where its message does not say
+ADVICE = {  # what to do about an error of a check whose message does not say
     "upstream_unavailable": "Check the internet connection, HTTPS_PROXY and the address; if it is down, try later.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait some minutes before the next try.",
@@ -7188,7 +7187,7 @@ ADVICE = {  # what to do about an error of a check, where its message does not s
 
 
 def run_check(settings: Settings) -> int:
-    """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
+    """Test each upstream step by step and print each step with a tick or a cross. Return 0 if all succeeded, else 1."""
     failed = 0
     for provider in Providers(settings, Metrics()).by_name.values():
         print(f"{provider.name}:")
@@ -7202,18 +7201,18 @@ def run_check(settings: Settings) -> int:
 
 
 class LogFormatter(logging.Formatter):
-    """Lines without what others could forge lines with."""
+    """Replaces control characters, so that foreign text cannot forge lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return CONTROL_CHARACTERS.sub(" ", super().formatMessage(record))[:2000]
 
 
 def start_logging(level: str) -> None:
-    """Our lines from this level on, and other libraries' errors."""
+    """Log our messages from this level on, and errors of other libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
-    logging.raiseExceptions = False  # a full disk below stderr is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback when stderr cannot be written
     log.setLevel(level)
 
 
@@ -7223,15 +7222,15 @@ def refuse_start(reason: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. The exit status: 0 after a stop, 1 when a check failed, 2 when the start was refused."""
+    """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # none when it was closed at the start
+        if stream:  # None if it was closed at the start
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that has no ✓ must not stop us
     options = parse_command_line(argv)
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(vars(options), os.environ, env_file)
-        if not options.check:  # which listens nowhere
+        if not options.check:  # a check listens nowhere
             settings.check_host()
     except SettingError as error:
         return refuse_start(str(error))
@@ -7243,8 +7242,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.check:
             try:
                 return run_check(settings)
-            except OSError:  # nobody reads it
-                os._exit(1)  # a usual exit would complain that what is left cannot be written
+            except OSError:  # stdout is closed
+                os._exit(1)  # a normal exit would print a traceback for the unwritten rest
         return serve(settings, options.demo)
     except KeyboardInterrupt:
         return 130
@@ -7261,13 +7260,13 @@ def serve(settings: Settings, demo: bool) -> int:
     except (OSError, ValueError) as error:  # the port is in use, or the host has no address
         return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
     server.handle_signals()
-    with suppress(OSError):  # nobody has to read it
+    with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port, demo), flush=True)
     gc.freeze()
-    gc.set_threshold(50_000)  # of objects made; the default, 700, collects several times a chat (10 % of the time)
+    gc.set_threshold(50_000)  # new objects; the default of 700 collects several times a chat (10 % of the time)
     server.run()
     logging.shutdown()
-    os._exit(0)  # a usual exit would wait for upstream calls that nobody waits for any more
+    os._exit(0)  # a normal exit would wait for abandoned upstream calls
 
 
 # ======================================================================================================================

@@ -5965,6 +5965,13 @@ def test_a_start_that_is_refused_says_why_in_one_line_and_exits_2(flags: list[st
     assert_refused(command(*flags), word)
 
 
+def test_on_windows_select_bounds_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert kimi2api.connection_limit(64) == 500
+    with pytest.raises(ValueError, match="MAX_CONCURRENT_CHATS=500"):
+        kimi2api.connection_limit(500)
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], word: str) -> None:
     assert done.returncode == 2, done
     assert word in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
@@ -6418,7 +6425,7 @@ def test_a_body_whose_end_is_told_in_two_ways_is_the_connections_last(run: Run) 
 
 def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run) -> None:
     program = run(MAX_CONCURRENT_CHATS="1")
-    page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    page = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"  # the longest answer without a key
     with ExitStack() as links:
         for _ in range(20):
             links.enter_context(program.open(page * (60_000 // len(page))))
