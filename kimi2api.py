@@ -6942,7 +6942,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def send(self, data: bytes, do_close: bool = True) -> int:
         if self.socket is None:  # the loop has closed it while a request's thread was about to send
             return 0
-        # Only the loop, which is the main thread's, closes connections
+        # Only the loop, which is the main thread's, closes connections and changes the map of sockets
         sent: int = super().send(data, do_close and threading.current_thread() is threading.main_thread())
         return sent
 
@@ -7074,8 +7074,8 @@ class Server:
     def _poll_once(self) -> None:
         self._sockets.poll_once(timeout=0.5)
         if len(self._sockets) >= self._connection_limit:
-            # Connections without a request must not keep others out
-            idle = [channel for channel in self._channels() if not channel.is_busy]
+            # Clients that ask nothing, or do not read their answer, must not keep others out
+            idle = [channel for channel in self._channels() if not channel.requests]
             if idle:
                 min(idle, key=attrgetter("last_activity")).handle_close()
         if time.monotonic() >= self._next_check:
@@ -7085,7 +7085,7 @@ class Server:
                     channel.handle_close()
 
     def _channels(self) -> list[Channel]:
-        return [entry for entry in list(self._sockets.values()) if isinstance(entry, Channel)]
+        return [entry for entry in self._sockets.values() if isinstance(entry, Channel)]
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -6223,12 +6223,15 @@ class Asked(kimi2api.wasyncore.dispatcher):
     """An entry of SocketMap that counts how often it is asked what it waits for, and keeps what it reads."""
 
     def __init__(self, link: socket.socket, sockets: kimi2api.SocketMap) -> None:
-        self.asked, self.got, self.requests = 0, b"", []
+        self.asked, self.got, self.requests, self.waits = 0, b"", [], True
         super().__init__(link, sockets)
 
     def readable(self) -> bool:
         self.asked += 1
-        return True
+        return self.waits
+
+    def writable(self) -> bool:
+        return False
 
     def handle_read(self) -> None:
         self.got += self.recv(100)
@@ -6248,6 +6251,13 @@ def test_the_loop_asks_only_connections_that_something_happened_to() -> None:
         assert entries[3].got == b"x" * (round_ + 1)
     assert entries[3].asked == entries[4].asked == 5
     assert {entry.asked for entry in entries} == {1, 5}
+    entries[4].waits = False
+    pairs[4][0].send(b"y")
+    sockets.poll_once(0)
+    assert not entries[4].got, "one that waits for nothing is not read"
+    entries[4].waits = True
+    sockets.poll_once(0.1)
+    assert entries[4].got == b"y", "and is asked at every turn"
     pairs[5][0].close()
     sockets.poll_once(0.1)
     assert len(sockets) == 19
@@ -6446,6 +6456,7 @@ BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-L
         pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="idle"),
         pytest.param(BODY_HEAD + b"{", id="in a body"),
         pytest.param(BODY_HEAD + b"{" * 600_000, id="in a body that is kept in a file"),
+        pytest.param(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8, id="reading no answers"),
     ],
 )
 def test_connections_that_ask_nothing_leave_room_for_others(run: Run, start: bytes) -> None:
