@@ -6825,10 +6825,11 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         error = self.request.error
         code = "request_too_large" if error.code == 413 else None
         body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", code=code).body())
-        given_id = self.request.headers.get("X_REQUEST_ID", "")
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.response_headers.append(("X-Request-Id", request_id(given_id)))
+        self.response_headers += [
+            ("Content-Type", "application/json"),
+            ("X-Request-Id", request_id(self.request.headers.get("X_REQUEST_ID", ""))),
+        ]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -7230,31 +7231,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(vars(options), os.environ, env_file)
-        if not options.check:  # a check listens nowhere
-            settings.check_host()
-    except SettingError as error:
-        return refuse_start(str(error))
-    start_logging(settings.log_level.upper())
-    try:
+        start_logging(settings.log_level.upper())
         if options.demo:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
-        if options.check:
-            try:
-                return run_check(settings)
-            except OSError:  # stdout is closed
-                os._exit(1)  # a normal exit would print a traceback for the unwritten rest
-        return serve(settings, options.demo)
+        if not options.check:
+            return serve(settings, options.demo)
+        try:
+            return run_check(settings)
+        except OSError:  # stdout is closed
+            os._exit(1)  # a normal exit would print a traceback for the unwritten rest
+    except SettingError as error:
+        return refuse_start(str(error))
     except KeyboardInterrupt:
         return 130
 
 
 def serve(settings: Settings, demo: bool) -> int:
+    """Serve until a signal ends the process. Return 2 if the server cannot listen; raises SettingError."""
+    settings.check_host()
     stopping = threading.Event()
-    try:
-        app = create_app(settings, stopping)
-    except SettingError as error:
-        return refuse_start(str(error))
+    app = create_app(settings, stopping)
     try:
         server = Server(settings, app, stopping)
     except (OSError, ValueError) as error:  # the port is in use, or the host has no address
