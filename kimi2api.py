@@ -87,7 +87,7 @@ from html import unescape
 from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from queue import Empty
 from traceback import clear_frames
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
@@ -6119,62 +6119,83 @@ def demo_answer(prompt: str, model: str) -> str:
 # ======================================================================================================================
 # 39 Client connections
 #
-# waitress's, with our own errors, bodies that nobody will read thrown away, and bounds on clients that only wait.
+# waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
 # ======================================================================================================================
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
-IDLE_CONNECTIONS = 4096
-HEAD_TIMEOUT = 10.0  # seconds that a client may take to send the head of a request
-MAX_PIPELINED = 8  # requests that one connection may have waiting
-STALLED_AFTER = 30.0  # seconds in which a client has taken nothing of what waits for it
+MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
+CONNECTION_TIMEOUT = 30.0  # seconds without a request, without its head, or without taking any of its answer
+MIN_BODY_RATE = 1000  # bytes a second
+MAX_PIPELINED = 8  # requests that one connection may have waiting; without a key, all answers fit MAX_UNSENT_BYTES
+MAX_UNSENT_BYTES = 1 << 18  # of an answer; a thread that has more to write waits for its client
+SEND_BUFFER = 1 << 16  # bytes; behind the 4 MB of a system, a client that reads 20 KB a second would look stalled
 EXTRA_BODY_BYTES = 16 << 20  # received above MAX_BODY_BYTES: a client still sending would miss our 413
 
 
 class JSONErrorTask(ErrorTask):  # type: ignore[misc]
-    """waitress's own answers (a request that is not HTTP, headers too long, …) in OpenAI's shape."""
+    """waitress's own errors (a request that is not HTTP, headers too long, …) in OpenAI's shape."""
 
     def execute(self) -> None:
         error = self.request.error
         code = "request_too_large" if error.code == 413 else None
         body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", code=code).body())
-        given_id = self.request.headers.get("X_REQUEST_ID", "")
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.response_headers.append(("X-Request-Id", request_id(given_id)))
+        self.response_headers += [
+            ("Content-Type", "application/json"),
+            ("X-Request-Id", request_id(self.request.headers.get("X_REQUEST_ID", ""))),
+        ]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
 class Task(WSGITask):  # type: ignore[misc]
+    """One request, answered by the application."""
+
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
-            # A client that goes on asking over one connection must not hold up the stop
+            # A client that keeps sending requests over one connection must not delay the stop
             self.set_close_on_finish()
         head: bytes = super().build_response_header()
         return head
 
 
 class Discarded(OverflowableBuffer):  # type: ignore[misc]
-    """Where a body goes that nobody will read. It is received all the same, so that its client reads our answer."""
+    """A body that nobody will read. It is received all the same, so that its client reads our answer."""
 
     def append(self, data: bytes) -> None:
         pass
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
-    path = ""  # waitress wants one even of a request that it could not parse
+    """Reads one request from a connection."""
+
+    path = ""  # waitress reads it even of a request that it could not parse
     body_rcv: Any
     expect_continue: bool
+
+    def __init__(self, adj: Any) -> None:
+        super().__init__(adj)
+        self._began = time.monotonic()  # with the request's first byte
+
+    def is_overdue(self) -> bool:
+        allowed: float = CONNECTION_TIMEOUT + self.body_bytes_received / MIN_BODY_RATE
+        return time.monotonic() - self._began > allowed
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # of a request target such as http://[/, which waitress lets pass
+        except ValueError as error:  # urlsplit's, of a request target such as http://[/
             raise ParsingError(f"Bad request target: {error}") from None
+        # waitress joins the values of equal names by commas
+        if self.version == "1.1" and ("HOST" not in self.headers or "," in self.headers["HOST"]):
+            raise ParsingError("HTTP/1.1 requires one Host header")
+        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
+            # A proxy in front may see another end of the body; what follows is no request (RFC 9112, 6.1)
+            self.headers["CONNECTION"] = "close"
         if self.body_rcv is None or self._is_body_wanted():
             return
-        if self.expect_continue:  # it has not been sent yet
+        if self.expect_continue:  # the body has not been sent yet
             self.expect_continue = False
             self.headers["CONNECTION"] = "close"  # what comes is the body, and must not be taken for a request
             self.body_rcv = None
@@ -6182,7 +6203,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.body_rcv.buf = Discarded(0)
 
     def _is_body_wanted(self) -> bool:
-        """False for a request that will be refused by its head, so that its body need not be kept."""
+        """Return False for a request that will be refused because of its head."""
         if self.content_length > self.adj.max_wanted_body:
             return False
         return matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", "")) is not None
@@ -6195,18 +6216,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = Task
     error_task_class = JSONErrorTask
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        heads: dict[Channel, float] = self._map.heads
-        heads[self] = time.time()
-        if len(self._map) >= self.adj.connection_limit:
-            oldest = next(iter(heads))
-            if oldest is self:
-                idle = [channel for channel in list(self.server.active_channels.values()) if not channel.is_busy]
-                oldest = min(idle, key=lambda channel: float(channel.last_activity))
-            if oldest is not self:  # else all are busy, and waitress accepts no more for now
-                oldest.handle_close()
-
     def received(self, data: bytes) -> bool:
         received: bool = super().received(data)
         with self.requests_lock:
@@ -6215,161 +6224,138 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 for request in self.requests[MAX_PIPELINED:]:
                     request.close()
                 del self.requests[MAX_PIPELINED:]
-                # So that its client sends the others again
+                # The client sends the others again over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
-        if self.request is None or self.request.headers_finished:
-            self._map.heads.pop(self, None)
-        else:
-            self._map.heads.setdefault(self, time.time())
         return received
-
-    def del_channel(self, map: Any = None) -> None:
-        super().del_channel(map)
-        self._map.heads.pop(self, None)
 
     @property
     def is_busy(self) -> bool:
         """Whether a request is being answered or its answer is not sent yet."""
         return bool(self.requests or self.total_outbufs_len)
 
-    def is_stalled(self, now: float) -> bool:
-        return bool(self.total_outbufs_len) and now - self.last_activity > STALLED_AFTER
+    def is_overdue(self) -> bool:
+        """Return whether the client takes too long to send a request or to read an answer."""
+        if self.requests and not self.total_outbufs_len:
+            return False
+        if self.request and self.request.is_overdue():
+            return True
+        idle_for: float = time.time() - self.last_activity
+        return idle_for > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
-        # waitress does not wait for a thread that is sending: its loop turns without a pause until the thread is done
-        # (for that needs Python's lock again), and a thread's 100 Continue may be sent twice
+        # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
+        # the interpreter's lock for that), and a thread's 100 Continue may be sent twice
         with self.outbuf_lock:
             super().handle_write()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        # Closed by the loop just now, while a request's thread was about to send
-        if self.socket is None:
+        if self.socket is None:  # the loop has closed it while a request's thread was about to send
             return 0
-        sent: int = super().send(data, do_close)
+        # Only the loop, which is the main thread's, closes connections and changes the map of sockets
+        sent: int = super().send(data, do_close and threading.current_thread() is threading.main_thread())
         return sent
-
-    # These run in the thread of a request. What they leave to be done is for the loop, which must hear of it.
-
-    def write_soon(self, data: bytes) -> int:
-        written: int = super().write_soon(data)
-        self._tell_loop()
-        return written
-
-    def service(self) -> None:
-        super().service()
-        self._tell_loop()
-
-    def _tell_loop(self) -> None:
-        if self.writable():  # output is left over, or the connection is to be closed
-            # None if the loop has closed it just now, which does no harm
-            self._map.changed.append(self._fileno)
-            self.server.pull_trigger()
 
 
 # ======================================================================================================================
 # 40 Server
 #
-# waitress with settings that suit chats, a loop that idle connections do not slow down, and a stop that lets chats
-# finish.
+# waitress with settings for chats, a loop that idle connections do not slow down, and a stop that lets chats finish.
 # ======================================================================================================================
 
 
 class SocketMap(dict[int, Any]):
-    """waitress's map of what it waits for (listening sockets, connections, pipes that wake the loop), and a loop.
+    """waitress's map of its sockets by descriptor, with a loop.
 
-    wasyncore.loop asks every one of them what it waits for, at every turn; beside 3,500 idle connections that is most
-    of a chat's time. Here a selector keeps the answers, and only those in `changed` are asked again: what came or went
-    (waitress enters and deletes it here), what had an event, and what a request's thread has changed. Such a thread may
-    append to `changed` and nothing else; the selector is the loop's alone.
+    wasyncore.loop asks every socket at every turn what it waits for: beside 300 idle connections that made a lone chat
+    a third dearer. Here a selector keeps the answers. A socket is asked again only after an event, and at every turn
+    while a thread answers its request: nothing else changes what it waits for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.changed: deque[int] = deque()
-        self.heads: dict[Channel, float] = {}  # connections that owe us a request's head, and since when; oldest first
         self._selector = selectors.DefaultSelector()
-        self._keys: dict[int, selectors.SelectorKey] = {}  # what the selector has, by descriptor
+        self._dirty: set[int] = set()  # descriptors to ask at the next turn
 
     def __setitem__(self, fd: int, entry: Any) -> None:
         super().__setitem__(fd, entry)
-        self.changed.append(fd)
+        self._dirty.add(fd)
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
-        self.changed.append(fd)
+        self._wait_for(fd, 0)
 
-    def turn(self, timeout: float) -> None:
+    def poll_once(self, timeout: float) -> None:
         """Wait for events, no longer than so many seconds, and handle them."""
-        changed = set()
-        while self.changed:
-            changed.add(self.changed.popleft())
-        for fd in changed:
-            self._ask(fd)
+        for fd in list(self._dirty):
+            self._update_interest(fd)
         for key, events in self._selector.select(timeout):
-            if events & selectors.EVENT_READ and self.get(key.fd) is key.data:  # else closed earlier in this turn
-                wasyncore.read(key.data)
-            if events & selectors.EVENT_WRITE and self.get(key.fd) is key.data:
-                wasyncore.write(key.data)
-            self.changed.append(key.fd)
+            self._dirty.add(key.fd)
+            entry = self.get(key.fd)
+            if entry and events & selectors.EVENT_READ:
+                wasyncore.read(entry)
+            elif entry:
+                wasyncore.write(entry)
 
-    def ask_all(self) -> None:
-        self.changed.extend(list(self))
-
-    def _ask(self, fd: int) -> None:
-        """Keep the selector up to what is waited for on a descriptor."""
+    def _update_interest(self, fd: int) -> None:
         entry = self.get(fd)
-        key = self._keys.get(fd)
+        if entry is None:  # closed
+            self._dirty.discard(fd)
+            return
+        # Read before the rest: a thread takes its request off last, then wakes the loop
+        is_in_thread = bool(getattr(entry, "requests", None))
         events = 0
-        if entry is not None:
-            if entry.readable():
-                events |= selectors.EVENT_READ
-            if entry.writable():
-                events |= selectors.EVENT_WRITE
-            # No event will tell when that ends: a full server, a connection whose thread was writing
-            if not events:
-                self.changed.append(fd)  # so it is asked at the next turn
-        # Not entry: closed, its descriptor perhaps reused
-        if key and (key.data is not entry or key.events != events):
+        if entry.readable():
+            events = selectors.EVENT_READ
+        elif entry.writable():  # what waitress has to write, it writes before it reads more
+            events = selectors.EVENT_WRITE
+        self._wait_for(fd, events)
+        if events and not is_in_thread:
+            self._dirty.discard(fd)
+
+    def _wait_for(self, fd: int, events: int) -> None:
+        key = self._selector.get_map().get(fd)
+        if key and key.events != events:
             self._selector.unregister(fd)
-            del self._keys[fd]
             key = None
         if events and not key:
-            with suppress(OSError):  # a request's thread has closed it just now
-                self._keys[fd] = self._selector.register(fd, events, entry)
+            self._selector.register(fd, events)
 
 
 class Server:
     """waitress, bound to its port; `run` serves until the first SIGTERM or SIGINT, then lets running chats finish.
 
-    waitress itself has no graceful stop: its loop ends at once and drops what is not sent (its issue 198), so the
-    loop is turned here. Raises OSError when it cannot listen.
+    waitress has no graceful stop: its loop ends immediately and drops what is not sent (its issue 198), so the loop is
+    run here. Raises OSError when it cannot listen, ValueError when the system allows too few connections.
     """
 
     def __init__(self, settings: Settings, app: bottle.Bottle, stopping: threading.Event) -> None:
         self._grace = settings.shutdown_grace
         self._stopping = stopping
         self._signalled = False
-        self._next_check = 0.0  # at connections that nothing happens to, seconds since the epoch
-        self._map = SocketMap()
+        self._next_check = 0.0  # for overdue connections
+        self._sockets = SocketMap()
+        self._connection_limit = connection_limit(settings.max_concurrent_chats)
         host = f"[{settings.api_host}]" if ":" in settings.api_host else settings.api_host
         waitress.create_server(
             app,
-            map=self._map,
+            map=self._sockets,
             listen=f"{host}:{settings.api_port}",
             ident="kimi2api",
             threads=settings.max_concurrent_chats + SPARE_THREADS,
-            connection_limit=connection_limit(settings.max_concurrent_chats),
+            connection_limit=self._connection_limit,
             channel_request_lookahead=1,  # else a client that leaves is noticed only when something is sent
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
             recv_bytes=65536,
+            outbuf_high_watermark=MAX_UNSENT_BYTES,
             clear_untrusted_proxy_headers=False,
         )
-        self._listeners = [entry for entry in self._map.values() if isinstance(entry, BaseWSGIServer)]
+        self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
             listener.draining = False
             listener.adj.api_keys = settings.api_master_key
             listener.adj.max_wanted_body = settings.max_body_bytes
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections inherit it
         self.port = int(self._listeners[0].effective_port)
 
     def handle_signals(self) -> None:
@@ -6380,7 +6366,7 @@ class Server:
 
     def run(self) -> None:
         while not self._signalled:
-            self._turn()
+            self._poll_once()
         for listener in self._listeners:
             listener.draining = True
             # Its own close() would also close the pipe that wakes the loop
@@ -6388,36 +6374,35 @@ class Server:
         running = sum(channel.is_busy for channel in self._channels())
         log.info("stopping; running: %d, with %g s to finish; a second signal ends at once", running, self._grace)
         self._drain(self._grace)
-        self._stopping.set()  # what still runs ends with an error, which wants a moment to be sent
+        self._stopping.set()  # running chats end with an error, which takes a moment to be sent
         self._drain(2.0)
+        for channel in self._channels():
+            channel.handle_close()  # wakes a thread that waits for its client
+        self._listeners[0].task_dispatcher.shutdown(timeout=1)  # all listeners have the same
 
-    def _turn(self) -> None:
-        self._map.turn(timeout=0.5)
-        now = time.time()
-        # waitress closes idle connections; this is for those with an answer to send
-        if now >= self._next_check:
-            self._next_check = now + 1
+    def _poll_once(self) -> None:
+        self._sockets.poll_once(timeout=0.5)
+        if len(self._sockets) >= self._connection_limit:
+            # Clients that ask nothing, or do not read their answer, must not keep others out
+            idle = [channel for channel in self._channels() if not channel.requests]
+            if idle:
+                min(idle, key=attrgetter("last_activity")).handle_close()
+        if time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + 1
             for channel in self._channels():
-                if channel.is_stalled(now):
+                if channel.is_overdue():
                     channel.handle_close()
-            for channel, since in list(self._map.heads.items()):
-                if now - since < HEAD_TIMEOUT:
-                    break
-                channel.handle_close()
-            # A listening socket, when asked, also marks those that were idle for long
-            self._map.ask_all()
 
     def _channels(self) -> list[Channel]:
-        return [entry for entry in list(self._map.values()) if isinstance(entry, Channel)]
+        return [entry for entry in self._sockets.values() if isinstance(entry, Channel)]
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self._channels() and time.monotonic() < deadline:
             for channel in self._channels():
                 if not channel.is_busy:
-                    channel.will_close = True
-            self._map.ask_all()
-            self._turn()
+                    channel.handle_close()
+            self._poll_once()
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self._signalled:
@@ -6427,27 +6412,30 @@ class Server:
 
 
 def connection_limit(chats: int) -> int:
-    """Connections to keep open at once: as many as the system has descriptors for, upstream's and spare ones aside.
+    """Return how many connections to keep open, and raise the system's limit of open files to four times as many.
 
-    Each may take two: waitress keeps a large body in a file. Raises ValueError when there are too few for the chats.
+    A connection takes up to two (waitress keeps a large body in a file), and its chat as many for the upstream. Raises
+    ValueError when there are too few for the chats.
     """
-    wanted = IDLE_CONNECTIONS + chats
-    reserve = 2 * chats + 64
+    limit = MAX_CONNECTIONS + chats
     try:
         import resource
-    except ImportError:  # Windows has no such limit
-        return wanted
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, (hard - reserve) // 2)
-    if soft != resource.RLIM_INFINITY and soft < 2 * wanted + reserve:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * wanted + reserve, hard))
-        except (OSError, ValueError):  # some systems allow less than they say
-            wanted = (soft - reserve) // 2
-    if wanted < 1:
-        raise ValueError(f"the system allows too few open files (ulimit -n) for MAX_CONCURRENT_CHATS={chats}")
-    return max(wanted, chats)
+    except ImportError:  # Windows, whose select() takes 512 sockets
+        limit = 500
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unlimited = resource.RLIM_INFINITY
+        wanted = 4 * limit if hard == unlimited else min(4 * limit, hard)
+        if soft != unlimited and soft < wanted:
+            with suppress(OSError, ValueError):  # some systems allow less than they say
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                soft = wanted
+        if soft != unlimited:
+            limit = min(limit, soft // 4)
+    if limit < chats + SPARE_THREADS:
+        raise ValueError(
+            f"the system allows {limit} connections (a quarter of ulimit -n), too few for MAX_CONCURRENT_CHATS={chats}")
+    return limit
 
 
 # ======================================================================================================================
@@ -6458,7 +6446,7 @@ def connection_limit(chats: int) -> int:
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """The options; those that are settings have their names in capitals, and None where no flag was given."""
+    """Parse the flags. Those of settings have the names of their settings, and are None where not given."""
     cli = argparse.ArgumentParser(
         "kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.", allow_abbrev=False,
         epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
@@ -6482,7 +6470,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     header = ""
     if keys:
         key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
-        # Whoever sits there has set it; a log file must not have it
+        # A terminal belongs to whoever set the key; a log file must not have the key
         if sys.stdout and sys.stdout.isatty():
             key = keys[0].key
         elif keys[0].name:
@@ -6498,7 +6486,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     ])
 
 
-ADVICE = {  # what to do about an error of a check, where its message does not say
+ADVICE = {  # what to do about an error of a check whose message does not say
     "upstream_unavailable": "Check the internet connection, HTTPS_PROXY and the address; if it is down, try later.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait some minutes before the next try.",
@@ -6508,7 +6496,7 @@ ADVICE = {  # what to do about an error of a check, where its message does not s
 
 
 def run_check(settings: Settings) -> int:
-    """Print every step of the way through each upstream with a tick or a cross; 0 if all went well, else 1."""
+    """Test each upstream step by step and print each step with a tick or a cross. Return 0 if all succeeded, else 1."""
     failed = 0
     for provider in Providers(settings, Metrics()).by_name.values():
         print(f"{provider.name}:")
@@ -6522,18 +6510,18 @@ def run_check(settings: Settings) -> int:
 
 
 class LogFormatter(logging.Formatter):
-    """Lines without what others could forge lines with."""
+    """Replaces control characters, so that foreign text cannot forge lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return CONTROL_CHARACTERS.sub(" ", super().formatMessage(record))[:2000]
 
 
 def start_logging(level: str) -> None:
-    """Our lines from this level on, and other libraries' errors."""
+    """Log our messages from this level on, and errors of other libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
-    logging.raiseExceptions = False  # a full disk below stderr is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback when stderr cannot be written
     log.setLevel(level)
 
 
@@ -6543,51 +6531,47 @@ def refuse_start(reason: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. The exit status: 0 after a stop, 1 when a check failed, 2 when the start was refused."""
+    """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # none when it was closed at the start
+        if stream:  # None if it was closed at the start
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that has no ✓ must not stop us
     options = parse_command_line(argv)
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(vars(options), os.environ, env_file)
-        if not options.check:  # which listens nowhere
-            settings.check_host()
-    except SettingError as error:
-        return refuse_start(str(error))
-    start_logging(settings.log_level.upper())
-    try:
+        start_logging(settings.log_level.upper())
         if options.demo:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
-        if options.check:
-            try:
-                return run_check(settings)
-            except OSError:  # nobody reads it
-                os._exit(1)  # a usual exit would complain that what is left cannot be written
-        return serve(settings, options.demo)
+        if not options.check:
+            return serve(settings, options.demo)
+        try:
+            return run_check(settings)
+        except OSError:  # stdout is closed
+            os._exit(1)  # a normal exit would print a traceback for the unwritten rest
+    except SettingError as error:
+        return refuse_start(str(error))
     except KeyboardInterrupt:
         return 130
 
 
 def serve(settings: Settings, demo: bool) -> int:
+    """Serve until a signal ends the process. Return 2 if the server cannot listen; raises SettingError."""
+    settings.check_host()
     stopping = threading.Event()
-    try:
-        app = create_app(settings, stopping)
-    except SettingError as error:
-        return refuse_start(str(error))
+    app = create_app(settings, stopping)
     try:
         server = Server(settings, app, stopping)
     except (OSError, ValueError) as error:  # the port is in use, or the host has no address
         return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
     server.handle_signals()
-    with suppress(OSError):  # nobody has to read it
+    with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port, demo), flush=True)
     gc.freeze()
-    gc.set_threshold(50_000)  # of objects made; the default, 700, collects several times a chat (10 % of the time)
+    gc.set_threshold(50_000)  # new objects; the default of 700 collects several times a chat (10 % of the time)
     server.run()
     logging.shutdown()
-    os._exit(0)  # a usual exit would wait for upstream calls that nobody waits for any more
+    os._exit(0)  # a normal exit would wait for abandoned upstream calls
 
 
 # ======================================================================================================================

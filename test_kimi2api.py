@@ -5044,7 +5044,7 @@ def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory
 
 def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> None:
     kimi.answer = "word " * 600_000  # 3 MB: more than the system takes for a client that does not read
-    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0")
+    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 1")
     before = program.memory()
     links = []
     for stream in (True, False, True, True):
@@ -6195,6 +6195,13 @@ def test_a_start_that_is_refused_says_why_in_one_line_and_exits_2(flags: list[st
     assert_refused(command(*flags), word)
 
 
+def test_on_windows_select_bounds_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert kimi2api.connection_limit(64) == 500
+    with pytest.raises(ValueError, match="MAX_CONCURRENT_CHATS=500"):
+        kimi2api.connection_limit(500)
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], word: str) -> None:
     assert done.returncode == 2, done
     assert word in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
@@ -6288,9 +6295,15 @@ def test_check_covers_every_provider(kimi: WebChat, api: Api, both: dict[str, st
         pytest.param(b"nonsense\r\n\r\n", 400, id="no HTTP"),
         pytest.param(b"GET / HTTP/1.1\r\nbad header\r\n\r\n", 400, id="header without a colon"),
         pytest.param(b"GET / HTTP/1.1\r\nX: " + b"y" * 300_000 + b"\r\n\r\n", 431, id="header of 300 kB"),
-        pytest.param(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 413, id="100 GB"),
+        pytest.param(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n",
+            413,
+            id="100 GB",
+        ),
         pytest.param(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400, id="negative length"),
         pytest.param(b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, id="half an address"),
+        pytest.param(b"GET /health HTTP/1.1\r\n\r\n", 400, id="no host"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", 400, id="two hosts"),
         pytest.param(b"GET /v1/sessions/ada%ff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, id="path that is no UTF-8"),
         pytest.param(
             b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501, id="unknown encoding"
@@ -6440,7 +6453,7 @@ class Asked(kimi2api.wasyncore.dispatcher):
     """An entry of SocketMap that counts how often it is asked what it waits for, and keeps what it reads."""
 
     def __init__(self, link: socket.socket, sockets: kimi2api.SocketMap) -> None:
-        self.asked, self.got, self.waits = 0, b"", True
+        self.asked, self.got, self.requests, self.waits = 0, b"", [], True
         super().__init__(link, sockets)
 
     def readable(self) -> bool:
@@ -6461,49 +6474,34 @@ def test_the_loop_asks_only_connections_that_something_happened_to() -> None:
     sockets = kimi2api.SocketMap()
     pairs = [socket.socketpair() for _ in range(20)]
     entries = [Asked(inner, sockets) for _, inner in pairs]
-    outer = [link for link, _ in pairs]
+    entries[4].requests = ["one that a thread answers"]
     for round_ in range(5):
-        outer[3].send(b"x")
-        sockets.turn(0.1)
+        pairs[3][0].send(b"x")
+        sockets.poll_once(0.1)
         assert entries[3].got == b"x" * (round_ + 1)
-    assert entries[3].asked == 5
-    assert {entry.asked for entry in entries if entry is not entries[3]} == {1}
+    assert entries[3].asked == entries[4].asked == 5
+    assert {entry.asked for entry in entries} == {1, 5}
     entries[4].waits = False
-    sockets.changed.append(entries[4]._fileno)
-    outer[4].send(b"y")
-    sockets.turn(0)
-    assert not entries[4].got, "one that does not want to read is not read"
+    pairs[4][0].send(b"y")
+    sockets.poll_once(0)
+    assert not entries[4].got, "one that waits for nothing is not read"
     entries[4].waits = True
-    sockets.turn(0.1)
-    assert entries[4].got == b"y", "one that waited for nothing is asked at the next turn"
-    sockets.changed.append(None)  # a connection that closed while its thread told of it
-    outer[5].close()
-    sockets.turn(0.1)
+    sockets.poll_once(0.1)
+    assert entries[4].got == b"y", "and is asked at every turn"
+    pairs[5][0].close()
+    sockets.poll_once(0.1)
     assert len(sockets) == 19
+    # The descriptor of a closed connection is the next one's
+    descriptor = entries[3]._fileno
+    entries[3].close()
+    inner, outer = socket.socketpair()
+    assert inner.fileno() == descriptor
+    newer = Asked(inner, sockets)
+    outer.send(b"z")
+    sockets.poll_once(0.1)
+    assert (newer._fileno, newer.got) == (descriptor, b"z")
     for entry in list(sockets.values()):
         entry.close()
-    sockets.turn(0)
-    assert not sockets
-
-
-def test_a_descriptor_that_is_closed_and_used_again_is_waited_for() -> None:
-    sockets = kimi2api.SocketMap()
-    outer, inner = socket.socketpair()
-    first, descriptor = Asked(inner, sockets), inner.fileno()
-    sockets.turn(0)
-    first.close()
-    outer.close()
-    outer, inner = socket.socketpair()
-    if outer.fileno() == descriptor:
-        outer, inner = inner, outer
-    if inner.fileno() != descriptor:
-        os.dup2(inner.fileno(), descriptor)
-        inner = socket.socket(fileno=descriptor)
-    second = Asked(inner, sockets)
-    assert second._fileno == descriptor
-    outer.send(b"z")
-    sockets.turn(0.1)
-    assert (first.got, second.got) == (b"", b"z")
 
 
 def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
@@ -6527,21 +6525,112 @@ def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
     link.close()
 
 
-def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None:
-    program = run(before="kimi2api.HEAD_TIMEOUT = 0.5")
-    with program.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as idle:
-        assert read_response(idle)[0].status == 200
-        starts = (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
-        for slow in [program.open(start) for start in starts]:
-            with slow:
-                assert slow.recv(100) == b"", "closed without an answer"
-        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert read_response(idle)[0].status == 200, "one that has asked before may be idle for longer"
+@pytest.mark.parametrize("drip", [False, True], ids=["silent", "a byte now and then"])
+def test_a_connection_that_does_not_send_its_request_is_closed(run: Run, drip: bool) -> None:
+    program = run(before="kimi2api.CONNECTION_TIMEOUT = 0.7; kimi2api.MIN_BODY_RATE = 100")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+    links = [program.open(start) for start in (b"GET", head, head + b"\r\n{") + (() if drip else (b"",))]
+    end = time.monotonic() + PATIENCE
+    for link in links:
+        with link, suppress(ConnectionResetError):
+            link.settimeout(0.1 if drip else PATIENCE)
+            while time.monotonic() < end:
+                with suppress(TimeoutError):
+                    assert link.recv(100) == b"", "closed without an answer"
+                    break
+                with suppress(BrokenPipeError):
+                    link.send(b"x")
+            else:
+                raise AssertionError("never closed")
+    content = b'{"messages": [{"role": "user", "content": "x"}]}'
+    with program.open(head + b"\r\n") as link:
+        for start in range(0, 1000, 100):
+            link.send(content.ljust(1000)[start : start + 100])
+            time.sleep(0.15)
+        assert read_response(link)[0].status == 200, "slow, but faster than MIN_BODY_RATE"
+
+
+# An application in place of the program's: /write writes without end, /ended shows how that ended
+WRITER = """
+import time
+ended = []
+def application(environ, start_response):
+    write = start_response("200 OK", [("Content-Type", "text/plain")])
+    if environ["PATH_INFO"] == "/write":
+        try:
+            while True:
+                write(b"x" * 1000)
+        except BaseException as error:
+            ended.append(type(error).__name__)
+            kimi2api.log.error("ended: %s", ended)
+            raise
+    return [repr(ended).encode()]
+kimi2api.create_app = lambda *_: application
+kimi2api.CONNECTION_TIMEOUT = 1
+"""
+
+
+def ended(program: Program) -> bytes:
+    return program.ask("GET", "/ended")[1]
+
+
+@pytest.mark.parametrize("way", ["RST", "FIN", "reads nothing"])
+def test_a_thread_that_writes_ends_with_its_client(run: Run, way: str) -> None:
+    program = run(before=WRITER)
+    before = program.memory()
+    with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
+        link.recv(100)
+        time.sleep(0.5)
+        assert ended(program) == b"[]"
+        if way == "RST":
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if way != "reads nothing":
+            link.close()
+        wait_for(lambda: ended(program) == b"['ClientDisconnected']")
+    assert program.memory() - before < 5, "it waits for its client"
+
+
+def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
+    program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 60", SHUTDOWN_GRACE="0.1")
+    with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
+        link.recv(100)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert "ended: ['ClientDisconnected']" in "".join(program.log)
+
+
+def test_a_client_that_reads_slowly_is_not_closed(run: Run) -> None:
+    program = run(before=WRITER)
+    with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
+        for _ in range(40):
+            assert read_exactly(link, 30_000)
+            time.sleep(0.1)
+    wait_for(lambda: ended(program) == b"['ClientDisconnected']")
+
+
+def read_exactly(link: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = link.recv(count - len(data))
+        assert part
+        data += part
+    return data
+
+
+def test_a_body_whose_end_is_told_in_two_ways_is_the_connections_last(run: Run) -> None:
+    program = run()
+    body = b"2\r\n{}\r\n0\r\n\r\n"
+    heads = (b"POST /v1/chat/completions HTTP/1.%d\r\nHost: localhost\r\nConnection: keep-alive\r\n"
+             b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n" % version for version in (0, 1))  # fmt: skip
+    for head in heads:
+        with program.open(head + body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
+            answers = read_all(link)
+        assert answers.startswith(b"HTTP/1.") and answers.count(b"HTTP/1.") == 1 and b"Connection: close" in answers
 
 
 def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run) -> None:
     program = run(MAX_CONCURRENT_CHATS="1")
-    page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    page = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"  # the longest answer without a key
     with ExitStack() as links:
         for _ in range(20):
             links.enter_context(program.open(page * (60_000 // len(page))))
@@ -6562,6 +6651,7 @@ BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-L
         pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="idle"),
         pytest.param(BODY_HEAD + b"{", id="in a body"),
         pytest.param(BODY_HEAD + b"{" * 600_000, id="in a body that is kept in a file"),
+        pytest.param(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8, id="reading no answers"),
     ],
 )
 def test_connections_that_ask_nothing_leave_room_for_others(run: Run, start: bytes) -> None:
@@ -7961,7 +8051,7 @@ def bench_idle_connections() -> Iterator[Row]:
     allow_descriptors(8192)
     rate = latency = 0.0
     with fast_upstream("web_chat", 0, 40) as port:
-        for count in (0, 1000, 3500):
+        for count in (0, 300, 1000):
             with benched(port) as program, ExitStack() as idle:
                 for _ in range(count):
                     link = idle.enter_context(program.open(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"))
