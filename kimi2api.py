@@ -6292,7 +6292,10 @@ class SocketMap(dict[int, Any]):
             self._dirty.add(key.fd)
             entry = self.get(key.fd)
             if entry and events & selectors.EVENT_READ:
-                wasyncore.read(entry)
+                known = -1
+                while len(self) > known and entry.readable():  # a listener accepts one connection at a time
+                    known = len(self)
+                    wasyncore.read(entry)
             elif entry:
                 wasyncore.write(entry)
 
