@@ -75,7 +75,7 @@ from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -3214,8 +3214,7 @@ def innermost(error: BaseException) -> BaseException:
 def root_cause(error: BaseException) -> str:
     """The innermost reason, without the URLs and object names that the layers above wrap around it."""
     error = innermost(error)
-    reason = getattr(error, "strerror", None) or MARKUP.sub("", str(error)[:1000]).strip(" :.")
-    return CONTROL_CHARACTERS.sub(" ", reason)[:300] or type(error).__name__
+    return plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
 
 
 def plain_line(answer: Any, secret: str = "") -> str:
@@ -3408,24 +3407,26 @@ class Cached(Generic[T]):
     """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
 
     def __init__(self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0) -> None:
-        self._name = name
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
         self._retry_after = retry_after  # seconds before it is fetched again after a failure
-        self.last_value: T | None = None  # however old it is
-        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
-        self._latest: Future[T] = Future()
-        # When it is to be fetched again, seconds since the epoch; infinite during a fetch
-        self._due = 0.0
+        self._thread = ThreadPoolExecutor(1, name)
+        self._lock = threading.Lock()  # guards the two below
+        self._latest: Future[T] | None = None
+        self._began = 0.0  # when the latest fetch began, seconds since the epoch
 
     def latest(self) -> Future[T]:
         """The latest fetch, under way or done; a new one if that is too old."""
         with self._lock:
-            if time.time() >= self._due:
-                self._latest = Future()
-                self._due = inf
-                threading.Thread(target=self._run, args=(self._latest,), name=self._name, daemon=True).start()
-            return self._latest
+            fetch = self._latest
+            if fetch and fetch.done():
+                max_age = self._retry_after if fetch.exception() else self._max_age
+                if time.time() - self._began >= max_age:
+                    fetch = None
+            if fetch is None:
+                self._began = time.time()
+                fetch = self._latest = self._thread.submit(self._fetch)
+            return fetch
 
     def wait(self, waiter: Waiter) -> Future[T]:
         """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
@@ -3443,21 +3444,7 @@ class Cached(Generic[T]):
         """The value of this fetch is of no use: the next caller fetches again, unless one already has."""
         with self._lock:
             if self._latest is fetch:
-                self._due = 0.0
-
-    def _run(self, fetch: Future[T]) -> None:
-        error: APIError | None = None
-        try:
-            self.last_value = self._fetch()
-        except Exception as raised:  # for those who wait
-            error = as_api_error(raised).copy()
-        # First, so that a caller who has seen a failure and asks again starts a new fetch
-        with self._lock:
-            self._due = time.time() + (self._retry_after if error else self._max_age)
-        if error:
-            fetch.set_exception(error)
-        else:
-            fetch.set_result(self.last_value)  # type: ignore[arg-type]  # it was just fetched
+                self._latest = None
 
 
 UPSTREAM_CODES = frozenset({
@@ -3526,18 +3513,14 @@ class Provider:
 
         try:
             yield has_begun
-        except APIError as error:
-            # A bug of ours in a fetch that chats share
-            if isinstance(error, Abandoned) or error.code == "internal_error":
-                self.breaker.abandoned(probe)
-            else:
+        except BaseException as error:
+            if isinstance(error, APIError) and not isinstance(error, Abandoned):
                 self.breaker.failed(error, probe)
                 # An API's own codes are unbounded
                 code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
-            raise
-        except BaseException:  # our own bugs do not count against upstream
-            self.breaker.abandoned(probe)
+            else:  # our own bugs do not count against upstream
+                self.breaker.abandoned(probe)
             raise
         self.breaker.succeeded(probe)
 
@@ -3934,8 +3917,7 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 # and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
 # ======================================================================================================================
 
-MAX_COOKIES = 20
-MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, or that one request sends
+MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, and of all that are kept
 
 
 @dataclass(frozen=True)
@@ -3971,7 +3953,7 @@ class Scraper:
         request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
         with self._lock:
             cookies = get_cookie_header(self._cookies, request) if self._cookies else None
-        if cookies and len(cookies) <= MAX_COOKIE_BYTES:
+        if cookies:
             sent["Cookie"] = cookies
         response = self.transport.request(method, url, sent, body, deadline)
         if "Set-Cookie" in response.headers:
@@ -3985,7 +3967,7 @@ class Scraper:
         with self._lock:
             extract_cookies_to_jar(self._cookies, request, response.raw)
             size = sum(len(cookie.name) + len(cookie.value or "") for cookie in self._cookies)
-            if len(self._cookies) > MAX_COOKIES or size > MAX_COOKIE_BYTES:
+            if size > MAX_COOKIE_BYTES:
                 self._cookies.clear()
 
 
@@ -4042,6 +4024,7 @@ class KimiProvider(Provider):
         reject_unsupported(request)
         asked.waiter.must_finish = bool(request.user)  # its turn is remembered
         prompt, content, calls = self._answer(asked)
+        asked.stats.messages = [{"role": "user", "content": prompt.text}]
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -4057,8 +4040,6 @@ class KimiProvider(Provider):
                 for index, (name, arguments) in enumerate(calls)
             ]
         delta = Delta.of(message, finish_reason, is_complete=True)
-        written = content + "".join(name + arguments for name, arguments in calls)
-        delta.chunk["usage"] = estimate_usage(prompt.text, written)
         dropped = len(request.tools) - len(prompt.tools)
         if dropped:
             delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
@@ -4601,6 +4582,7 @@ class OpenAIProvider(Provider):
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
         self._notes: dict[str, ModelNotes] = {}
+        self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
@@ -4744,14 +4726,15 @@ class OpenAIProvider(Provider):
         """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
         with suppress(FutureTimeout, APIError):
             return self._models.latest().result(wait)
-        return self._models.last_value or {}
+        return self._last_models
 
     def _fetch_models(self) -> dict[str, JSONObject]:
         try:
-            return self._list_models()
+            self._last_models = self._list_models()
         except APIError as error:
             log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
             raise
+        return self._last_models
 
     def _list_models(self) -> dict[str, JSONObject]:
         listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
@@ -5097,8 +5080,7 @@ def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: C
 
 
 def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
-    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, each tool call's name, then its
-    arguments, the finish reason, the usage."""
+    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, the calls, the finish reason."""
     choice = delta.chunk["choices"][0]
     message = dict(choice["delta"])
     calls = message.pop("tool_calls", ())
@@ -5110,14 +5092,9 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     yield first
     for piece in pieces(content or "", max_pieces):
         yield Delta.of({"content": piece})
-    for call in calls:
-        function = call["function"]
-        named = {**call, "function": {**function, "arguments": ""}}
-        arguments = {"index": call["index"], "function": {"arguments": function["arguments"]}}
-        yield Delta.of({"tool_calls": [named]})
-        yield Delta.of({"tool_calls": [arguments]})
+    if calls:
+        yield Delta.of({"tool_calls": calls})
     yield Delta.of({}, choice["finish_reason"])
-    yield Delta({"choices": [], "usage": delta.chunk["usage"]})
 
 
 # ======================================================================================================================
@@ -6292,7 +6269,8 @@ class SocketMap(dict[int, Any]):
             self._dirty.add(key.fd)
             entry = self.get(key.fd)
             if entry and events & selectors.EVENT_READ:
-                known = -1
+                known = len(self)
+                wasyncore.read(entry)
                 while len(self) > known and entry.readable():  # a listener accepts one connection at a time
                     known = len(self)
                     wasyncore.read(entry)

@@ -3449,10 +3449,10 @@ def test_tool_calls_are_read_in_every_form_that_kimi_writes(
     assert done == "[DONE]" and streamed(chunks) == (content or "")
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
     deltas = [delta for chunk in chunks for delta in chunk["choices"][0]["delta"].get("tool_calls", ())]
-    for index, (name, arguments) in enumerate(calls):
-        first, *rest = [delta for delta in deltas if delta["index"] == index]
-        assert first["type"] == "function" and first["id"] and first["function"] == {"name": name, "arguments": ""}
-        assert json.loads("".join(delta["function"]["arguments"] for delta in rest)) == arguments
+    assert [delta["index"] for delta in deltas] == list(range(len(calls)))
+    for delta, (name, arguments) in zip(deltas, calls, strict=True):
+        assert delta["type"] == "function" and delta["id"] and delta["function"]["name"] == name
+        assert json.loads(delta["function"]["arguments"]) == arguments
 
 
 @pytest.mark.parametrize(
