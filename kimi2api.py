@@ -8,43 +8,21 @@
     curl http://127.0.0.1:8088/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
 
-The way of a chat through this file:
+How a chat flows: Application checks the caller and the request (Protocol), prepends the session (Storage) and asks a
+provider (Upstreams), which yields deltas; a format (Protocol, Responses API) writes them as JSON or events. All of it
+runs on the thread of the client's request. `App._complete` lists the stages in order.
 
-    Access.admit()        whether its client may call
-    ChatRequest           checked by schemas; a ResponsesRequest is read as one
-    UsageLimits.admit()   the limits of its key
-    App._complete()       the stages of a chat, in order; what was said before goes in front: Sessions, in a Store
-    Providers.answer()    by the model asked for, or else by one to fall back to
-    Provider.stream()     Kimi's web chat or an API: a stream of Deltas
-    ChatCompletion        deltas as JSON or events; of the Responses API: ResponseWriter
-    Client                is sent the events; the upstream call attends to it while it waits
+Contents. Each part uses only the parts above it; the last two also use the appendices.
 
-and of its reader:
-
-     1 Setting types       parsers and their messages   23 Scraper             cloudscraper, many threads
-     2 Settings            every one, in one table      24 Kimi's web chat     the nonce, the form, its answers
-     3 Errors and JSON     in OpenAI's form; strict     25 Model notes         what models refuse
-     4 Schemas             what a value must be like    26 API streams         the events of an answer
-     5 Requests            what a caller may send       27 OpenAI-style APIs   Moonshot, DeepSeek, a local one
-     6 Responses items     read as messages             28 Models and fallback who answers for a model
-     7 Responses requests  read as chats                29 Clients             events, keep-alives, slots
-     8 Stores              where sessions are kept      30 Delivery            what is remembered
-     9 Shared stores       failures, formats            31 Pace                a whole answer in pieces
-    10 SQLite store        one file                     32 Formats             deltas to JSON or to events
-    11 Redis client        deadlines, keys, scripts     33 Responses           deltas to items and events
-    12 Redis store         many machines                34 Access              keys, hosts, browsers
-    13 Sessions            what is remembered of users  35 Small answers       headers and shapes
-    14 Limits and usage    of each key                  36 App                 what each route does
-    15 Metrics             for Prometheus               37 Routes              paths, errors
-    16 Deltas              folding, tokens, graphemes   38 Demo upstream       a small web chat of our own
-    17 Connections         deadlines, strict reading    39 Client connections  waitress's, bounded
-    18 Transport           pools, failures as errors    40 Server              its loop, and how it stops
-    19 Circuit breaker     spares what is down          41 Command line        flags, --check, main()
-    20 Upstreams           providers, retries           42 Description         OpenAPI
-    21 Prompts             a request as plain text      43 Page                HTML
-    22 Reading answers     calls and JSON in text
-
-A section knows those above it and never one below, but for the last two, which the App serves.
+    1 Settings        setting types; Settings, from flags, environment and .env
+    2 Protocol        errors and JSON; schemas; chat requests; deltas and their fold; tokens; chat completion format
+    3 Responses API   items, requests and format
+    4 Storage         stores: memory, SQLite, Redis; sessions; limits and usage; metrics
+    5 HTTP client     connections and deadlines; transport; scraper; cached fetches
+    6 Upstreams       circuit breaker; providers; Kimi's web chat; OpenAI-style APIs; models and fallback
+    7 Application     access; clients; chats; routes
+    8 Server          waitress; graceful stop; command line
+    Appendices        demo upstream; OpenAPI description; page
 """
 from __future__ import annotations
 
@@ -119,12 +97,20 @@ Message = JSONObject  # of a conversation, in OpenAI's format
 Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
 Turns = tuple[Turn, ...]
 
-# ======================================================================================================================
-# 1 Setting types
+
+########################################################################################################################
+# Part 1: Settings
 #
-# Parsers of setting values, each with a description for error messages. A value is checked when it is read, so the rest
-# of the program can trust it.
-# ======================================================================================================================
+# Every setting stands in one table, which the environment, `.env`, flags, `--help` and the README share. A value is
+# checked when it is read, so the rest of the program can trust it.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setting types
+#
+# Parsers of setting values, each with a description for error messages.
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class SettingError(Exception):
@@ -259,12 +245,9 @@ STORE = SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:POR
 LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
-# ======================================================================================================================
-# 2 Settings
-#
-# One table is the only source: the environment, `.env`, command-line flags, `--help` and the README's table all come
-# from the fields of `Settings`.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------------------
 
 WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
 
@@ -478,12 +461,20 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
     return values
 
 
-# ======================================================================================================================
-# 3 Errors and JSON
+########################################################################################################################
+# Part 2: Protocol
 #
-# Every expected failure is an APIError; `body()` is the only place that knows OpenAI's shape for it.
-# JSON is read strictly, by one reader for the caller's and one for upstream's, and written as UTF-8.
-# ======================================================================================================================
+# What clients, this program and upstreams say to each other in chat completions. Pure functions and records: no I/O, no
+# threads, no log, and no clock except for ids and times of creation.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors and JSON
+#
+# Every expected failure is an APIError; `body()` is the only place that has OpenAI's shape for it. JSON is read
+# strictly, by one reader for clients and one for upstreams, and written as UTF-8.
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -553,14 +544,6 @@ def random_hex() -> str:
     return f"{random.getrandbits(128):032x}"
 
 
-def as_api_error(error: Exception) -> APIError:
-    """The error itself if it is an APIError; any other is logged with its traceback and becomes a 500."""
-    if isinstance(error, APIError):
-        return error
-    log.error("unexpected error", exc_info=error)
-    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
-
-
 def finite(text: str) -> float:
     """Rejects NaN and Infinity, which Python reads although they are not JSON, and 1e999, which would become one."""
     value = float(text)
@@ -573,7 +556,6 @@ STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # the only way in for a lone surrogate
 LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
-
 
 MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
 # Of one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds 300,000 tokens at once.
@@ -634,12 +616,31 @@ def replace_lone_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# ======================================================================================================================
-# 4 Schemas
+MARKUP = re.compile(r"<[^<>]*>")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+def plain_line(answer: Any, secret: str = "") -> str:
+    """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
+    if isinstance(answer, dict):
+        answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
+    if answer is None:
+        answer = ""
+    elif not isinstance(answer, str):
+        answer = json.dumps(answer, ensure_ascii=False)
+    text = unescape(MARKUP.sub(" ", answer[:10_000]))
+    line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
+    if secret:
+        line = line.replace(secret, "…")
+    return replace_lone_surrogates(line[:300]) or "(no reason given)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schemas
 #
-# JSON Schema, as far as requests and answers need it: short ways to write a schema, and what finds the place where a
-# value breaks one.
-# ======================================================================================================================
+# JSON Schema, as far as requests and answers need it: short ways to write a schema, and a search for the first part of
+# a value that violates it.
+# ----------------------------------------------------------------------------------------------------------------------
 
 Schema = JSONObject
 STRING: Schema = {"type": "string"}
@@ -820,13 +821,13 @@ def describe(schema: Schema) -> str:
     return words
 
 
-# ======================================================================================================================
-# 5 Requests
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat requests
 #
-# The schemas of what a caller may send: they check a request and are what /openapi.json shows. What they cannot say,
-# because it compares two fields, is code. A message stays the dict that the client sent; what an upstream cannot do
-# with it (images, say) is that upstream's to refuse. Fields and meanings: OpenAI's chat completions reference.
-# ======================================================================================================================
+# The schemas of requests check them and are shown by /openapi.json. Rules that compare two fields are written in code.
+# A message stays the dict that the client sent; each upstream refuses what it does not support. Fields and meanings:
+# OpenAI's chat completions reference.
+# ----------------------------------------------------------------------------------------------------------------------
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -907,6 +908,7 @@ EMBEDDINGS_REQUEST = request_object(
         "dimensions": POSITIVE,
     },
 )
+
 
 @dataclass(frozen=True)
 class ChatRequest:
@@ -1076,12 +1078,366 @@ def text_of(message: Message) -> str:
     return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
-# ======================================================================================================================
-# 6 Responses items
+# ----------------------------------------------------------------------------------------------------------------------
+# Deltas and their fold
 #
-# What the Responses API's conversations consist of, read as messages of a chat. Fields and meanings: OpenAI's Responses
-# reference.
-# ======================================================================================================================
+# Every upstream's answer is a stream of deltas; a complete answer is the fold of the stream.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Delta:
+    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them."""
+
+    chunk: JSONObject
+    is_complete: bool = False  # it is a whole answer, which arrived at once and may be paced
+    headers: Headers = field(default_factory=dict)  # for the response, in the first delta of an answer
+
+    @classmethod
+    def of(cls, fields: JSONObject, finish_reason: str | None = None, is_complete: bool = False) -> Delta:
+        choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
+        return cls({"choices": [choice]}, is_complete)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it finishes a choice or carries the usage alone, so that it may be the last."""
+        choices = self.chunk["choices"]
+        if not choices:
+            return bool(self.chunk.get("usage"))
+        return any(choice["finish_reason"] for choice in choices)
+
+    @property
+    def has_content(self) -> bool:
+        """Whether it has anything but the role."""
+        if self.is_final:
+            return True
+        for choice in self.chunk["choices"]:
+            for name, value in choice["delta"].items():
+                if value and name != "role":
+                    return True
+        return False
+
+
+class JoinedText(list[str]):
+    """A text that grows, joined once, at the end."""
+
+
+class IndexedList(dict[int, Any]):
+    """A list whose entries are identified by their `index`."""
+
+
+# Fields that grow, by the field that they stand in: texts are joined, lists are extended. Of every other field the last
+# value that is not empty counts
+GROWING = {
+    "": {"choices"},
+    "delta": {
+        "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "reasoning_details", "annotations",
+    },
+    "function": {"arguments"},
+    "custom": {"input"},
+    "audio": {"data", "transcript"},
+    "reasoning_details": {"text", "summary", "data"},
+    "logprobs": {"content", "refusal"},
+}
+
+
+def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
+    """Add a part of an object to what came before; read the sum with `plain_value`. path: the field it stands in."""
+    growing = GROWING.get(path, ())
+    for name, value in part.items():
+        if value is None or value == "":
+            whole.setdefault(name, value)
+        elif name in growing:
+            whole[name] = grown(whole.get(name), value, name)
+        elif type(value) is dict:
+            known = whole.get(name)
+            if type(known) is not dict:
+                known = whole[name] = {}
+            merge(known, value, name)
+        elif value != [] or name not in whole:
+            whole[name] = value
+
+
+def grown(known: Any, value: Any, name: str) -> Any:
+    """A growing field with a later value added. Linear in the values, however many there are."""
+    if isinstance(value, str):
+        if not isinstance(known, JoinedText):
+            known = JoinedText()
+        known.append(value)
+        return known
+    if not isinstance(value, list):
+        return value
+    for entry in value:
+        if isinstance(entry, dict) and isinstance(entry.get("index"), int):
+            if not isinstance(known, IndexedList):
+                known = IndexedList()
+            merge(known.setdefault(entry["index"], {}), entry, name)
+        else:
+            if type(known) is not list:
+                known = []
+            known.append(entry)
+    return [] if known is None else known
+
+
+def plain_value(whole: Any) -> Any:
+    """What `merge` has gathered, as plain JSON values."""
+    if isinstance(whole, JoinedText):
+        return "".join(whole)
+    if isinstance(whole, IndexedList):
+        return [plain_value(whole[index]) for index in sorted(whole)]
+    if isinstance(whole, dict):
+        return {name: plain_value(value) for name, value in whole.items()}
+    return whole
+
+
+class Fold:
+    """An answer, gathered from its chunks: for the JSON body, the session, the reasoning to keep, and estimates."""
+
+    def __init__(self) -> None:
+        self._whole: JSONObject = {}
+
+    def add(self, chunk: JSONObject) -> None:
+        merge(self._whole, chunk)
+
+    @property
+    def choices(self) -> IndexedList:
+        choices = self._whole.get("choices")
+        return choices if isinstance(choices, IndexedList) else IndexedList()
+
+    @property
+    def usage(self) -> Any:
+        return self._whole.get("usage")
+
+    def completion(self) -> JSONObject:
+        """All chunks as one."""
+        completion: JSONObject = plain_value(self._whole)
+        return completion
+
+    def message(self, index: int = 0) -> Message:
+        """The message that the deltas of a choice make."""
+        return message_of(plain_value(self.choices.get(index, {"delta": {}})))
+
+    def texts(self) -> Iterator[str]:
+        """All that the model wrote, in every choice: its reasoning and its calls too."""
+        for choice in self.choices.values():
+            for value in choice["delta"].values():
+                if isinstance(value, JoinedText):
+                    yield from value
+            calls = choice["delta"].get("tool_calls")
+            for call in calls.values() if isinstance(calls, IndexedList) else ():
+                function = call.get("function") or {}
+                yield function.get("name") or ""
+                yield from function.get("arguments") or ()
+
+
+def message_of(choice: JSONObject) -> Message:
+    """The message that the merged delta of a choice makes."""
+    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
+    for call in message.get("tool_calls") or ():
+        call["function"] = {"arguments": "", **(call.get("function") or {})}
+        call.pop("index", None)  # only merging needs it
+    return message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens and pieces
+#
+# Estimates of tokens, and texts cut where a reader sees no cut.
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
+WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
+NARROW_TEXT = re.compile(f"[^{WIDE}]+")
+# Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
+MARK = (
+    "\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
+    "\u3099\u309a\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef"
+)
+# What a reader sees as one: a flag of two letters, or a character with its marks and what is joined to it, as in 👩‍🚀
+GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
+MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
+WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
+NARROW_TOKENS = 0.25  # any other, by OpenAI's
+
+
+def estimate_tokens(text: str) -> int:
+    """Estimate tokens by a rule of thumb."""
+    return ceil(token_weight(text))
+
+
+def token_weight(text: str) -> float:
+    wide = 0 if text.isascii() else len(NARROW_TEXT.sub("", text))
+    return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
+
+
+def count_of(usage: Any, *names: str) -> int:
+    """A number of an upstream's usage, 0 where there is none that could be true."""
+    for name in names:
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
+
+
+def estimate_input(given: Any) -> int:
+    """Tokens of what embeddings are asked of: texts, or numbers that are tokens."""
+    if isinstance(given, list):
+        return sum(map(estimate_input, given))
+    return estimate_tokens(given) if isinstance(given, str) else 1
+
+
+def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
+    usage = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(completion)}
+    return {**usage, "total_tokens": sum(usage.values())}
+
+
+def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
+    """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    text = text[:min(ends, default=len(text))]
+    if max_tokens is None or estimate_tokens(text) <= max_tokens:
+        return text, "stop"
+    tokens = 0.0
+    for grapheme in GRAPHEME.finditer(text):
+        tokens += token_weight(grapheme[0])
+        if tokens > max_tokens:
+            return text[:grapheme.start()], "length"
+    return text, "stop"
+
+
+PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
+
+
+def pieces(text: str, max_pieces: int) -> Iterator[str]:
+    """Split a text into at most `max_pieces` pieces of whole words (of Chinese: one or two characters).
+
+    No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
+    """
+    start = 0
+    size = len(text) / max_pieces
+    for match in PIECE.finditer(text):
+        end = match.end()
+        if end > start and end - start >= size:
+            yield text[start:end]
+            start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
+    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, the calls, the finish reason."""
+    choice = delta.chunk["choices"][0]
+    message = dict(choice["delta"])
+    calls = message.pop("tool_calls", ())
+    content = message["content"]
+    message["content"] = None if content is None else ""
+    first = Delta.of(message)
+    first.chunk["model"] = delta.chunk["model"]
+    first.headers = delta.headers
+    yield first
+    for piece in pieces(content or "", max_pieces):
+        yield Delta.of({"content": piece})
+    if calls:
+        yield Delta.of({"tool_calls": calls})
+    yield Delta.of({}, choice["finish_reason"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat completion format
+#
+# Deltas in, the bytes of OpenAI's JSON or server-sent events out.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ChatCompletion:
+    """One chat completion on its way out: an id and a time of creation, the same in every chunk.
+
+    Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
+    """
+
+    id_prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def __init__(self, include_usage: bool = False) -> None:
+        self.headers: Headers = {}  # for the response, known once the first delta is there
+        self._head: JSONObject = {
+            "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
+        }
+        self._include_usage = include_usage
+
+    def json(self, deltas: Iterable[Delta]) -> bytes:
+        """The whole answer, which is one delta, as one object."""
+        *_, whole = deltas
+        self._note(whole)
+        completion = whole.chunk
+        self._head["object"] = self.kind
+        for choice in completion["choices"]:
+            choice["message"] = message_of(choice)
+            choice["logprobs"] = choice.get("logprobs")
+            choice["finish_reason"] = choice.get("finish_reason") or "stop"
+            del choice["delta"]
+        return dump_json(self._with_head(completion))
+
+    def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
+        """Server-sent events, [DONE] at the end."""
+        for delta in deltas:
+            self._note(delta)
+            chunk = self._with_head(delta.chunk)
+            usage = chunk.pop("usage", None)
+            if self._include_usage:
+                chunk["usage"] = usage
+            elif usage and not chunk["choices"]:
+                continue
+            yield b"data: " + dump_json(chunk) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    def failure(self, error: APIError, sent: int) -> bytes:
+        """The event that ends a stream. Without [DONE] after it: half an answer must not look whole."""
+        return b"data: " + dump_json(error.body()) + b"\n\n"
+
+    def _note(self, delta: Delta) -> None:
+        if delta.headers:
+            self.headers = delta.headers
+        if "model" in delta.chunk:
+            self._head["model"] = delta.chunk["model"]
+
+    def _with_head(self, fields: JSONObject) -> JSONObject:
+        """The fields with ours, listed first for readers; ours override upstream's."""
+        return {**self._head, **fields, **self._head}
+
+
+class TextCompletion(ChatCompletion):
+    """One completion of the API before chats. Field by field after OpenAI's CreateCompletionResponse."""
+
+    id_prefix = "cmpl"
+    kind = "text_completion"
+    chunk_kind = "text_completion"
+
+    def _with_head(self, fields: JSONObject) -> JSONObject:
+        choices = []
+        for choice in fields["choices"]:
+            message = choice.get("message") or choice["delta"]
+            choices.append({
+                "text": message.get("content") or "",
+                "index": choice["index"],
+                "logprobs": None,
+                "finish_reason": choice["finish_reason"],
+            })
+        return super()._with_head({**fields, "choices": choices})
+
+
+########################################################################################################################
+# Part 3: Responses API
+#
+# A chat at both ends: a request becomes a ChatRequest, and the deltas of its answer become a Response or its events.
+# Fields and meanings: OpenAI's Responses reference.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Responses items
+#
+# Items of conversations, converted to messages of a chat.
+# ----------------------------------------------------------------------------------------------------------------------
 
 TEXT_PART = request_object({"text": STRING})
 FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
@@ -1245,12 +1601,12 @@ def read_reasoning(item: JSONObject) -> str:
     return joined_text(item.get("summary") or [])
 
 
-# ======================================================================================================================
-# 7 Responses requests
+# ----------------------------------------------------------------------------------------------------------------------
+# Responses requests
 #
-# Read as requests for a chat: items become messages, flat tools nested ones. Errors of the chat get the names that
-# fields have in this API.
-# ======================================================================================================================
+# Requests, converted to chat requests: items become messages, flat tools nested ones. Errors of the chat are translated
+# back.
+# ----------------------------------------------------------------------------------------------------------------------
 
 FUNCTION_TOOL = if_field("type", ["function", "custom"], FUNCTION)
 NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(request_object({"type": STRING}, **FUNCTION_TOOL))})
@@ -1458,3736 +1814,12 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     return function
 
 
-# ======================================================================================================================
-# 8 Stores
-#
-# A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
-# kind and a name. `Sessions` decides what is in a document.
-# ======================================================================================================================
-
-SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
-MAX_REASONING_TEXTS = 4000  # of one owner
-MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, where they are kept in memory
-DOCUMENT_BYTES = 500  # that a document takes in memory beside its data
-# Seconds that a call may wait, and that an update is retried. A chat may wait three times, for two limits and its
-# session: together less than 5 s
-STORE_TIMEOUT = 1.5
-
-DocumentKey = tuple[str, str, str]  # owner, kind, name
-Amounts = Mapping[str, int]
-
-
-class CounterKey(NamedTuple):
-    owner: str
-    period: str
-    expires: float  # seconds since the epoch; some time after the end of the period
-
-
-@dataclass(frozen=True)
-class Document:
-    """Bytes in a store, and what lists show of them."""
-
-    created: float = 0.0  # seconds since the epoch, as is `used`
-    used: float = 0.0
-    turns: int = 0
-    data: bytes = b""
-    version: int = 0  # another one after each put; 0: not stored
-
-
-NO_DOCUMENT = Document()
-ANY_VERSION = -1
-
-
-class Store:
-    """Documents and counters, for many threads. Every method raises APIError 503 while the store is unavailable.
-
-    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; the
-    least recently used one is evicted. Counters are numbers by owner, period and name.
-    """
-
-    kind = ""  # for /health
-
-    def __init__(self, ttl: float, limit: int) -> None:
-        self.ttl = ttl
-        self.limit = limit  # sessions of one owner, and stored responses
-        # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
-        self._retrying = threading.Lock()
-
-    def max_documents(self, kind: str) -> int:
-        return MAX_REASONING_TEXTS if kind == REASONING else self.limit
-
-    def expiry_cutoff(self) -> float:
-        """Return the time of last use up to which documents have expired."""
-        return time.time() - self.ttl
-
-    def check(self) -> None:
-        """Raise APIError unless the store can be written."""
-
-    def load(self, key: DocumentKey) -> Document | None:
-        raise NotImplementedError
-
-    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        """Store a document, or return False if the stored version is not the expected one."""
-        raise NotImplementedError
-
-    def delete(self, key: DocumentKey) -> bool:
-        """Delete a document. Return False if there was none."""
-        raise NotImplementedError
-
-    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        """Return an owner's documents by name, the least recently used first. Their data may be left out."""
-        raise NotImplementedError
-
-    def count(self) -> int:
-        """Count the sessions and stored responses of all owners."""
-        raise NotImplementedError
-
-    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period, and return the new values: of these, or of all counters of the period."""
-        raise NotImplementedError
-
-    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        """Return the counters of each period."""
-        raise NotImplementedError
-
-    def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
-        """Replace a document by change(document). document: as the caller has loaded it, or an empty one.
-
-        If another update came first, change() is called again with the document that is stored by then.
-        """
-        deadline = time.monotonic() + STORE_TIMEOUT
-        if self.put(key, change(document), document.version):
-            return
-        with self._retrying:
-            while time.monotonic() < deadline:
-                document = self.load(key) or NO_DOCUMENT
-                if self.put(key, change(document), document.version):
-                    return
-                time.sleep(random.uniform(0, 0.005))
-        raise store_unavailable()
-
-
-def store_unavailable() -> APIError:
-    return APIError(
-        503, "The session store is unavailable; see the server's log. Requests without 'user' and "
-        "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
-
-
-def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
-    now = time.time()
-    return {key: counters for key, counters in periods.items() if key.expires > now}
-
-
-class MemoryStore(Store):
-    """Dicts with an expiry, and a lock. Ends with the process."""
-
-    kind = "memory"
-
-    def __init__(self, ttl: float, limit: int) -> None:
-        super().__init__(ttl, limit)
-        # By owner and kind, then by name; the least recently used first
-        self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
-        self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        self._versions = itertools.count(1)
-        self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all four; held for little work only
-
-    def load(self, key: DocumentKey) -> Document | None:
-        with self._lock:
-            self._drop_expired()
-            return self._documents[key[:2]].get(key[2])
-
-    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        owner, kind, name = key
-        with self._lock:
-            self._drop_expired()
-            documents = self._documents[owner, kind]
-            found = documents.get(name, NO_DOCUMENT)
-            if expected not in (ANY_VERSION, found.version):
-                return False
-            self._drop(key)
-            documents[name] = replace(document, version=next(self._versions))
-            sizes = self._sizes[owner]
-            sizes[kind] += len(document.data) + DOCUMENT_BYTES
-            while len(documents) > self.max_documents(kind):
-                self._drop_oldest(owner, kind)
-            while sizes.total() > MAX_OWNER_BYTES:
-                [(largest, _)] = sizes.most_common(1)
-                self._drop_oldest(owner, largest)
-        return True
-
-    def delete(self, key: DocumentKey) -> bool:
-        with self._lock:
-            self._drop_expired()
-            return self._drop(key)
-
-    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        with self._lock:
-            self._drop_expired()
-            return self._documents[owner, kind].copy()
-
-    def count(self) -> int:
-        with self._lock:
-            self._drop_expired()
-            return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
-
-    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        with self._lock:
-            if key not in self._counters:
-                self._counters = without_expired(self._counters)
-            counters = self._counters.setdefault(key, Counter())
-            counters.update(amounts)
-            return {name: counters[name] for name in amounts}
-
-    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        with self._lock:
-            return [dict(self._counters.get(key, {})) for key in keys]
-
-    # The caller of these holds the lock
-
-    def _drop(self, key: DocumentKey) -> bool:
-        owner, kind, name = key
-        document = self._documents[owner, kind].pop(name, None)
-        if document:
-            self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
-        return document is not None
-
-    def _drop_oldest(self, owner: str, kind: str) -> None:
-        self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
-
-    def _drop_expired(self) -> None:
-        cutoff = self.expiry_cutoff()
-        for (owner, kind), documents in self._documents.items():
-            while documents and next(iter(documents.values())).used <= cutoff:
-                self._drop_oldest(owner, kind)
-
-
-# ======================================================================================================================
-# 9 Shared stores
-#
-# What stores outside of this process have in common: they fail and recover, and another version may have written them.
-# ======================================================================================================================
-
-STORE_FORMAT = 2  # of what SQLite and Redis keep. In format 1 sessions were tables, lists and hashes
-MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
-
-
-class StoreError(Exception):
-    """A store that cannot be used. The message is for the log, or at the start for a SettingError."""
-
-
-class SharedStore(Store):
-    """A store outside of this process. Each failure becomes the same APIError."""
-
-    failures: tuple[type[Exception], ...] = (StoreError,)
-    # Neither needs a lock: one more call or one more line in the log does no harm
-    is_failing = False  # a call has failed, and since then no write has succeeded
-    _paused_until = 0.0  # in seconds of time.monotonic()
-
-    def _check_pause(self) -> None:
-        if time.monotonic() < self._paused_until:
-            raise store_unavailable()
-
-    @contextmanager
-    def _calling(self, is_write: bool) -> Iterator[None]:
-        """Raise APIError 503 for a call that fails. After that, all calls fail immediately, for five times as long as
-        the failed call took. Otherwise a request with several calls would wait for each of them."""
-        self._check_pause()
-        began = time.monotonic()
-        try:
-            yield
-        except self.failures as error:
-            now = time.monotonic()
-            self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
-            if not self.is_failing:
-                log.warning("session store (%s) failed: %s: %s", self.kind, type(error).__name__, error)
-            self.is_failing = True
-            raise store_unavailable() from None
-        if self.is_failing and is_write:  # a full disk can still be read
-            self.is_failing = False
-            log.warning("session store (%s) recovered", self.kind)
-
-
-def check_format(version: int) -> None:
-    if version > STORE_FORMAT:
-        raise StoreError(
-            f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-
-
-# ======================================================================================================================
-# 10 SQLite store
-#
-# One file, which the processes of one machine may share.
-# ======================================================================================================================
-
-LOCK_CHECK_INTERVAL = 0.02  # seconds
-MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
-SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
-SQLITE_TABLES = (
-    # Of format 1. Its counters stay
-    *(f"DROP TABLE IF EXISTS {table}" for table in ("turns", "sessions", "reasoning", "probe", "totals")),
-    # A document has a new number after each put: its version, and the order of use, whatever the clock says
-    """CREATE TABLE documents (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
-        created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
-        UNIQUE (owner, kind, name))""",
-    "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
-    "CREATE INDEX documents_by_use ON documents (used, kind)",
-    """CREATE TABLE IF NOT EXISTS counters (
-        owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
-        expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
-    "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
-    f"PRAGMA application_id = {SQLITE_APPLICATION}",
-    f"PRAGMA user_version = {STORE_FORMAT}",
-)
-SQLITE_PRAGMAS = (
-    "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
-    "PRAGMA journal_size_limit = 4194304",
-)
-
-
-class SQLiteStore(SharedStore):
-    """A file of sqlite3. One connection serves all threads: a call takes a fraction of a millisecond."""
-
-    kind = "sqlite"
-
-    def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Raises StoreError for a file that cannot be opened or is not ours. A locked file may be free later."""
-        super().__init__(ttl, limit)
-        try:
-            import sqlite3
-        except ImportError:
-            raise StoreError("this Python has no sqlite3") from None
-        self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
-        self._path = os.path.abspath(os.path.expanduser(path))
-        # Guards the connection and its file; held while sqlite3 waits for other processes
-        self._lock = threading.Lock()
-        self._db: Any = None
-        self._file: Any = None  # the os.stat() of the file that the connection is to
-        try:
-            self._connect()
-        except self.failures as error:
-            # An OSError's words have the path in them
-            if isinstance(error, OSError) or "locked" not in str(error):
-                raise StoreError(f"{self._path} cannot be used: {error}") from None
-            log.warning("session store (sqlite) is locked by another program: %s", self._path)
-
-    def check(self) -> None:
-        with self._transaction() as db:
-            # A write, which a full disk refuses
-            db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
-
-    def load(self, key: DocumentKey) -> Document | None:
-        rows = self._select(
-            "SELECT created, used, turns, data, number FROM documents "
-            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
-        return Document(*rows[0]) if rows else None
-
-    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        owner, kind, _ = key
-        now = time.time()
-        cutoff = self.expiry_cutoff()
-        with self._transaction() as db:
-            [version] = db.execute(
-                "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
-                (*key, cutoff)).fetchone()
-            if expected not in (ANY_VERSION, version):
-                return False
-            db.execute(
-                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (*key, document.created, document.used, document.turns, document.data))
-            # These were used when the clock was ahead, and would expire late
-            db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
-            # Two at a time: to delete one of 16 MiB takes 0.1 s, in which nobody else can write
-            db.execute(
-                "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 2)",
-                (cutoff,))
-            db.execute(
-                "DELETE FROM documents WHERE number IN "
-                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
-                (owner, kind, self.max_documents(kind)))
-            [free] = db.execute("PRAGMA freelist_count").fetchone()
-            for _ in range(min(free - MAX_FREE_PAGES, 500)):
-                # Python executes one step of it, which frees one page
-                db.execute("PRAGMA incremental_vacuum(1)")
-        return True
-
-    def delete(self, key: DocumentKey) -> bool:
-        with self._transaction() as db:
-            deleted = db.execute(
-                "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
-                (*key, self.expiry_cutoff()))
-            return bool(deleted.rowcount)
-
-    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        rows = self._select(
-            "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
-            "ORDER BY number", owner, kind, self.expiry_cutoff())
-        return {name: Document(*row) for name, *row in rows}
-
-    def count(self) -> int:
-        rows = self._select(
-            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
-        return int(rows[0][0])
-
-    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        owner, period, expires = key
-        with self._transaction() as db:
-            db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
-            db.executemany(
-                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
-                [(owner, period, name, amount, expires) for name, amount in amounts.items()])
-            return dict(db.execute(
-                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
-
-    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
-        return [dict(self._select(query, key.owner, key.period, time.time())) for key in keys]
-
-    def _select(self, query: str, *values: Any) -> list[Any]:
-        with self._executed(query, values, is_write=False) as rows:
-            return list(rows.fetchall())
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Any]:
-        """Yield the connection in a transaction, which lands whole or not at all."""
-        with self._executed("BEGIN IMMEDIATE", (), is_write=True):
-            yield self._db
-            self._db.execute("COMMIT")
-
-    @contextmanager
-    def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
-        """Yield the result of a statement, for which other processes may have to be waited for. If anything fails, the
-        connection is closed, and the next call opens the file again."""
-        deadline = time.monotonic() + STORE_TIMEOUT
-        with self._calling(is_write):
-            if not self._lock.acquire(timeout=STORE_TIMEOUT):
-                raise store_unavailable()  # other threads keep the store busy, which is no failure
-            try:
-                self._check_pause()  # another call may have failed meanwhile
-                self._connect()
-                yield self._execute(statement, values, deadline)
-            except BaseException:
-                self._close()
-                raise
-            finally:
-                self._lock.release()
-
-    # The caller of these holds the lock
-
-    def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
-        """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
-        retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
-        while True:
-            try:
-                return self._db.execute(statement, values)
-            except self.failures as error:
-                if "locked" not in str(error) or time.monotonic() >= deadline:
-                    raise
-
-    def _connect(self) -> None:
-        """Connect to the file at the path, unless the connection is to it: a deleted file can still be written."""
-        if self._db:
-            with suppress(OSError):
-                if os.path.samestat(os.stat(self._path), self._file):
-                    return
-            self._close()
-        import sqlite3
-        with suppress(FileExistsError):
-            # O_EXCL does not follow a link, and sqlite3 would make its target 0644
-            file = os.path.realpath(self._path)
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(self._db)
-        except BaseException:
-            self._close()
-            raise
-        self._file = os.stat(self._path)
-
-    def _close(self) -> None:
-        if self._db:
-            with suppress(*self.failures):
-                self._db.close()
-        self._db = None
-
-    def _prepare(self, db: Any) -> None:
-        """Upgrade the file to the format of this version. Raises StoreError if the file is not ours."""
-        [application] = db.execute("PRAGMA application_id").fetchone()
-        [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if tables and application != SQLITE_APPLICATION:
-            raise StoreError("it is the database of another program")
-        [version] = db.execute("PRAGMA user_version").fetchone()
-        check_format(version)
-        for pragma in SQLITE_PRAGMAS:
-            db.execute(pragma).fetchall()
-        if version < STORE_FORMAT:
-            db.execute("BEGIN IMMEDIATE")
-            # Another process may have been first
-            if db.execute("PRAGMA user_version").fetchone() == (version,):
-                for statement in SQLITE_TABLES:
-                    db.execute(statement)
-            db.execute("COMMIT")
-        db.execute(f"PRAGMA busy_timeout = {int(LOCK_CHECK_INTERVAL * 1000)}")
-
-
-# ======================================================================================================================
-# 11 Redis client
-#
-# The package's connections, the names of keys, and the script that runs in Redis.
-# ======================================================================================================================
-
-REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
-REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
-REDIS_FORMAT = "kimi2api:format"
-REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
-PUT_DOCUMENT = """
-local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local document = index .. ':' .. member
-if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
-    return 0
-end
--- Microseconds of the one clock that all processes share, and later than all others if it was set back
-local time = redis.call('TIME')
-local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
-local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
-redis.call('HSET', document, 'version', version, unpack(ARGV, 5))
-redis.call('PEXPIRE', document, ttl)
-redis.call('ZADD', index, version, member)
-redis.call('PEXPIRE', index, ttl)
-redis.call('SADD', KEYS[2], index)
-local surplus = redis.call('ZCARD', index) - limit
-if surplus > 0 then
-    local oldest = redis.call('ZPOPMIN', index, surplus)
-    for position = 1, #oldest, 2 do
-        redis.call('DEL', index .. ':' .. oldest[position])
-    end
-end
-return 1
-"""
-
-
-def connect_redis(url: str) -> Any:
-    """Return a client of the package redis, for many threads. Raises StoreError without it, or for a bad address."""
-    try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-    except ImportError:
-        raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
-    try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=REDIS_CONNECTIONS,
-            timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-            socket_timeout=REDIS_TIMEOUT,
-            socket_keepalive=True,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
-        )
-        pool.make_connection()  # which reads the options in the address
-    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-        raise StoreError(f"the address of Redis cannot be used: {error}") from None
-    return redis.Redis(connection_pool=pool)
-
-
-def hashed(text: str) -> str:
-    """Return part of a Redis key, which does not reveal the text and differs from that of any other text."""
-    return sha256(text.encode()).hexdigest()[:32]
-
-
-def redis_names(key: DocumentKey) -> tuple[str, str]:
-    """Return the name of an index and a member. An index is a sorted set of an owner's documents of a kind, by version.
-    A document is a hash; its name is that of the index and of the member."""
-    owner, kind, name = key
-    return f"kimi2api:documents:{hashed(owner)}:{kind}", hashed(name)
-
-
-def counters_name(key: CounterKey) -> str:
-    return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
-
-
-# ======================================================================================================================
-# 12 Redis store
-#
-# Documents in Redis, for processes on any number of machines. Each is a hash that expires by itself.
-# ======================================================================================================================
-
-
-class RedisStore(SharedStore):
-    """A Redis, or what speaks its protocol; tested with Redis 7."""
-
-    kind = "redis"
-
-    def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Raises StoreError if the package is missing, or a newer version wrote there. A Redis that does not answer may
-        do so later."""
-        super().__init__(ttl, limit)
-        self._redis = connect_redis(url)
-        import redis
-        # Those after OSError are raised for answers and documents that are malformed
-        self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
-        self._put = self._redis.register_script(PUT_DOCUMENT)
-        self._lifetime = max(1, int(ttl * 1000))  # ms
-        self._is_format_known = False
-        try:
-            self._check_format()
-        except StoreError:
-            raise
-        except self.failures as error:
-            self.is_failing = True
-            log.warning("session store (redis) failed: %s: %s", type(error).__name__, error)
-
-    def check(self) -> None:
-        with self._client(is_write=True) as redis:
-            # Refused when memory is full, or by a replica
-            redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
-
-    def load(self, key: DocumentKey) -> Document | None:
-        index, member = redis_names(key)
-        with self._client() as redis:
-            head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
-            if version is None:
-                return None
-            _, created, used, turns = json.loads(head)
-            return Document(created, used, turns, data, int(version))
-
-    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        index, member = redis_names(key)
-        _, kind, name = key
-        head = dump_json([name, document.created, document.used, document.turns])
-        arguments = [
-            member, expected, self._lifetime, self.max_documents(kind), "head", head, "data", document.data,
-        ]
-        with self._client(is_write=True) as redis:
-            return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
-
-    def delete(self, key: DocumentKey) -> bool:
-        index, member = redis_names(key)
-        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
-            pipe.delete(f"{index}:{member}")
-            pipe.zrem(index, member)
-            deleted, _ = pipe.execute()
-        return bool(deleted)
-
-    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        index, _ = redis_names((owner, kind, ""))
-        documents = {}
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for member in redis.zrange(index, 0, -1):
-                pipe.hget(f"{index}:{member.decode()}", "head")
-            for head in filter(None, pipe.execute()):  # some may have expired
-                name, *fields = json.loads(head)
-                documents[name] = Document(*fields)
-        return documents
-
-    def count(self) -> int:
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for index in redis.smembers(REDIS_INDEXES):
-                if not index.endswith(REASONING.encode()):
-                    pipe.zcount(index, self.expiry_cutoff() * 1_000_000, "+inf")
-            return sum(pipe.execute())
-
-    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        counters = counters_name(key)
-        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
-            for name, amount in amounts.items():
-                pipe.hincrby(counters, name, amount)
-            pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
-            *values, _ = pipe.execute()
-        return dict(zip(amounts, values, strict=True))
-
-    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for key in keys:
-                pipe.hgetall(counters_name(key))
-            return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
-
-    @contextmanager
-    def _client(self, is_write: bool = False) -> Iterator[Any]:
-        with self._calling(is_write):
-            if not self._is_format_known:
-                self._check_format()
-            yield self._redis
-
-    def _check_format(self) -> None:
-        """Raise StoreError if a newer version wrote there. What format 1 kept expires by itself; its counters stay."""
-        version = int(self._redis.get(REDIS_FORMAT) or 0)
-        check_format(version)
-        if version < STORE_FORMAT:
-            self._redis.set(REDIS_FORMAT, STORE_FORMAT)
-        self._is_format_known = True
-
-
-def open_store(settings: Settings) -> Store:
-    """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
-    ttl = settings.session_cache_ttl
-    limit = settings.max_session_size
-    kind, _, path = settings.session_store.partition(":")
-    try:
-        if kind == "sqlite":
-            return SQLiteStore(path, ttl, limit)
-        if kind in ("redis", "rediss"):
-            return RedisStore(settings.session_store, ttl, limit)
-    except StoreError as error:
-        raise SettingError(f"SESSION_STORE: {error}") from None
-    return MemoryStore(ttl, limit)
-
-
-# ======================================================================================================================
-# 13 Sessions
-#
-# What is in the documents of a store. A session is JSON lines: a head, then one line for each turn. System messages are
-# not remembered, because every request carries them itself.
-# ======================================================================================================================
-
-MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
-MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger one is not stored
-MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not stored
-
-
-@dataclass(frozen=True)
-class Session:
-    """A user's conversation, or a stored response and the conversation up to its end."""
-
-    id: str
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
-    response: JSONObject | None = None
-    document: Document = NO_DOCUMENT  # in which all of it is stored
-
-    @classmethod
-    def read(cls, document: Document) -> Session:
-        head = json.loads(split_lines(document)[0])
-        system = tuple(head.get("system", ()))
-        return cls(head["id"], document.created, document.used, system, head.get("response"), document)
-
-    @cached_property
-    def turns(self) -> Turns:
-        return read_turns(split_lines(self.document)[1:])
-
-
-def split_lines(document: Document) -> list[bytes]:
-    return document.data.split(b"\n")
-
-
-def read_turns(lines: Iterable[bytes]) -> Turns:
-    return tuple(tuple(json.loads(line)) for line in lines)
-
-
-def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
-    return [dump_json(list(map(stored_message, turn))) for turn in turns]
-
-
-def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
-    return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
-
-
-def stored_message(message: Message) -> Message:
-    """Return the part of a message that is stored: a client may put megabytes into fields that nobody reads."""
-    stored: Message = {"role": message["role"], "content": text_of(message)}
-    if message.get("tool_call_id"):
-        stored["tool_call_id"] = message["tool_call_id"]
-    if message.get("tool_calls"):
-        stored["content"] = stored["content"] or None
-        stored["tool_calls"] = [
-            {
-                "id": call.get("id"),
-                "type": "function",
-                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
-            }
-            for call in message["tool_calls"]
-        ]
-        # Moonshot and DeepSeek require it in later requests
-        if isinstance(message.get("reasoning_content"), str):
-            stored["reasoning_content"] = message["reasoning_content"]
-    return stored
-
-
-def latest_lines(lines: list[bytes]) -> list[bytes]:
-    """Return the latest lines that a session may keep. A line that is too long by itself is left out."""
-    kept = []
-    room = MAX_SESSION_BYTES
-    for line in reversed(lines):
-        if len(line) > MAX_SESSION_BYTES:
-            log.warning("a turn of %d bytes is not kept in its session", len(line))
-            continue
-        room -= len(line)
-        if room < 0:
-            break
-        kept.append(line)
-    return kept[::-1]
-
-
-class Sessions:
-    """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
-    require it in later requests, and clients of OpenAI's protocol drop it."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def get(self, owner: str, user: str) -> Session | None:
-        return self._read((owner, SESSION, user))
-
-    def list_sessions(self, owner: str) -> dict[str, Document]:
-        """Return the sessions of an owner by user, the least recently used first, without their turns."""
-        return self.store.list_documents(owner, SESSION)
-
-    def open(self, owner: str, user: str | None) -> Session:
-        """Return the user's session, or a new one, which is kept only when a turn is recorded."""
-        session = self.get(owner, user) if user else None
-        now = time.time()
-        return session or Session(random_hex(), now, now)
-
-    def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
-        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
-        added = dump_turns(turns)
-        continues_turn = turns[0][0]["role"] != "user"
-
-        def change(document: Document) -> Document:
-            lines = split_lines(document)
-            head = lines.pop(0) or dump_json({"id": opened.id})
-            if replace_turns:  # but for turns that others have recorded meanwhile
-                recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
-                lines = added + list(recorded.elements())
-            elif continues_turn:
-                lines = dump_turns(append_turns(read_turns(lines), turns))
-            else:
-                lines += added
-            return session_document(document.created or opened.created, head, latest_lines(lines))
-
-        self.store.update((owner, SESSION, user), opened.document, change)
-
-    def forget(self, owner: str, user: str) -> bool:
-        """Delete a session. Return False if there was none."""
-        return self.store.delete((owner, SESSION, user))
-
-    def response(self, owner: str, id: str) -> Session | None:
-        """Return a stored response and the conversation up to its end."""
-        return self._read((owner, RESPONSE, id))
-
-    def record_response(
-        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
-    ) -> None:
-        """Store a response, and the conversation up to its end for responses that continue it."""
-        head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
-        document = session_document(time.time(), dump_json(head), dump_turns(turns))
-        size = len(document.data)
-        if size > MAX_RESPONSE_BYTES:
-            log.warning("a response is not stored: with its conversation it has %d bytes", size)
-        else:
-            self.store.put((owner, RESPONSE, response["id"]), document)
-
-    def forget_response(self, owner: str, id: str) -> bool:
-        return self.store.delete((owner, RESPONSE, id))
-
-    def keep_reasoning(self, owner: str, name: str, text: str) -> None:
-        data = text.encode()
-        now = time.time()
-        if len(data) <= MAX_REASONING_BYTES:
-            with suppress(APIError):  # without it, the upstream gets empty reasoning
-                self.store.put((owner, REASONING, name), Document(now, now, 0, data))
-
-    def find_reasoning(self, owner: str, name: str) -> str | None:
-        document = None
-        with suppress(APIError):
-            document = self.store.load((owner, REASONING, name))
-        return document.data.decode() if document else None
-
-    def _read(self, key: DocumentKey) -> Session | None:
-        document = self.store.load(key)
-        return Session.read(document) if document else None
-
-
-# ======================================================================================================================
-# 14 Limits and usage
-#
-# The usage of each key and its limits, counted in the store: so a restart or a second process refills no limit. While
-# the store is unavailable, this process counts by itself.
-# ======================================================================================================================
-
-MINUTE = 60
-DAY = 86400
-USAGE_DAYS = 31
-USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
-
-
-def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
-    """Return the limit of a key: by its name, else the one for all keys. 0 means no limit."""
-    return limits.get(client.name or "", limits.get("", 0))
-
-
-def utc_date(now: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(now))
-
-
-def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + USAGE_MAX_AGE)
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as OpenAI's headers do: 12s, 1m3s, 5h0m1s."""
-    minutes, rest = divmod(ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{rest}s"
-    if minutes or hours:
-        text = f"{minutes}m{text}"
-    return f"{hours}h{text}" if hours else text
-
-
-def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, str]:
-    return {
-        f"x-ratelimit-limit-{what}": str(limit),
-        f"x-ratelimit-remaining-{what}": str(max(0, limit - used)),
-        f"x-ratelimit-reset-{what}": duration(reset),
-    }
-
-
-NOTHING: Counter[str] = Counter()
-
-
-class Counters:
-    """Counters in a store that may fail. While it fails, added amounts are pending, and totals are the known ones plus
-    the pending amounts. The next addition that succeeds sends all pending amounts, whoever their owner is."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
-        # Amounts that the store does not have; replaced, never changed
-        self._pending: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards both
-        self._sending = threading.Lock()  # held by the thread that sends pending amounts
-
-    def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add amounts to the counters of a period, and return the totals of these."""
-        # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
-        pending = self._pending.get(key)
-        try:
-            totals = self._store.add_counters(key, amounts)
-        except APIError:
-            with self._lock:
-                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
-                return Counter(self._known.get(key)) + self._pending[key]
-        self._learn(key, totals)
-        if self._pending and self._sending.acquire(blocking=False):
-            try:
-                self._send_pending()
-            finally:
-                self._sending.release()
-        return Counter(totals) + pending if pending else totals
-
-    def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
-        """Return the totals of each period."""
-        pending = self._pending.copy()
-        found: list[Amounts]
-        try:
-            found = self._store.read_counters(keys)
-        except APIError:
-            found = [self._known.get(key, {}) for key in keys]
-        totals: list[Amounts] = []
-        for key, known in zip(keys, found, strict=True):
-            self._learn(key, known)
-            totals.append(Counter(known) + pending.get(key, NOTHING))
-        return totals
-
-    def _send_pending(self) -> None:
-        with suppress(APIError):
-            for key, amounts in self._pending.copy().items():
-                self._learn(key, self._store.add_counters(key, amounts))
-                with self._lock:
-                    rest = self._pending.pop(key, NOTHING) - amounts
-                    if rest:
-                        self._pending[key] = rest
-
-    def _learn(self, key: CounterKey, totals: Amounts) -> None:
-        with self._lock:
-            if key not in self._known:
-                self._known = without_expired(self._known)
-                self._pending = without_expired(self._pending)
-            known = self._known.setdefault(key, {})
-            for name, total in totals.items():
-                known[name] = max(total, known.get(name, 0))  # answers may come in any order
-
-
-class UsageLimits:
-    """The usage of every key, and its limits."""
-
-    def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
-        self.requests_per_minute = requests_per_minute
-        self.tokens_per_day = tokens_per_day
-        self._counters = Counters(store)
-
-    def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
-        headers: dict[str, str] = {}
-        tokens_limit = key_limit(self.tokens_per_day, client)
-        requests_limit = key_limit(self.requests_per_minute, client)
-        if not tokens_limit and not requests_limit:
-            return headers
-        now = time.time()
-        minute_reset = MINUTE - now % MINUTE
-        day_reset = DAY - now % DAY
-        tokens = requests = 0
-        if tokens_limit:
-            [counters] = self._counters.read([day_key(client, now)])
-            tokens = sum_by_model(counters)[0]["total_tokens"]
-            headers.update(limit_headers("tokens", tokens_limit, tokens, day_reset))
-        has_quota = not tokens_limit or tokens < tokens_limit
-        if requests_limit:
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now - now % MINUTE + 2 * MINUTE)
-            counters = self._counters.add(minute, {"requests": int(has_quota)})
-            requests = counters["requests"]
-            headers.update(limit_headers("requests", requests_limit, requests, minute_reset))
-        if not has_quota:
-            raise APIError(
-                429, f"You have used {tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
-                "insufficient_quota", "insufficient_quota",
-                headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
-        if requests > requests_limit:
-            raise APIError(
-                429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
-                "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(minute_reset))})
-        return headers
-
-    def record(
-        self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
-    ) -> None:
-        """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
-        amounts = {
-            f"requests {model}": int(is_answered),
-            f"prompt_tokens {model}": prompt_tokens,
-            f"completion_tokens {model}": completion_tokens,
-        }
-        self._counters.add(day_key(client, time.time()), amounts)
-
-    def usage(self, client: ClientKey) -> JSONObject:
-        """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
-        now = time.time()
-        times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
-        counters_of_days = self._counters.read([day_key(client, then) for then in times])
-        today: JSONObject = {}
-        days = []
-        for then, counters in zip(times, counters_of_days, strict=True):
-            total, models = sum_by_model(counters)
-            today = {"date": utc_date(then), **total}
-            days.append({**today, "models": models})
-        return {
-            "object": "usage",
-            "key": client.name,
-            "limits": {
-                "requests_per_minute": key_limit(self.requests_per_minute, client),
-                "tokens_per_day": key_limit(self.tokens_per_day, client),
-            },
-            "today": today,
-            "days": days,
-        }
-
-
-def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Return the sums of a day's counters, such as `prompt_tokens kimi`: of all models, and by model."""
-    models: dict[str, dict[str, int]] = {}
-    total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    for name, amount in counters.items():
-        what, _, model = name.partition(" ")
-        of_model = models.setdefault(model, dict.fromkeys(total, 0))
-        for sums in (total, of_model):
-            sums[what] += amount
-            if what != "requests":
-                sums["total_tokens"] += amount
-    return total, models
-
-
-# ======================================================================================================================
-# 15 Metrics
-#
-# Counters and histograms of this process, in Prometheus's text format 0.0.4; names, units and buckets after
-# OpenTelemetry's conventions for generative AI.
-# ======================================================================================================================
-
-BUCKETS = [0.01 * 2 ** power for power in range(14)]  # seconds, up to 81.92
-METRICS = {
-    "kimi2api_chats_total": ("counter", "Chats asked for, by the status of their answer."),
-    "kimi2api_chat_duration_seconds": ("histogram", "From the request to the end of the answer."),
-    "kimi2api_time_to_first_chunk_seconds": ("histogram", "From the request to the first of the answer."),
-    "kimi2api_tokens_total": ("counter", "Tokens, as the upstream counts them or else by estimate."),
-    "kimi2api_upstream_errors_total": ("counter", "Calls of an upstream that ended with an error."),
-    "kimi2api_upstream_retries_total": ("counter", "Further attempts after a failure."),
-    "kimi2api_upstream_healthy": ("gauge", "0 while an upstream fails."),
-    "kimi2api_chats_running": ("gauge", "Chats running now."),
-    "kimi2api_chats_limit": ("gauge", "Chats that may run at once."),
-    "kimi2api_sessions": ("gauge", "Sessions and stored responses kept."),
-    "kimi2api_build_info": ("gauge", "The version."),
-    "process_start_time_seconds": ("gauge", "Start of the process, in seconds since the epoch."),
-}
-Labels = tuple[tuple[str, str], ...]
-Series = tuple[str, Labels]  # the metric's name, and its labels
-
-
-MAX_MODEL_LABELS = 100
-MAX_LABEL = 128  # characters of one
-
-
-class Metrics:
-    """Everything that is counted while the process runs."""
-
-    def __init__(self, models: Iterable[str] = ()) -> None:
-        """models: the ids that are labels from the start."""
-        self._models = set(models)
-        self._api_models: set[str] = set()  # of APIs, that have answered
-        self._lock = threading.Lock()  # guards both
-        self._counters: dict[Series, float] = {}
-        # Of each the counts by bucket, the last of them for all above, and the sum
-        self._histograms: dict[Series, list[float]] = {}
-
-    def count(self, metric: str, labels: Mapping[str, str]) -> None:
-        self.record({(metric, tuple(labels.items())): 1}, {})
-
-    def record(self, amounts: Mapping[Series, float], durations: Mapping[Series, float]) -> None:
-        """Add to counters, and to histograms (seconds). All at once, because at 64 chats at a time a lock costs more
-        than what it guards."""
-        with self._lock:
-            for series, amount in amounts.items():
-                self._counters[series] = self._counters.get(series, 0) + amount
-            for series, seconds in durations.items():
-                histogram = self._histograms.setdefault(series, [0.0] * (len(BUCKETS) + 2))
-                histogram[bisect_left(BUCKETS, seconds)] += 1
-                histogram[-1] += seconds
-
-    def model_label(self, provider: str, model: str, has_answered: bool) -> str:
-        """The model's id if it is one of a bounded number, else "other": an entry `*` of MODELS accepts any id."""
-        if model in self._models:
-            return model
-        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/") and len(model) <= MAX_LABEL
-        if is_of_api and has_answered and len(self._api_models) < MAX_MODEL_LABELS:
-            self._api_models.add(model)
-        return model if model in self._api_models else "other"
-
-    def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
-        """All of them, and these gauges: name, labels and value."""
-        with self._lock:
-            counters = list(self._counters.items())
-            histograms = [(key, list(histogram)) for key, histogram in self._histograms.items()]
-        samples: dict[str, list[str]] = {name: [] for name in METRICS}
-        for name, labels, value in gauges:
-            samples[name].append(sample(name, tuple(labels.items()), value))
-        for (name, label_set), value in counters:
-            samples[name].append(sample(name, label_set, value))
-        for (name, label_set), histogram in histograms:
-            samples[name].extend(histogram_samples(name, label_set, histogram))
-        lines = []
-        for name, (kind, about) in METRICS.items():
-            lines.append(f"# HELP {name} {about}")
-            lines.append(f"# TYPE {name} {kind}")
-            lines += samples[name]
-        return "\n".join(lines) + "\n"
-
-
-def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iterator[str]:
-    *counts, seconds = histogram
-    total = 0.0
-    for bound, count in zip([*BUCKETS, "+Inf"], counts, strict=True):
-        total += count
-        yield sample(f"{name}_bucket", (*labels, ("le", str(bound))), total)
-    yield sample(f"{name}_sum", labels, seconds)
-    yield sample(f"{name}_count", labels, total)
-
-
-def sample(name: str, labels: Labels, value: float) -> str:
-    escaped = []
-    for label, text in labels:
-        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        escaped.append(f'{label}="{text}"')
-    shown = f"{{{','.join(escaped)}}}" if escaped else ""
-    return f"{name}{shown} {value:.17g}"
-
-
-# ======================================================================================================================
-# 16 Deltas
-#
-# Every upstream's answer is a stream of deltas. Here they are folded into a complete answer, tokens are estimated, and
-# texts are cut between graphemes.
-# ======================================================================================================================
-
-
-@dataclass(slots=True)
-class Delta:
-    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them."""
-
-    chunk: JSONObject
-    is_complete: bool = False  # it is a whole answer, which arrived at once and may be paced
-    headers: Headers = field(default_factory=dict)  # for the response, in the first delta of an answer
-
-    @classmethod
-    def of(cls, fields: JSONObject, finish_reason: str | None = None, is_complete: bool = False) -> Delta:
-        choice = {"index": 0, "delta": fields, "logprobs": None, "finish_reason": finish_reason}
-        return cls({"choices": [choice]}, is_complete)
-
-    @property
-    def is_final(self) -> bool:
-        """Whether it finishes a choice or carries the usage alone, so that it may be the last."""
-        choices = self.chunk["choices"]
-        if not choices:
-            return bool(self.chunk.get("usage"))
-        return any(choice["finish_reason"] for choice in choices)
-
-    @property
-    def has_content(self) -> bool:
-        """Whether it has anything but the role."""
-        if self.is_final:
-            return True
-        for choice in self.chunk["choices"]:
-            for name, value in choice["delta"].items():
-                if value and name != "role":
-                    return True
-        return False
-
-
-class JoinedText(list[str]):
-    """A text that grows, joined once, at the end."""
-
-
-class IndexedList(dict[int, Any]):
-    """A list whose entries are identified by their `index`."""
-
-
-# Fields that grow, by the field that they stand in: texts are joined, lists are extended. Of every other field the last
-# value that is not empty counts
-GROWING = {
-    "": {"choices"},
-    "delta": {
-        "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "reasoning_details", "annotations",
-    },
-    "function": {"arguments"},
-    "custom": {"input"},
-    "audio": {"data", "transcript"},
-    "reasoning_details": {"text", "summary", "data"},
-    "logprobs": {"content", "refusal"},
-}
-
-
-def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
-    """Add a part of an object to what came before; read the sum with `plain_value`. path: the field it stands in."""
-    growing = GROWING.get(path, ())
-    for name, value in part.items():
-        if value is None or value == "":
-            whole.setdefault(name, value)
-        elif name in growing:
-            whole[name] = grown(whole.get(name), value, name)
-        elif type(value) is dict:
-            known = whole.get(name)
-            if type(known) is not dict:
-                known = whole[name] = {}
-            merge(known, value, name)
-        elif value != [] or name not in whole:
-            whole[name] = value
-
-
-def grown(known: Any, value: Any, name: str) -> Any:
-    """A growing field with a later value added. Linear in the values, however many there are."""
-    if isinstance(value, str):
-        if not isinstance(known, JoinedText):
-            known = JoinedText()
-        known.append(value)
-        return known
-    if not isinstance(value, list):
-        return value
-    for entry in value:
-        if isinstance(entry, dict) and isinstance(entry.get("index"), int):
-            if not isinstance(known, IndexedList):
-                known = IndexedList()
-            merge(known.setdefault(entry["index"], {}), entry, name)
-        else:
-            if type(known) is not list:
-                known = []
-            known.append(entry)
-    return [] if known is None else known
-
-
-def plain_value(whole: Any) -> Any:
-    """What `merge` has gathered, as plain JSON values."""
-    if isinstance(whole, JoinedText):
-        return "".join(whole)
-    if isinstance(whole, IndexedList):
-        return [plain_value(whole[index]) for index in sorted(whole)]
-    if isinstance(whole, dict):
-        return {name: plain_value(value) for name, value in whole.items()}
-    return whole
-
-
-class Fold:
-    """An answer, gathered from its chunks: for the JSON body, the session, the reasoning to keep, and estimates."""
-
-    def __init__(self) -> None:
-        self._whole: JSONObject = {}
-
-    def add(self, chunk: JSONObject) -> None:
-        merge(self._whole, chunk)
-
-    @property
-    def choices(self) -> IndexedList:
-        choices = self._whole.get("choices")
-        return choices if isinstance(choices, IndexedList) else IndexedList()
-
-    @property
-    def usage(self) -> Any:
-        return self._whole.get("usage")
-
-    def completion(self) -> JSONObject:
-        """All chunks as one."""
-        completion: JSONObject = plain_value(self._whole)
-        return completion
-
-    def message(self, index: int = 0) -> Message:
-        """The message that the deltas of a choice make."""
-        return message_of(plain_value(self.choices.get(index, {"delta": {}})))
-
-    def texts(self) -> Iterator[str]:
-        """All that the model wrote, in every choice: its reasoning and its calls too."""
-        for choice in self.choices.values():
-            for value in choice["delta"].values():
-                if isinstance(value, JoinedText):
-                    yield from value
-            calls = choice["delta"].get("tool_calls")
-            for call in calls.values() if isinstance(calls, IndexedList) else ():
-                function = call.get("function") or {}
-                yield function.get("name") or ""
-                yield from function.get("arguments") or ()
-
-
-def message_of(choice: JSONObject) -> Message:
-    """The message that the merged delta of a choice makes."""
-    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
-    for call in message.get("tool_calls") or ():
-        call["function"] = {"arguments": "", **(call.get("function") or {})}
-        call.pop("index", None)  # only merging needs it
-    return message
-
-
-# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
-WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
-NARROW_TEXT = re.compile(f"[^{WIDE}]+")
-# Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
-MARK = (
-    "\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
-    "\u3099\u309a\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef"
-)
-# What a reader sees as one: a flag of two letters, or a character with its marks and what is joined to it, as in 👩‍🚀
-GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
-MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
-WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
-NARROW_TOKENS = 0.25  # any other, by OpenAI's
-
-
-def estimate_tokens(text: str) -> int:
-    """Estimate tokens by a rule of thumb."""
-    return ceil(token_weight(text))
-
-
-def token_weight(text: str) -> float:
-    wide = 0 if text.isascii() else len(NARROW_TEXT.sub("", text))
-    return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
-
-
-def count_of(usage: Any, *names: str) -> int:
-    """A number of an upstream's usage, 0 where there is none that could be true."""
-    for name in names:
-        usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
-
-
-def estimate_input(given: Any) -> int:
-    """Tokens of what embeddings are asked of: texts, or numbers that are tokens."""
-    if isinstance(given, list):
-        return sum(map(estimate_input, given))
-    return estimate_tokens(given) if isinstance(given, str) else 1
-
-
-def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
-    usage = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(completion)}
-    return {**usage, "total_tokens": sum(usage.values())}
-
-
-def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
-    """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    text = text[:min(ends, default=len(text))]
-    if max_tokens is None or estimate_tokens(text) <= max_tokens:
-        return text, "stop"
-    tokens = 0.0
-    for grapheme in GRAPHEME.finditer(text):
-        tokens += token_weight(grapheme[0])
-        if tokens > max_tokens:
-            return text[:grapheme.start()], "length"
-    return text, "stop"
-
-
-# ======================================================================================================================
-# 17 Connections
-#
-# http.client's connections to upstreams, read more strictly and within a deadline. Whoever waits for an answer is
-# attended to between the slices of a wait.
-# ======================================================================================================================
-
-CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
-MAX_INTERIM_RESPONSES = 16
-MAX_CHUNK_LINE = 4096
-CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
-NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")  # behind the text of the chunk before
-TIMEOUT_PRECISION = 0.1  # seconds
-READ_SIZE = 65536
-
-
-class Abandoned(APIError):
-    """The chat ends for a reason that is not its upstream's: its client has disconnected, or the server stops."""
-
-
-class Waiter:
-    """Whoever waits for an upstream: here nobody in particular, such as --check; for a chat's client, see Client."""
-
-    interval = 60.0  # seconds, at most, between two calls of attend() during a wait
-    must_finish = False  # the call goes on when the client has disconnected
-
-    def clock(self) -> float:
-        """Seconds of a clock that deadlines go by."""
-        return time.monotonic()
-
-    def attend(self) -> None:
-        """Called before each wait and at every interval of it. Raises Abandoned to end the call."""
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
-class Deadline:
-    """How long one upstream call may still take, and who waits for it."""
-
-    def __init__(self, timeout: float, waiter: Waiter) -> None:
-        self.timeout = timeout  # seconds: REQUEST_TIMEOUT
-        self.waiter = waiter
-        self.is_per_read = False  # the timeout is for each read alone, not for all of the call
-        self.may_reuse_connection = True  # False while an answer may be left unread
-        self._began = waiter.clock()
-        self.limit(timeout)
-
-    def limit(self, seconds: float) -> None:
-        """From now on so many seconds are left."""
-        self._end = self.waiter.clock() + seconds
-
-    @property
-    def waited(self) -> float:
-        """Seconds that were given to the wait that has timed out."""
-        return min(self.waiter.clock() - self._began, self.timeout)
-
-    def remaining(self) -> float:
-        """Seconds that are left. Raises TimeoutError when there are none."""
-        seconds = self._end - self.waiter.clock()
-        if seconds <= 0:
-            raise TimeoutError("timed out")
-        return seconds
-
-    def next_wait(self) -> float:
-        """Attend to the waiter, then return the seconds that the next slice of a wait may take."""
-        self.waiter.attend()
-        return min(self.remaining(), self.waiter.interval)
-
-
-def shut_down(sock: socket.socket) -> None:
-    with suppress(OSError):  # it is closed already
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Set a socket's time-out unless it is nearly that: setting is a system call and releases the GIL."""
-    if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
-        sock.settimeout(seconds)
-
-
-CURRENT_DEADLINE: ContextVar[Deadline] = ContextVar("current_deadline")  # for the classes that http.client makes itself
-
-
-class SocketReader(io.RawIOBase):
-    """Reads a socket in slices, within a deadline.
-
-    A socket's own time-out starts again with every byte, so an upstream that drips could hold a thread for hours.
-    socket.SocketIO refuses to read after one time-out; it only keeps the socket open until close().
-    """
-
-    def __init__(self, sock: socket.socket, file: Any, deadline: Deadline) -> None:
-        self._sock = sock
-        self._file = file
-        self.deadline = deadline
-        self.is_paused = False  # reads return nothing, so that a peek shows only what is buffered
-        self.at_end = False  # the upstream has closed the connection
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self.is_paused:
-            return 0
-        deadline = self.deadline
-        if deadline.is_per_read:
-            deadline.limit(deadline.timeout)
-        while True:
-            set_timeout(self._sock, deadline.next_wait())
-            try:
-                count = self._sock.recv_into(buffer)
-            except TimeoutError:
-                continue  # one slice has passed
-            self.at_end = not count
-            return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class ResponseReader(io.BufferedReader):
-    """The file that http.client reads a response from, and closes at its end, before the connection is used again."""
-
-    def __init__(self, raw: SocketReader, sock: socket.socket) -> None:
-        super().__init__(raw, READ_SIZE)
-        self._reader = raw
-        self._sock = sock
-
-    def received(self) -> bytes:
-        """What has been received and not read yet."""
-        self._reader.is_paused = True
-        try:
-            return self.peek(1)
-        finally:
-            self._reader.is_paused = False
-
-    def close(self) -> None:
-        if not self.closed:
-            decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
-            # Unread bytes, or an answer that may belong to another request: the next request must not read them
-            if self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
-                shut_down(self._sock)
-        super().close()
-
-
-class StrictHTTPResponse(HTTPResponse):
-    """http.client's response, read within a deadline, past interim responses, and more strictly.
-
-    Overrides _read_status, _read1_chunked and _read_next_chunk_size and reads chunk_left, which are private to
-    http.client; so they are in Python 3.10 to 3.14.
-    """
-
-    fp: Any
-
-    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), sock)
-
-    def begin(self) -> None:
-        reader = self.fp.raw
-        super().begin()
-        if reader.at_end:
-            raise HTTPException("its answer is cut off in the head")
-
-    def _read_status(self) -> tuple[str, int, str]:
-        """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
-        for _ in range(MAX_INTERIM_RESPONSES):
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-            if status == 101:
-                raise HTTPException("unexpected 101 Switching Protocols")
-            if status >= 200:
-                return version, status, reason
-            parse_headers(self.fp)
-        raise HTTPException("too many interim responses")
-
-    def _read_next_chunk_size(self) -> int:
-        """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
-        line = self.fp.readline(MAX_CHUNK_LINE)
-        size = line.partition(b";")[0].strip()
-        if not (line.endswith(b"\n") and CHUNK_SIZE.fullmatch(size)):
-            raise ValueError("invalid chunk size")
-        return int(size, 16)
-
-    def _read1_chunked(self, size: int) -> bytes:
-        """Read one chunk, and all whole ones that are buffered behind it, but for the last: APIs send each event as a
-        chunk, and the caller may find the answer complete before the connection's end is read."""
-        parts: list[bytes] = [super()._read1_chunked(size)]  # type: ignore[misc]
-        if self.chunk_left == 0:
-            buffered = self.fp.received()
-            begin = 0
-            while True:
-                line = NEXT_CHUNK.match(buffered, begin)
-                length = int(line[1], 16) if line else 0
-                if not line or not length or line.end() + length > len(buffered):
-                    break
-                begin = line.end() + length
-                parts.append(buffered[line.end():begin])
-            self.fp.read(begin)
-        return b"".join(parts)
-
-
-class UpstreamConnection:
-    """Put before urllib3's class of a connection. Sending has the deadline that reading has, and nothing is sent for a
-    client that disconnected while the connection was made."""
-
-    response_class = StrictHTTPResponse
-    sock: Any
-    _unsent: list[bytes] | None = None  # of the request that is being written
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
-        unsent: list[bytes] = []
-        self._unsent = unsent
-        try:
-            super().request(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._unsent = None
-        self.send(b"".join(unsent))
-
-    def send(self, data: bytes) -> None:
-        if self._unsent is not None:
-            self._unsent.append(data)
-            return
-        deadline = CURRENT_DEADLINE.get()
-        if self.sock is None:
-            self.connect()  # type: ignore[attr-defined]
-        deadline.waiter.attend()
-        set_timeout(self.sock, deadline.remaining())
-        super().send(data)  # type: ignore[misc]
-
-
-# ======================================================================================================================
-# 18 Transport
-#
-# Requests to an upstream over pooled connections, for many threads, and the one mapping of what can fail to APIErrors.
-# ======================================================================================================================
-
-MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
-DRAIN_SECONDS = 0.02  # for what may follow the end of a stream, before its connection can be used again
-MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
-
-
-class UpstreamResponse:
-    """An upstream's response, whose head has been read. Raises APIError."""
-
-    def __init__(self, transport: Transport, raw: Any, deadline: Deadline) -> None:
-        self.status: int = raw.status
-        self.headers: Headers = raw.headers  # urllib3's, whose names are case-insensitive
-        self.raw = raw
-        self.deadline = deadline
-        self._transport = transport
-
-    def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
-        """All of the body, at most so many bytes, within the deadline."""
-        try:
-            body: bytes = self.raw.read(limit + 1, decode_content=True)
-        except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
-        finally:
-            self.close()
-        if len(body) > limit:
-            raise invalid_response(self._transport.name, f"more than {limit} bytes", retryable=True)
-        return body
-
-    def stream(self) -> Iterator[bytes]:
-        """The body as it comes."""
-        try:
-            while True:
-                data = self.raw.read1(READ_SIZE, decode_content=True)
-                if not data:
-                    return
-                yield data
-        except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
-
-    def finish(self) -> None:
-        """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
-        self.deadline.is_per_read = False
-        self.deadline.limit(DRAIN_SECONDS)
-        with suppress(APIError):
-            next(self.stream(), None)
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection, unless the body has been read to its end: then it is in the pool already."""
-        self.raw.close()
-
-
-class Transport:
-    """Requests to an upstream over pooled connections, for many threads. Every failure is an APIError.
-
-    Sending through requests.Session costs several times what the wire costs, in merging settings, cookies, proxies
-    and .netrc. Here that is done once for a host, and urllib3's pool is asked directly. Redirects are not followed.
-    """
-
-    def __init__(self, name: str, connections: int, adapter: HTTPAdapter | None = None) -> None:
-        self.name = name
-        self._adapter = adapter or HTTPAdapter()
-        self._adapter.init_poolmanager(10, connections)
-        self._pools: dict[str, tuple[Any, bool]] = {}
-        # Guards the making of pools: urllib3 has one for all spellings of a host
-        self._lock = threading.Lock()
-
-    def request(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> UpstreamResponse:
-        parts = urlsplit(url)
-        previous = CURRENT_DEADLINE.set(deadline)
-        try:
-            pool, absolute_form = self._pool(url)
-            target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            # StrictHTTPResponse reads within the deadline; urllib3's time-out is that of the first slice
-            timeout = Timeout(min(CONNECT_TIMEOUT, deadline.remaining()), deadline.next_wait())
-            raw = pool.urlopen(
-                method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
-                assert_same_host=False, timeout=timeout)
-        except TimeoutError:
-            raise self.timed_out(deadline) from None
-        except (HTTPError, requests.RequestException) as error:  # the latter of a proxy's URL that makes no sense
-            raise self.failure(error, deadline) from None
-        finally:
-            CURRENT_DEADLINE.reset(previous)
-        return UpstreamResponse(self, raw, deadline)
-
-    def _pool(self, url: str) -> tuple[Any, bool]:
-        """The connection pool for a URL's host, and whether its requests carry the whole URL, as plain proxies want it.
-
-        Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
-        """
-        parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
-        with self._lock:
-            if origin not in self._pools:
-                self._pools[origin] = self._make_pool(origin)
-            return self._pools[origin]
-
-    def close_idle(self, url: str) -> None:
-        """Close the connections to a URL's host that no request is using."""
-        pool, _ = self._pool(url)
-        with suppress(Empty):
-            while True:
-                connection = pool.pool.get(block=False)
-                if connection:
-                    connection.close()
-
-    def _make_pool(self, origin: str) -> tuple[Any, bool]:
-        request = requests.Request("GET", origin).prepare()
-        proxies = {}
-        if not is_loopback(urlsplit(origin).hostname):  # a proxy's loopback is not ours
-            proxies = get_environ_proxies(origin)
-        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
-        if not issubclass(pool.ConnectionCls, UpstreamConnection):
-            pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
-        return pool, self._adapter.request_url(request, proxies) != "/"
-
-    # Failures
-
-    def failure(self, error: Exception, deadline: Deadline) -> APIError:
-        # urllib3's functions hold the error that holds them, and so the request
-        clear_frames(error.__traceback__)
-        if isinstance(innermost(error), TimeoutError):
-            return self.timed_out(deadline)
-        if isinstance(error, DecodeError):
-            return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
-        return upstream_error(
-            502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
-
-    def timed_out(self, deadline: Deadline) -> APIError:
-        message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
-        # No other attempt: the prompt was taken
-        return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
-
-
-MARKUP = re.compile(r"<[^<>]*>")
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-
-
-def innermost(error: BaseException) -> BaseException:
-    """The error that the layers above have wrapped."""
-    cause = error.__cause__ or error.__context__
-    return innermost(cause) if cause else error
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
-    error = innermost(error)
-    return plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
-
-
-def plain_line(answer: Any, secret: str = "") -> str:
-    """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
-    if isinstance(answer, dict):
-        answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
-    if answer is None:
-        answer = ""
-    elif not isinstance(answer, str):
-        answer = json.dumps(answer, ensure_ascii=False)
-    text = unescape(MARKUP.sub(" ", answer[:10_000]))
-    line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
-    if secret:
-        line = line.replace(secret, "…")
-    return replace_lone_surrogates(line[:300]) or "(no reason given)"
-
-
-def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
-    """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
-    wait = parse_retry_after(headers.get("Retry-After"))
-    if wait is None:
-        return APIError(429, message, type, code)
-    passed_on = {"Retry-After": str(ceil(wait))}
-    is_short = wait <= MAX_RETRY_AFTER
-    return APIError(429, message, type, code, headers=passed_on, retryable=is_short, retry_after=wait)
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
-    if not value:
-        return None
-    try:
-        if value.strip().isdecimal():
-            return min(float(value[:20]), 1e9)
-        return max(0.0, parsedate_to_datetime(value[:100]).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-# ======================================================================================================================
-# 19 Circuit breaker
-#
-# An upstream that keeps failing is not asked for a while; its callers learn so at once.
-# ======================================================================================================================
-
-FAILURES_TO_OPEN = 5  # in a row
-FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
-
-
-class CircuitBreaker:
-    """Spares an upstream that keeps failing.
-
-    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
-    a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
-        self._failures = 0
-        # The last one while the circuit is open or half-open
-        self._error: APIError | None = None
-        self._open_until = 0.0  # by the monotonic clock
-        self._probing = False
-        self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
-
-    def allow(self) -> bool:
-        """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
-        with self._lock:
-            if self._error is None:
-                return False
-            pause = self._open_until - time.monotonic()
-            if pause <= 0 and not self._probing:
-                self._probing = True
-                return True
-            raise self._error.copy(
-                message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
-                headers={"Retry-After": str(max(1, ceil(pause)))})
-
-    def succeeded(self, probe: bool = False) -> None:
-        with self._lock:
-            self._end_probe(probe)
-            self._close()
-            self.failing = None
-
-    def failed(self, error: APIError, probe: bool = False) -> None:
-        # It is well, and says what is wrong with the request
-        if error.status < 500 and error.status != 429:
-            self.succeeded(probe)
-            return
-        with self._lock:
-            self._end_probe(probe)
-            self.failing = self.failing or (time.time(), error.reason)
-            # It answers, be it with a no
-            if error.status == 429 or error.code == "upstream_refused":
-                self._close()
-            elif probe or self._error is None:  # else the call began before the circuit opened
-                self._count(error)
-
-    def abandoned(self, probe: bool = False) -> None:
-        """The call ended in a way that tells nothing of upstream."""
-        with self._lock:
-            self._end_probe(probe)
-
-    # The caller of these holds the lock
-
-    def _end_probe(self, probe: bool) -> None:
-        if probe:
-            self._probing = False
-
-    def _close(self) -> None:
-        self._failures = 0
-        self._error = None
-
-    def _count(self, error: APIError) -> None:
-        self._failures += 1
-        if self._failures >= FAILURES_TO_OPEN:
-            pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
-            self._error = error.copy()
-            self._open_until = time.monotonic() + pause
-            log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
-
-
-# ======================================================================================================================
-# 20 Upstreams
-#
-# What providers have in common. A provider turns a Chat into a stream of Deltas; what many chats want is fetched once.
-# ======================================================================================================================
-
-FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
-
-
-class AnswerStats:
-    """What one answer has used so far, for usage and metrics."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.provider = ""  # the one that was asked last
-        self.model = ""  # by the id that clients know
-        self.first_chunk: float | None = None  # seconds after the beginning
-        self.fold = Fold()  # the provider adds each chunk before it yields it
-        self.messages: list[Message] = []  # of the prompt
-
-    def start(self, provider: str, model: str) -> None:
-        """A provider is asked, the first or one to fall back to."""
-        self.provider = provider
-        self.model = model
-        self.first_chunk = None
-        self.fold = Fold()
-
-    def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
-        """The deltas of the provider's answer, and its usage, by estimate, if the provider reports none."""
-        for delta in deltas:
-            if self.first_chunk is None:
-                self.first_chunk = time.monotonic() - self.began
-            yield delta
-        if not self.fold.usage:
-            delta = Delta({"choices": [], "usage": self._estimate()})
-            self.fold.add(delta.chunk)
-            yield delta
-
-    def tokens(self) -> tuple[int, int]:
-        """Tokens of the prompt and of the answer, each as the upstream reports it, else by estimate."""
-        prompt = count_of(self.fold.usage, "prompt_tokens")
-        completion = count_of(self.fold.usage, "completion_tokens")
-        if prompt and completion:
-            return prompt, completion
-        estimate = self._estimate()
-        return prompt or estimate["prompt_tokens"], completion or estimate["completion_tokens"]
-
-    def _estimate(self) -> dict[str, int]:
-        return estimate_usage("\n".join(map(text_of, self.messages)), "".join(self.fold.texts()))
-
-
-@dataclass(frozen=True)
-class ProviderRequest:
-    """What a provider is asked."""
-
-    request: ChatRequest
-    model: str  # by the upstream's own name
-    history: Turns = ()  # remembered before it
-    session_id: str = ""
-    owner: str = ""  # whose it is
-    sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
-    stats: AnswerStats = field(default_factory=AnswerStats)
-    waiter: Waiter = field(default_factory=Waiter)
-
-
-class Cached(Generic[T]):
-    """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
-
-    def __init__(self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0) -> None:
-        self._fetch = fetch
-        self._max_age = max_age  # seconds that it is kept
-        self._retry_after = retry_after  # seconds before it is fetched again after a failure
-        self._thread = ThreadPoolExecutor(1, name)
-        self._lock = threading.Lock()  # guards the two below
-        self._latest: Future[T] | None = None
-        self._began = 0.0  # when the latest fetch began, seconds since the epoch
-
-    def latest(self) -> Future[T]:
-        """The latest fetch, under way or done; a new one if that is too old."""
-        with self._lock:
-            fetch = self._latest
-            if fetch and fetch.done():
-                max_age = self._retry_after if fetch.exception() else self._max_age
-                if time.time() - self._began >= max_age:
-                    fetch = None
-            if fetch is None:
-                self._began = time.time()
-                fetch = self._latest = self._thread.submit(self._fetch)
-            return fetch
-
-    def wait(self, waiter: Waiter) -> Future[T]:
-        """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
-        fetch = self.latest()
-        while not fetch.done():
-            waiter.attend()
-            with suppress(FutureTimeout):
-                fetch.exception(waiter.interval)
-        error = fetch.exception()
-        if isinstance(error, APIError):
-            raise error.copy()
-        return fetch
-
-    def invalidate(self, fetch: Future[T]) -> None:
-        """The value of this fetch is of no use: the next caller fetches again, unless one already has."""
-        with self._lock:
-            if self._latest is fetch:
-                self._latest = None
-
-
-UPSTREAM_CODES = frozenset({
-    "upstream_auth", "upstream_blocked", "upstream_changed", "upstream_invalid_response", "upstream_rate_limited",
-    "upstream_refused", "upstream_timeout", "upstream_unavailable", "invalid_json_answer", "context_length_exceeded",
-})
-
-
-class Provider:
-    """An upstream: subclasses know its protocol.
-
-    One more OpenAI-style API is two settings, NAME_API_KEY and NAME_BASE_URL. Anything else is a subclass with
-    `stream` and `check`, an entry in Providers, and in Settings.resolve the ids of its models.
-    """
-
-    def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
-        self.name = name
-        self.breaker = CircuitBreaker(name)
-        self._settings = settings
-        self._metrics = metrics
-
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        """The answer. Raises APIError, also in the middle when the upstream breaks off."""
-        raise NotImplementedError
-
-    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
-        """The answer to a request for embeddings, and headers for it. Raises APIError."""
-        raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
-
-    def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """What the upstream lists, by its own names, as far as is known after so many seconds."""
-        return {}
-
-    def check(self) -> Iterator[tuple[str, APIError | None]]:
-        """Go through the upstream step by step: (what was tried, the error that ended it)."""
-        raise NotImplementedError
-
-    def _check_answer(self, model: str) -> Iterator[tuple[str, APIError | None]]:
-        """Ask for one answer, of a model that the settings name, or else of this one."""
-        for configured in (*self._settings.fallback_models, *self._settings.models):
-            provider, own_name = self._settings.resolve(configured) or ("", "")
-            if provider == self.name:
-                model = own_name
-                break
-        began = time.monotonic()
-        question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        asked = ProviderRequest(question, model, session_id=random_hex())
-        try:
-            deque(self.stream(asked), maxlen=0)
-        except APIError as error:
-            yield "one question answered", error
-        else:
-            yield f"one question answered in {time.monotonic() - began:.1f} s", None
-
-    @contextmanager
-    def _through_breaker(self) -> Iterator[Callable[[], None]]:
-        """Around a whole call: the circuit breaker may refuse it, and learns how it ends. What it yields is called when
-        the answer has begun, which is enough of a probe: the rest may take long."""
-        probe = self.breaker.allow()
-
-        def has_begun() -> None:
-            nonlocal probe
-            if probe:
-                self.breaker.succeeded(probe)
-                probe = False
-
-        try:
-            yield has_begun
-        except BaseException as error:
-            if isinstance(error, APIError) and not isinstance(error, Abandoned):
-                self.breaker.failed(error, probe)
-                # An API's own codes are unbounded
-                code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
-                self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
-            else:  # our own bugs do not count against upstream
-                self.breaker.abandoned(probe)
-            raise
-        self.breaker.succeeded(probe)
-
-    def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
-        """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
-        retries = 0
-        while True:
-            waiter.attend()
-            try:
-                return attempt()
-            except APIError as error:
-                if not error.retryable or retries >= self._settings.max_retries:
-                    raise error.with_headers(NO_SDK_RETRY) if retries else error from None
-                back_off = min(FIRST_BACK_OFF * 2 ** retries, MAX_BACK_OFF) * random.uniform(0.5, 1)
-                pause = error.retry_after or back_off
-                retries += 1
-                self._metrics.count("kimi2api_upstream_retries_total", {"provider": self.name})
-                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
-                            self._settings.max_retries, pause)
-                waiter.sleep(pause)
-
-
-# ======================================================================================================================
-# 21 Prompts
-#
-# A request as plain text, for an upstream that takes nothing else: history, tools and the wish for JSON become words,
-# and the next section parses the answer. Pure functions of a request, linear in its length.
-# ======================================================================================================================
-
-SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
-TOOLS_FOLLOW = "You get the results and go on. Tools:"
-JSON_ONLY = "Answer with one JSON document and nothing else"
-SHORTEST_RESULT = 80  # characters of a clipped tool result, with its speaker and the mark
-CLIPPED = " [… clipped …] "
-
-
-@dataclass
-class Prompt:
-    """The parts of a prompt, in the order in which the model reads them."""
-
-    limit: int  # characters
-    system: str
-    how_to_call: str
-    tools: list[str]
-    rules: str  # for the form of the answer
-    past: list[str]  # older turns, then older rounds of tool calls, which stand behind the question
-    rounds: int  # of tool calls among them
-    question: str
-    last_round: list[str]  # message by message
-
-    @property
-    def offer(self) -> list[str]:
-        return [self.how_to_call, *self.tools] if self.tools else []
-
-    @property
-    def text(self) -> str:
-        asked = max(0, len(self.past) - self.rounds)
-        head = join_lines([self.system, *self.offer, self.rules])
-        body = join_lines([*self.past[:asked], self.question, *self.past[asked:], *self.last_round])
-        return "\n\n".join(filter(None, [head, body]))
-
-    @property
-    def excess(self) -> int:
-        """Characters beyond the limit."""
-        return len(self.text) - self.limit
-
-
-def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
-    """Write a request as one text of at most `limit` characters.
-
-    Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
-    of the limit, oldest first; the middle of results in the last round, down to a third of the limit each; tools, the
-    last first; the rest of the past; the results again, down to SHORTEST_RESULT each. Tools stay if one must be called.
-    remark: why the model's last answer was unusable.
-    Raises APIError 400 if the text is too long even then, or if there is none.
-    """
-    turns = append_turns(history, request.turns)
-    functions = called_functions(turns)
-    newest = turns[-1] if turns else ()
-    question, *rounds = rounds_of(newest)
-    last_round = rounds.pop() if rounds else ()
-    prompt = Prompt(
-        limit,
-        system=join_lines(map(text_of, request.system)),
-        how_to_call=how_to_call(request),
-        tools=list(map(describe_tool, request.tools)),
-        rules=join_lines([form_instruction(request), remark]),
-        past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
-        rounds=len(rounds),
-        question=write_messages(question, functions),
-        last_round=[write_message(message, functions) for message in last_round],
-    )
-    if len(newest) == 1 and prompt.text == prompt.question:
-        prompt.question = text_of(newest[0])  # a single message needs no speaker
-    share = limit // 3
-    if prompt.excess > 0 and not request.must_call:
-        prompt.tools = [tool for tool in prompt.tools if len(tool) <= share]
-    beyond_share = len(join_lines(prompt.past)) - share
-    prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
-    clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
-    if not request.must_call:
-        prompt.tools = drop_first(prompt.tools[::-1], prompt.excess)[::-1]
-    prompt.past = drop_first(prompt.past, prompt.excess)
-    clip_results(prompt.last_round, prompt.excess, SHORTEST_RESULT)
-    if prompt.excess > 0:
-        raise too_long(prompt)
-    if not prompt.text.strip():
-        raise bad_request("'messages' contain no text.", "messages")
-    return prompt
-
-
-def too_long(prompt: Prompt) -> APIError:
-    """Return the error in OpenAI's words, which clients search for."""
-    sizes = {
-        "system": len(prompt.system),
-        "tools": len(join_lines(prompt.offer)),
-        "response format": len(prompt.rules),
-        "newest message": len(join_lines([prompt.question, *prompt.last_round])),
-    }
-    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
-    return bad_request(
-        f"This model's maximum context length is {prompt.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
-        f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
-        "official API.", "messages", "context_length_exceeded")
-
-
-def join_lines(lines: Iterable[str]) -> str:
-    return "\n".join(filter(None, lines))
-
-
-def drop_first(texts: list[str], excess: int) -> list[str]:
-    """Return the texts without the first ones, so that `excess` characters are gone."""
-    count = 0
-    while count < len(texts) and excess > 0:
-        excess -= len(texts[count]) + 1
-        count += 1
-    return texts[count:]
-
-
-def clip_results(lines: list[str], excess: int, shortest: int) -> None:
-    """Cut `excess` characters out of the middle of tool results, but leave `shortest` of each."""
-    for index, line in enumerate(lines):
-        half = (max(shortest, len(line) - excess) - len(CLIPPED)) // 2
-        clipped = line[:half] + CLIPPED + line[-half:]
-        if excess > 0 and len(clipped) < len(line) and line.startswith(SPEAKERS["tool"]):
-            lines[index] = clipped
-            excess -= len(line) - len(clipped)
-
-
-def rounds_of(turn: Turn) -> list[Turn]:
-    """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
-    rounds: list[list[Message]] = [[]]
-    for message in turn:
-        if message.get("tool_calls"):
-            rounds.append([])
-        rounds[-1].append(message)
-    return [tuple(messages) for messages in rounds]
-
-
-def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
-    """Return the names of the called functions by call id."""
-    names = {}
-    for turn in turns:
-        for message in turn:
-            for call in message.get("tool_calls") or ():
-                if call.get("id"):
-                    names[call["id"]] = call["function"]["name"]
-    return names
-
-
-def write_messages(messages: Iterable[Message], functions: Mapping[str, str]) -> str:
-    return "\n".join(write_message(message, functions) for message in messages)
-
-
-def write_message(message: Message, functions: Mapping[str, str]) -> str:
-    role: str = message["role"]
-    speaker = SPEAKERS.get(role, role)
-    if role == "tool" and message.get("tool_call_id") in functions:
-        speaker += f" {functions[message['tool_call_id']]}"
-    calls = ""
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        calls += f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
-    return f"{speaker}: {text_of(message)}{calls}"
-
-
-def how_to_call(request: ChatRequest) -> str:
-    how = "You must call" if request.must_call else "You may call"
-    what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
-    return (
-        f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
-        f"arguments being JSON. {TOOLS_FOLLOW}")
-
-
-def form_instruction(request: ChatRequest) -> str:
-    answer = request.body.get("response_format") or {}
-    if answer.get("type") not in ("json_object", "json_schema"):
-        return ""
-    schema = (answer.get("json_schema") or {}).get("schema")
-    form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
-    return f"{JSON_ONLY}{form}"
-
-
-def describe_tool(tool: JSONObject) -> str:
-    """Describe a tool in few characters."""
-    schema = tool.get("parameters") or {}
-    source = dump_json(schema).decode()
-    form = source if '"$ref"' in source else signature(schema)
-    purpose = " ".join((tool.get("description") or "").split())
-    return f"- {tool['name']}{form}: {purpose}" if purpose else f"- {tool['name']}{form}"
-
-
-def signature(schema: Any) -> str:
-    """Write a JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
-    if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
-        return dump_json(schema).decode()
-    kind = schema.get("type")
-    if isinstance(schema.get("enum"), list):
-        return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
-    if isinstance(schema.get("properties"), dict):
-        required = schema.get("required")
-        if not isinstance(required, list):
-            required = []
-        names = set(map(str, required))
-        fields = []
-        for name, field_schema in schema["properties"].items():
-            optional = "" if name in names else "?"
-            fields.append(f"{name}{optional}: {signature(field_schema)}")
-        return "{" + ", ".join(fields) + "}"
-    if kind == "array" and schema.get("items"):
-        return f"[{signature(schema['items'])}]"
-    if isinstance(kind, list):
-        return "|".join(map(str, kind))
-    return str(kind)
-
-
-# ======================================================================================================================
-# 22 Reading answers
-#
-# Tool calls and JSON documents are parsed out of a model's plain text. All of it is linear in the text, which may be
-# hostile.
-# ======================================================================================================================
-
-ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
-
-
-class UnusableAnswer(Exception):
-    """The answer is not what the request asked for. The message tells the model what was wrong."""
-
-
-class NoDocument(UnusableAnswer):
-    """The answer has no JSON document, or a broken one."""
-
-
-def parse_answer(text: str, request: ChatRequest, allow_unknown_tools: bool = False) -> tuple[str, list[ToolCall]]:
-    """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
-
-    allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
-    """
-    if request.tools:
-        content, calls = parse_tool_calls(text, request, allow_unknown_tools)
-        if calls and request.body.get("parallel_tool_calls") is False:
-            calls = calls[:1]
-        if calls:
-            return content, calls
-        if request.must_call:
-            raise UnusableAnswer("it must contain a tool call.")
-    answer = request.body.get("response_format") or {}
-    if answer.get("type") == "json_object":
-        return parse_document(text, dict), []
-    if answer.get("type") == "json_schema":
-        kind = answer["json_schema"]["schema"].get("type")
-        if kind == "array":
-            return parse_document(text, list), []
-        return parse_document(text, dict if kind == "object" else object), []
-    return text, []
-
-
-# The form that how_to_call() asks for, and the form that Kimi K2 was trained on
-CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
-    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*<\|tool_call_argument_begin\|>\s*
-    """, re.X)
-CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
-CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
-
-
-def parse_tool_calls(text: str, request: ChatRequest, allow_unknown_tools: bool) -> tuple[str, list[ToolCall]]:
-    """Return the text around the calls, and the calls. Raises UnusableAnswer for an invalid call."""
-    offered = {tool["name"] for tool in request.tools}
-    calls = []
-    around = []
-    at = 0
-    while True:
-        begin = CALL.search(text, at)
-        if not begin:
-            break
-        around.append(text[at:begin.start()])
-        value, at = decode_json(text, begin.end())
-        if begin["name"]:
-            value = {"name": begin["name"], "arguments": value}
-        calls.append(parse_call(value, offered, allow_unknown_tools))
-        end = CALL_END.match(text, at)
-        at = end.end() if end else at
-    if calls:
-        around.append(text[at:])
-        return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
-    try:
-        value = parse_json(strip_code_fence(text))
-    except ValueError:
-        return text, []
-    if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
-        # Nothing but a call, without its marks
-        return "", [parse_call(value, offered, allow_unknown_tools)]
-    return text, []
-
-
-def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> ToolCall:
-    if not isinstance(value, dict):
-        value = {}
-    name = value.get("name")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
-        try:
-            arguments = parse_json(arguments.strip() or "{}")
-        except ValueError as error:
-            raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
-    if not isinstance(name, str) or not name or (name not in offered and not allow_unknown_tools):
-        raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
-    if not isinstance(arguments, dict):
-        raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
-    return name, replace_lone_surrogates(json.dumps(arguments, ensure_ascii=False))
-
-
-def strip_code_fence(text: str) -> str:
-    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
-    text = text.strip()
-    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
-        return text
-    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
-
-
-BRACKET = re.compile(r"[{}\[\]]")
-PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")  # {x}, [1st]: no JSON and none inside
-MAX_BRACKETS = 100  # tried; a failed attempt costs as much as all the text before it, for the line in its message
-
-
-def parse_document(text: str, kind: type) -> str:
-    """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
-
-    A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
-    is an error. Raises NoDocument.
-    """
-    with suppress(ValueError):
-        if isinstance(parse_json(text), kind):
-            return text.strip()
-    longest = ""
-    at = 0
-    for _ in range(MAX_BRACKETS):
-        bracket = BRACKET.search(text, at)
-        if not bracket:
-            break
-        start = bracket.start()
-        try:
-            value, at = decode_json(text, start)
-        except UnusableAnswer as error:
-            prose = PROSE.match(text, start)
-            if not prose:
-                raise NoDocument(str(error)) from None
-            at = prose.end()
-        else:
-            if isinstance(value, kind) and at - start >= len(longest):
-                longest = text[start:at]
-    else:
-        raise NoDocument("there are too many brackets in it.")
-    if not longest:
-        raise NoDocument("there is no JSON document of the right kind in it.")
-    return longest
-
-
-def decode_json(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at this index, and the index behind it. Raises UnusableAnswer."""
-    try:
-        value, end = STRICT_JSON.raw_decode(text, start)
-        check_depth(value)
-        return value, end
-    except (ValueError, RecursionError) as error:
-        raise UnusableAnswer(f"not valid JSON: {error}") from None
-
-
-# ======================================================================================================================
-# 23 Scraper
-#
-# The web chat's site, called as a browser calls it: TLS ciphers, headers and cookies are cloudscraper's, connections
-# and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
-# ======================================================================================================================
-
-MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, and of all that are kept
-
-
-@dataclass(frozen=True)
-class Page:
-    """A response of the site, read to its end."""
-
-    status: int
-    headers: Headers  # their names are case-insensitive
-    body: bytes
-
-
-class Scraper:
-    """A browser for many threads. Redirects are not followed. Raises APIError."""
-
-    # cloudscraper's own list ends with Chrome 76
-    USER_AGENT = (
-        "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
-        "Chrome/142.0.0.0 Safari/537.36")
-
-    def __init__(self, name: str, connections: int) -> None:
-        browser = cloudscraper.CloudScraper(browser={"browser": "chrome", "platform": "windows", "mobile": False})
-        self.transport = Transport(name, connections, browser.get_adapter("https://"))
-        self._headers = {**browser.headers, "User-Agent": self.USER_AGENT}
-        self._cookies = browser.cookies
-        self._lock = threading.Lock()  # guards _cookies: cookie jars are not thread-safe
-
-    def request(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> Page:
-        request = requests.PreparedRequest()
-        request.url = url  # cookie jars match it, and read nothing else
-        sent = {**self._headers, **headers}
-        request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
-        with self._lock:
-            cookies = get_cookie_header(self._cookies, request) if self._cookies else None
-        if cookies:
-            sent["Cookie"] = cookies
-        response = self.transport.request(method, url, sent, body, deadline)
-        if "Set-Cookie" in response.headers:
-            self._keep_cookies(request, response)
-        return Page(response.status, response.headers, response.read())
-
-    def _keep_cookies(self, request: requests.PreparedRequest, response: UpstreamResponse) -> None:
-        """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
-        if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
-            return
-        with self._lock:
-            extract_cookies_to_jar(self._cookies, request, response.raw)
-            size = sum(len(cookie.name) + len(cookie.value or "") for cookie in self._cookies)
-            if size > MAX_COOKIE_BYTES:
-                self._cookies.clear()
-
-
-# ======================================================================================================================
-# 24 Kimi's web chat
-#
-# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
-# object. What the site's answers mean is known here and nowhere else.
-# ======================================================================================================================
-
-NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
-MAX_REDIRECTS = 4
-CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
-# Cloudflare's own errors, as a web page, as text, and as problem details (RFC 9457)
-CLOUDFLARE_ERROR = re.compile(rb"\s*(?:<|error code: 1\d\d\d|{[^{}]*cloudflare)", re.I)
-
-
-class StaleNonce(Exception):
-    """Upstream answered something that a new nonce may mend. `error` is for the caller if it does not."""
-
-    def __init__(self, error: APIError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-# As the chat page has it: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; where it is sent, see KimiProvider._post
-NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
-
-
-def find_nonce(html: str) -> str | None:
-    """The first nonce after a mention of kimi_ajax in the same script."""
-    for script in html.split("</script>"):
-        _, _, config = script.partition("kimi_ajax")
-        found = NONCE.search(config)
-        if found:
-            return found[1]
-    return None
-
-
-class KimiProvider(Provider):
-    """Kimi's web chat."""
-
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        super().__init__(WEB_CHAT, settings, metrics)
-        self._nonce = Cached("nonce", self._fetch_nonce, NONCE_MAX_AGE)
-
-    @cached_property
-    def _scraper(self) -> Scraper:
-        """Made when it is first needed; its certificates would slow the start and take 1 MB."""
-        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats)
-
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        request = asked.request
-        reject_unsupported(request)
-        asked.waiter.must_finish = bool(request.user)  # its turn is remembered
-        prompt, content, calls = self._answer(asked)
-        asked.stats.messages = [{"role": "user", "content": prompt.text}]
-        content, finish_reason = truncate(content, request.stop, request.max_tokens)
-        message: Message = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            finish_reason = "tool_calls"
-            message["content"] = content or None
-            message["tool_calls"] = [
-                {
-                    "index": index,
-                    "id": f"call_{random_hex()[:24]}",
-                    "type": "function",
-                    "function": {"name": name, "arguments": arguments},
-                }
-                for index, (name, arguments) in enumerate(calls)
-            ]
-        delta = Delta.of(message, finish_reason, is_complete=True)
-        dropped = len(request.tools) - len(prompt.tools)
-        if dropped:
-            delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
-            log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
-        asked.stats.fold.add(delta.chunk)
-        yield delta
-
-    def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
-        """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
-        request = asked.request
-        limit = self._settings.context_max_length
-        prompt = write_prompt(request, asked.history, limit)
-        text = self._ask(prompt.text, asked)
-        try:
-            return prompt, *parse_answer(text, request)
-        except UnusableAnswer as fault:
-            log.info("the answer cannot be used; asking once more")
-            remark = f"Your last answer could not be used: {fault}"
-        # Where there is no room for the reason, the question is asked again as it was
-        with suppress(APIError):
-            prompt = write_prompt(request, asked.history, limit, remark)
-        text = self._ask(prompt.text, asked)
-        try:
-            return prompt, *parse_answer(text, request, allow_unknown_tools=True)
-        except NoDocument as fault:
-            raise upstream_error(
-                502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
-        except UnusableAnswer:
-            return prompt, text, []
-
-    def check(self) -> Iterator[tuple[str, APIError | None]]:
-        steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
-        failed: APIError | None = None
-        try:
-            self._nonce.wait(Waiter())
-        except APIError as error:
-            failed = error
-            reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
-            steps = steps[:reached + 1]
-        for step in steps[:-1]:
-            yield step, None
-        yield steps[-1], failed
-        if not failed:
-            yield from self._check_answer("moonshotai/Kimi-K2-Instruct-0905")
-
-    # Asking
-
-    def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """The text of the answer."""
-        with self._through_breaker():
-            return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
-
-    def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
-        """One attempt; a nonce that is rejected is renewed, once."""
-        try:
-            return self._post(prompt, asked)
-        except StaleNonce as stale:
-            log.info("refused (%s); trying once more with a new nonce", stale.error.code)
-        try:
-            return self._post(prompt, asked)
-        except StaleNonce as stale:
-            raise stale.error.with_headers(NO_SDK_RETRY) from None
-
-    def _post(self, prompt: str, asked: ProviderRequest) -> str:
-        """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
-        deadline = Deadline(self._settings.request_timeout, asked.waiter)
-        fetch = self._nonce.wait(asked.waiter)
-        nonce = fetch.result()
-        home = urlsplit(self._settings.chat_page_url)
-        form = {
-            "action": "kimi_send_message",
-            "nonce": nonce,
-            "message": prompt,
-            "model": asked.model,
-            "session_id": asked.session_id,
-        }
-        headers = {
-            "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
-            "Accept": "application/json, */*",
-            "X-Requested-With": "XMLHttpRequest",
-            "Origin": f"{home.scheme}://{home.netloc}",
-            "Referer": self._settings.chat_page_url,
-        }
-        try:
-            page = self._checked_page(
-                "POST", self._settings.upstream_url, headers, urlencode(form).encode(), deadline)
-            return read_text(page, nonce)
-        except StaleNonce:
-            self._nonce.invalidate(fetch)
-            raise
-        except APIError:  # it may have been the answer to another's question, so that ours is still to come
-            self._scraper.transport.close_idle(self._settings.upstream_url)
-            raise
-
-    def _checked_page(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> Page:
-        """Send a request; sort out what any response of this site can mean, to the page or to the form."""
-        page = self._scraper.request(method, url, headers, body, deadline)
-        status = page.status
-        if page.headers.get("cf-mitigated") == "challenge":
-            raise self._blocked("a managed challenge")
-        is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
-        is_challenge = status in (429, 503) and CHALLENGE.search(page.body)
-        if is_block or is_challenge:
-            raise self._blocked(f"HTTP {status} with a page of its own")
-        if status == 429:
-            raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
-                               "upstream_rate_limited", page.headers)
-        if status >= 500:
-            raise upstream_error(
-                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
-        return page
-
-    def _blocked(self, reason: str) -> APIError:
-        return upstream_error(503, "upstream_blocked", (
-            f"Cloudflare blocks this program: {reason}. Open {self._settings.chat_page_url} in a browser on this "
-            "network, wait some minutes, or use another network (HTTPS_PROXY)."))
-
-    # The nonce
-
-    def _fetch_nonce(self) -> str:
-        """Fetch the chat page and find its nonce."""
-        home = self._settings.chat_page_url
-        page = self._fetch_page()
-        nonce = find_nonce(page.body.decode("utf-8", "replace"))
-        if page.status != 200 or not nonce:
-            raise upstream_error(
-                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed. "
-                "Look for a newer version of this program.")
-        log.info("nonce renewed")
-        return nonce
-
-    def _fetch_page(self) -> Page:
-        """The chat page, after redirects on its own host."""
-        home = self._settings.chat_page_url
-        deadline = Deadline(self._settings.request_timeout, Waiter())
-        # No cache has seen it yet
-        url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
-        for _ in range(MAX_REDIRECTS + 1):
-            page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
-            location = page.headers.get("Location")
-            if not 300 <= page.status < 400 or not location:
-                break
-            url = self._redirected(url, location)
-        return page
-
-    def _redirected(self, url: str, location: str) -> str:
-        """Where a redirect leads. Raises APIError for another scheme, host or port."""
-        here = urlsplit(self._settings.chat_page_url)
-        with suppress(ValueError):
-            target = parse_url(urljoin(url, location))
-            if urlsplit(target)[:2] == here[:2]:
-                return target
-        raise upstream_error(
-            502, "upstream_changed",
-            "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
-
-
-WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
-WEB_CHAT_REQUEST = request_object({}, {  # what the web chat supports; the rest would change the shape of the answer
-    "n": {"enum": [1]},
-    "logprobs": {"enum": [False]},
-    "audio": {"enum": [{}]},
-    "modalities": {"enum": [[], ["text"]]},
-    "tool_choice": any_of(STRING, request_object({}, {"type": choice_of("function", "allowed_tools")})),
-    "tools": array(request_object({"type": choice_of("function")})),
-    "messages": array(request_object({}, {"content": any_of(STRING, array(WEB_CHAT_PART))})),
-})
-
-
-def reject_unsupported(request: ChatRequest) -> None:
-    """Raises APIError 400 for what the web chat cannot do."""
-    violation = find_violation(request.body, WEB_CHAT_REQUEST)
-    if violation:
-        raise bad_request(
-            f"'{violation.path}' is not supported by the web chat, which takes text and answers with one text.",
-            violation.path, "unsupported_value")
-
-
-def read_text(page: Page, nonce: str) -> str:
-    """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
-    body = page.body.strip()
-    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
-        raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
-    try:
-        answer = parse_upstream_json(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        answer = {}
-    data = answer.get("data")
-    if answer.get("success") is False:
-        raise StaleNonce(upstream_error(
-            502, "upstream_refused", f"The web chat refused: {plain_line(data, nonce)}", quotes_upstream=True))
-    if page.status != 200:
-        raise invalid_response("The web chat", f"HTTP {page.status}")
-    text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
-    if isinstance(text, str) and text.strip():
-        return text
-    what = "something that is not JSON"
-    if answer:
-        what = "an empty answer" if isinstance(text, str) else "JSON of an unknown shape"
-    raise invalid_response("The web chat", what, retryable=True)
-
-
-# ======================================================================================================================
-# 25 Model notes
-#
-# Models of one API differ in what they take, and clients know little of it. What a refusal teaches about a model is
-# kept for its next requests, so that no table of models is needed.
-# ======================================================================================================================
-
-# Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
-OPTIONAL_PARAMETERS = (
-    "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
-    "logprobs", "stream_options",
-)
-NOTES_MAX_AGE = 3600.0  # seconds
-MAX_REFUSED = 50  # settings of one
-
-# How a forced tool is asked for: as the client does; as the only one of the tools; without thinking
-AS_ASKED, ONLY_TOOL, NO_THINKING = range(3)
-
-
-@dataclass(frozen=True)
-class ModelNotes:
-    """What an API's refusals (400) have taught about one of its models. The facts are in `after`."""
-
-    refused: Mapping[str, float] = field(default_factory=dict)  # settings of parameters, left out until when
-    wants_reasoning: bool = False  # every assistant message must have reasoning_content, if only an empty one
-    forcing: int = AS_ASKED
-    forcing_until: float = 0.0  # seconds since the epoch, as are the times in `refused`
-
-    def adapt(self, body: JSONObject, now: float) -> JSONObject:
-        """A request as the model takes it."""
-        adapted = {}
-        for name, value in body.items():
-            if name not in OPTIONAL_PARAMETERS or self.refused.get(setting_of(name, value), 0.0) <= now:
-                adapted[name] = value
-        if self.wants_reasoning:
-            adapted["messages"] = without_reasoning_gaps(body["messages"])
-        choice = body.get("tool_choice")
-        forcing = self.forcing if now < self.forcing_until else AS_ASKED
-        if forcing == ONLY_TOOL and names_function(choice):
-            adapted["tool_choice"] = "required"
-            adapted["tools"] = [tool for tool in body["tools"] if is_tool(tool, choice["function"]["name"])]
-        elif forcing == NO_THINKING and forces_tool(choice) and "thinking" not in body:
-            adapted["thinking"] = {"type": "disabled"}
-        return adapted
-
-    def after(self, refusal: APIError, sent: JSONObject, now: float) -> ModelNotes | None:
-        """The notes once this request has been refused, None when there is nothing else to try.
-
-        Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
-        missing …"; "tool_choice 'specified' is incompatible with thinking enabled". DeepSeek: "The reasoning_content in
-        the thinking mode must be passed back to the API."
-        """
-        named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
-        until = now + NOTES_MAX_AGE
-        refused = {}
-        for name in OPTIONAL_PARAMETERS:
-            really_wanted = name == "logprobs" and sent.get(name)
-            if name in named and name in sent and not really_wanted:
-                refused[setting_of(name, sent[name])] = until
-        if refused:
-            known = list(self.refused.items())[-MAX_REFUSED:]
-            return replace(self, refused={**dict(known), **refused})
-        if "reasoning_content" in named and without_reasoning_gaps(sent["messages"]) != sent["messages"]:
-            return replace(self, wants_reasoning=True)
-        choice = sent.get("tool_choice")
-        if "tool_choice" in named and forces_tool(choice) and "thinking" not in sent:
-            forcing = ONLY_TOOL if names_function(choice) else NO_THINKING
-            return replace(self, forcing=forcing, forcing_until=until)
-        return None
-
-
-def setting_of(parameter: str, value: Any) -> str:
-    """A parameter and its value: what is refused of one caller's value says nothing of another's."""
-    return f"{parameter}={value!r}"[:100]
-
-
-def forces_tool(choice: Any) -> bool:
-    return choice == "required" or names_function(choice)
-
-
-def is_tool(tool: JSONObject, name: str) -> bool:
-    return tool["type"] == "function" and bool(tool["function"]["name"] == name)
-
-
-def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
-    """Messages in which each of the assistant's has reasoning_content, empty where there is none."""
-    filled = []
-    for message in messages:
-        if message["role"] == "assistant" and message.get("reasoning_content") is None:
-            message = {**message, "reasoning_content": ""}
-        filled.append(message)
-    return filled
-
-
-# ======================================================================================================================
-# 26 API streams
-#
-# The events of an API's answer, read, checked and made whole where an API leaves something out; its errors as ours.
-# ======================================================================================================================
-
-MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
-
-TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
-INDEX: Schema = {**COUNT, "maximum": 9999}
-CHUNK_CHOICE = object_of({
-    "index": INDEX,
-    "finish_reason": any_of(STRING, NULL),
-    "delta": request_object({}, {
-        **dict.fromkeys(TEXT_FIELDS, STRING),
-        "tool_calls": array(request_object({}, {
-            "index": INDEX,
-            "id": STRING,
-            "type": STRING,
-            "function": request_object({}, {"name": STRING, "arguments": STRING}),
-        })),
-    }),
-})
-
-
-TOO_LONG = re.compile("(?i)maximum context length|exceeded model token limit|context_length_exceeded|context window")
-
-
-def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
-    """An API's error as ours, in its name and never with our key for it.
-
-    Status, type, code and rate-limit headers stay, except where it is about that key.
-    """
-    if status in (401, 403):
-        return upstream_error(
-            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
-            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    fields = error if isinstance(error, dict) else {}
-
-    def told(name: str) -> str | None:
-        return plain_line(fields[name], api.key) if fields.get(name) else None
-
-    message = f"{api.name}: {plain_line(error, api.key)}"
-    type, code, param = told("type"), told("code"), told("param")
-    if status == 400 and TOO_LONG.search(message):  # by this code clients, and FALLBACK_MODELS, know what to do
-        code = "context_length_exceeded"
-    if status == 429:
-        ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
-    elif 400 <= status < 500:
-        ours = APIError(status, message, type or "invalid_request_error", code, param)
-    else:
-        is_failure = 500 <= status < 600
-        wait = parse_retry_after(headers.get("Retry-After"))
-        ours = APIError(
-            status if is_failure else 502,
-            message,
-            type or "upstream_error",
-            code or "upstream_unavailable",
-            param,
-            retryable=is_failure,
-            headers={} if wait is None else {"Retry-After": str(ceil(wait))},
-        )
-    return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
-
-
-def digests_of_questions(messages: Iterable[Message]) -> Iterator[str]:
-    """For each message, a digest of all that the user had said by then, which tells one conversation from another:
-    ids of calls such as functions.f:0 occur in every one of them."""
-    said = sha256()
-    for message in messages:
-        if message["role"] == "user":
-            said.update(text_of(message).encode() + b"\0")
-        yield said.hexdigest()
-
-
-class APIAnswer:
-    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete:
-    what fails after that is no failure."""
-
-    def __init__(self, api: API, response: UpstreamResponse, fold: Fold, choices: int) -> None:
-        self.is_done = False  # [DONE] has come
-        self.finished: set[int] = set()  # the indexes of choices that have their finish reason
-        self._api = api
-        self._response = response
-        self._fold = fold
-        self._wanted = choices
-
-    def chunks(self) -> Iterator[JSONObject]:
-        deadline = self._response.deadline
-        is_complete = False
-        try:
-            for data in server_sent_data(self._response.stream(), self._api.name):
-                if data == b"[DONE]":
-                    self.is_done = deadline.may_reuse_connection = True
-                    break
-                chunk = self._parse_chunk(data)
-                self._fold.add(chunk)
-                if not is_complete:
-                    # From its first choice on, only silence times out, not the whole answer
-                    deadline.is_per_read = bool(self._fold.choices)
-                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
-                        is_complete = True
-                        deadline.is_per_read = False
-                        deadline.limit(FINISHED_SILENCE)
-                yield chunk
-        except APIError as error:
-            if not is_complete or isinstance(error, Abandoned):
-                raise
-        if not (self.is_done or is_complete):
-            message = f"{self._api.name} ended the stream before the answer was complete."
-            raise upstream_error(502, "upstream_unavailable", message)
-        if not self._fold.choices:
-            raise self._malformed("an empty answer")
-
-    def _malformed(self, what: str = "a malformed chunk") -> APIError:
-        return invalid_response(self._api.name, what)
-
-    def _parse_chunk(self, data: bytes) -> JSONObject:
-        """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        try:
-            chunk = parse_upstream_json(data)
-        except ValueError:
-            raise self._malformed("something that is not JSON") from None
-        if not isinstance(chunk, dict):
-            raise self._malformed()
-        if chunk.get("error"):
-            raise api_error(self._api, 500, chunk, {})
-        choices = chunk.get("choices")
-        if choices is None:
-            choices = chunk["choices"] = []
-        if not isinstance(choices, list):
-            raise self._malformed()
-        for choice in choices:
-            if not is_text(choice):
-                self._check_choice(choice)
-                if choice.get("usage"):  # Moonshot's place for it
-                    chunk["usage"] = chunk.get("usage") or choice["usage"]
-        return chunk
-
-    def _check_choice(self, choice: Any) -> None:
-        if not isinstance(choice, dict):
-            raise self._malformed()
-        choice.setdefault("index", 0)
-        choice.setdefault("finish_reason", None)
-        delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
-        if find_violation(choice, CHUNK_CHOICE):
-            raise self._malformed()
-        index = choice["index"] = int(choice["index"])
-        if delta.get("tool_calls"):
-            known = self._fold.choices.get(index, {"delta": {}})["delta"].get("tool_calls")
-            assign_call_indexes(delta["tool_calls"], known or {})
-        if choice["finish_reason"]:
-            self.finished.add(index)
-
-
-def is_text(choice: Any) -> bool:
-    """Whether a choice of a chunk is as nearly all are, a piece of text and nothing else, which needs no check."""
-    if type(choice) is not dict or type(choice.get("index")) is not int or choice.get("finish_reason", "") is not None:
-        return False
-    delta = choice.get("delta")
-    return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
-
-
-def assign_call_indexes(calls: list[JSONObject], known: Mapping[int, Any]) -> None:
-    """Give pieces of tool calls their index, which some APIs leave out: without an id they continue the last call.
-    known: the calls that came before, by index."""
-    last = max(known, default=-1)
-    for call in calls:
-        if not isinstance(call.get("index"), int):
-            call["index"] = last + 1 if last < 0 or call.get("id") else last
-        last = call["index"]
-
-
-def rate_limits(headers: Headers) -> dict[str, str]:
-    """The rate-limit headers that may be passed on; clients refuse an answer whose head is too long."""
-    limits = {}
-    for name, value in headers.items():
-        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]{1,100}: [ -~]{0,100}", f"{name}: {value}", re.A):
-            limits[name] = value
-    return limits
-
-
-def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
-    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
-    line = bytearray()  # whose end has not come
-    total = 0
-    data: list[bytes] = []
-    data_size = 0
-    is_first = True
-    # The end of the stream ends the last event too
-    for chunk in itertools.chain(chunks, [b"\n\n"]):
-        line += chunk
-        total += len(chunk)
-        if b"\n" in chunk:
-            *lines, rest = bytes(line).split(b"\n")
-            line = bytearray(rest)
-            if is_first:
-                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-                is_first = False
-            for text in lines:
-                text = text.rstrip(b"\r")
-                if text.startswith(b"data:"):
-                    data.append(text[5:].removeprefix(b" "))
-                    data_size += len(text)
-                elif not text and data:
-                    yield b"\n".join(data)
-                    data = []
-                    data_size = 0
-        if len(line) + data_size > MAX_UPSTREAM_BYTES:
-            raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
-        if total > MAX_STREAM_BYTES:
-            raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
-
-
-# ======================================================================================================================
-# 27 OpenAI-style APIs
-#
-# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
-# Requests and chunks pass through as they are; only the model's name, the messages (a session's turns are put in front)
-# and the streaming are ours.
-# ======================================================================================================================
-
-MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
-MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
-MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
-MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
-
-
-class OpenAIProvider(Provider):
-    """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
-
-    def __init__(self, api: API, settings: Settings, metrics: Metrics) -> None:
-        super().__init__(api.name, settings, metrics)
-        self._api = api
-        self._base_url = api.base_url.rstrip("/")
-        self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats)
-        self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
-        if api.key:
-            self._headers["Authorization"] = f"Bearer {api.key}"
-        self._notes: dict[str, ModelNotes] = {}
-        self._last_models: dict[str, JSONObject] = {}
-        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
-
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        request = asked.request
-        messages = request.messages
-        if asked.history:
-            turns = append_turns(asked.history, request.turns)
-            messages = [*request.system, *itertools.chain.from_iterable(turns)]
-        body = {
-            **request.body,
-            "model": asked.model,
-            "messages": self._with_reasoning(messages, asked),
-            "stream": True,
-            "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
-        }
-        asked.waiter.must_finish = False
-        with self._through_breaker() as has_begun:
-            response, sent = self._ask(body, asked)
-            headers = rate_limits(response.headers)
-            ignored = [name for name in request.body if name not in sent]
-            if ignored:
-                headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-            answer = APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1)
-            finished = 0
-            try:
-                for chunk in answer.chunks():
-                    has_begun()
-                    # Before the client can ask with the results of its calls
-                    if len(answer.finished) > finished:
-                        finished = len(answer.finished)
-                        self._keep_reasoning(asked, sent["messages"])
-                    yield Delta(chunk, headers=headers)
-                    headers = {}
-            finally:
-                if answer.is_done:
-                    response.finish()
-                else:
-                    response.close()
-
-    def _ask(self, body: JSONObject, asked: ProviderRequest) -> tuple[UpstreamResponse, JSONObject]:
-        """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
-        again. What has helped is remembered; what has not is forgotten, and the first refusal of a forced tool told."""
-        notes = self._notes.get(asked.model, ModelNotes())
-        forced: APIError | None = None
-        while True:
-            sent = notes.adapt(body, time.time())
-            attempt = partial(self._open_stream, sent, asked.waiter)
-            try:
-                response = self._retry(attempt, asked.waiter)
-            except APIError as error:
-                better = notes.after(error, sent, time.time()) if error.status == 400 else None
-                if better is None:
-                    raise forced or error from None
-                if better.forcing != notes.forcing:
-                    forced = forced or error.copy()
-                log.info("%s/%s: %s; asking again in another way", self.name, asked.model, error.reason)
-                notes = better
-            else:
-                self._notes[asked.model] = notes
-                return response, sent
-
-    def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
-        """Keep the reasoning behind the tool calls of each choice. messages: that the answer is to."""
-        for choice in asked.stats.fold.choices.values():
-            text = "".join(choice["delta"].get("reasoning_content") or ())
-            calls = choice["delta"].get("tool_calls") or {}
-            if text and calls:
-                question = list(digests_of_questions(messages))[-1]
-                first = next(iter(calls.values())).get("id")
-                asked.sessions.keep_reasoning(asked.owner, f"{self.name} {question} {first}", text)
-
-    def _with_reasoning(self, messages: list[Message], asked: ProviderRequest) -> list[Message]:
-        """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
-        if not any("tool_calls" in message for message in messages):
-            return messages
-        ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
-        restored = []
-        for message, question in zip(messages, digests_of_questions(messages), strict=True):
-            if message.get("reasoning_content") is None and message.get("tool_calls"):
-                call_id = message["tool_calls"][0].get("id")
-                # One that occurs twice could be another answer's
-                if call_id and ids[call_id] == 1:
-                    text = asked.sessions.find_reasoning(asked.owner, f"{self.name} {question} {call_id}")
-                    if text:
-                        message = {**message, "reasoning_content": text}
-            restored.append(message)
-        return restored
-
-    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
-        def attempt() -> tuple[JSONObject, Headers]:
-            response = self._send("POST", "/embeddings", body, waiter)
-            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
-            if not isinstance(answer.get("data"), list):
-                raise invalid_response(self._api.name, "no embeddings")
-            return answer, rate_limits(response.headers)
-
-        with self._through_breaker():
-            return self._retry(attempt, waiter)
-
-    def _open_stream(self, body: JSONObject, waiter: Waiter) -> UpstreamResponse:
-        response = self._send("POST", "/chat/completions", body, waiter)
-        if "json" in response.headers.get("Content-Type", ""):
-            self._read_json(response)  # for an error in it
-            raise invalid_response(self._api.name, "a complete answer instead of a stream")
-        response.deadline.may_reuse_connection = False  # until the stream's own end
-        return response
-
-    def _read_json(
-        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
-    ) -> JSONObject:
-        """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
-        try:
-            answer = parse_upstream_json(response.read(limit), max_values)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise invalid_response(self._api.name, "no JSON object")
-        if answer.get("error"):
-            raise api_error(self._api, response.status, answer, response.headers)
-        return answer
-
-    def _send(self, method: str, path: str, body: JSONObject | None, waiter: Waiter) -> UpstreamResponse:
-        """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
-        a stream, and for all of another body."""
-        headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
-        deadline = Deadline(self._settings.request_timeout, waiter)
-        data = dump_json(body) if body else None
-        response = self._transport.request(method, self._base_url + path, headers, data, deadline)
-        if response.status == 200:
-            return response
-        text = response.read()
-        try:
-            answer = parse_upstream_json(text)
-        except ValueError:
-            answer = text.decode("utf-8", "replace")
-        raise api_error(self._api, response.status, answer, response.headers)
-
-    # Models
-
-    def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
-        with suppress(FutureTimeout, APIError):
-            return self._models.latest().result(wait)
-        return self._last_models
-
-    def _fetch_models(self) -> dict[str, JSONObject]:
-        try:
-            self._last_models = self._list_models()
-        except APIError as error:
-            log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
-            raise
-        return self._last_models
-
-    def _list_models(self) -> dict[str, JSONObject]:
-        listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
-        if not isinstance(listed, list):
-            raise invalid_response(self._api.name, "no list of models")
-        models = {}
-        for model in listed:
-            if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"]:
-                models[model["id"]] = model
-        return models
-
-    def check(self) -> Iterator[tuple[str, APIError | None]]:
-        step = f"{self._base_url} reached, key accepted"
-        try:
-            listed = self._list_models()
-        except APIError as error:
-            yield step, error
-            return
-        yield step, None
-        yield from self._check_answer(next(iter(listed), "default"))
-
-
-# ======================================================================================================================
-# 28 Models and fallback
-#
-# Which provider answers for a model's id, and who answers when it cannot.
-# ======================================================================================================================
-
-CREATED = 1757030400  # of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
-MAX_HELD_BACK = 50  # deltas without content
-LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
-
-
-def model_not_found(name: str) -> APIError:
-    return APIError(
-        404, f"The model {name[:100]!r} does not exist; /v1/models lists those that do.", code="model_not_found",
-        param="model")
-
-
-class Providers:
-    """Every configured provider, and which of them a model's id means."""
-
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings = settings
-        self.by_name: dict[str, Provider] = {WEB_CHAT: KimiProvider(settings, metrics)}
-        for name, api in settings.apis.items():
-            self.by_name[name] = OpenAIProvider(api, settings, metrics)
-
-    def resolve(self, model: str) -> tuple[Provider, str]:
-        """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
-        resolved = self._settings.resolve(model)
-        if resolved is None:
-            raise model_not_found(model)
-        name, own_name = resolved
-        return self.by_name[name], own_name
-
-    def models(self) -> list[JSONObject]:
-        """MODELS, then what each API lists, as OpenAI's model objects."""
-        for provider in self.by_name.values():
-            provider.models(wait=0)  # all are asked before the first is waited for
-        deadline = time.monotonic() + LISTING_WAIT
-        names = list(self._settings.models)
-        for provider in self.by_name.values():
-            for model in provider.models(wait=max(0.0, deadline - time.monotonic())):
-                names.append(f"{provider.name}/{model}")
-        return [self.model(name, wait=0) for name in names if name != "*"]
-
-    def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
-        """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
-        provider, own_name = self.resolve(name)
-        model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
-        listed = provider.models(wait)
-        if listed and own_name not in listed and name not in self._settings.models:
-            raise model_not_found(name)
-        upstream_model = listed.get(own_name, {})
-        for field_name, kind in (("created", int), ("owned_by", str)):
-            if isinstance(upstream_model.get(field_name), kind):
-                model[field_name] = upstream_model[field_name]
-        return model
-
-    def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
-        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can.
-
-        What the client must not see before it could still be another model's is held back: of a stream the role, of
-        an answer in one piece everything, which then is one delta.
-        """
-        failed: list[tuple[str, APIError]] = []
-        stats = asked.stats
-        stats.messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
-        for name in dict.fromkeys((model, *self._settings.fallback_models)):
-            provider, upstream_model = self.resolve(name)
-            stats.start(provider.name, name)
-            deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
-            begun: list[Delta] = []
-            try:
-                for delta in deltas:
-                    begun.append(delta)
-                    if asked.request.stream and (delta.has_content or len(begun) > MAX_HELD_BACK):
-                        break
-                    if not asked.request.stream:
-                        del begun[1:]  # the fold has it
-            except APIError as error:
-                failed.append((name, error.copy()))
-                if not error.may_fall_back or isinstance(error, Abandoned):
-                    break
-                log.warning("%s cannot answer: %s", name, error.reason)
-                continue
-            if not asked.request.stream:
-                begun[0].chunk = stats.fold.completion()
-            if failed:
-                log.warning("%s answers instead of %s", name, model)
-            begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
-            for delta in itertools.chain(begun, deltas):
-                delta.chunk["model"] = name
-                yield delta
-            return
-        (_, first), *others = failed
-        messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
-        raise first.copy(message=" ".join(messages))
-
-    def embed(
-        self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
-    ) -> tuple[JSONObject, Headers]:
-        """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
-        provider, upstream_model = self.resolve(model)
-        stats.start(provider.name, model)
-        answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
-        stats.first_chunk = time.monotonic() - stats.began
-        usage = answer.get("usage")
-        if not count_of(usage, "prompt_tokens"):
-            usage = {"prompt_tokens": estimate_input(body["input"])}
-        stats.fold.add({"usage": usage})
-        return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
-
-
-# ======================================================================================================================
-# 29 Clients
-#
-# The clients of chats, and how many there may be at once. A chat runs on the thread of its client's request, upstream
-# call included.
-# ======================================================================================================================
-
-CLIENT_CHECK_INTERVAL = 0.5  # seconds
-SEND_SIZE = 65536  # bytes of events that are sent without waiting for the next pause
-KEEPALIVE = b": keep-alive\n\n"
-
-
-class Client(Waiter):
-    """The client of one chat: it may disconnect, and if it gets a stream, it is sent events and keep-alive comments.
-
-    Events are sent before the next wait for the upstream, so that all that one read brought is one write.
-    """
-
-    def __init__(self, environ: Mapping[str, Any], stopping: threading.Event) -> None:
-        self.interval = CLIENT_CHECK_INTERVAL
-        self.has_left = False
-        self.has_begun = False  # an event has been handed over, so an error can only be another one
-        self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
-        self._stopping = stopping
-        self._begin: Callable[[], Callable[[bytes], object]] | None = None
-        self._write: Callable[[bytes], object] | None = None
-        self._pending: list[bytes] = []
-        self._pending_size = 0
-        self._keepalive_interval = inf
-        self._last_write = time.monotonic()
-        self._blocked = 0.0  # seconds that sending has taken
-
-    def stream(self, begin: Callable[[], Callable[[bytes], object]], keepalive_interval: float) -> None:
-        """The client gets a stream. begin: starts the response, and returns WSGI's write()."""
-        self._begin = begin
-        self._keepalive_interval = keepalive_interval  # seconds
-        self.interval = min(self.interval, keepalive_interval)
-
-    def clock(self) -> float:
-        """Stands still while the client does not read: that is not the upstream's time."""
-        return time.monotonic() - self._blocked
-
-    def attend(self) -> None:
-        self.flush()
-        if self._begin and time.monotonic() - self._last_write >= self._keepalive_interval:
-            self.send(KEEPALIVE)
-            self.flush()
-        self.has_left = self.has_left or self._disconnected()
-        if self.has_left and not self.must_finish:
-            raise Abandoned(499, "The client has disconnected.", code="client_closed_request")  # nginx's status
-        if self._stopping.is_set():
-            raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
-
-    def sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        self.attend()
-        while True:
-            pause = min(end - time.monotonic(), self.interval)
-            if pause <= 0:
-                return
-            self._stopping.wait(pause)
-            self.attend()
-
-    def send(self, data: bytes) -> None:
-        """Hand over an event. A client that has left is sent nothing."""
-        self.has_begun = True
-        self._pending.append(data)
-        self._pending_size += len(data)
-        if self._pending_size >= SEND_SIZE:
-            self.flush()
-
-    def flush(self) -> None:
-        data = b"".join(self._pending)
-        self._pending.clear()
-        self._pending_size = 0
-        if not data or self.has_left or not self._begin:
-            return
-        if self._write is None:
-            self._write = self._begin()
-        began = time.monotonic()
-        try:
-            self._write(data)
-        except Exception:  # a WSGI server raises what it likes for a client that has disconnected
-            self.has_left = True
-        self._last_write = time.monotonic()
-        self._blocked += self._last_write - began
-
-
-class Slots:
-    """Chats that run now, at most `limit`."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self._lock = threading.Lock()  # guards used
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Around a chat. Raises APIError 429 for one too many."""
-        with self._lock:
-            if self.used >= self.limit:
-                raise APIError(
-                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
-                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
-            self.used += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.used -= 1
-
-
-# ======================================================================================================================
-# 30 Delivery
-#
-# What is remembered of an answer, before its client can see that it is complete.
-# ======================================================================================================================
-
-def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
-    """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
-    finds it remembered."""
-    held: list[Delta] = []
-    for delta in deltas:
-        if delta.is_final:
-            held.append(delta)
-            continue
-        yield from held
-        held = []
-        yield delta
-    save()
-    yield from held
-
-
-def record_turn(sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
-    """Record what the user has said and the answer in the user's session."""
-    message = answer_to_remember(stats.fold)
-    violation = find_violation(message, MESSAGE)
-    if violation:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
-    elif request.turns and request.user:
-        *older, newest = request.turns
-        turns = [*older, (*newest, message)]
-        sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
-
-
-def answer_to_remember(fold: Fold) -> Message:
-    """The assistant's message that goes into a session."""
-    message = fold.message()
-    if not message.get("tool_calls"):
-        # APIs refuse null without tool calls
-        message["content"] = message["content"] or ""
-    return message
-
-
-def record_response(
-    sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
-    response: JSONObject,
-) -> None:
-    """Keep a response, with all that a next one goes on from."""
-    answer = read_items(response["output"])
-    turns = append_turns(previous.turns, request.turns)
-    if turns:
-        *older, newest = turns
-        turns = (*older, (*newest, *answer))
-    sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
-
-
-# ======================================================================================================================
-# 31 Pace
-#
-# An answer that arrived whole, replayed as a stream, in pieces that a reader could have been shown.
-# ======================================================================================================================
-
-PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
-
-
-def pieces(text: str, max_pieces: int) -> Iterator[str]:
-    """Split a text into at most `max_pieces` pieces of whole words (of Chinese: one or two characters).
-
-    No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
-    """
-    start = 0
-    size = len(text) / max_pieces
-    for match in PIECE.finditer(text):
-        end = match.end()
-        if end > start and end - start >= size:
-            yield text[start:end]
-            start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client) -> Iterator[Delta]:
-    """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
-    all. Without pauses when the client has left: the answer may still be recorded, and whole."""
-    max_pieces = max(1, int(max_seconds / interval)) if interval else 1
-    for delta in deltas:
-        if not delta.is_complete:
-            yield delta
-            continue
-        client.must_finish = True
-        began = time.monotonic()
-        for count, step in enumerate(steps_of(delta, max_pieces)):
-            ahead = began + count * interval - time.monotonic()
-            if ahead > 0 and not client.has_left:
-                client.sleep(ahead)
-            yield step
-
-
-def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
-    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, the calls, the finish reason."""
-    choice = delta.chunk["choices"][0]
-    message = dict(choice["delta"])
-    calls = message.pop("tool_calls", ())
-    content = message["content"]
-    message["content"] = None if content is None else ""
-    first = Delta.of(message)
-    first.chunk["model"] = delta.chunk["model"]
-    first.headers = delta.headers
-    yield first
-    for piece in pieces(content or "", max_pieces):
-        yield Delta.of({"content": piece})
-    if calls:
-        yield Delta.of({"tool_calls": calls})
-    yield Delta.of({}, choice["finish_reason"])
-
-
-# ======================================================================================================================
-# 32 Formats
-#
-# Deltas in, the bytes of OpenAI's JSON or server-sent events out.
-# ======================================================================================================================
-
-
-class ChatCompletion:
-    """One chat completion on its way out: an id and a time of creation, the same in every chunk.
-
-    Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
-    """
-
-    id_prefix = "chatcmpl"
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-
-    def __init__(self, include_usage: bool = False) -> None:
-        self.headers: Headers = {}  # for the response, known once the first delta is there
-        self._head: JSONObject = {
-            "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
-        }
-        self._include_usage = include_usage
-
-    def json(self, deltas: Iterable[Delta]) -> bytes:
-        """The whole answer, which is one delta, as one object."""
-        *_, whole = deltas
-        self._note(whole)
-        completion = whole.chunk
-        self._head["object"] = self.kind
-        for choice in completion["choices"]:
-            choice["message"] = message_of(choice)
-            choice["logprobs"] = choice.get("logprobs")
-            choice["finish_reason"] = choice.get("finish_reason") or "stop"
-            del choice["delta"]
-        return dump_json(self._with_head(completion))
-
-    def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        """Server-sent events, [DONE] at the end."""
-        for delta in deltas:
-            self._note(delta)
-            chunk = self._with_head(delta.chunk)
-            usage = chunk.pop("usage", None)
-            if self._include_usage:
-                chunk["usage"] = usage
-            elif usage and not chunk["choices"]:
-                continue
-            yield b"data: " + dump_json(chunk) + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
-    def failure(self, error: APIError, sent: int) -> bytes:
-        """The event that ends a stream. Without [DONE] after it: half an answer must not look whole."""
-        return b"data: " + dump_json(error.body()) + b"\n\n"
-
-    def _note(self, delta: Delta) -> None:
-        if delta.headers:
-            self.headers = delta.headers
-        if "model" in delta.chunk:
-            self._head["model"] = delta.chunk["model"]
-
-    def _with_head(self, fields: JSONObject) -> JSONObject:
-        """The fields with ours, listed first for readers; ours override upstream's."""
-        return {**self._head, **fields, **self._head}
-
-
-class TextCompletion(ChatCompletion):
-    """One completion of the API before chats. Field by field after OpenAI's CreateCompletionResponse."""
-
-    id_prefix = "cmpl"
-    kind = "text_completion"
-    chunk_kind = "text_completion"
-
-    def _with_head(self, fields: JSONObject) -> JSONObject:
-        choices = []
-        for choice in fields["choices"]:
-            message = choice.get("message") or choice["delta"]
-            choices.append({
-                "text": message.get("content") or "",
-                "index": choice["index"],
-                "logprobs": None,
-                "finish_reason": choice["finish_reason"],
-            })
-        return super()._with_head({**fields, "choices": choices})
-
-
-# ======================================================================================================================
-# 33 Responses
+# ----------------------------------------------------------------------------------------------------------------------
+# Responses format
 #
 # Deltas in, a Response or its events out. Items follow one another, as OpenAI sends them, also where an upstream sends
 # parts of several by turns: LangChain takes each change of `output_index` for a new item.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 MAX_ITEMS = 1000  # of one response; an item takes a hundred times the bytes that begin it
 
@@ -5484,11 +2116,3218 @@ def write_event(event: JSONObject, number: int) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), dump_json({**event, "sequence_number": number}))
 
 
-# ======================================================================================================================
-# 34 Access
+########################################################################################################################
+# Part 4: Storage
 #
-# Who may call: keys, and browsers, which may be sent here by anybody's page.
-# ======================================================================================================================
+# Documents and counters in one of three stores, and what is kept in them: sessions, stored responses, reasoning, usage.
+# Also the metrics of this process.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stores
+#
+# A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
+# kind and a name. `Sessions` decides what is in a document.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
+MAX_REASONING_TEXTS = 4000  # of one owner
+MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, where they are kept in memory
+DOCUMENT_BYTES = 500  # that a document takes in memory beside its data
+# Seconds that a call may wait, and that an update is retried. A chat may wait three times, for two limits and its
+# session: together less than 5 s
+STORE_TIMEOUT = 1.5
+
+DocumentKey = tuple[str, str, str]  # owner, kind, name
+Amounts = Mapping[str, int]
+
+
+class CounterKey(NamedTuple):
+    owner: str
+    period: str
+    expires: float  # seconds since the epoch; some time after the end of the period
+
+
+@dataclass(frozen=True)
+class Document:
+    """Bytes in a store, and what lists show of them."""
+
+    created: float = 0.0  # seconds since the epoch, as is `used`
+    used: float = 0.0
+    turns: int = 0
+    data: bytes = b""
+    version: int = 0  # another one after each put; 0: not stored
+
+
+NO_DOCUMENT = Document()
+ANY_VERSION = -1
+
+
+class Store:
+    """Documents and counters, for many threads. Every method raises APIError 503 while the store is unavailable.
+
+    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; the
+    least recently used one is evicted. Counters are numbers by owner, period and name.
+    """
+
+    kind = ""  # for /health
+
+    def __init__(self, ttl: float, limit: int) -> None:
+        self.ttl = ttl
+        self.limit = limit  # sessions of one owner, and stored responses
+        # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
+        self._retrying = threading.Lock()
+
+    def max_documents(self, kind: str) -> int:
+        return MAX_REASONING_TEXTS if kind == REASONING else self.limit
+
+    def expiry_cutoff(self) -> float:
+        """Return the time of last use up to which documents have expired."""
+        return time.time() - self.ttl
+
+    def check(self) -> None:
+        """Raise APIError unless the store can be written."""
+
+    def load(self, key: DocumentKey) -> Document | None:
+        raise NotImplementedError
+
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        """Store a document, or return False if the stored version is not the expected one."""
+        raise NotImplementedError
+
+    def delete(self, key: DocumentKey) -> bool:
+        """Delete a document. Return False if there was none."""
+        raise NotImplementedError
+
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        """Return an owner's documents by name, the least recently used first. Their data may be left out."""
+        raise NotImplementedError
+
+    def count(self) -> int:
+        """Count the sessions and stored responses of all owners."""
+        raise NotImplementedError
+
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        """Add to counters of a period, and return the new values: of these, or of all counters of the period."""
+        raise NotImplementedError
+
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        """Return the counters of each period."""
+        raise NotImplementedError
+
+    def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
+        """Replace a document by change(document). document: as the caller has loaded it, or an empty one.
+
+        If another update came first, change() is called again with the document that is stored by then.
+        """
+        deadline = time.monotonic() + STORE_TIMEOUT
+        if self.put(key, change(document), document.version):
+            return
+        with self._retrying:
+            while time.monotonic() < deadline:
+                document = self.load(key) or NO_DOCUMENT
+                if self.put(key, change(document), document.version):
+                    return
+                time.sleep(random.uniform(0, 0.005))
+        raise store_unavailable()
+
+
+def store_unavailable() -> APIError:
+    return APIError(
+        503, "The session store is unavailable; see the server's log. Requests without 'user' and "
+        "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
+
+
+def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
+    now = time.time()
+    return {key: counters for key, counters in periods.items() if key.expires > now}
+
+
+class MemoryStore(Store):
+    """Dicts with an expiry, and a lock. Ends with the process."""
+
+    kind = "memory"
+
+    def __init__(self, ttl: float, limit: int) -> None:
+        super().__init__(ttl, limit)
+        # By owner and kind, then by name; the least recently used first
+        self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
+        self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
+        self._versions = itertools.count(1)
+        self._counters: dict[CounterKey, Counter[str]] = {}
+        self._lock = threading.Lock()  # guards all four; held for little work only
+
+    def load(self, key: DocumentKey) -> Document | None:
+        with self._lock:
+            self._drop_expired()
+            return self._documents[key[:2]].get(key[2])
+
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        owner, kind, name = key
+        with self._lock:
+            self._drop_expired()
+            documents = self._documents[owner, kind]
+            found = documents.get(name, NO_DOCUMENT)
+            if expected not in (ANY_VERSION, found.version):
+                return False
+            self._drop(key)
+            documents[name] = replace(document, version=next(self._versions))
+            sizes = self._sizes[owner]
+            sizes[kind] += len(document.data) + DOCUMENT_BYTES
+            while len(documents) > self.max_documents(kind):
+                self._drop_oldest(owner, kind)
+            while sizes.total() > MAX_OWNER_BYTES:
+                [(largest, _)] = sizes.most_common(1)
+                self._drop_oldest(owner, largest)
+        return True
+
+    def delete(self, key: DocumentKey) -> bool:
+        with self._lock:
+            self._drop_expired()
+            return self._drop(key)
+
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        with self._lock:
+            self._drop_expired()
+            return self._documents[owner, kind].copy()
+
+    def count(self) -> int:
+        with self._lock:
+            self._drop_expired()
+            return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
+
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        with self._lock:
+            if key not in self._counters:
+                self._counters = without_expired(self._counters)
+            counters = self._counters.setdefault(key, Counter())
+            counters.update(amounts)
+            return {name: counters[name] for name in amounts}
+
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        with self._lock:
+            return [dict(self._counters.get(key, {})) for key in keys]
+
+    # The caller of these holds the lock
+
+    def _drop(self, key: DocumentKey) -> bool:
+        owner, kind, name = key
+        document = self._documents[owner, kind].pop(name, None)
+        if document:
+            self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
+        return document is not None
+
+    def _drop_oldest(self, owner: str, kind: str) -> None:
+        self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
+
+    def _drop_expired(self) -> None:
+        cutoff = self.expiry_cutoff()
+        for (owner, kind), documents in self._documents.items():
+            while documents and next(iter(documents.values())).used <= cutoff:
+                self._drop_oldest(owner, kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared stores
+#
+# What stores outside of this process have in common: they fail and recover, and another version may have written them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+STORE_FORMAT = 2  # of what SQLite and Redis keep. In format 1 sessions were tables, lists and hashes
+MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
+
+
+class StoreError(Exception):
+    """A store that cannot be used. The message is for the log, or at the start for a SettingError."""
+
+
+class SharedStore(Store):
+    """A store outside of this process. Each failure becomes the same APIError."""
+
+    failures: tuple[type[Exception], ...] = (StoreError,)
+    # Neither needs a lock: one more call or one more line in the log does no harm
+    is_failing = False  # a call has failed, and since then no write has succeeded
+    _paused_until = 0.0  # in seconds of time.monotonic()
+
+    def _check_pause(self) -> None:
+        if time.monotonic() < self._paused_until:
+            raise store_unavailable()
+
+    @contextmanager
+    def _calling(self, is_write: bool) -> Iterator[None]:
+        """Raise APIError 503 for a call that fails. After that, all calls fail immediately, for five times as long as
+        the failed call took. Otherwise a request with several calls would wait for each of them."""
+        self._check_pause()
+        began = time.monotonic()
+        try:
+            yield
+        except self.failures as error:
+            now = time.monotonic()
+            self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
+            if not self.is_failing:
+                log.warning("session store (%s) failed: %s: %s", self.kind, type(error).__name__, error)
+            self.is_failing = True
+            raise store_unavailable() from None
+        if self.is_failing and is_write:  # a full disk can still be read
+            self.is_failing = False
+            log.warning("session store (%s) recovered", self.kind)
+
+
+def check_format(version: int) -> None:
+    if version > STORE_FORMAT:
+        raise StoreError(
+            f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SQLite store
+#
+# One file, which the processes of one machine may share.
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOCK_CHECK_INTERVAL = 0.02  # seconds
+MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
+SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
+SQLITE_TABLES = (
+    # Of format 1. Its counters stay
+    *(f"DROP TABLE IF EXISTS {table}" for table in ("turns", "sessions", "reasoning", "probe", "totals")),
+    # A document has a new number after each put: its version, and the order of use, whatever the clock says
+    """CREATE TABLE documents (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+        created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
+        UNIQUE (owner, kind, name))""",
+    "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
+    "CREATE INDEX documents_by_use ON documents (used, kind)",
+    """CREATE TABLE IF NOT EXISTS counters (
+        owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
+        expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
+    f"PRAGMA application_id = {SQLITE_APPLICATION}",
+    f"PRAGMA user_version = {STORE_FORMAT}",
+)
+SQLITE_PRAGMAS = (
+    "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
+    "PRAGMA journal_size_limit = 4194304",
+)
+
+
+class SQLiteStore(SharedStore):
+    """A file of sqlite3. One connection serves all threads: a call takes a fraction of a millisecond."""
+
+    kind = "sqlite"
+
+    def __init__(self, path: str, ttl: float, limit: int) -> None:
+        """Raises StoreError for a file that cannot be opened or is not ours. A locked file may be free later."""
+        super().__init__(ttl, limit)
+        try:
+            import sqlite3
+        except ImportError:
+            raise StoreError("this Python has no sqlite3") from None
+        self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
+        self._path = os.path.abspath(os.path.expanduser(path))
+        # Guards the connection and its file; held while sqlite3 waits for other processes
+        self._lock = threading.Lock()
+        self._db: Any = None
+        self._file: Any = None  # the os.stat() of the file that the connection is to
+        try:
+            self._connect()
+        except self.failures as error:
+            # An OSError's words have the path in them
+            if isinstance(error, OSError) or "locked" not in str(error):
+                raise StoreError(f"{self._path} cannot be used: {error}") from None
+            log.warning("session store (sqlite) is locked by another program: %s", self._path)
+
+    def check(self) -> None:
+        with self._transaction() as db:
+            # A write, which a full disk refuses
+            db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
+
+    def load(self, key: DocumentKey) -> Document | None:
+        rows = self._select(
+            "SELECT created, used, turns, data, number FROM documents "
+            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
+        return Document(*rows[0]) if rows else None
+
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        owner, kind, _ = key
+        now = time.time()
+        cutoff = self.expiry_cutoff()
+        with self._transaction() as db:
+            [version] = db.execute(
+                "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, cutoff)).fetchone()
+            if expected not in (ANY_VERSION, version):
+                return False
+            db.execute(
+                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*key, document.created, document.used, document.turns, document.data))
+            # These were used when the clock was ahead, and would expire late
+            db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
+            # Two at a time: to delete one of 16 MiB takes 0.1 s, in which nobody else can write
+            db.execute(
+                "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 2)",
+                (cutoff,))
+            db.execute(
+                "DELETE FROM documents WHERE number IN "
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                (owner, kind, self.max_documents(kind)))
+            [free] = db.execute("PRAGMA freelist_count").fetchone()
+            for _ in range(min(free - MAX_FREE_PAGES, 500)):
+                # Python executes one step of it, which frees one page
+                db.execute("PRAGMA incremental_vacuum(1)")
+        return True
+
+    def delete(self, key: DocumentKey) -> bool:
+        with self._transaction() as db:
+            deleted = db.execute(
+                "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, self.expiry_cutoff()))
+            return bool(deleted.rowcount)
+
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        rows = self._select(
+            "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
+            "ORDER BY number", owner, kind, self.expiry_cutoff())
+        return {name: Document(*row) for name, *row in rows}
+
+    def count(self) -> int:
+        rows = self._select(
+            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
+        return int(rows[0][0])
+
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        owner, period, expires = key
+        with self._transaction() as db:
+            db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
+            db.executemany(
+                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
+                [(owner, period, name, amount, expires) for name, amount in amounts.items()])
+            return dict(db.execute(
+                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
+
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
+        return [dict(self._select(query, key.owner, key.period, time.time())) for key in keys]
+
+    def _select(self, query: str, *values: Any) -> list[Any]:
+        with self._executed(query, values, is_write=False) as rows:
+            return list(rows.fetchall())
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """Yield the connection in a transaction, which lands whole or not at all."""
+        with self._executed("BEGIN IMMEDIATE", (), is_write=True):
+            yield self._db
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
+        """Yield the result of a statement, for which other processes may have to be waited for. If anything fails, the
+        connection is closed, and the next call opens the file again."""
+        deadline = time.monotonic() + STORE_TIMEOUT
+        with self._calling(is_write):
+            if not self._lock.acquire(timeout=STORE_TIMEOUT):
+                raise store_unavailable()  # other threads keep the store busy, which is no failure
+            try:
+                self._check_pause()  # another call may have failed meanwhile
+                self._connect()
+                yield self._execute(statement, values, deadline)
+            except BaseException:
+                self._close()
+                raise
+            finally:
+                self._lock.release()
+
+    # The caller of these holds the lock
+
+    def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
+        """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
+        retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
+        while True:
+            try:
+                return self._db.execute(statement, values)
+            except self.failures as error:
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise
+
+    def _connect(self) -> None:
+        """Connect to the file at the path, unless the connection is to it: a deleted file can still be written."""
+        if self._db:
+            with suppress(OSError):
+                if os.path.samestat(os.stat(self._path), self._file):
+                    return
+            self._close()
+        import sqlite3
+        with suppress(FileExistsError):
+            # O_EXCL does not follow a link, and sqlite3 would make its target 0644
+            file = os.path.realpath(self._path)
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(self._db)
+        except BaseException:
+            self._close()
+            raise
+        self._file = os.stat(self._path)
+
+    def _close(self) -> None:
+        if self._db:
+            with suppress(*self.failures):
+                self._db.close()
+        self._db = None
+
+    def _prepare(self, db: Any) -> None:
+        """Upgrade the file to the format of this version. Raises StoreError if the file is not ours."""
+        [application] = db.execute("PRAGMA application_id").fetchone()
+        [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and application != SQLITE_APPLICATION:
+            raise StoreError("it is the database of another program")
+        [version] = db.execute("PRAGMA user_version").fetchone()
+        check_format(version)
+        for pragma in SQLITE_PRAGMAS:
+            db.execute(pragma).fetchall()
+        if version < STORE_FORMAT:
+            db.execute("BEGIN IMMEDIATE")
+            # Another process may have been first
+            if db.execute("PRAGMA user_version").fetchone() == (version,):
+                for statement in SQLITE_TABLES:
+                    db.execute(statement)
+            db.execute("COMMIT")
+        db.execute(f"PRAGMA busy_timeout = {int(LOCK_CHECK_INTERVAL * 1000)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Redis store
+#
+# Documents in Redis, for processes on any number of machines. Each is a hash that expires by itself.
+# ----------------------------------------------------------------------------------------------------------------------
+
+REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
+REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
+REDIS_FORMAT = "kimi2api:format"
+REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
+PUT_DOCUMENT = """
+local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local document = index .. ':' .. member
+if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
+    return 0
+end
+-- Microseconds of the one clock that all processes share, and later than all others if it was set back
+local time = redis.call('TIME')
+local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
+local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
+redis.call('HSET', document, 'version', version, unpack(ARGV, 5))
+redis.call('PEXPIRE', document, ttl)
+redis.call('ZADD', index, version, member)
+redis.call('PEXPIRE', index, ttl)
+redis.call('SADD', KEYS[2], index)
+local surplus = redis.call('ZCARD', index) - limit
+if surplus > 0 then
+    local oldest = redis.call('ZPOPMIN', index, surplus)
+    for position = 1, #oldest, 2 do
+        redis.call('DEL', index .. ':' .. oldest[position])
+    end
+end
+return 1
+"""
+
+
+def connect_redis(url: str) -> Any:
+    """Return a client of the package redis, for many threads. Raises StoreError without it, or for a bad address."""
+    try:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except ImportError:
+        raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
+    try:
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=REDIS_CONNECTIONS,
+            timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_keepalive=True,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
+        )
+        pool.make_connection()  # which reads the options in the address
+    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
+        raise StoreError(f"the address of Redis cannot be used: {error}") from None
+    return redis.Redis(connection_pool=pool)
+
+
+def hashed(text: str) -> str:
+    """Return part of a Redis key, which does not reveal the text and differs from that of any other text."""
+    return sha256(text.encode()).hexdigest()[:32]
+
+
+def redis_names(key: DocumentKey) -> tuple[str, str]:
+    """Return the name of an index and a member. An index is a sorted set of an owner's documents of a kind, by version.
+    A document is a hash; its name is that of the index and of the member."""
+    owner, kind, name = key
+    return f"kimi2api:documents:{hashed(owner)}:{kind}", hashed(name)
+
+
+def counters_name(key: CounterKey) -> str:
+    return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
+
+
+class RedisStore(SharedStore):
+    """A Redis, or what speaks its protocol; tested with Redis 7."""
+
+    kind = "redis"
+
+    def __init__(self, url: str, ttl: float, limit: int) -> None:
+        """Raises StoreError if the package is missing, or a newer version wrote there. A Redis that does not answer may
+        do so later."""
+        super().__init__(ttl, limit)
+        self._redis = connect_redis(url)
+        import redis
+        # Those after OSError are raised for answers and documents that are malformed
+        self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
+        self._put = self._redis.register_script(PUT_DOCUMENT)
+        self._lifetime = max(1, int(ttl * 1000))  # ms
+        self._is_format_known = False
+        try:
+            self._check_format()
+        except StoreError:
+            raise
+        except self.failures as error:
+            self.is_failing = True
+            log.warning("session store (redis) failed: %s: %s", type(error).__name__, error)
+
+    def check(self) -> None:
+        with self._client(is_write=True) as redis:
+            # Refused when memory is full, or by a replica
+            redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
+
+    def load(self, key: DocumentKey) -> Document | None:
+        index, member = redis_names(key)
+        with self._client() as redis:
+            head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
+            if version is None:
+                return None
+            _, created, used, turns = json.loads(head)
+            return Document(created, used, turns, data, int(version))
+
+    def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        index, member = redis_names(key)
+        _, kind, name = key
+        head = dump_json([name, document.created, document.used, document.turns])
+        arguments = [
+            member, expected, self._lifetime, self.max_documents(kind), "head", head, "data", document.data,
+        ]
+        with self._client(is_write=True) as redis:
+            return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
+
+    def delete(self, key: DocumentKey) -> bool:
+        index, member = redis_names(key)
+        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+            pipe.delete(f"{index}:{member}")
+            pipe.zrem(index, member)
+            deleted, _ = pipe.execute()
+        return bool(deleted)
+
+    def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
+        index, _ = redis_names((owner, kind, ""))
+        documents = {}
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for member in redis.zrange(index, 0, -1):
+                pipe.hget(f"{index}:{member.decode()}", "head")
+            for head in filter(None, pipe.execute()):  # some may have expired
+                name, *fields = json.loads(head)
+                documents[name] = Document(*fields)
+        return documents
+
+    def count(self) -> int:
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for index in redis.smembers(REDIS_INDEXES):
+                if not index.endswith(REASONING.encode()):
+                    pipe.zcount(index, self.expiry_cutoff() * 1_000_000, "+inf")
+            return sum(pipe.execute())
+
+    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        counters = counters_name(key)
+        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+            for name, amount in amounts.items():
+                pipe.hincrby(counters, name, amount)
+            pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
+            *values, _ = pipe.execute()
+        return dict(zip(amounts, values, strict=True))
+
+    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
+        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hgetall(counters_name(key))
+            return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
+
+    @contextmanager
+    def _client(self, is_write: bool = False) -> Iterator[Any]:
+        with self._calling(is_write):
+            if not self._is_format_known:
+                self._check_format()
+            yield self._redis
+
+    def _check_format(self) -> None:
+        """Raise StoreError if a newer version wrote there. What format 1 kept expires by itself; its counters stay."""
+        version = int(self._redis.get(REDIS_FORMAT) or 0)
+        check_format(version)
+        if version < STORE_FORMAT:
+            self._redis.set(REDIS_FORMAT, STORE_FORMAT)
+        self._is_format_known = True
+
+
+def open_store(settings: Settings) -> Store:
+    """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
+    ttl = settings.session_cache_ttl
+    limit = settings.max_session_size
+    kind, _, path = settings.session_store.partition(":")
+    try:
+        if kind == "sqlite":
+            return SQLiteStore(path, ttl, limit)
+        if kind in ("redis", "rediss"):
+            return RedisStore(settings.session_store, ttl, limit)
+    except StoreError as error:
+        raise SettingError(f"SESSION_STORE: {error}") from None
+    return MemoryStore(ttl, limit)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sessions
+#
+# What is in the documents of a store. A session is JSON lines: a head, then one line for each turn. System messages are
+# not remembered, because every request carries them itself.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
+MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger one is not stored
+MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not stored
+
+
+@dataclass(frozen=True)
+class Session:
+    """A user's conversation, or a stored response and the conversation up to its end."""
+
+    id: str
+    created: float  # seconds since the epoch, as is `used`
+    used: float
+    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
+    response: JSONObject | None = None
+    document: Document = NO_DOCUMENT  # in which all of it is stored
+
+    @classmethod
+    def read(cls, document: Document) -> Session:
+        head = json.loads(split_lines(document)[0])
+        system = tuple(head.get("system", ()))
+        return cls(head["id"], document.created, document.used, system, head.get("response"), document)
+
+    @cached_property
+    def turns(self) -> Turns:
+        return read_turns(split_lines(self.document)[1:])
+
+
+def split_lines(document: Document) -> list[bytes]:
+    return document.data.split(b"\n")
+
+
+def read_turns(lines: Iterable[bytes]) -> Turns:
+    return tuple(tuple(json.loads(line)) for line in lines)
+
+
+def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
+    return [dump_json(list(map(stored_message, turn))) for turn in turns]
+
+
+def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
+    return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
+
+
+def stored_message(message: Message) -> Message:
+    """Return the part of a message that is stored: a client may put megabytes into fields that nobody reads."""
+    stored: Message = {"role": message["role"], "content": text_of(message)}
+    if message.get("tool_call_id"):
+        stored["tool_call_id"] = message["tool_call_id"]
+    if message.get("tool_calls"):
+        stored["content"] = stored["content"] or None
+        stored["tool_calls"] = [
+            {
+                "id": call.get("id"),
+                "type": "function",
+                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
+            }
+            for call in message["tool_calls"]
+        ]
+        # Moonshot and DeepSeek require it in later requests
+        if isinstance(message.get("reasoning_content"), str):
+            stored["reasoning_content"] = message["reasoning_content"]
+    return stored
+
+
+def latest_lines(lines: list[bytes]) -> list[bytes]:
+    """Return the latest lines that a session may keep. A line that is too long by itself is left out."""
+    kept = []
+    room = MAX_SESSION_BYTES
+    for line in reversed(lines):
+        if len(line) > MAX_SESSION_BYTES:
+            log.warning("a turn of %d bytes is not kept in its session", len(line))
+            continue
+        room -= len(line)
+        if room < 0:
+            break
+        kept.append(line)
+    return kept[::-1]
+
+
+class Sessions:
+    """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
+    require it in later requests, and clients of OpenAI's protocol drop it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def get(self, owner: str, user: str) -> Session | None:
+        return self._read((owner, SESSION, user))
+
+    def list_sessions(self, owner: str) -> dict[str, Document]:
+        """Return the sessions of an owner by user, the least recently used first, without their turns."""
+        return self.store.list_documents(owner, SESSION)
+
+    def open(self, owner: str, user: str | None) -> Session:
+        """Return the user's session, or a new one, which is kept only when a turn is recorded."""
+        session = self.get(owner, user) if user else None
+        now = time.time()
+        return session or Session(random_hex(), now, now)
+
+    def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
+        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
+        added = dump_turns(turns)
+        continues_turn = turns[0][0]["role"] != "user"
+
+        def change(document: Document) -> Document:
+            lines = split_lines(document)
+            head = lines.pop(0) or dump_json({"id": opened.id})
+            if replace_turns:  # but for turns that others have recorded meanwhile
+                recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
+                lines = added + list(recorded.elements())
+            elif continues_turn:
+                lines = dump_turns(append_turns(read_turns(lines), turns))
+            else:
+                lines += added
+            return session_document(document.created or opened.created, head, latest_lines(lines))
+
+        self.store.update((owner, SESSION, user), opened.document, change)
+
+    def forget(self, owner: str, user: str) -> bool:
+        """Delete a session. Return False if there was none."""
+        return self.store.delete((owner, SESSION, user))
+
+    def response(self, owner: str, id: str) -> Session | None:
+        """Return a stored response and the conversation up to its end."""
+        return self._read((owner, RESPONSE, id))
+
+    def record_response(
+        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
+    ) -> None:
+        """Store a response, and the conversation up to its end for responses that continue it."""
+        head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
+        document = session_document(time.time(), dump_json(head), dump_turns(turns))
+        size = len(document.data)
+        if size > MAX_RESPONSE_BYTES:
+            log.warning("a response is not stored: with its conversation it has %d bytes", size)
+        else:
+            self.store.put((owner, RESPONSE, response["id"]), document)
+
+    def forget_response(self, owner: str, id: str) -> bool:
+        return self.store.delete((owner, RESPONSE, id))
+
+    def keep_reasoning(self, owner: str, name: str, text: str) -> None:
+        data = text.encode()
+        now = time.time()
+        if len(data) <= MAX_REASONING_BYTES:
+            with suppress(APIError):  # without it, the upstream gets empty reasoning
+                self.store.put((owner, REASONING, name), Document(now, now, 0, data))
+
+    def find_reasoning(self, owner: str, name: str) -> str | None:
+        document = None
+        with suppress(APIError):
+            document = self.store.load((owner, REASONING, name))
+        return document.data.decode() if document else None
+
+    def _read(self, key: DocumentKey) -> Session | None:
+        document = self.store.load(key)
+        return Session.read(document) if document else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Limits and usage
+#
+# The usage of each key and its limits, counted in the store: so a restart or a second process refills no limit. While
+# the store is unavailable, this process counts by itself.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MINUTE = 60
+DAY = 86400
+USAGE_DAYS = 31
+USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
+
+
+def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
+    """Return the limit of a key: by its name, else the one for all keys. 0 means no limit."""
+    return limits.get(client.name or "", limits.get("", 0))
+
+
+def utc_date(now: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(now))
+
+
+def day_key(client: ClientKey, now: float) -> CounterKey:
+    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + USAGE_MAX_AGE)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as OpenAI's headers do: 12s, 1m3s, 5h0m1s."""
+    minutes, rest = divmod(ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest}s"
+    if minutes or hours:
+        text = f"{minutes}m{text}"
+    return f"{hours}h{text}" if hours else text
+
+
+def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{what}": str(limit),
+        f"x-ratelimit-remaining-{what}": str(max(0, limit - used)),
+        f"x-ratelimit-reset-{what}": duration(reset),
+    }
+
+
+NOTHING: Counter[str] = Counter()
+
+
+class Counters:
+    """Counters in a store that may fail. While it fails, added amounts are pending, and totals are the known ones plus
+    the pending amounts. The next addition that succeeds sends all pending amounts, whoever their owner is."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
+        # Amounts that the store does not have; replaced, never changed
+        self._pending: dict[CounterKey, Counter[str]] = {}
+        self._lock = threading.Lock()  # guards both
+        self._sending = threading.Lock()  # held by the thread that sends pending amounts
+
+    def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
+        """Add amounts to the counters of a period, and return the totals of these."""
+        # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
+        pending = self._pending.get(key)
+        try:
+            totals = self._store.add_counters(key, amounts)
+        except APIError:
+            with self._lock:
+                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
+                return Counter(self._known.get(key)) + self._pending[key]
+        self._learn(key, totals)
+        if self._pending and self._sending.acquire(blocking=False):
+            try:
+                self._send_pending()
+            finally:
+                self._sending.release()
+        return Counter(totals) + pending if pending else totals
+
+    def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
+        """Return the totals of each period."""
+        pending = self._pending.copy()
+        found: list[Amounts]
+        try:
+            found = self._store.read_counters(keys)
+        except APIError:
+            found = [self._known.get(key, {}) for key in keys]
+        totals: list[Amounts] = []
+        for key, known in zip(keys, found, strict=True):
+            self._learn(key, known)
+            totals.append(Counter(known) + pending.get(key, NOTHING))
+        return totals
+
+    def _send_pending(self) -> None:
+        with suppress(APIError):
+            for key, amounts in self._pending.copy().items():
+                self._learn(key, self._store.add_counters(key, amounts))
+                with self._lock:
+                    rest = self._pending.pop(key, NOTHING) - amounts
+                    if rest:
+                        self._pending[key] = rest
+
+    def _learn(self, key: CounterKey, totals: Amounts) -> None:
+        with self._lock:
+            if key not in self._known:
+                self._known = without_expired(self._known)
+                self._pending = without_expired(self._pending)
+            known = self._known.setdefault(key, {})
+            for name, total in totals.items():
+                known[name] = max(total, known.get(name, 0))  # answers may come in any order
+
+
+class UsageLimits:
+    """The usage of every key, and its limits."""
+
+    def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
+        self.requests_per_minute = requests_per_minute
+        self.tokens_per_day = tokens_per_day
+        self._counters = Counters(store)
+
+    def admit(self, client: ClientKey) -> dict[str, str]:
+        """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
+        headers: dict[str, str] = {}
+        tokens_limit = key_limit(self.tokens_per_day, client)
+        requests_limit = key_limit(self.requests_per_minute, client)
+        if not tokens_limit and not requests_limit:
+            return headers
+        now = time.time()
+        minute_reset = MINUTE - now % MINUTE
+        day_reset = DAY - now % DAY
+        used_tokens = used_requests = 0
+        if tokens_limit:
+            [counters] = self._counters.read([day_key(client, now)])
+            used_tokens = sum_by_model(counters)[0]["total_tokens"]
+            headers.update(limit_headers("tokens", tokens_limit, used_tokens, day_reset))
+        has_quota = not tokens_limit or used_tokens < tokens_limit
+        if requests_limit:
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now - now % MINUTE + 2 * MINUTE)
+            counters = self._counters.add(minute, {"requests": int(has_quota)})
+            used_requests = counters["requests"]
+            headers.update(limit_headers("requests", requests_limit, used_requests, minute_reset))
+        if not has_quota:
+            raise APIError(
+                429, f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
+                "insufficient_quota", "insufficient_quota",
+                headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
+        if used_requests > requests_limit:
+            raise APIError(
+                429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
+                "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(minute_reset))})
+        return headers
+
+    def record(
+        self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
+    ) -> None:
+        """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
+        amounts = {
+            f"requests {model}": int(is_answered),
+            f"prompt_tokens {model}": prompt_tokens,
+            f"completion_tokens {model}": completion_tokens,
+        }
+        self._counters.add(day_key(client, time.time()), amounts)
+
+    def usage(self, client: ClientKey) -> JSONObject:
+        """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
+        now = time.time()
+        times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
+        counters_of_days = self._counters.read([day_key(client, then) for then in times])
+        today: JSONObject = {}
+        days = []
+        for then, counters in zip(times, counters_of_days, strict=True):
+            total, models = sum_by_model(counters)
+            today = {"date": utc_date(then), **total}
+            days.append({**today, "models": models})
+        return {
+            "object": "usage",
+            "key": client.name,
+            "limits": {
+                "requests_per_minute": key_limit(self.requests_per_minute, client),
+                "tokens_per_day": key_limit(self.tokens_per_day, client),
+            },
+            "today": today,
+            "days": days,
+        }
+
+
+def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return the sums of a day's counters, such as `prompt_tokens kimi`: of all models, and by model."""
+    models: dict[str, dict[str, int]] = {}
+    total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for name, amount in counters.items():
+        what, _, model = name.partition(" ")
+        of_model = models.setdefault(model, dict.fromkeys(total, 0))
+        for sums in (total, of_model):
+            sums[what] += amount
+            if what != "requests":
+                sums["total_tokens"] += amount
+    return total, models
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+#
+# Counters and histograms of this process, in Prometheus's text format 0.0.4; names, units and buckets after
+# OpenTelemetry's conventions for generative AI.
+# ----------------------------------------------------------------------------------------------------------------------
+
+BUCKETS = [0.01 * 2 ** power for power in range(14)]  # seconds, up to 81.92
+METRICS = {
+    "kimi2api_chats_total": ("counter", "Chats asked for, by the status of their answer."),
+    "kimi2api_chat_duration_seconds": ("histogram", "From the request to the end of the answer."),
+    "kimi2api_time_to_first_chunk_seconds": ("histogram", "From the request to the first of the answer."),
+    "kimi2api_tokens_total": ("counter", "Tokens, as the upstream counts them or else by estimate."),
+    "kimi2api_upstream_errors_total": ("counter", "Calls of an upstream that ended with an error."),
+    "kimi2api_upstream_retries_total": ("counter", "Further attempts after a failure."),
+    "kimi2api_upstream_healthy": ("gauge", "0 while an upstream fails."),
+    "kimi2api_chats_running": ("gauge", "Chats running now."),
+    "kimi2api_chats_limit": ("gauge", "Chats that may run at once."),
+    "kimi2api_sessions": ("gauge", "Sessions and stored responses kept."),
+    "kimi2api_build_info": ("gauge", "The version."),
+    "process_start_time_seconds": ("gauge", "Start of the process, in seconds since the epoch."),
+}
+Labels = tuple[tuple[str, str], ...]
+Series = tuple[str, Labels]  # the metric's name, and its labels
+
+MAX_MODEL_LABELS = 100
+MAX_LABEL = 128  # characters of one
+
+
+class Metrics:
+    """Everything that is counted while the process runs."""
+
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        """models: the ids that are labels from the start."""
+        self._models = set(models)
+        self._api_models: set[str] = set()  # of APIs, that have answered
+        self._lock = threading.Lock()  # guards both
+        self._counters: dict[Series, float] = {}
+        # Of each the counts by bucket, the last of them for all above, and the sum
+        self._histograms: dict[Series, list[float]] = {}
+
+    def count(self, metric: str, labels: Mapping[str, str]) -> None:
+        self.record({(metric, tuple(labels.items())): 1}, {})
+
+    def record(self, amounts: Mapping[Series, float], durations: Mapping[Series, float]) -> None:
+        """Add to counters, and to histograms (seconds). All at once, because at 64 chats at a time a lock costs more
+        than what it guards."""
+        with self._lock:
+            for series, amount in amounts.items():
+                self._counters[series] = self._counters.get(series, 0) + amount
+            for series, seconds in durations.items():
+                histogram = self._histograms.setdefault(series, [0.0] * (len(BUCKETS) + 2))
+                histogram[bisect_left(BUCKETS, seconds)] += 1
+                histogram[-1] += seconds
+
+    def model_label(self, provider: str, model: str, has_answered: bool) -> str:
+        """The model's id if it is one of a bounded number, else "other": an entry `*` of MODELS accepts any id."""
+        if model in self._models:
+            return model
+        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/") and len(model) <= MAX_LABEL
+        if is_of_api and has_answered and len(self._api_models) < MAX_MODEL_LABELS:
+            self._api_models.add(model)
+        return model if model in self._api_models else "other"
+
+    def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
+        """All of them, and these gauges: name, labels and value."""
+        with self._lock:
+            counters = list(self._counters.items())
+            histograms = [(key, list(histogram)) for key, histogram in self._histograms.items()]
+        samples: dict[str, list[str]] = {name: [] for name in METRICS}
+        for name, labels, value in gauges:
+            samples[name].append(sample(name, tuple(labels.items()), value))
+        for (name, label_set), value in counters:
+            samples[name].append(sample(name, label_set, value))
+        for (name, label_set), histogram in histograms:
+            samples[name].extend(histogram_samples(name, label_set, histogram))
+        lines = []
+        for name, (kind, about) in METRICS.items():
+            lines.append(f"# HELP {name} {about}")
+            lines.append(f"# TYPE {name} {kind}")
+            lines += samples[name]
+        return "\n".join(lines) + "\n"
+
+
+def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iterator[str]:
+    *counts, seconds = histogram
+    total = 0.0
+    for bound, count in zip([*BUCKETS, "+Inf"], counts, strict=True):
+        total += count
+        yield sample(f"{name}_bucket", (*labels, ("le", str(bound))), total)
+    yield sample(f"{name}_sum", labels, seconds)
+    yield sample(f"{name}_count", labels, total)
+
+
+def sample(name: str, labels: Labels, value: float) -> str:
+    escaped = []
+    for label, text in labels:
+        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        escaped.append(f'{label}="{text}"')
+    shown = f"{{{','.join(escaped)}}}" if escaped else ""
+    return f"{name}{shown} {value:.17g}"
+
+
+########################################################################################################################
+# Part 5: HTTP client
+#
+# Requests to upstreams over pooled connections, within a deadline. Nothing outside of this part uses requests, urllib3
+# or cloudscraper.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Connections
+#
+# http.client's connections, read more strictly and within a deadline. Whoever waits for an answer is attended to
+# between the slices of a wait.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
+MAX_INTERIM_RESPONSES = 16
+MAX_CHUNK_LINE = 4096
+CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")  # behind the text of the chunk before
+TIMEOUT_PRECISION = 0.1  # seconds
+READ_SIZE = 65536
+
+
+class Abandoned(APIError):
+    """The chat ends for a reason that is not its upstream's: its client has disconnected, or the server stops."""
+
+
+class Waiter:
+    """Whoever waits for an upstream: here nobody in particular, such as --check; for a chat's client, see Client."""
+
+    interval = 60.0  # seconds, at most, between two calls of attend() during a wait
+    must_finish = False  # the call goes on when the client has disconnected
+
+    def clock(self) -> float:
+        """Seconds of a clock that deadlines go by."""
+        return time.monotonic()
+
+    def attend(self) -> None:
+        """Called before each wait and at every interval of it. Raises Abandoned to end the call."""
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Deadline:
+    """How long one upstream call may still take, and who waits for it."""
+
+    def __init__(self, timeout: float, waiter: Waiter) -> None:
+        self.timeout = timeout  # seconds: REQUEST_TIMEOUT
+        self.waiter = waiter
+        self.is_per_read = False  # the timeout is for each read alone, not for all of the call
+        self.may_reuse_connection = True  # False while an answer may be left unread
+        self._began = waiter.clock()
+        self.limit(timeout)
+
+    def limit(self, seconds: float) -> None:
+        """From now on so many seconds are left."""
+        self._end = self.waiter.clock() + seconds
+
+    @property
+    def waited(self) -> float:
+        """Seconds that were given to the wait that has timed out."""
+        return min(self.waiter.clock() - self._began, self.timeout)
+
+    def remaining(self) -> float:
+        """Seconds that are left. Raises TimeoutError when there are none."""
+        seconds = self._end - self.waiter.clock()
+        if seconds <= 0:
+            raise TimeoutError("timed out")
+        return seconds
+
+    def next_wait(self) -> float:
+        """Attend to the waiter, then return the seconds that the next slice of a wait may take."""
+        self.waiter.attend()
+        return min(self.remaining(), self.waiter.interval)
+
+
+def shut_down(sock: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Set a socket's time-out unless it is nearly that: setting is a system call and releases the GIL."""
+    if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
+        sock.settimeout(seconds)
+
+
+CURRENT_DEADLINE: ContextVar[Deadline] = ContextVar("current_deadline")  # for the classes that http.client makes itself
+
+
+class SocketReader(io.RawIOBase):
+    """Reads a socket in slices, within a deadline.
+
+    A socket's own time-out starts again with every byte, so an upstream that drips could hold a thread for hours.
+    socket.SocketIO refuses to read after one time-out; it only keeps the socket open until close().
+    """
+
+    def __init__(self, sock: socket.socket, file: Any, deadline: Deadline) -> None:
+        self._sock = sock
+        self._file = file
+        self.deadline = deadline
+        self.is_paused = False  # reads return nothing, so that a peek shows only what is buffered
+        self.at_end = False  # the upstream has closed the connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.is_paused:
+            return 0
+        deadline = self.deadline
+        if deadline.is_per_read:
+            deadline.limit(deadline.timeout)
+        while True:
+            set_timeout(self._sock, deadline.next_wait())
+            try:
+                count = self._sock.recv_into(buffer)
+            except TimeoutError:
+                continue  # one slice has passed
+            self.at_end = not count
+            return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class ResponseReader(io.BufferedReader):
+    """The file that http.client reads a response from, and closes at its end, before the connection is used again."""
+
+    def __init__(self, raw: SocketReader, sock: socket.socket) -> None:
+        super().__init__(raw, READ_SIZE)
+        self._reader = raw
+        self._sock = sock
+
+    def received(self) -> bytes:
+        """What has been received and not read yet."""
+        self._reader.is_paused = True
+        try:
+            return self.peek(1)
+        finally:
+            self._reader.is_paused = False
+
+    def close(self) -> None:
+        if not self.closed:
+            decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
+            # Unread bytes, or an answer that may belong to another request: the next request must not read them
+            if self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
+                shut_down(self._sock)
+        super().close()
+
+
+class StrictHTTPResponse(HTTPResponse):
+    """http.client's response, read within a deadline, past interim responses, and more strictly.
+
+    Overrides _read_status, _read1_chunked and _read_next_chunk_size and reads chunk_left, which are private to
+    http.client; so they are in Python 3.10 to 3.14.
+    """
+
+    fp: Any
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), sock)
+
+    def begin(self) -> None:
+        reader = self.fp.raw
+        super().begin()
+        if reader.at_end:
+            raise HTTPException("its answer is cut off in the head")
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
+        for _ in range(MAX_INTERIM_RESPONSES):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status == 101:
+                raise HTTPException("unexpected 101 Switching Protocols")
+            if status >= 200:
+                return version, status, reason
+            parse_headers(self.fp)
+        raise HTTPException("too many interim responses")
+
+    def _read_next_chunk_size(self) -> int:
+        """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
+        line = self.fp.readline(MAX_CHUNK_LINE)
+        size = line.partition(b";")[0].strip()
+        if not (line.endswith(b"\n") and CHUNK_SIZE.fullmatch(size)):
+            raise ValueError("invalid chunk size")
+        return int(size, 16)
+
+    def _read1_chunked(self, size: int) -> bytes:
+        """Read one chunk, and all whole ones that are buffered behind it, but for the last: APIs send each event as a
+        chunk, and the caller may find the answer complete before the connection's end is read."""
+        parts: list[bytes] = [super()._read1_chunked(size)]  # type: ignore[misc]
+        if self.chunk_left == 0:
+            buffered = self.fp.received()
+            begin = 0
+            while True:
+                line = NEXT_CHUNK.match(buffered, begin)
+                length = int(line[1], 16) if line else 0
+                if not line or not length or line.end() + length > len(buffered):
+                    break
+                begin = line.end() + length
+                parts.append(buffered[line.end():begin])
+            self.fp.read(begin)
+        return b"".join(parts)
+
+
+class UpstreamConnection:
+    """Put before urllib3's class of a connection. Sending has the deadline that reading has, and nothing is sent for a
+    client that disconnected while the connection was made."""
+
+    response_class = StrictHTTPResponse
+    sock: Any
+    _unsent: list[bytes] | None = None  # of the request that is being written
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
+        unsent: list[bytes] = []
+        self._unsent = unsent
+        try:
+            super().request(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._unsent = None
+        self.send(b"".join(unsent))
+
+    def send(self, data: bytes) -> None:
+        if self._unsent is not None:
+            self._unsent.append(data)
+            return
+        deadline = CURRENT_DEADLINE.get()
+        if self.sock is None:
+            self.connect()  # type: ignore[attr-defined]
+        deadline.waiter.attend()
+        set_timeout(self.sock, deadline.remaining())
+        super().send(data)  # type: ignore[misc]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transport
+#
+# Pools of connections for many threads, and the one mapping of failures to APIErrors.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
+DRAIN_SECONDS = 0.02  # for what may follow the end of a stream, before its connection can be used again
+MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
+
+
+class UpstreamResponse:
+    """An upstream's response, whose head has been read. Raises APIError."""
+
+    def __init__(self, transport: Transport, raw: Any, deadline: Deadline) -> None:
+        self.status: int = raw.status
+        self.headers: Headers = raw.headers  # urllib3's, whose names are case-insensitive
+        self.raw = raw
+        self.deadline = deadline
+        self._transport = transport
+
+    def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
+        """All of the body, at most so many bytes, within the deadline."""
+        try:
+            body: bytes = self.raw.read(limit + 1, decode_content=True)
+        except HTTPError as error:
+            raise self._transport.failure(error, self.deadline) from None
+        finally:
+            self.close()
+        if len(body) > limit:
+            raise invalid_response(self._transport.name, f"more than {limit} bytes", retryable=True)
+        return body
+
+    def stream(self) -> Iterator[bytes]:
+        """The body as it comes."""
+        try:
+            while True:
+                data = self.raw.read1(READ_SIZE, decode_content=True)
+                if not data:
+                    return
+                yield data
+        except HTTPError as error:
+            raise self._transport.failure(error, self.deadline) from None
+
+    def finish(self) -> None:
+        """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
+        self.deadline.is_per_read = False
+        self.deadline.limit(DRAIN_SECONDS)
+        with suppress(APIError):
+            next(self.stream(), None)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, unless the body has been read to its end: then it is in the pool already."""
+        self.raw.close()
+
+
+class Transport:
+    """Requests to an upstream over pooled connections, for many threads. Every failure is an APIError.
+
+    Sending through requests.Session costs several times what the wire costs, in merging settings, cookies, proxies
+    and .netrc. Here that is done once for a host, and urllib3's pool is asked directly. Redirects are not followed.
+    """
+
+    def __init__(self, name: str, connections: int, adapter: HTTPAdapter | None = None) -> None:
+        self.name = name
+        self._adapter = adapter or HTTPAdapter()
+        self._adapter.init_poolmanager(10, connections)
+        self._pools: dict[str, tuple[Any, bool]] = {}
+        # Guards the making of pools: urllib3 has one for all spellings of a host
+        self._lock = threading.Lock()
+
+    def request(
+        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+    ) -> UpstreamResponse:
+        parts = urlsplit(url)
+        previous = CURRENT_DEADLINE.set(deadline)
+        try:
+            pool, absolute_form = self._pool(url)
+            target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            # StrictHTTPResponse reads within the deadline; urllib3's time-out is that of the first slice
+            timeout = Timeout(min(CONNECT_TIMEOUT, deadline.remaining()), deadline.next_wait())
+            raw = pool.urlopen(
+                method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
+                assert_same_host=False, timeout=timeout)
+        except TimeoutError:
+            raise self.timed_out(deadline) from None
+        except (HTTPError, requests.RequestException) as error:  # the latter of a proxy's URL that makes no sense
+            raise self.failure(error, deadline) from None
+        finally:
+            CURRENT_DEADLINE.reset(previous)
+        return UpstreamResponse(self, raw, deadline)
+
+    def _pool(self, url: str) -> tuple[Any, bool]:
+        """The connection pool for a URL's host, and whether its requests carry the whole URL, as plain proxies want it.
+
+        Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
+        """
+        parts = urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
+        with self._lock:
+            if origin not in self._pools:
+                self._pools[origin] = self._make_pool(origin)
+            return self._pools[origin]
+
+    def close_idle(self, url: str) -> None:
+        """Close the connections to a URL's host that no request is using."""
+        pool, _ = self._pool(url)
+        with suppress(Empty):
+            while True:
+                connection = pool.pool.get(block=False)
+                if connection:
+                    connection.close()
+
+    def _make_pool(self, origin: str) -> tuple[Any, bool]:
+        request = requests.Request("GET", origin).prepare()
+        proxies = {}
+        if not is_loopback(urlsplit(origin).hostname):  # a proxy's loopback is not ours
+            proxies = get_environ_proxies(origin)
+        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
+        if not issubclass(pool.ConnectionCls, UpstreamConnection):
+            pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
+        return pool, self._adapter.request_url(request, proxies) != "/"
+
+    # Failures
+
+    def failure(self, error: Exception, deadline: Deadline) -> APIError:
+        # urllib3's functions hold the error that holds them, and so the request
+        clear_frames(error.__traceback__)
+        if isinstance(innermost(error), TimeoutError):
+            return self.timed_out(deadline)
+        if isinstance(error, DecodeError):
+            return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
+        return upstream_error(
+            502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
+
+    def timed_out(self, deadline: Deadline) -> APIError:
+        message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
+        # No other attempt: the prompt was taken
+        return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error that the layers above have wrapped."""
+    cause = error.__cause__ or error.__context__
+    return innermost(cause) if cause else error
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
+    error = innermost(error)
+    return plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
+
+
+def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
+    """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
+    wait = parse_retry_after(headers.get("Retry-After"))
+    if wait is None:
+        return APIError(429, message, type, code)
+    passed_on = {"Retry-After": str(ceil(wait))}
+    is_short = wait <= MAX_RETRY_AFTER
+    return APIError(429, message, type, code, headers=passed_on, retryable=is_short, retry_after=wait)
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
+    if not value:
+        return None
+    try:
+        if value.strip().isdecimal():
+            return min(float(value[:20]), 1e9)
+        return max(0.0, parsedate_to_datetime(value[:100]).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scraper
+#
+# The web chat's site, called as a browser calls it: TLS ciphers, headers and cookies are cloudscraper's, connections
+# and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, and of all that are kept
+
+
+@dataclass(frozen=True)
+class Page:
+    """A response of the site, read to its end."""
+
+    status: int
+    headers: Headers  # their names are case-insensitive
+    body: bytes
+
+
+class Scraper:
+    """A browser for many threads. Redirects are not followed. Raises APIError."""
+
+    # cloudscraper's own list ends with Chrome 76
+    USER_AGENT = (
+        "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) "
+        "Chrome/142.0.0.0 Safari/537.36")
+
+    def __init__(self, name: str, connections: int) -> None:
+        browser = cloudscraper.CloudScraper(browser={"browser": "chrome", "platform": "windows", "mobile": False})
+        self.transport = Transport(name, connections, browser.get_adapter("https://"))
+        self._headers = {**browser.headers, "User-Agent": self.USER_AGENT}
+        self._cookies = browser.cookies
+        self._lock = threading.Lock()  # guards _cookies: cookie jars are not thread-safe
+
+    def request(
+        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+    ) -> Page:
+        request = requests.PreparedRequest()
+        request.url = url  # cookie jars match it, and read nothing else
+        sent = {**self._headers, **headers}
+        request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
+        with self._lock:
+            cookies = get_cookie_header(self._cookies, request) if self._cookies else None
+        if cookies:
+            sent["Cookie"] = cookies
+        response = self.transport.request(method, url, sent, body, deadline)
+        if "Set-Cookie" in response.headers:
+            self._keep_cookies(request, response)
+        return Page(response.status, response.headers, response.read())
+
+    def _keep_cookies(self, request: requests.PreparedRequest, response: UpstreamResponse) -> None:
+        """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
+        if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
+            return
+        with self._lock:
+            extract_cookies_to_jar(self._cookies, request, response.raw)
+            size = sum(len(cookie.name) + len(cookie.value or "") for cookie in self._cookies)
+            if size > MAX_COOKIE_BYTES:
+                self._cookies.clear()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cached fetches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Cached(Generic[T]):
+    """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
+
+    def __init__(self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0) -> None:
+        self._fetch = fetch
+        self._max_age = max_age  # seconds that it is kept
+        self._retry_after = retry_after  # seconds before it is fetched again after a failure
+        self._thread = ThreadPoolExecutor(1, name)
+        self._lock = threading.Lock()  # guards the two below
+        self._latest: Future[T] | None = None
+        self._began = 0.0  # when the latest fetch began, seconds since the epoch
+
+    def latest(self) -> Future[T]:
+        """The latest fetch, under way or done; a new one if that is too old."""
+        with self._lock:
+            fetch = self._latest
+            if fetch and fetch.done():
+                max_age = self._retry_after if fetch.exception() else self._max_age
+                if time.time() - self._began >= max_age:
+                    fetch = None
+            if fetch is None:
+                self._began = time.time()
+                fetch = self._latest = self._thread.submit(self._fetch)
+            return fetch
+
+    def wait(self, waiter: Waiter) -> Future[T]:
+        """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
+        fetch = self.latest()
+        while not fetch.done():
+            waiter.attend()
+            with suppress(FutureTimeout):
+                fetch.exception(waiter.interval)
+        error = fetch.exception()
+        if isinstance(error, APIError):
+            raise error.copy()
+        return fetch
+
+    def invalidate(self, fetch: Future[T]) -> None:
+        """The value of this fetch is of no use: the next caller fetches again, unless one already has."""
+        with self._lock:
+            if self._latest is fetch:
+                self._latest = None
+
+
+########################################################################################################################
+# Part 6: Upstreams
+#
+# A provider turns a request into a stream of deltas: Kimi's web chat, which takes and answers plain text, or an OpenAI-
+# style API.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Circuit breaker
+#
+# An upstream that keeps failing is not called for a while; its callers get the last error immediately.
+# ----------------------------------------------------------------------------------------------------------------------
+
+FAILURES_TO_OPEN = 5  # in a row
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
+
+
+class CircuitBreaker:
+    """Spares an upstream that keeps failing.
+
+    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
+    a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
+        self._failures = 0
+        # The last one while the circuit is open or half-open
+        self._error: APIError | None = None
+        self._open_until = 0.0  # by the monotonic clock
+        self._probing = False
+        self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+
+    def allow(self) -> bool:
+        """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
+        with self._lock:
+            if self._error is None:
+                return False
+            pause = self._open_until - time.monotonic()
+            if pause <= 0 and not self._probing:
+                self._probing = True
+                return True
+            raise self._error.copy(
+                message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
+                headers={"Retry-After": str(max(1, ceil(pause)))})
+
+    def succeeded(self, probe: bool = False) -> None:
+        with self._lock:
+            self._end_probe(probe)
+            self._close()
+            self.failing = None
+
+    def failed(self, error: APIError, probe: bool = False) -> None:
+        # It is well, and says what is wrong with the request
+        if error.status < 500 and error.status != 429:
+            self.succeeded(probe)
+            return
+        with self._lock:
+            self._end_probe(probe)
+            self.failing = self.failing or (time.time(), error.reason)
+            # It answers, be it with a no
+            if error.status == 429 or error.code == "upstream_refused":
+                self._close()
+            elif probe or self._error is None:  # else the call began before the circuit opened
+                self._count(error)
+
+    def abandoned(self, probe: bool = False) -> None:
+        """The call ended in a way that tells nothing of upstream."""
+        with self._lock:
+            self._end_probe(probe)
+
+    # The caller of these holds the lock
+
+    def _end_probe(self, probe: bool) -> None:
+        if probe:
+            self._probing = False
+
+    def _close(self) -> None:
+        self._failures = 0
+        self._error = None
+
+    def _count(self, error: APIError) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES_TO_OPEN:
+            pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
+            self._error = error.copy()
+            self._open_until = time.monotonic() + pause
+            log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Providers
+#
+# What providers have in common: retries, the circuit breaker, statistics of an answer.
+# ----------------------------------------------------------------------------------------------------------------------
+
+FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
+
+
+class AnswerStats:
+    """What one answer has used so far, for usage and metrics."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.provider = ""  # the one that was asked last
+        self.model = ""  # by the id that clients know
+        self.first_chunk: float | None = None  # seconds after the beginning
+        self.fold = Fold()  # the provider adds each chunk before it yields it
+        self.messages: list[Message] = []  # of the prompt
+
+    def start(self, provider: str, model: str) -> None:
+        """A provider is asked, the first or one to fall back to."""
+        self.provider = provider
+        self.model = model
+        self.first_chunk = None
+        self.fold = Fold()
+
+    def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        """The deltas of the provider's answer, and its usage, by estimate, if the provider reports none."""
+        for delta in deltas:
+            if self.first_chunk is None:
+                self.first_chunk = time.monotonic() - self.began
+            yield delta
+        if not self.fold.usage:
+            delta = Delta({"choices": [], "usage": self._estimate()})
+            self.fold.add(delta.chunk)
+            yield delta
+
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of the prompt and of the answer, each as the upstream reports it, else by estimate."""
+        prompt = count_of(self.fold.usage, "prompt_tokens")
+        completion = count_of(self.fold.usage, "completion_tokens")
+        if prompt and completion:
+            return prompt, completion
+        estimate = self._estimate()
+        return prompt or estimate["prompt_tokens"], completion or estimate["completion_tokens"]
+
+    def _estimate(self) -> dict[str, int]:
+        return estimate_usage("\n".join(map(text_of, self.messages)), "".join(self.fold.texts()))
+
+
+@dataclass(frozen=True)
+class ProviderRequest:
+    """What a provider is asked."""
+
+    request: ChatRequest
+    model: str  # by the upstream's own name
+    history: Turns = ()  # remembered before it
+    session_id: str = ""
+    owner: str = ""  # whose it is
+    sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
+    stats: AnswerStats = field(default_factory=AnswerStats)
+    waiter: Waiter = field(default_factory=Waiter)
+
+
+UPSTREAM_CODES = frozenset({
+    "upstream_auth", "upstream_blocked", "upstream_changed", "upstream_invalid_response", "upstream_rate_limited",
+    "upstream_refused", "upstream_timeout", "upstream_unavailable", "invalid_json_answer", "context_length_exceeded",
+})
+
+
+class Provider:
+    """An upstream: subclasses know its protocol.
+
+    One more OpenAI-style API is two settings, NAME_API_KEY and NAME_BASE_URL. Anything else is a subclass with
+    `stream` and `check`, an entry in Providers, and in Settings.resolve the ids of its models.
+    """
+
+    def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
+        self.name = name
+        self.breaker = CircuitBreaker(name)
+        self._settings = settings
+        self._metrics = metrics
+
+    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+        """The answer. Raises APIError, also in the middle when the upstream breaks off."""
+        raise NotImplementedError
+
+    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
+        """The answer to a request for embeddings, and headers for it. Raises APIError."""
+        raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
+
+    def models(self, wait: float) -> Mapping[str, JSONObject]:
+        """What the upstream lists, by its own names, as far as is known after so many seconds."""
+        return {}
+
+    def check(self) -> Iterator[tuple[str, APIError | None]]:
+        """Go through the upstream step by step: (what was tried, the error that ended it)."""
+        raise NotImplementedError
+
+    def _check_answer(self, model: str) -> Iterator[tuple[str, APIError | None]]:
+        """Ask for one answer, of a model that the settings name, or else of this one."""
+        for configured in (*self._settings.fallback_models, *self._settings.models):
+            provider, own_name = self._settings.resolve(configured) or ("", "")
+            if provider == self.name:
+                model = own_name
+                break
+        began = time.monotonic()
+        question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
+        asked = ProviderRequest(question, model, session_id=random_hex())
+        try:
+            deque(self.stream(asked), maxlen=0)
+        except APIError as error:
+            yield "one question answered", error
+        else:
+            yield f"one question answered in {time.monotonic() - began:.1f} s", None
+
+    @contextmanager
+    def _through_breaker(self) -> Iterator[Callable[[], None]]:
+        """Around a whole call: the circuit breaker may refuse it, and learns how it ends. What it yields is called when
+        the answer has begun, which is enough of a probe: the rest may take long."""
+        probe = self.breaker.allow()
+
+        def has_begun() -> None:
+            nonlocal probe
+            if probe:
+                self.breaker.succeeded(probe)
+                probe = False
+
+        try:
+            yield has_begun
+        except BaseException as error:
+            if isinstance(error, APIError) and not isinstance(error, Abandoned):
+                self.breaker.failed(error, probe)
+                # An API's own codes are unbounded
+                code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
+                self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
+            else:  # our own bugs do not count against upstream
+                self.breaker.abandoned(probe)
+            raise
+        self.breaker.succeeded(probe)
+
+    def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
+        """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
+        retries = 0
+        while True:
+            waiter.attend()
+            try:
+                return attempt()
+            except APIError as error:
+                if not error.retryable or retries >= self._settings.max_retries:
+                    raise error.with_headers(NO_SDK_RETRY) if retries else error from None
+                back_off = min(FIRST_BACK_OFF * 2 ** retries, MAX_BACK_OFF) * random.uniform(0.5, 1)
+                pause = error.retry_after or back_off
+                retries += 1
+                self._metrics.count("kimi2api_upstream_retries_total", {"provider": self.name})
+                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
+                            self._settings.max_retries, pause)
+                waiter.sleep(pause)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Web chat: prompts
+#
+# A request as plain text: history, tools and JSON are asked for in words. Pure functions of a request, linear in what
+# they read.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
+TOOLS_FOLLOW = "You get the results and go on. Tools:"
+JSON_ONLY = "Answer with one JSON document and nothing else"
+SHORTEST_RESULT = 80  # characters of a clipped tool result, with its speaker and the mark
+CLIPPED = " [… clipped …] "
+
+
+@dataclass
+class Prompt:
+    """The parts of a prompt, in the order in which the model reads them."""
+
+    limit: int  # characters
+    system: str
+    how_to_call: str
+    tools: list[str]
+    rules: str  # for the form of the answer
+    past: list[str]  # older turns, then older rounds of tool calls, which stand behind the question
+    rounds: int  # of tool calls among them
+    question: str
+    last_round: list[str]  # message by message
+
+    @property
+    def offer(self) -> list[str]:
+        return [self.how_to_call, *self.tools] if self.tools else []
+
+    @property
+    def text(self) -> str:
+        asked = max(0, len(self.past) - self.rounds)
+        head = join_lines([self.system, *self.offer, self.rules])
+        body = join_lines([*self.past[:asked], self.question, *self.past[asked:], *self.last_round])
+        return "\n\n".join(filter(None, [head, body]))
+
+    @property
+    def excess(self) -> int:
+        """Characters beyond the limit."""
+        return len(self.text) - self.limit
+
+
+def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
+    """Write a request as one text of at most `limit` characters.
+
+    Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
+    of the limit, oldest first; the middle of results in the last round, down to a third of the limit each; tools, the
+    last first; the rest of the past; the results again, down to SHORTEST_RESULT each. Tools stay if one must be called.
+    remark: why the model's last answer was unusable.
+    Raises APIError 400 if the text is too long even then, or if there is none.
+    """
+    turns = append_turns(history, request.turns)
+    functions = called_functions(turns)
+    newest = turns[-1] if turns else ()
+    question, *rounds = rounds_of(newest)
+    last_round = rounds.pop() if rounds else ()
+    prompt = Prompt(
+        limit,
+        system=join_lines(map(text_of, request.system)),
+        how_to_call=how_to_call(request),
+        tools=list(map(describe_tool, request.tools)),
+        rules=join_lines([form_instruction(request), remark]),
+        past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
+        rounds=len(rounds),
+        question=write_messages(question, functions),
+        last_round=[write_message(message, functions) for message in last_round],
+    )
+    if len(newest) == 1 and prompt.text == prompt.question:
+        prompt.question = text_of(newest[0])  # a single message needs no speaker
+    share = limit // 3
+    if prompt.excess > 0 and not request.must_call:
+        prompt.tools = [tool for tool in prompt.tools if len(tool) <= share]
+    beyond_share = len(join_lines(prompt.past)) - share
+    prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
+    clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
+    if not request.must_call:
+        prompt.tools = drop_first(prompt.tools[::-1], prompt.excess)[::-1]
+    prompt.past = drop_first(prompt.past, prompt.excess)
+    clip_results(prompt.last_round, prompt.excess, SHORTEST_RESULT)
+    if prompt.excess > 0:
+        raise too_long(prompt)
+    if not prompt.text.strip():
+        raise bad_request("'messages' contain no text.", "messages")
+    return prompt
+
+
+def too_long(prompt: Prompt) -> APIError:
+    """Return the error in OpenAI's words, which clients search for."""
+    sizes = {
+        "system": len(prompt.system),
+        "tools": len(join_lines(prompt.offer)),
+        "response format": len(prompt.rules),
+        "newest message": len(join_lines([prompt.question, *prompt.last_round])),
+    }
+    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
+    return bad_request(
+        f"This model's maximum context length is {prompt.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
+        f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
+        "official API.", "messages", "context_length_exceeded")
+
+
+def join_lines(lines: Iterable[str]) -> str:
+    return "\n".join(filter(None, lines))
+
+
+def drop_first(texts: list[str], excess: int) -> list[str]:
+    """Return the texts without the first ones, so that `excess` characters are gone."""
+    count = 0
+    while count < len(texts) and excess > 0:
+        excess -= len(texts[count]) + 1
+        count += 1
+    return texts[count:]
+
+
+def clip_results(lines: list[str], excess: int, shortest: int) -> None:
+    """Cut `excess` characters out of the middle of tool results, but leave `shortest` of each."""
+    for index, line in enumerate(lines):
+        half = (max(shortest, len(line) - excess) - len(CLIPPED)) // 2
+        clipped = line[:half] + CLIPPED + line[-half:]
+        if excess > 0 and len(clipped) < len(line) and line.startswith(SPEAKERS["tool"]):
+            lines[index] = clipped
+            excess -= len(line) - len(clipped)
+
+
+def rounds_of(turn: Turn) -> list[Turn]:
+    """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
+    rounds: list[list[Message]] = [[]]
+    for message in turn:
+        if message.get("tool_calls"):
+            rounds.append([])
+        rounds[-1].append(message)
+    return [tuple(messages) for messages in rounds]
+
+
+def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
+    """Return the names of the called functions by call id."""
+    names = {}
+    for turn in turns:
+        for message in turn:
+            for call in message.get("tool_calls") or ():
+                if call.get("id"):
+                    names[call["id"]] = call["function"]["name"]
+    return names
+
+
+def write_messages(messages: Iterable[Message], functions: Mapping[str, str]) -> str:
+    return "\n".join(write_message(message, functions) for message in messages)
+
+
+def write_message(message: Message, functions: Mapping[str, str]) -> str:
+    role: str = message["role"]
+    speaker = SPEAKERS.get(role, role)
+    if role == "tool" and message.get("tool_call_id") in functions:
+        speaker += f" {functions[message['tool_call_id']]}"
+    calls = ""
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        calls += f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
+    return f"{speaker}: {text_of(message)}{calls}"
+
+
+def how_to_call(request: ChatRequest) -> str:
+    how = "You must call" if request.must_call else "You may call"
+    what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
+    return (
+        f'{how} {what} by answering <tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>, '
+        f"arguments being JSON. {TOOLS_FOLLOW}")
+
+
+def form_instruction(request: ChatRequest) -> str:
+    answer = request.body.get("response_format") or {}
+    if answer.get("type") not in ("json_object", "json_schema"):
+        return ""
+    schema = (answer.get("json_schema") or {}).get("schema")
+    form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
+    return f"{JSON_ONLY}{form}"
+
+
+def describe_tool(tool: JSONObject) -> str:
+    """Describe a tool in few characters."""
+    schema = tool.get("parameters") or {}
+    source = dump_json(schema).decode()
+    form = source if '"$ref"' in source else signature(schema)
+    purpose = " ".join((tool.get("description") or "").split())
+    return f"- {tool['name']}{form}: {purpose}" if purpose else f"- {tool['name']}{form}"
+
+
+def signature(schema: Any) -> str:
+    """Write a JSON schema in the short form of a type: {city: string, days?: integer, unit?: "C"|"F"}."""
+    if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
+        return dump_json(schema).decode()
+    kind = schema.get("type")
+    if isinstance(schema.get("enum"), list):
+        return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
+    if isinstance(schema.get("properties"), dict):
+        required = schema.get("required")
+        if not isinstance(required, list):
+            required = []
+        names = set(map(str, required))
+        fields = []
+        for name, field_schema in schema["properties"].items():
+            optional = "" if name in names else "?"
+            fields.append(f"{name}{optional}: {signature(field_schema)}")
+        return "{" + ", ".join(fields) + "}"
+    if kind == "array" and schema.get("items"):
+        return f"[{signature(schema['items'])}]"
+    if isinstance(kind, list):
+        return "|".join(map(str, kind))
+    return str(kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Web chat: reading answers
+#
+# Tool calls and JSON documents in the plain text of a model. Linear in the text, which may be anybody's.
+# ----------------------------------------------------------------------------------------------------------------------
+
+ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
+
+
+class UnusableAnswer(Exception):
+    """The answer is not what the request asked for. The message tells the model what was wrong."""
+
+
+class NoDocument(UnusableAnswer):
+    """The answer has no JSON document, or a broken one."""
+
+
+def parse_answer(text: str, request: ChatRequest, allow_unknown_tools: bool = False) -> tuple[str, list[ToolCall]]:
+    """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
+
+    allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
+    """
+    if request.tools:
+        content, calls = parse_tool_calls(text, request, allow_unknown_tools)
+        if calls and request.body.get("parallel_tool_calls") is False:
+            calls = calls[:1]
+        if calls:
+            return content, calls
+        if request.must_call:
+            raise UnusableAnswer("it must contain a tool call.")
+    answer = request.body.get("response_format") or {}
+    if answer.get("type") == "json_object":
+        return parse_document(text, dict), []
+    if answer.get("type") == "json_schema":
+        kind = answer["json_schema"]["schema"].get("type")
+        if kind == "array":
+            return parse_document(text, list), []
+        return parse_document(text, dict if kind == "object" else object), []
+    return text, []
+
+
+# The form that how_to_call() asks for, and the form that Kimi K2 was trained on
+CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
+    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*<\|tool_call_argument_begin\|>\s*
+    """, re.X)
+CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
+CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
+
+
+def parse_tool_calls(text: str, request: ChatRequest, allow_unknown_tools: bool) -> tuple[str, list[ToolCall]]:
+    """Return the text around the calls, and the calls. Raises UnusableAnswer for an invalid call."""
+    offered = {tool["name"] for tool in request.tools}
+    calls = []
+    around = []
+    at = 0
+    while True:
+        begin = CALL.search(text, at)
+        if not begin:
+            break
+        around.append(text[at:begin.start()])
+        value, at = decode_json(text, begin.end())
+        if begin["name"]:
+            value = {"name": begin["name"], "arguments": value}
+        calls.append(parse_call(value, offered, allow_unknown_tools))
+        end = CALL_END.match(text, at)
+        at = end.end() if end else at
+    if calls:
+        around.append(text[at:])
+        return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
+    try:
+        value = parse_json(strip_code_fence(text))
+    except ValueError:
+        return text, []
+    if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
+        # Nothing but a call, without its marks
+        return "", [parse_call(value, offered, allow_unknown_tools)]
+    return text, []
+
+
+def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> ToolCall:
+    if not isinstance(value, dict):
+        value = {}
+    name = value.get("name")
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
+        try:
+            arguments = parse_json(arguments.strip() or "{}")
+        except ValueError as error:
+            raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
+    if not isinstance(name, str) or not name or (name not in offered and not allow_unknown_tools):
+        raise UnusableAnswer(f"there is no tool {str(name)[:100]!r}; there are {', '.join(sorted(offered))}.")
+    if not isinstance(arguments, dict):
+        raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
+    return name, replace_lone_surrogates(json.dumps(arguments, ensure_ascii=False))
+
+
+def strip_code_fence(text: str) -> str:
+    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
+    text = text.strip()
+    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
+        return text
+    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
+
+
+BRACKET = re.compile(r"[{}\[\]]")
+PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")  # {x}, [1st]: no JSON and none inside
+MAX_BRACKETS = 100  # tried; a failed attempt costs as much as all the text before it, for the line in its message
+
+
+def parse_document(text: str, kind: type) -> str:
+    """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
+
+    A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
+    is an error. Raises NoDocument.
+    """
+    with suppress(ValueError):
+        if isinstance(parse_json(text), kind):
+            return text.strip()
+    longest = ""
+    at = 0
+    for _ in range(MAX_BRACKETS):
+        bracket = BRACKET.search(text, at)
+        if not bracket:
+            break
+        start = bracket.start()
+        try:
+            value, at = decode_json(text, start)
+        except UnusableAnswer as error:
+            prose = PROSE.match(text, start)
+            if not prose:
+                raise NoDocument(str(error)) from None
+            at = prose.end()
+        else:
+            if isinstance(value, kind) and at - start >= len(longest):
+                longest = text[start:at]
+    else:
+        raise NoDocument("there are too many brackets in it.")
+    if not longest:
+        raise NoDocument("there is no JSON document of the right kind in it.")
+    return longest
+
+
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at this index, and the index behind it. Raises UnusableAnswer."""
+    try:
+        value, end = STRICT_JSON.raw_decode(text, start)
+        check_depth(value)
+        return value, end
+    except (ValueError, RecursionError) as error:
+        raise UnusableAnswer(f"not valid JSON: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Web chat: provider
+#
+# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
+# object.
+# ----------------------------------------------------------------------------------------------------------------------
+
+NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
+MAX_REDIRECTS = 4
+CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
+# Cloudflare's own errors, as a web page, as text, and as problem details (RFC 9457)
+CLOUDFLARE_ERROR = re.compile(rb"\s*(?:<|error code: 1\d\d\d|{[^{}]*cloudflare)", re.I)
+
+
+class StaleNonce(Exception):
+    """Upstream answered something that a new nonce may mend. `error` is for the caller if it does not."""
+
+    def __init__(self, error: APIError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+# As the chat page has it: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; where it is sent, see KimiProvider._post
+NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
+
+
+def find_nonce(html: str) -> str | None:
+    """The first nonce after a mention of kimi_ajax in the same script."""
+    for script in html.split("</script>"):
+        _, _, config = script.partition("kimi_ajax")
+        found = NONCE.search(config)
+        if found:
+            return found[1]
+    return None
+
+
+class KimiProvider(Provider):
+    """Kimi's web chat."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(WEB_CHAT, settings, metrics)
+        self._nonce = Cached("nonce", self._fetch_nonce, NONCE_MAX_AGE)
+
+    @cached_property
+    def _scraper(self) -> Scraper:
+        """Made when it is first needed; its certificates would slow the start and take 1 MB."""
+        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats)
+
+    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+        request = asked.request
+        reject_unsupported(request)
+        asked.waiter.must_finish = bool(request.user)  # its turn is remembered
+        prompt, content, calls = self._answer(asked)
+        asked.stats.messages = [{"role": "user", "content": prompt.text}]
+        content, finish_reason = truncate(content, request.stop, request.max_tokens)
+        message: Message = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            finish_reason = "tool_calls"
+            message["content"] = content or None
+            message["tool_calls"] = [
+                {
+                    "index": index,
+                    "id": f"call_{random_hex()[:24]}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for index, (name, arguments) in enumerate(calls)
+            ]
+        delta = Delta.of(message, finish_reason, is_complete=True)
+        dropped = len(request.tools) - len(prompt.tools)
+        if dropped:
+            delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
+            log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
+        asked.stats.fold.add(delta.chunk)
+        yield delta
+
+    def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
+        """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
+        request = asked.request
+        limit = self._settings.context_max_length
+        prompt = write_prompt(request, asked.history, limit)
+        text = self._ask(prompt.text, asked)
+        try:
+            return prompt, *parse_answer(text, request)
+        except UnusableAnswer as fault:
+            log.info("the answer cannot be used; asking once more")
+            remark = f"Your last answer could not be used: {fault}"
+        # Where there is no room for the reason, the question is asked again as it was
+        with suppress(APIError):
+            prompt = write_prompt(request, asked.history, limit, remark)
+        text = self._ask(prompt.text, asked)
+        try:
+            return prompt, *parse_answer(text, request, allow_unknown_tools=True)
+        except NoDocument as fault:
+            raise upstream_error(
+                502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
+        except UnusableAnswer:
+            return prompt, text, []
+
+    def check(self) -> Iterator[tuple[str, APIError | None]]:
+        steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
+        failed: APIError | None = None
+        try:
+            self._nonce.wait(Waiter())
+        except APIError as error:
+            failed = error
+            reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
+            steps = steps[:reached + 1]
+        for step in steps[:-1]:
+            yield step, None
+        yield steps[-1], failed
+        if not failed:
+            yield from self._check_answer("moonshotai/Kimi-K2-Instruct-0905")
+
+    # Asking
+
+    def _ask(self, prompt: str, asked: ProviderRequest) -> str:
+        """The text of the answer."""
+        with self._through_breaker():
+            return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
+
+    def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
+        """One attempt; a nonce that is rejected is renewed, once."""
+        try:
+            return self._post(prompt, asked)
+        except StaleNonce as stale:
+            log.info("refused (%s); trying once more with a new nonce", stale.error.code)
+        try:
+            return self._post(prompt, asked)
+        except StaleNonce as stale:
+            raise stale.error.with_headers(NO_SDK_RETRY) from None
+
+    def _post(self, prompt: str, asked: ProviderRequest) -> str:
+        """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
+        deadline = Deadline(self._settings.request_timeout, asked.waiter)
+        fetch = self._nonce.wait(asked.waiter)
+        nonce = fetch.result()
+        home = urlsplit(self._settings.chat_page_url)
+        form = {
+            "action": "kimi_send_message",
+            "nonce": nonce,
+            "message": prompt,
+            "model": asked.model,
+            "session_id": asked.session_id,
+        }
+        headers = {
+            "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
+            "Accept": "application/json, */*",
+            "X-Requested-With": "XMLHttpRequest",
+            "Origin": f"{home.scheme}://{home.netloc}",
+            "Referer": self._settings.chat_page_url,
+        }
+        try:
+            page = self._checked_page(
+                "POST", self._settings.upstream_url, headers, urlencode(form).encode(), deadline)
+            return read_text(page, nonce)
+        except StaleNonce:
+            self._nonce.invalidate(fetch)
+            raise
+        except APIError:  # it may have been the answer to another's question, so that ours is still to come
+            self._scraper.transport.close_idle(self._settings.upstream_url)
+            raise
+
+    def _checked_page(
+        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+    ) -> Page:
+        """Send a request; sort out what any response of this site can mean, to the page or to the form."""
+        page = self._scraper.request(method, url, headers, body, deadline)
+        status = page.status
+        if page.headers.get("cf-mitigated") == "challenge":
+            raise self._blocked("a managed challenge")
+        is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
+        is_challenge = status in (429, 503) and CHALLENGE.search(page.body)
+        if is_block or is_challenge:
+            raise self._blocked(f"HTTP {status} with a page of its own")
+        if status == 429:
+            raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
+                               "upstream_rate_limited", page.headers)
+        if status >= 500:
+            raise upstream_error(
+                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
+        return page
+
+    def _blocked(self, reason: str) -> APIError:
+        return upstream_error(503, "upstream_blocked", (
+            f"Cloudflare blocks this program: {reason}. Open {self._settings.chat_page_url} in a browser on this "
+            "network, wait some minutes, or use another network (HTTPS_PROXY)."))
+
+    # The nonce
+
+    def _fetch_nonce(self) -> str:
+        """Fetch the chat page and find its nonce."""
+        home = self._settings.chat_page_url
+        page = self._fetch_page()
+        nonce = find_nonce(page.body.decode("utf-8", "replace"))
+        if page.status != 200 or not nonce:
+            raise upstream_error(
+                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed. "
+                "Look for a newer version of this program.")
+        log.info("nonce renewed")
+        return nonce
+
+    def _fetch_page(self) -> Page:
+        """The chat page, after redirects on its own host."""
+        home = self._settings.chat_page_url
+        deadline = Deadline(self._settings.request_timeout, Waiter())
+        # No cache has seen it yet
+        url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
+        for _ in range(MAX_REDIRECTS + 1):
+            page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
+            location = page.headers.get("Location")
+            if not 300 <= page.status < 400 or not location:
+                break
+            url = self._redirected(url, location)
+        return page
+
+    def _redirected(self, url: str, location: str) -> str:
+        """Where a redirect leads. Raises APIError for another scheme, host or port."""
+        here = urlsplit(self._settings.chat_page_url)
+        with suppress(ValueError):
+            target = parse_url(urljoin(url, location))
+            if urlsplit(target)[:2] == here[:2]:
+                return target
+        raise upstream_error(
+            502, "upstream_changed",
+            "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
+
+
+WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
+WEB_CHAT_REQUEST = request_object({}, {  # what the web chat supports; the rest would change the shape of the answer
+    "n": {"enum": [1]},
+    "logprobs": {"enum": [False]},
+    "audio": {"enum": [{}]},
+    "modalities": {"enum": [[], ["text"]]},
+    "tool_choice": any_of(STRING, request_object({}, {"type": choice_of("function", "allowed_tools")})),
+    "tools": array(request_object({"type": choice_of("function")})),
+    "messages": array(request_object({}, {"content": any_of(STRING, array(WEB_CHAT_PART))})),
+})
+
+
+def reject_unsupported(request: ChatRequest) -> None:
+    """Raises APIError 400 for what the web chat cannot do."""
+    violation = find_violation(request.body, WEB_CHAT_REQUEST)
+    if violation:
+        raise bad_request(
+            f"'{violation.path}' is not supported by the web chat, which takes text and answers with one text.",
+            violation.path, "unsupported_value")
+
+
+def read_text(page: Page, nonce: str) -> str:
+    """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
+    body = page.body.strip()
+    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+        raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
+    try:
+        answer = parse_upstream_json(body)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {}
+    data = answer.get("data")
+    if answer.get("success") is False:
+        raise StaleNonce(upstream_error(
+            502, "upstream_refused", f"The web chat refused: {plain_line(data, nonce)}", quotes_upstream=True))
+    if page.status != 200:
+        raise invalid_response("The web chat", f"HTTP {page.status}")
+    text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
+    if isinstance(text, str) and text.strip():
+        return text
+    what = "something that is not JSON"
+    if answer:
+        what = "an empty answer" if isinstance(text, str) else "JSON of an unknown shape"
+    raise invalid_response("The web chat", what, retryable=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: adapting requests
+#
+# Models of one API differ in what they accept, and clients know little of it. A refusal changes the model's next
+# requests, so that no table of models is needed.
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
+OPTIONAL_PARAMETERS = (
+    "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
+    "logprobs", "stream_options",
+)
+NOTES_MAX_AGE = 3600.0  # seconds
+MAX_REFUSED = 50  # settings of one
+
+# How a forced tool is asked for: as the client does; as the only one of the tools; without thinking
+AS_ASKED, ONLY_TOOL, NO_THINKING = range(3)
+
+
+@dataclass(frozen=True)
+class ModelNotes:
+    """What an API's refusals (400) have taught about one of its models. The facts are in `after`."""
+
+    refused: Mapping[str, float] = field(default_factory=dict)  # settings of parameters, left out until when
+    wants_reasoning: bool = False  # every assistant message must have reasoning_content, if only an empty one
+    forcing: int = AS_ASKED
+    forcing_until: float = 0.0  # seconds since the epoch, as are the times in `refused`
+
+    def adapt(self, body: JSONObject, now: float) -> JSONObject:
+        """A request as the model takes it."""
+        adapted = {}
+        for name, value in body.items():
+            if name not in OPTIONAL_PARAMETERS or self.refused.get(setting_of(name, value), 0.0) <= now:
+                adapted[name] = value
+        if self.wants_reasoning:
+            adapted["messages"] = without_reasoning_gaps(body["messages"])
+        choice = body.get("tool_choice")
+        forcing = self.forcing if now < self.forcing_until else AS_ASKED
+        if forcing == ONLY_TOOL and names_function(choice):
+            adapted["tool_choice"] = "required"
+            adapted["tools"] = [tool for tool in body["tools"] if is_tool(tool, choice["function"]["name"])]
+        elif forcing == NO_THINKING and forces_tool(choice) and "thinking" not in body:
+            adapted["thinking"] = {"type": "disabled"}
+        return adapted
+
+    def after(self, refusal: APIError, sent: JSONObject, now: float) -> ModelNotes | None:
+        """The notes once this request has been refused, None when there is nothing else to try.
+
+        Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
+        missing …"; "tool_choice 'specified' is incompatible with thinking enabled". DeepSeek: "The reasoning_content in
+        the thinking mode must be passed back to the API."
+        """
+        named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
+        until = now + NOTES_MAX_AGE
+        refused = {}
+        for name in OPTIONAL_PARAMETERS:
+            really_wanted = name == "logprobs" and sent.get(name)
+            if name in named and name in sent and not really_wanted:
+                refused[setting_of(name, sent[name])] = until
+        if refused:
+            known = list(self.refused.items())[-MAX_REFUSED:]
+            return replace(self, refused={**dict(known), **refused})
+        if "reasoning_content" in named and without_reasoning_gaps(sent["messages"]) != sent["messages"]:
+            return replace(self, wants_reasoning=True)
+        choice = sent.get("tool_choice")
+        if "tool_choice" in named and forces_tool(choice) and "thinking" not in sent:
+            forcing = ONLY_TOOL if names_function(choice) else NO_THINKING
+            return replace(self, forcing=forcing, forcing_until=until)
+        return None
+
+
+def setting_of(parameter: str, value: Any) -> str:
+    """A parameter and its value: what is refused of one caller's value says nothing of another's."""
+    return f"{parameter}={value!r}"[:100]
+
+
+def forces_tool(choice: Any) -> bool:
+    return choice == "required" or names_function(choice)
+
+
+def is_tool(tool: JSONObject, name: str) -> bool:
+    return tool["type"] == "function" and bool(tool["function"]["name"] == name)
+
+
+def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
+    """Messages in which each of the assistant's has reasoning_content, empty where there is none."""
+    filled = []
+    for message in messages:
+        if message["role"] == "assistant" and message.get("reasoning_content") is None:
+            message = {**message, "reasoning_content": ""}
+        filled.append(message)
+    return filled
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: reading answers
+#
+# The events of an API's answer, parsed, checked and completed where an API leaves something out; its errors as ours.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
+FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
+
+TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
+INDEX: Schema = {**COUNT, "maximum": 9999}
+CHUNK_CHOICE = object_of({
+    "index": INDEX,
+    "finish_reason": any_of(STRING, NULL),
+    "delta": request_object({}, {
+        **dict.fromkeys(TEXT_FIELDS, STRING),
+        "tool_calls": array(request_object({}, {
+            "index": INDEX,
+            "id": STRING,
+            "type": STRING,
+            "function": request_object({}, {"name": STRING, "arguments": STRING}),
+        })),
+    }),
+})
+
+TOO_LONG = re.compile("(?i)maximum context length|exceeded model token limit|context_length_exceeded|context window")
+
+
+def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
+    """An API's error as ours, in its name and never with our key for it.
+
+    Status, type, code and rate-limit headers stay, except where it is about that key.
+    """
+    if status in (401, 403):
+        return upstream_error(
+            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
+            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    fields = error if isinstance(error, dict) else {}
+
+    def told(name: str) -> str | None:
+        return plain_line(fields[name], api.key) if fields.get(name) else None
+
+    message = f"{api.name}: {plain_line(error, api.key)}"
+    type, code, param = told("type"), told("code"), told("param")
+    if status == 400 and TOO_LONG.search(message):  # by this code clients, and FALLBACK_MODELS, know what to do
+        code = "context_length_exceeded"
+    if status == 429:
+        ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
+    elif 400 <= status < 500:
+        ours = APIError(status, message, type or "invalid_request_error", code, param)
+    else:
+        is_failure = 500 <= status < 600
+        wait = parse_retry_after(headers.get("Retry-After"))
+        ours = APIError(
+            status if is_failure else 502,
+            message,
+            type or "upstream_error",
+            code or "upstream_unavailable",
+            param,
+            retryable=is_failure,
+            headers={} if wait is None else {"Retry-After": str(ceil(wait))},
+        )
+    return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
+
+
+def digests_of_questions(messages: Iterable[Message]) -> Iterator[str]:
+    """For each message, a digest of all that the user had said by then, which tells one conversation from another:
+    ids of calls such as functions.f:0 occur in every one of them."""
+    said = sha256()
+    for message in messages:
+        if message["role"] == "user":
+            said.update(text_of(message).encode() + b"\0")
+        yield said.hexdigest()
+
+
+class APIAnswer:
+    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete:
+    what fails after that is no failure."""
+
+    def __init__(self, api: API, response: UpstreamResponse, fold: Fold, choices: int) -> None:
+        self.is_done = False  # [DONE] has come
+        self.finished: set[int] = set()  # the indexes of choices that have their finish reason
+        self._api = api
+        self._response = response
+        self._fold = fold
+        self._wanted = choices
+
+    def chunks(self) -> Iterator[JSONObject]:
+        deadline = self._response.deadline
+        is_complete = False
+        try:
+            for data in server_sent_data(self._response.stream(), self._api.name):
+                if data == b"[DONE]":
+                    self.is_done = deadline.may_reuse_connection = True
+                    break
+                chunk = self._parse_chunk(data)
+                self._fold.add(chunk)
+                if not is_complete:
+                    # From its first choice on, only silence times out, not the whole answer
+                    deadline.is_per_read = bool(self._fold.choices)
+                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
+                        is_complete = True
+                        deadline.is_per_read = False
+                        deadline.limit(FINISHED_SILENCE)
+                yield chunk
+        except APIError as error:
+            if not is_complete or isinstance(error, Abandoned):
+                raise
+        if not (self.is_done or is_complete):
+            message = f"{self._api.name} ended the stream before the answer was complete."
+            raise upstream_error(502, "upstream_unavailable", message)
+        if not self._fold.choices:
+            raise self._malformed("an empty answer")
+
+    def _malformed(self, what: str = "a malformed chunk") -> APIError:
+        return invalid_response(self._api.name, what)
+
+    def _parse_chunk(self, data: bytes) -> JSONObject:
+        """A chunk whose choices all have an index, a delta and a finish reason or null."""
+        try:
+            chunk = parse_upstream_json(data)
+        except ValueError:
+            raise self._malformed("something that is not JSON") from None
+        if not isinstance(chunk, dict):
+            raise self._malformed()
+        if chunk.get("error"):
+            raise api_error(self._api, 500, chunk, {})
+        choices = chunk.get("choices")
+        if choices is None:
+            choices = chunk["choices"] = []
+        if not isinstance(choices, list):
+            raise self._malformed()
+        for choice in choices:
+            if not is_text(choice):
+                self._check_choice(choice)
+                if choice.get("usage"):  # Moonshot's place for it
+                    chunk["usage"] = chunk.get("usage") or choice["usage"]
+        return chunk
+
+    def _check_choice(self, choice: Any) -> None:
+        if not isinstance(choice, dict):
+            raise self._malformed()
+        choice.setdefault("index", 0)
+        choice.setdefault("finish_reason", None)
+        delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
+        if find_violation(choice, CHUNK_CHOICE):
+            raise self._malformed()
+        index = choice["index"] = int(choice["index"])
+        if delta.get("tool_calls"):
+            known = self._fold.choices.get(index, {"delta": {}})["delta"].get("tool_calls")
+            assign_call_indexes(delta["tool_calls"], known or {})
+        if choice["finish_reason"]:
+            self.finished.add(index)
+
+
+def is_text(choice: Any) -> bool:
+    """Whether a choice of a chunk is as nearly all are, a piece of text and nothing else, which needs no check."""
+    if type(choice) is not dict or type(choice.get("index")) is not int or choice.get("finish_reason", "") is not None:
+        return False
+    delta = choice.get("delta")
+    return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
+
+
+def assign_call_indexes(calls: list[JSONObject], known: Mapping[int, Any]) -> None:
+    """Give pieces of tool calls their index, which some APIs leave out: without an id they continue the last call.
+    known: the calls that came before, by index."""
+    last = max(known, default=-1)
+    for call in calls:
+        if not isinstance(call.get("index"), int):
+            call["index"] = last + 1 if last < 0 or call.get("id") else last
+        last = call["index"]
+
+
+def rate_limits(headers: Headers) -> dict[str, str]:
+    """The rate-limit headers that may be passed on; clients refuse an answer whose head is too long."""
+    limits = {}
+    for name, value in headers.items():
+        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]{1,100}: [ -~]{0,100}", f"{name}: {value}", re.A):
+            limits[name] = value
+    return limits
+
+
+def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
+    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
+    line = bytearray()  # whose end has not come
+    total = 0
+    data: list[bytes] = []
+    data_size = 0
+    is_first = True
+    # The end of the stream ends the last event too
+    for chunk in itertools.chain(chunks, [b"\n\n"]):
+        line += chunk
+        total += len(chunk)
+        if b"\n" in chunk:
+            *lines, rest = bytes(line).split(b"\n")
+            line = bytearray(rest)
+            if is_first:
+                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+                is_first = False
+            for text in lines:
+                text = text.rstrip(b"\r")
+                if text.startswith(b"data:"):
+                    data.append(text[5:].removeprefix(b" "))
+                    data_size += len(text)
+                elif not text and data:
+                    yield b"\n".join(data)
+                    data = []
+                    data_size = 0
+        if len(line) + data_size > MAX_UPSTREAM_BYTES:
+            raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
+        if total > MAX_STREAM_BYTES:
+            raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: provider
+#
+# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
+# Requests and chunks pass through; the model's name, the messages of a session and the streaming are ours.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
+MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
+MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
+
+
+class OpenAIProvider(Provider):
+    """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
+
+    def __init__(self, api: API, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(api.name, settings, metrics)
+        self._api = api
+        self._base_url = api.base_url.rstrip("/")
+        self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats)
+        self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
+        if api.key:
+            self._headers["Authorization"] = f"Bearer {api.key}"
+        self._notes: dict[str, ModelNotes] = {}
+        self._last_models: dict[str, JSONObject] = {}
+        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
+
+    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+        request = asked.request
+        messages = request.messages
+        if asked.history:
+            turns = append_turns(asked.history, request.turns)
+            messages = [*request.system, *itertools.chain.from_iterable(turns)]
+        body = {
+            **request.body,
+            "model": asked.model,
+            "messages": self._with_reasoning(messages, asked),
+            "stream": True,
+            "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
+        }
+        asked.waiter.must_finish = False
+        with self._through_breaker() as has_begun:
+            response, sent = self._ask(body, asked)
+            headers = rate_limits(response.headers)
+            ignored = [name for name in request.body if name not in sent]
+            if ignored:
+                headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
+            answer = APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1)
+            finished = 0
+            try:
+                for chunk in answer.chunks():
+                    has_begun()
+                    # Before the client can ask with the results of its calls
+                    if len(answer.finished) > finished:
+                        finished = len(answer.finished)
+                        self._keep_reasoning(asked, sent["messages"])
+                    yield Delta(chunk, headers=headers)
+                    headers = {}
+            finally:
+                if answer.is_done:
+                    response.finish()
+                else:
+                    response.close()
+
+    def _ask(self, body: JSONObject, asked: ProviderRequest) -> tuple[UpstreamResponse, JSONObject]:
+        """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
+        again. What has helped is remembered; what has not is forgotten, and the first refusal of a forced tool told."""
+        notes = self._notes.get(asked.model, ModelNotes())
+        forced: APIError | None = None
+        while True:
+            sent = notes.adapt(body, time.time())
+            attempt = partial(self._open_stream, sent, asked.waiter)
+            try:
+                response = self._retry(attempt, asked.waiter)
+            except APIError as error:
+                better = notes.after(error, sent, time.time()) if error.status == 400 else None
+                if better is None:
+                    raise forced or error from None
+                if better.forcing != notes.forcing:
+                    forced = forced or error.copy()
+                log.info("%s/%s: %s; asking again in another way", self.name, asked.model, error.reason)
+                notes = better
+            else:
+                self._notes[asked.model] = notes
+                return response, sent
+
+    def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
+        """Keep the reasoning behind the tool calls of each choice. messages: that the answer is to."""
+        for choice in asked.stats.fold.choices.values():
+            text = "".join(choice["delta"].get("reasoning_content") or ())
+            calls = choice["delta"].get("tool_calls") or {}
+            if text and calls:
+                question = list(digests_of_questions(messages))[-1]
+                first = next(iter(calls.values())).get("id")
+                asked.sessions.keep_reasoning(asked.owner, f"{self.name} {question} {first}", text)
+
+    def _with_reasoning(self, messages: list[Message], asked: ProviderRequest) -> list[Message]:
+        """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
+        restored = []
+        for message, question in zip(messages, digests_of_questions(messages), strict=True):
+            if message.get("reasoning_content") is None and message.get("tool_calls"):
+                call_id = message["tool_calls"][0].get("id")
+                # One that occurs twice could be another answer's
+                if call_id and ids[call_id] == 1:
+                    text = asked.sessions.find_reasoning(asked.owner, f"{self.name} {question} {call_id}")
+                    if text:
+                        message = {**message, "reasoning_content": text}
+            restored.append(message)
+        return restored
+
+    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
+        def attempt() -> tuple[JSONObject, Headers]:
+            response = self._send("POST", "/embeddings", body, waiter)
+            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
+            if not isinstance(answer.get("data"), list):
+                raise invalid_response(self._api.name, "no embeddings")
+            return answer, rate_limits(response.headers)
+
+        with self._through_breaker():
+            return self._retry(attempt, waiter)
+
+    def _open_stream(self, body: JSONObject, waiter: Waiter) -> UpstreamResponse:
+        response = self._send("POST", "/chat/completions", body, waiter)
+        if "json" in response.headers.get("Content-Type", ""):
+            self._read_json(response)  # for an error in it
+            raise invalid_response(self._api.name, "a complete answer instead of a stream")
+        response.deadline.may_reuse_connection = False  # until the stream's own end
+        return response
+
+    def _read_json(
+        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
+    ) -> JSONObject:
+        """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
+        try:
+            answer = parse_upstream_json(response.read(limit), max_values)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise invalid_response(self._api.name, "no JSON object")
+        if answer.get("error"):
+            raise api_error(self._api, response.status, answer, response.headers)
+        return answer
+
+    def _send(self, method: str, path: str, body: JSONObject | None, waiter: Waiter) -> UpstreamResponse:
+        """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
+        a stream, and for all of another body."""
+        headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
+        deadline = Deadline(self._settings.request_timeout, waiter)
+        data = dump_json(body) if body else None
+        response = self._transport.request(method, self._base_url + path, headers, data, deadline)
+        if response.status == 200:
+            return response
+        text = response.read()
+        try:
+            answer = parse_upstream_json(text)
+        except ValueError:
+            answer = text.decode("utf-8", "replace")
+        raise api_error(self._api, response.status, answer, response.headers)
+
+    # Models
+
+    def models(self, wait: float) -> Mapping[str, JSONObject]:
+        """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
+        with suppress(FutureTimeout, APIError):
+            return self._models.latest().result(wait)
+        return self._last_models
+
+    def _fetch_models(self) -> dict[str, JSONObject]:
+        try:
+            self._last_models = self._list_models()
+        except APIError as error:
+            log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
+            raise
+        return self._last_models
+
+    def _list_models(self) -> dict[str, JSONObject]:
+        listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
+        if not isinstance(listed, list):
+            raise invalid_response(self._api.name, "no list of models")
+        models = {}
+        for model in listed:
+            if isinstance(model, dict) and isinstance(model.get("id"), str) and model["id"]:
+                models[model["id"]] = model
+        return models
+
+    def check(self) -> Iterator[tuple[str, APIError | None]]:
+        step = f"{self._base_url} reached, key accepted"
+        try:
+            listed = self._list_models()
+        except APIError as error:
+            yield step, error
+            return
+        yield step, None
+        yield from self._check_answer(next(iter(listed), "default"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and fallback
+#
+# Which provider answers for a model's id, and which one answers when it cannot.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CREATED = 1757030400  # of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+MAX_HELD_BACK = 50  # deltas without content
+LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
+
+
+def model_not_found(name: str) -> APIError:
+    return APIError(
+        404, f"The model {name[:100]!r} does not exist; /v1/models lists those that do.", code="model_not_found",
+        param="model")
+
+
+class Providers:
+    """Every configured provider, and which of them a model's id means."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self.by_name: dict[str, Provider] = {WEB_CHAT: KimiProvider(settings, metrics)}
+        for name, api in settings.apis.items():
+            self.by_name[name] = OpenAIProvider(api, settings, metrics)
+
+    def resolve(self, model: str) -> tuple[Provider, str]:
+        """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
+        resolved = self._settings.resolve(model)
+        if resolved is None:
+            raise model_not_found(model)
+        name, own_name = resolved
+        return self.by_name[name], own_name
+
+    def models(self) -> list[JSONObject]:
+        """MODELS, then what each API lists, as OpenAI's model objects."""
+        for provider in self.by_name.values():
+            provider.models(wait=0)  # all are asked before the first is waited for
+        deadline = time.monotonic() + LISTING_WAIT
+        names = list(self._settings.models)
+        for provider in self.by_name.values():
+            for model in provider.models(wait=max(0.0, deadline - time.monotonic())):
+                names.append(f"{provider.name}/{model}")
+        return [self.model(name, wait=0) for name in names if name != "*"]
+
+    def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
+        """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
+        provider, own_name = self.resolve(name)
+        model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
+        listed = provider.models(wait)
+        if listed and own_name not in listed and name not in self._settings.models:
+            raise model_not_found(name)
+        upstream_model = listed.get(own_name, {})
+        for field_name, kind in (("created", int), ("owned_by", str)):
+            if isinstance(upstream_model.get(field_name), kind):
+                model[field_name] = upstream_model[field_name]
+        return model
+
+    def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
+        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can.
+
+        What the client must not see before it could still be another model's is held back: of a stream the role, of
+        an answer in one piece everything, which then is one delta.
+        """
+        failed: list[tuple[str, APIError]] = []
+        stats = asked.stats
+        stats.messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
+        for name in dict.fromkeys((model, *self._settings.fallback_models)):
+            provider, upstream_model = self.resolve(name)
+            stats.start(provider.name, name)
+            deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
+            begun: list[Delta] = []
+            try:
+                for delta in deltas:
+                    begun.append(delta)
+                    if asked.request.stream and (delta.has_content or len(begun) > MAX_HELD_BACK):
+                        break
+                    if not asked.request.stream:
+                        del begun[1:]  # the fold has it
+            except APIError as error:
+                failed.append((name, error.copy()))
+                if not error.may_fall_back or isinstance(error, Abandoned):
+                    break
+                log.warning("%s cannot answer: %s", name, error.reason)
+                continue
+            if not asked.request.stream:
+                begun[0].chunk = stats.fold.completion()
+            if failed:
+                log.warning("%s answers instead of %s", name, model)
+            begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
+            for delta in itertools.chain(begun, deltas):
+                delta.chunk["model"] = name
+                yield delta
+            return
+        (_, first), *others = failed
+        messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
+        raise first.copy(message=" ".join(messages))
+
+    def embed(
+        self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
+    ) -> tuple[JSONObject, Headers]:
+        """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
+        provider, upstream_model = self.resolve(model)
+        stats.start(provider.name, model)
+        answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
+        stats.first_chunk = time.monotonic() - stats.began
+        usage = answer.get("usage")
+        if not count_of(usage, "prompt_tokens"):
+            usage = {"prompt_tokens": estimate_input(body["input"])}
+        stats.fold.add({"usage": usage})
+        return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
+
+
+########################################################################################################################
+# Part 7: Application
+#
+# Who may call, a chat from its request to its answer, and the routes. Nothing outside of this part and the next uses
+# Bottle.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Access
+#
+# Who may call: keys, and browsers, which any web page may send here.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def as_api_error(error: Exception) -> APIError:
+    """The error itself if it is an APIError; any other is logged with its traceback and becomes a 500."""
+    if isinstance(error, APIError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
 
 
 class Access:
@@ -5598,11 +5437,196 @@ def error_response(error: APIError) -> bottle.HTTPResponse:
     return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
 
 
-# ======================================================================================================================
-# 35 Small answers
+# ----------------------------------------------------------------------------------------------------------------------
+# Clients
 #
-# Headers, and the shapes of small answers.
-# ======================================================================================================================
+# The clients of chats, and how many chats may run at once. A chat runs on the thread of its client's request, upstream
+# call included.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CLIENT_CHECK_INTERVAL = 0.5  # seconds
+SEND_SIZE = 65536  # bytes of events that are sent without waiting for the next pause
+KEEPALIVE = b": keep-alive\n\n"
+
+
+class Client(Waiter):
+    """The client of one chat: it may disconnect, and if it gets a stream, it is sent events and keep-alive comments.
+
+    Events are sent before the next wait for the upstream, so that all that one read brought is one write.
+    """
+
+    def __init__(self, environ: Mapping[str, Any], stopping: threading.Event) -> None:
+        self.interval = CLIENT_CHECK_INTERVAL
+        self.has_left = False
+        self.has_begun = False  # an event has been handed over, so an error can only be another one
+        self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
+        self._stopping = stopping
+        self._begin: Callable[[], Callable[[bytes], object]] | None = None
+        self._write: Callable[[bytes], object] | None = None
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+        self._keepalive_interval = inf
+        self._last_write = time.monotonic()
+        self._blocked = 0.0  # seconds that sending has taken
+
+    def stream(self, begin: Callable[[], Callable[[bytes], object]], keepalive_interval: float) -> None:
+        """The client gets a stream. begin: starts the response, and returns WSGI's write()."""
+        self._begin = begin
+        self._keepalive_interval = keepalive_interval  # seconds
+        self.interval = min(self.interval, keepalive_interval)
+
+    def clock(self) -> float:
+        """Stands still while the client does not read: that is not the upstream's time."""
+        return time.monotonic() - self._blocked
+
+    def attend(self) -> None:
+        self.flush()
+        if self._begin and time.monotonic() - self._last_write >= self._keepalive_interval:
+            self.send(KEEPALIVE)
+            self.flush()
+        self.has_left = self.has_left or self._disconnected()
+        if self.has_left and not self.must_finish:
+            raise Abandoned(499, "The client has disconnected.", code="client_closed_request")  # nginx's status
+        if self._stopping.is_set():
+            raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
+
+    def sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        self.attend()
+        while True:
+            pause = min(end - time.monotonic(), self.interval)
+            if pause <= 0:
+                return
+            self._stopping.wait(pause)
+            self.attend()
+
+    def send(self, data: bytes) -> None:
+        """Hand over an event. A client that has left is sent nothing."""
+        self.has_begun = True
+        self._pending.append(data)
+        self._pending_size += len(data)
+        if self._pending_size >= SEND_SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        data = b"".join(self._pending)
+        self._pending.clear()
+        self._pending_size = 0
+        if not data or self.has_left or not self._begin:
+            return
+        if self._write is None:
+            self._write = self._begin()
+        began = time.monotonic()
+        try:
+            self._write(data)
+        except Exception:  # a WSGI server raises what it likes for a client that has disconnected
+            self.has_left = True
+        self._last_write = time.monotonic()
+        self._blocked += self._last_write - began
+
+
+class Slots:
+    """Chats that run now, at most `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._lock = threading.Lock()  # guards used
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around a chat. Raises APIError 429 for one too many."""
+        with self._lock:
+            if self.used >= self.limit:
+                raise APIError(
+                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
+            self.used += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.used -= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chats
+#
+# What is remembered of an answer before its client can see that it is complete, and the pace of a replay.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
+    """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
+    finds it remembered."""
+    held: list[Delta] = []
+    for delta in deltas:
+        if delta.is_final:
+            held.append(delta)
+            continue
+        yield from held
+        held = []
+        yield delta
+    save()
+    yield from held
+
+
+def record_turn(sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
+    """Record what the user has said and the answer in the user's session."""
+    message = answer_to_remember(stats.fold)
+    violation = find_violation(message, MESSAGE)
+    if violation:  # every later request would be refused for it
+        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+    elif request.turns and request.user:
+        *older, newest = request.turns
+        turns = [*older, (*newest, message)]
+        sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
+
+
+def answer_to_remember(fold: Fold) -> Message:
+    """The assistant's message that goes into a session."""
+    message = fold.message()
+    if not message.get("tool_calls"):
+        # APIs refuse null without tool calls
+        message["content"] = message["content"] or ""
+    return message
+
+
+def record_response(
+    sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
+    response: JSONObject,
+) -> None:
+    """Keep a response, with all that a next one goes on from."""
+    answer = read_items(response["output"])
+    turns = append_turns(previous.turns, request.turns)
+    if turns:
+        *older, newest = turns
+        turns = (*older, (*newest, *answer))
+    sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
+
+
+def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client) -> Iterator[Delta]:
+    """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
+    all. Without pauses when the client has left: the answer may still be recorded, and whole."""
+    max_pieces = max(1, int(max_seconds / interval)) if interval else 1
+    for delta in deltas:
+        if not delta.is_complete:
+            yield delta
+            continue
+        client.must_finish = True
+        began = time.monotonic()
+        for count, step in enumerate(steps_of(delta, max_pieces)):
+            ahead = began + count * interval - time.monotonic()
+            if ahead > 0 and not client.has_left:
+                client.sleep(ahead)
+            yield step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Application
+#
+# The program's state while it runs, and what it does for each route.
+# ----------------------------------------------------------------------------------------------------------------------
 
 EXPOSED_HEADERS = ", ".join([
     "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
@@ -5637,13 +5661,6 @@ def session_not_found() -> APIError:
 
 def response_not_found(id: str) -> APIError:
     return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
-
-
-# ======================================================================================================================
-# 36 App
-#
-# The program's state while it runs, and what it does for each route.
-# ======================================================================================================================
 
 
 class App:
@@ -5913,12 +5930,12 @@ class App:
             milliseconds)
 
 
-# ======================================================================================================================
-# 37 Routes
+# ----------------------------------------------------------------------------------------------------------------------
+# Routes
 #
-# Which path is whose. `create_app(settings)` builds a Bottle application with state of its own, so a test can have as
-# many as it likes.
-# ======================================================================================================================
+# Paths and errors. `create_app(settings)` builds an application with its own state, so a test can have as many as it
+# needs.
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
@@ -6027,77 +6044,18 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
     return wsgi
 
 
-# ======================================================================================================================
-# 38 Demo upstream
+########################################################################################################################
+# Part 8: Server
 #
-# A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
-# so `--demo` runs the real code path without internet.
-# ======================================================================================================================
+# waitress, its graceful stop, and the command line. Nothing outside of this part uses waitress.
+########################################################################################################################
 
 
-class DemoUpstream(BaseHTTPRequestHandler):
-    """A web chat without a model: its answers say so, and repeat what reached it."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one packet
-    nonce = random_hex()[:10]
-
-    @classmethod
-    def start(cls) -> str:
-        """Serve on a free loopback port from a thread of its own; the address, without a path."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
-        threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    def do_GET(self) -> None:
-        config = json.dumps({"ajax_url": "/wp-admin/admin-ajax.php", "nonce": self.nonce})
-        self.reply(200, "text/html", f"<html><script>var kimi_ajax = {config};</script></html>".encode())
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        form = dict(parse_qsl(body.decode()))
-        if form.get("nonce") != self.nonce:
-            self.reply(403, "text/html", b"-1")
-            return
-        answer = demo_answer(form["message"], form["model"])
-        self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
-
-    def reply(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("demo upstream: " + format, *args)
-
-
-SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
-
-
-def demo_answer(prompt: str, model: str) -> str:
-    """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
-    *earlier, newest = SPEAKER.split(prompt)
-    speakers = SPEAKER.findall(prompt)
-    has_result = bool(speakers) and speakers[-1].startswith(SPEAKERS["tool"])
-    _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
-    name = re.match(r"[\w.-]+", tools)
-    if name and not has_result:
-        return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
-    if JSON_ONLY in prompt:
-        return "[] {}"  # the reader takes the one of the right type
-    lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
-    return (
-        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
-        f"Earlier messages that reached {model} with it:{''.join(lines) or ' none.'}")
-
-
-# ======================================================================================================================
-# 39 Client connections
+# ----------------------------------------------------------------------------------------------------------------------
+# Client connections
 #
 # waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
 MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
@@ -6233,11 +6191,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return sent
 
 
-# ======================================================================================================================
-# 40 Server
+# ----------------------------------------------------------------------------------------------------------------------
+# Server
 #
 # waitress with settings for chats, a loop that idle connections do not slow down, and a stop that lets chats finish.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class SocketMap(dict[int, Any]):
@@ -6419,11 +6377,11 @@ def connection_limit(chats: int) -> int:
     return limit
 
 
-# ======================================================================================================================
-# 41 Command line
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
 #
 # Flags, the greeting, --check, logging, and main().
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
@@ -6555,11 +6513,85 @@ def serve(settings: Settings, demo: bool) -> int:
     os._exit(0)  # a normal exit would wait for abandoned upstream calls
 
 
-# ======================================================================================================================
-# 42 Description
+########################################################################################################################
+# Appendices
+#
+# The application serves the description and the page, and the command line starts the demo upstream: the only uses of
+# what stands below.
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Demo upstream
+#
+# A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
+# so `--demo` runs the real code path without internet.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class DemoUpstream(BaseHTTPRequestHandler):
+    """A web chat without a model: its answers say so, and repeat what reached it."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet
+    nonce = random_hex()[:10]
+
+    @classmethod
+    def start(cls) -> str:
+        """Serve on a free loopback port from a thread of its own; the address, without a path."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
+        threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    def do_GET(self) -> None:
+        config = json.dumps({"ajax_url": "/wp-admin/admin-ajax.php", "nonce": self.nonce})
+        self.reply(200, "text/html", f"<html><script>var kimi_ajax = {config};</script></html>".encode())
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        form = dict(parse_qsl(body.decode()))
+        if form.get("nonce") != self.nonce:
+            self.reply(403, "text/html", b"-1")
+            return
+        answer = demo_answer(form["message"], form["model"])
+        self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
+
+    def reply(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("demo upstream: " + format, *args)
+
+
+SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
+
+
+def demo_answer(prompt: str, model: str) -> str:
+    """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
+    *earlier, newest = SPEAKER.split(prompt)
+    speakers = SPEAKER.findall(prompt)
+    has_result = bool(speakers) and speakers[-1].startswith(SPEAKERS["tool"])
+    _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
+    name = re.match(r"[\w.-]+", tools)
+    if name and not has_result:
+        return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
+    if JSON_ONLY in prompt:
+        return "[] {}"  # the reader takes the one of the right type
+    lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
+    return (
+        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
+        f"Earlier messages that reached {model} with it:{''.join(lines) or ' none.'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Description
 #
 # The OpenAPI description of the routes.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def named_object(name: str, fields: Schema) -> Schema:
@@ -6667,11 +6699,11 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
     }
 
 
-# ======================================================================================================================
-# 43 Page
+# ----------------------------------------------------------------------------------------------------------------------
+# Page
 #
 # The page at / and /docs, which needs nothing from the internet.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -1,4 +1,4 @@
-"""Tests of kimi2api, in the order of the module's sections.
+"""Tests of kimi2api, in the order of the module's parts.
 
     pytest                      # all but the benchmark and the soak
     pytest -k stale_nonce       # one behaviour
@@ -58,12 +58,13 @@ json_and_stream = pytest.mark.parametrize("stream", [False, True], ids=["json", 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds after which something that must happen counts as not happening
 
-# ======================================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stand-ins for the upstreams
 #
 # A stand-in answers each request with an Act: a function that is given the connection's handler and writes what it
 # likes. `script` holds the acts of the next posts; while it is empty, `always` answers.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 Act = Callable[[Any], Any]
 
@@ -444,9 +445,9 @@ def both(api: Api) -> dict[str, str]:
     return {"PROVIDERS": "local", "LOCAL_BASE_URL": api.url, "LOCAL_API_KEY": "sk-theirs"}
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # The program, in process and as a process
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
@@ -770,40 +771,59 @@ def read_response(link: socket.socket, method: str = "GET") -> tuple[http.client
     return response, response.read()
 
 
-# ======================================================================================================================
-# Settings
-# ======================================================================================================================
+########################################################################################################################
+# Part 1: Settings
+########################################################################################################################
 
 
-def test_no_section_uses_a_later_one_and_the_docstring_lists_them_all() -> None:
-    lines = Path(kimi2api.__file__).read_text().splitlines()
-    banner = "# " + "=" * 118
-    sections = {}  # by the lines that they begin at
-    for number, line in enumerate(lines, 1):
-        found = re.fullmatch(r"# (\d+) (.+)", line)
-        if found and lines[number - 2] == banner:
-            sections[number] = int(found[1]), found[2]
-    listed = re.findall(r"(?:^ {4}|  +)(\d+) (.{19,20}?)(?=  |\S)", kimi2api.__doc__ or "", re.M)
-    assert sorted((int(number), name.strip()) for number, name in listed) == sorted(sections.values())
+def parts_of(module: Path) -> dict[int, str]:
+    """The titles of the parts, by the lines of their banners; the appendices come last."""
+    lines = module.read_text().splitlines()
+    banners = [number for number, line in enumerate(lines) if line == "#" * 120]
+    return {number + 1: lines[number + 1].removeprefix("# Part ").removeprefix("# ") for number in banners[::2]}
 
-    def section_of(line: int) -> int:
-        return max((number for begin, (number, _) in sections.items() if begin <= line), default=0)
 
-    module = ast.parse("\n".join(lines))
+def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all() -> None:
+    parts = parts_of(Path(kimi2api.__file__))
+    listed = re.findall(r"^ {4}(?:(\d) )?([A-Z].+?)  +\S", kimi2api.__doc__ or "", re.M)
+    assert [f"{number}: {title}" if number else title for number, title in listed] == list(parts.values())
+    lines = sorted(parts)
+
+    def part_of(line: int) -> int:
+        return sum(begin <= line for begin in lines)
+
+    module = ast.parse(Path(kimi2api.__file__).read_text())
     defined = {}
     for node in module.body:
         targets = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else getattr(node, "targets", [])
         for target in [*targets, getattr(node, "target", None)]:
             name = getattr(target, "name", None) or getattr(target, "id", None)
             if name:
-                defined[name] = section_of(node.lineno)
-    served_last = len(sections) - 2
+                defined[name] = part_of(node.lineno)
+    appendices = len(parts)
     used = [node for node in ast.walk(module) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     assert len(used) > 1000, "it looks at something"
     for node in used:
-        section = section_of(node.lineno)
-        later = defined.get(node.id, 0)
-        assert not section < later <= served_last, f"{node.id} of section {later} is used in line {node.lineno}"
+        part, later = part_of(node.lineno), defined.get(node.id, 0)
+        may_use = later == appendices and part >= appendices - 2
+        assert later <= part or may_use, f"{node.id} of part {later} is used in line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        (5, {"requests", "cloudscraper", "urllib3", "HTTPAdapter", "HTTPError", "Timeout"}),
+        (8, {"waitress", "wasyncore", "HTTPChannel", "HTTPRequestParser", "WSGITask", "ErrorTask", "BaseWSGIServer"}),
+        (4, {"sqlite3", "redis"}),
+        (7, {"bottle"}),
+    ],
+)
+def test_each_library_is_known_to_one_part(part: int, names: set[str]) -> None:
+    lines = sorted(parts_of(Path(kimi2api.__file__)))
+    for node in ast.walk(ast.parse(Path(kimi2api.__file__).read_text())):
+        if isinstance(node, ast.Name) and node.id in names:
+            found = sum(begin <= node.lineno for begin in lines)
+            assert found == part or (node.id == "bottle" and found == 8), f"{node.id} in line {node.lineno}"
 
 
 def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(tmp_path: Path) -> None:
@@ -899,9 +919,14 @@ def test_env_example_has_every_setting_with_its_default() -> None:
     ]
 
 
-# ======================================================================================================================
+########################################################################################################################
+# Part 2: Protocol
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Errors and JSON
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_paths_methods_and_models_are_errors_in_openais_shape(app: Client) -> None:
@@ -950,9 +975,9 @@ def test_half_surrogates_of_an_api_are_replaced(make: Make, both: dict[str, str]
     assert app.get("/v1/sessions/ada").status_int == 200
 
 
-# ======================================================================================================================
-# Schemas and requests
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Schemas and chat requests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def with_message(more: str) -> bytes:
@@ -1134,9 +1159,979 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
     assert 100 < refused < len(bodies) - 100
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Deltas, tokens and pieces
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_tool_calls_of_an_api_are_folded_by_index(make: Make, both: dict[str, str], api: Api) -> None:
+    def call(index: int, arguments: str, function: Any = (), **more: Any) -> dict[str, Any]:
+        function = {"arguments": arguments, **dict(function)}
+        return {"tool_calls": [{"index": index, "function": function, **more}]}
+
+    def first(index: int, arguments: str) -> dict[str, Any]:
+        return call(index, arguments, {"name": f"f{index}"}, id=f"call_{index}", type="function")
+
+    deltas = [first(0, ""), call(0, '{"a":'), call(0, "1}"), first(1, "{}")]
+    api.always = api_answers(deltas=deltas, finish="tool_calls")
+    choice = chat(make(**both), model="local/k2").json["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"] == [
+        {"id": "call_0", "type": "function", "function": {"name": "f0", "arguments": '{"a":1}'}},
+        {"id": "call_1", "type": "function", "function": {"name": "f1", "arguments": "{}"}},
+    ]
+
+
+def test_several_choices_of_an_api_are_folded_each(make: Make, both: dict[str, str], api: Api) -> None:
+    def says_of(index: int, text: str) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": None}]}
+
+    ends = {"choices": [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]}
+    api.always = api_plays(says_of(0, "a"), says_of(1, "x"), says_of(0, "b"), says_of(1, "y"), ends)
+    body = chat(make(**both), model="local/k2", n=2).json
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["ab", "xy"]
+    assert body["usage"]["total_tokens"] > 0, "estimated, since upstream told none"
+
+
+def test_the_estimate_of_tokens_knows_chinese_from_english() -> None:
+    assert kimi2api.estimate_tokens("") == 0
+    assert kimi2api.estimate_tokens("a") == 1
+    assert kimi2api.estimate_tokens("word " * 80) == 100
+    assert kimi2api.estimate_tokens("月之暗面" * 25) == 60
+    assert kimi2api.estimate_tokens("한국어ひらがな") >= 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("The quick brown fox.\n\n  jumps   over\tthe lazy dog. ", id="English"),
+        pytest.param("月之暗面科技有限公司，成立于2023年。Kimi是智能助手！", id="Chinese"),
+        pytest.param(
+            "e\u0301e\u0301 か\u3099字\ufe00\ufe00字 👨\u200d👩\u200d👧字👍🏽字🇨🇳🇨🇳", id="combining marks and emoji"
+        ),
+        pytest.param("x" * 500, id="one long word"),
+        pytest.param(" ", id="space"),
+        pytest.param("\n", id="line end"),
+        pytest.param("a", id="one letter"),
+        pytest.param("字" * 300, id="one long word of Chinese"),
+    ],
+)
+def test_pieces_are_word_like_and_never_cut_what_is_read_as_one(text: str) -> None:
+    for most in (1, 3, 100):
+        parts = list(kimi2api.pieces(text, most))
+        assert "".join(parts) == text and len(parts) <= most and all(parts)
+        for part in parts[1:]:
+            assert not unicodedata.category(part[0]).startswith("M") and part[0] not in "\u200d🏽"
+        assert not any(part.endswith("\u200d") for part in parts[:-1])
+    if text.startswith("The quick"):
+        assert parts[:3] == ["The", " quick", " brown"]
+    if text.startswith("月之"):
+        assert max(map(len, parts)) <= 6 and len(parts) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "kept"),
+    [
+        pytest.param("ae\u0301\u0301\u0301b", 1, "a", id="combining marks"),
+        pytest.param("月" * 10, 3, "月" * 5, id="Chinese"),
+        pytest.param("🇨🇳" * 5, 1, "🇨🇳" * 2, id="flags"),
+        pytest.param("👩🏽\u200d🚀" * 3, 2, "👩🏽\u200d🚀" * 2, id="emoji of several"),
+    ],
+)
+def test_a_cut_never_splits_what_is_read_as_one(
+    app: Client, kimi: WebChat, text: str, max_tokens: int, kept: str
+) -> None:
+    kimi.answer = text
+    response = chat(app, max_tokens=max_tokens)
+    assert said(response) == kept and response.json["choices"][0]["finish_reason"] == "length"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat completion format
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_has_every_field_that_openais_schema_requires(app: Client, kimi: WebChat) -> None:
+    kimi.answer = "你好，世界！"
+    response = chat(app, model="kimi-k2-instruct")
+    body = response.json
+    assert {"id", "object", "created", "model", "choices", "usage"} <= set(body)
+    assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
+    assert body["model"] == "kimi-k2-instruct"
+    assert abs(body["created"] - time.time()) < PATIENCE
+    message = {"role": "assistant", "content": "你好，世界！", "refusal": None}
+    assert body["choices"] == [{"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}]
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] > 0
+    assert "你好" in response.text, "UTF-8, not \\u escapes"
+
+
+@pytest.mark.parametrize("include_usage", [False, True], ids=["without usage", "with usage"])
+def test_a_stream_has_the_shape_of_openais(app: Client, kimi: WebChat, include_usage: bool) -> None:
+    response = chat(app, stream=True, stream_options={"include_usage": include_usage})
+    assert response.content_type == "text/event-stream" and response.headers["Cache-Control"] == "no-cache"
+    *chunks, done = events(response)
+    assert done == "[DONE]" and streamed(chunks) == kimi.answer
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    last = chunks[-2] if include_usage else chunks[-1]
+    assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    earlier = chunks[: chunks.index(last)]
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in earlier)
+    if include_usage:
+        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    else:
+        assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_a_completion_of_a_prompt_is_a_users_message(app: Client, kimi: WebChat) -> None:
+    for prompt in ("Once upon", ["Once upon"]):
+        response = app.post_json("/v1/completions", {"prompt": prompt, "max_tokens": 50, "temperature": 0.1})
+        body = response.json
+        assert body["object"] == "text_completion" and body["id"].startswith("cmpl-") and body["model"] == "kimi"
+        choice = {"text": kimi.answer, "index": 0, "logprobs": None, "finish_reason": "stop"}
+        assert body["choices"] == [choice] and body["usage"]["total_tokens"] > 0
+        assert kimi.posts[-1]["message"] == "Once upon"
+
+
+def test_a_completion_can_be_a_stream(app: Client, kimi: WebChat) -> None:
+    asked = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, done = events(app.post_json("/v1/completions", asked))
+    assert done == "[DONE]" and chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    assert "".join(choice["text"] for choice in choices) == kimi.answer
+    assert choices[-1]["finish_reason"] == "stop" and all("delta" not in choice for choice in choices)
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+def test_a_completion_passes_what_chats_have_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    asked = {"model": "local/k2", "prompt": "x", "seed": 7, "echo": False, "best_of": 1, "suffix": None}
+    assert make(**both).post_json("/v1/completions", asked).json["choices"][0]["text"] == "Hi from the API."
+    path, _, sent = api.asked[0]
+    assert path == "/v1/chat/completions" and sent["seed"] == 7
+    assert sent["messages"] == [{"role": "user", "content": "x"}] and not sent.keys() & {"prompt", "echo", "best_of"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        pytest.param("prompt", ["a", "b"], id="several prompts"),
+        pytest.param("prompt", [1, 2], id="tokens"),
+        pytest.param("prompt", [], id="no prompt"),
+        pytest.param("prompt", None, id="null"),
+        pytest.param("echo", True, id="echo"),
+        pytest.param("suffix", "end", id="suffix"),
+        pytest.param("best_of", 2, id="best of two"),
+        pytest.param("logprobs", 3, id="log probabilities"),
+        pytest.param("max_tokens", 0, id="no tokens"),
+    ],
+)
+def test_a_completion_that_no_chat_can_give_is_a_400(app: Client, kimi: WebChat, field: str, value: Any) -> None:
+    response = app.post_json("/v1/completions", {"prompt": "x", field: value})
+    assert is_error(response, 400, None, "invalid_request_error") and not kimi.posts
+    assert response.json["error"]["param"].startswith(field) and "[False]" not in response.text
+    if value == ["a", "b"]:
+        assert response.json["error"]["message"] == "'prompt' must be a string or a list of 1."
+
+
+def embed(app: Client, **body: Any) -> Any:
+    return app.post_json("/v1/embeddings", {"input": "x", **body})
+
+
+EMBEDDINGS = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -1.25e-05]}],
+    "model": "theirs",
+    "usage": {"prompt_tokens": 1, "total_tokens": 1},
+}
+
+
+def test_embeddings_pass_through_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_sends(200, EMBEDDINGS, **{"x-ratelimit-remaining-requests": "4"})
+    app = make(**both, MODELS="kimi=x,small=local/e1")
+    response = embed(app, model="small", input=["x", "y"], dimensions=2, extra={})
+    assert response.json == {**EMBEDDINGS, "model": "small"}
+    assert response.headers["X-Kimi2api-Provider"] == "local"
+    assert response.headers["x-ratelimit-remaining-requests"] == "4"
+    path, headers, sent = api.asked[0]
+    assert path == "/v1/embeddings" and headers["Authorization"] == "Bearer sk-theirs"
+    assert sent == {"model": "e1", "input": ["x", "y"], "dimensions": 2, "extra": {}}
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "code"),
+    [
+        pytest.param(api_sends(400, {"error": {"message": "too many", "code": "c"}}), 400, "c", id="refused"),
+        pytest.param(api_sends(429, {"error": {"message": "slow"}}), 429, "upstream_rate_limited", id="rate limit"),
+        pytest.param(api_sends(401, {}), 502, "upstream_auth", id="our key"),
+        pytest.param(api_sends(200, {"error": {"message": "x"}}), 502, "upstream_unavailable", id="error with 200"),
+        pytest.param(api_sends(200, {"data": None}), 502, "upstream_invalid_response", id="no list"),
+        pytest.param(api_sends(200, b"[[1, 2"), 502, "upstream_invalid_response", id="cut off"),
+        pytest.param(resets, 502, "upstream_unavailable", id="reset"),
+    ],
+)
+def test_errors_of_embeddings_are_those_of_chats(
+    make: Make, both: dict[str, str], api: Api, act: Act, status: int, code: str
+) -> None:
+    api.always = act
+    response = embed(make(**both, FALLBACK_MODELS="kimi"), model="local/e1")
+    assert response.status_int == status and response.json["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param({"input": None}, "input", id="null"),
+        pytest.param({"input": ""}, "input", id="empty text"),
+        pytest.param({"input": []}, "input", id="empty list"),
+        pytest.param({"encoding_format": "hex"}, "encoding_format", id="unknown form"),
+        pytest.param({"dimensions": 0}, "dimensions", id="no dimensions"),
+        pytest.param({"model": "kimi"}, "model", id="the web chat"),
+        pytest.param({}, "model", id="the default, which is the web chat"),
+    ],
+)
+def test_embeddings_that_cannot_be_had_are_a_400(app: Client, kimi: WebChat, body: Any, param: str) -> None:
+    response = embed(app, **body)
+    assert response.status_int == 400 and response.json["error"]["param"] == param and not kimi.posts
+
+
+def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[str, str], api: Api) -> None:
+    def waits(handler: ApiHandler) -> None:
+        if not handler.rfile.read(1):
+            api.hung_up.set()
+
+    api.always = waits
+    program = run(**both)
+    body = b'{"model": "local/e1", "input": "x"}'
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    link = program.open(head + body)
+    wait_for(lambda: api.asked)
+    assert program.running() == 1
+    link.close()
+    assert api.hung_up.wait(PATIENCE)
+    wait_for(lambda: program.running() == 0)
+
+
+########################################################################################################################
+# Part 3: Responses API
+########################################################################################################################
+
+
+def respond(app: Client, input: Any = "Hello", headers: dict[str, str] | None = None, **body: Any) -> Any:
+    return app.post_json("/v1/responses", {"input": input, **body}, headers=headers)
+
+
+def output_text(response: Any) -> str:
+    assert response.status_int == 200, response.text
+    messages = [item for item in response.json["output"] if item["type"] == "message"]
+    return "".join(part["text"] for message in messages for part in message["content"])
+
+
+def response_events(response: Any) -> list[Any]:
+    """The events of a stream. Names, numbers and order are checked, and where openai is installed the shapes."""
+    body = (response if isinstance(response, bytes) else response.body).decode()
+    parsed = []
+    for number, text in enumerate(re.findall(r"(?:event: .*\ndata: .*)(?=\n\n)", body)):
+        name, data = re.fullmatch(r"event: (.*)\ndata: (.*)", text).groups()
+        event = json.loads(data)
+        assert event["type"] == name and event["sequence_number"] == number
+        parsed.append(event)
+    with suppress(ImportError):
+        from openai.types.responses import ResponseStreamEvent
+        from pydantic import TypeAdapter
+
+        shape = TypeAdapter(ResponseStreamEvent)
+        for event in parsed:
+            assert shape.validate_python(event).type == event["type"]
+    assert "[DONE]" not in body
+    assert_items_follow_one_another(parsed)
+    return parsed
+
+
+def assert_items_follow_one_another(events: list[Any]) -> None:
+    """Each item is added, gets its text, and is done before the next is added; all that are done are in the output."""
+    done: list[Any] = []
+    current: Any = None  # the item between its first event and its last
+    text: str | None = ""  # of its deltas; None: it is complete
+    for event in events:
+        kind = event["type"].removeprefix("response.")
+        if "output_index" not in event:
+            continue
+        assert event["output_index"] == len(done), kind
+        if kind == "output_item.added":
+            assert current is None
+            current, text = event["item"], ""
+            continue
+        assert event.get("item_id", current["id"]) == current["id"]
+        if kind == "output_item.done":
+            assert text is None and event["item"]["id"] == current["id"]
+            done.append(event["item"])
+            current = None
+        elif kind.endswith(".delta"):
+            text += event["delta"]
+        elif not kind.startswith("content_part"):
+            assert text in [event.get(name) for name in ("text", "refusal", "arguments", "input")], kind
+            text = None
+    if events and events[-1]["type"] in ("response.completed", "response.incomplete"):
+        assert current is None and events[-1]["response"]["output"] == done
+
+
+def kinds(events: list[Any]) -> list[str]:
+    """The types of events, without `response.`, each run of one type once."""
+    return [kind for kind, _ in itertools.groupby(event["type"].removeprefix("response.") for event in events)]
+
+
+def test_a_response_has_every_field_that_openais_types_require(app: Client, kimi: WebChat) -> None:
+    body = respond(app, model="kimi-k2-instruct", instructions="Be short.", metadata={"a": "b"}, temperature=0.5).json
+    assert body["object"] == "response" and body["id"].startswith("resp_") and body["status"] == "completed"
+    assert body["model"] == "kimi-k2-instruct" and abs(body["created_at"] - time.time()) < PATIENCE
+    assert body["instructions"] == "Be short." and body["metadata"] == {"a": "b"} and body["temperature"] == 0.5
+    assert body["completed_at"] >= body["created_at"] and body["presence_penalty"] == body["frequency_penalty"] == 0
+    (message,) = body["output"]
+    assert message["type"] == "message" and message["role"] == "assistant" and message["status"] == "completed"
+    assert message["content"] == [{"type": "output_text", "text": kimi.answer, "annotations": [], "logprobs": []}]
+    usage = body["usage"]
+    assert usage["input_tokens"] + usage["output_tokens"] == usage["total_tokens"] > 0
+    assert kimi.posts[0]["message"] == "Be short.\n\n用户: Hello"
+    types = pytest.importorskip("openai.types.responses")
+    assert types.Response.model_validate(body).output_text == kimi.answer
+
+
+def test_the_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> None:
+    told = response_events(respond(app, stream=True))
+    assert kinds(told) == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert "".join(event["delta"] for event in told if event["type"].endswith(".delta")) == kimi.answer
+    begun = told[0]["response"]
+    assert begun["status"] == "in_progress" and begun["output"] == [] and begun["completed_at"] is None
+    final = told[-1]["response"]
+    assert final["output"] == [told[-2]["item"]] and final["usage"]["total_tokens"] > 0
+    assert {event["item_id"] for event in told if "item_id" in event} == {final["output"][0]["id"]}
+
+
+THOUGHT_AND_CALLS = api_answers(
+    deltas=[
+        {"role": "assistant", "reasoning_content": "Let me "},
+        {"reasoning_content": "see."},
+        {"content": "I look."},
+        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "clock", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+        {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "box__open", "arguments": '{"a":'}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "1}"}}]},
+        {"tool_calls": [{"index": 2, "id": "c3", "function": {"name": "patch", "arguments": '{"input": "x\\ny"}'}}]},
+    ],
+    finish="tool_calls",
+)
+TOOLS = [
+    {"type": "function", "name": "clock", "parameters": {"type": "object", "properties": {}}, "strict": False},
+    {"type": "namespace", "name": "box", "description": "", "tools": [{"type": "function", "name": "open"}]},
+    {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}},
+    {"type": "web_search", "external_web_access": False},
+]
+REASONING = {"include": ["reasoning.encrypted_content"]}
+
+
+@json_and_stream
+def test_reasoning_text_and_calls_of_every_kind_are_items(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = THOUGHT_AND_CALLS
+    response = respond(make(**both), model="local/k2", tools=TOOLS, stream=stream, store=False, **REASONING)
+    assert response.headers["X-Kimi2api-Ignored"] == "web_search"
+    if stream:
+        told = response_events(response)
+        call = ["output_item.added", "{}.delta", "{}.done", "output_item.done"]
+        text = [*call[:1], "content_part.added", *call[1:3], "content_part.done", *call[3:]]
+        assert kinds(told) == [
+            "created",
+            "in_progress",
+            *(kind.format("reasoning_text") for kind in text),
+            *(kind.format("output_text") for kind in text),
+            *(kind.format("function_call_arguments") for kind in call * 2),
+            *(kind.format("custom_tool_call_input") for kind in call),
+            "completed",
+        ]
+        final = told[-1]["response"]
+        names = [event["name"] for event in told if event["type"] == "response.function_call_arguments.done"]
+        assert names == ["clock", "open"]
+    else:
+        final = response.json
+    reasoning, message, clock, box, patch = final["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Let me see."}] and reasoning["summary"] == []
+    assert message["content"][0]["text"] == "I look."
+    assert (clock["type"], clock["call_id"]) == ("function_call", "c1")
+    assert (clock["name"], clock["arguments"]) == ("clock", "{}")
+    assert (box["name"], box["namespace"], box["arguments"]) == ("open", "box", '{"a":1}')
+    assert (patch["type"], patch["call_id"], patch["input"]) == ("custom_tool_call", "c3", "x\ny")
+    assert final["usage"]["input_tokens"] == 5 and final["usage"]["input_tokens_details"]["cached_tokens"] == 1
+    functions = {entry["function"]["name"]: entry["function"] for entry in api.asked[0][2]["tools"]}
+    assert functions.keys() == {"clock", "box__open", "patch"}
+    assert functions["patch"]["parameters"]["required"] == ["input"] and "start: X" in functions["patch"]["description"]
+    # and back, as a client without a state sends it
+    results = [
+        {"type": "function_call_output", "call_id": "c1", "output": "12:00"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "open"}]},
+        {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"},
+    ]
+    carried = {**reasoning, "content": None}
+    assert carried["encrypted_content"]
+    items = [{"role": "user", "content": "x"}, carried, message, clock, box, patch, *results]
+    api.always = api_answers("Fine.")
+    assert output_text(respond(make(**both), items, model="local/k2", tools=TOOLS, store=False)) == "Fine."
+    question, answered, *told_results = api.asked[-1][2]["messages"]
+    assert question == {"role": "user", "content": "x"}
+    assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
+    assert [(call["id"], call["function"]) for call in answered["tool_calls"]] == [
+        ("c1", {"name": "clock", "arguments": "{}"}),
+        ("c2", {"name": "box__open", "arguments": '{"a":1}'}),
+        ("c3", {"name": "patch", "arguments": '{"input":"x\\ny"}'}),
+    ]
+    assert told_results == [
+        {"role": "tool", "tool_call_id": "c1", "content": "12:00"},
+        {"role": "tool", "tool_call_id": "c2", "content": "open"},
+        {"role": "tool", "tool_call_id": "c3", "content": "done"},
+    ]
+
+
+def test_settings_of_a_response_reach_an_api_under_the_names_of_chats(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    response = respond(
+        make(**both),
+        [
+            {"type": "message", "role": "developer", "content": "d"},
+            {"role": "user", "content": [
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": "data:image/png;base64,xx", "detail": "low"},
+                {"type": "input_file", "file_data": "data:x", "filename": "f.pdf"},
+            ]},
+        ],
+        model="local/k2",
+        tools=TOOLS[:1],
+        tool_choice={"type": "function", "name": "clock"},
+        parallel_tool_calls=False,
+        text={"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}},
+        max_output_tokens=50,
+        reasoning={"effort": "low", "summary": "auto"},
+        temperature=0.5,
+        top_p=0.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        user="ada",
+        metadata={"a": "b"},
+        truncation="auto",
+        include=[],
+    )
+    assert output_text(response) == "Hi from the API."
+    sent = api.asked[0][2]
+    assert sent.pop("messages") == [
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": [
+            {"type": "text", "text": "a"},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,xx", "detail": "low"}},
+            {"type": "file", "file": {"file_data": "data:x", "filename": "f.pdf"}},
+        ]},
+    ]
+    assert sent.pop("tools")[0]["function"]["name"] == "clock" and sent.pop("stream_options")
+    assert sent == {
+        "model": "k2",
+        "stream": True,
+        "tool_choice": {"type": "function", "function": {"name": "clock"}},
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
+        "max_tokens": 50,
+        "reasoning_effort": "low",
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "user": "ada",
+        "metadata": {"a": "b"},
+    }
+
+
+USER = {"role": "user", "content": "x"}
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,xx"}
+
+
+def parts(*content: Any) -> dict[str, Any]:
+    return {"input": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param({"input": None}, "input", id="no input"),
+        pytest.param({"input": []}, "input", id="no items"),
+        pytest.param({"input": [{"type": "item_reference", "id": "x"}]}, "input", id="reference"),
+        pytest.param({"input": [USER, {"type": "web_search_call"}]}, "input[1].type", id="unknown item"),
+        pytest.param({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", id="role"),
+        pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
+        pytest.param(parts({"type": "text", "text": "x"}), "input[0].content[0].type", id="part of chats"),
+        pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
+        pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
+        pytest.param(
+            parts({"type": "input_file", "filename": "f"}), "input[0].content[0].file_data", id="a file's name alone"
+        ),
+        pytest.param(
+            {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
+            "input",
+            id="image for the web chat",
+        ),
+        pytest.param(
+            {"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments", id="half a call"
+        ),
+        pytest.param({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", id="no call id"),
+        pytest.param(
+            {"input": [USER, {"type": "function_call_output", "call_id": "c", "output": [IMAGE]}]},
+            "input",
+            id="image from a tool for the web chat",
+        ),
+        pytest.param(
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "text", "text": "x"}]}]},
+            "input[0].output[0].type",
+            id="part of chats as output",
+        ),
+        pytest.param({"tools": [{"type": "function"}]}, "tools[0].name", id="tool without a name"),
+        pytest.param(
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
+            "tools[0].tools[0].name",
+            id="nested tool without a name",
+        ),
+        pytest.param({"tools": [{"name": "f"}]}, "tools[0].type", id="tool without a type"),
+        pytest.param(
+            {"tools": [
+                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
+                {"type": "function", "name": "n__f"},
+            ]},
+            "tools",
+            id="two tools of one name",
+        ),
+        pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
+        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
+        pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
+        pytest.param({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", id="no schema"),
+        pytest.param({"max_output_tokens": 0}, "max_output_tokens", id="no tokens"),
+        pytest.param({"user": "x" * 513}, "user", id="long user"),
+        pytest.param({"metadata": {str(number): "" for number in range(17)}}, "metadata", id="17 pairs of metadata"),
+        pytest.param({"metadata": {"k" * 65: ""}}, "metadata", id="long key of metadata"),
+        pytest.param({"metadata": {"k": "v" * 513}}, "metadata.k", id="long value of metadata"),
+        pytest.param({"metadata": {"k": 1}}, "metadata.k", id="metadata that is no text"),
+        pytest.param({"background": True}, "background", id="background"),
+        pytest.param({"conversation": "conv_1"}, "conversation", id="conversation"),
+        pytest.param({"prompt": {"id": "p"}}, "prompt", id="prompt"),
+        pytest.param({"previous_response_id": "resp_x"}, "previous_response_id", id="unknown response"),
+        pytest.param({"instructions": "i", "input": "x" * 2000}, "input", id="too long"),
+        pytest.param({"input": " "}, "input", id="no text"),
+    ],
+)
+def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
+    app: Client, kimi: WebChat, body: Any, param: str
+) -> None:
+    response = app.post_json("/v1/responses", {"input": "x", **body})
+    assert response.status_int == 400 and response.json["error"]["param"] == param, response.text
+    assert "messages[" not in response.text and "'messages'" not in response.text and not kimi.posts
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("messages.[3].content", "input"),
+        ("tools[1].function.name", "tools"),
+        ("response_format.json_schema.name", "text.format"),
+        ("tool_choice.function.name", "tool_choice.name"),
+        ("max_completion_tokens", "max_output_tokens"),
+        ("service_tier", "service_tier"),
+    ],
+)
+def test_an_apis_refusal_names_the_field_of_the_response(
+    make: Make, both: dict[str, str], api: Api, theirs: str, ours: str
+) -> None:
+    api.always = api_sends(400, {"error": {"message": f"Bad '{theirs}'.", "param": theirs}})
+    response = respond(make(**both), model="local/k2", tools=TOOLS)
+    assert is_error(response, 400, None, param=ours) and f"Bad '{ours}'." in response.text
+
+
+@pytest.mark.parametrize(
+    ("types", "header"),
+    [
+        pytest.param(["web_search", "mcp", "web_search"], "mcp, web_search", id="known"),
+        pytest.param(["a\r\nX-Evil: 1", "ü", ""], "", id="not for a header"),
+        pytest.param(["x" * 70_000, *(f"t{n}" for n in range(50_000))], "t0, .{996}", id="too much for a header"),
+    ],
+)
+def test_tools_that_only_openai_can_run_are_passed_over_and_named(
+    app: Client, kimi: WebChat, types: list[str], header: str
+) -> None:
+    response = respond(app, tools=[{"type": type} for type in types])
+    assert output_text(response) == kimi.answer and "X-Evil" not in response.headers
+    assert re.fullmatch(header, response.headers.get("X-Kimi2api-Ignored", "")) and "" not in response.headers.values()
+
+
+def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[str, str], api: Api) -> None:
+    def call(id: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": id, "name": "f", "arguments": "{}"}
+
+    def result(id: str) -> dict[str, Any]:
+        return {"type": "function_call_output", "call_id": id, "output": id}
+
+    rule = {"role": "developer", "content": "rule"}
+    items = [USER, call("a"), call("b"), rule, result("b"), USER, result("a"), call("a"), result("a"), result("other")]
+    assert output_text(respond(make(**both), items, model="local/k2"))
+    order = [message.get("tool_call_id") or message["role"] for message in api.asked[0][2]["messages"]]
+    assert order == ["user", "assistant", "b", "a", "system", "user", "assistant", "a", "other"]
+
+
+def test_what_tools_gave_stands_right_behind_the_response_that_called_them(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both)
+    api.script.append(THOUGHT_AND_CALLS)
+    called = respond(app, model="local/k2", tools=TOOLS).json["id"]
+    items = [USER, *({"type": "function_call_output", "call_id": id, "output": id} for id in ("c1", "c2", "c3"))]
+    assert output_text(respond(app, items, model="local/k2", tools=TOOLS, previous_response_id=called))
+    order = [message.get("tool_call_id") or message["role"] for message in api.asked[1][2]["messages"]]
+    assert order == ["user", "assistant", "c1", "c2", "c3", "user"]
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "texts"])
+def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    item = {
+        "reasoning": {"type": "reasoning", "summary": [{"text": "x" * 500}]},
+        "texts": {"role": "assistant", "content": "x" * 500},
+    }[kind]
+
+    def seconds(count: int) -> float:
+        items = [call, *[item] * count]
+        started = time.thread_time()  # of the processor, whatever else the machine does
+        (message,) = kimi2api.read_items(items)
+        assert len(message["content"] or message["reasoning_content"]) >= count * 500
+        return time.thread_time() - started
+
+    assert min(seconds(40_000) for _ in range(3)) < 30 * min(seconds(5_000) for _ in range(3)), "eightfold is linear"
+
+
+def test_input_without_a_message_never_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    items = [{"type": "reasoning", "summary": [{"text": "x"}]}, {"role": "assistant", "content": ""}]
+    assert is_error(respond(make(**both), items, model="local/k2"), 400, None, param="input") and not api.asked
+
+
+def test_an_image_from_a_tool_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
+    output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:x", "detail": "high"}]
+    items = [USER, call, {"type": "function_call_output", "call_id": "c", "output": output}]
+    assert output_text(respond(make(**both), items, model="local/k2"))
+    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}]
+    assert api.asked[0][2]["messages"][2] == {"role": "tool", "tool_call_id": "c", "content": content}
+
+
+def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat) -> None:
+    items = [{"role": "developer", "content": "Rule."}, {"role": "user", "content": "One"}]
+    first = respond(app, items, instructions="Once.").json["id"]
+    second = respond(app, "Two", previous_response_id=first).json
+    assert second["previous_response_id"] == first
+    assert kimi.posts[-1]["message"] == f"Rule.\n\n用户: One\n模型: {kimi.answer}\n用户: Two"
+    respond(app, "Three", previous_response_id=second["id"])
+    assert "用户: Two" in kimi.posts[-1]["message"] and "Once." not in kimi.posts[-1]["message"]
+    respond(app, "Fork", previous_response_id=first)
+    assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
+
+
+def test_a_conversation_that_is_too_long_to_be_stored_is_not_cut_in_silence(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 5_000_000)
+    app = make(**both)
+    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
+    made = respond(app, model="local/k2").json
+    results = 0
+    while True:  # one user's turn, which grows by a result with each step
+        item = {"type": "function_call_output", "call_id": "call_1", "output": f"{results}" * 1_000_000}
+        made = respond(app, [item], model="local/k2", previous_response_id=made["id"])
+        if made.status_int != 200:
+            break
+        results += 1
+        made = made.json
+        roles = [message["role"] for message in api.asked[-1][2]["messages"]]
+        assert roles == ["user", *["assistant", "tool"] * results]
+    assert results == 5, "all that is stored is sent"
+    assert is_error(made, 400, "previous_response_not_found", param="previous_response_id")
+    assert "Send the whole conversation" in made.json["error"]["message"]
+
+
+@json_and_stream
+def test_a_response_that_is_too_large_to_keep_pushes_out_nobodys_sessions(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_OWNER_BYTES", 1 << 20)
+    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 1 << 18)
+    app = make(**both)
+    assert said(chat(app, user="ada"))
+    api.always = api_answers("x" * (2 << 20))
+    assert respond(app, model="local/k2", stream=stream).status_int == 200
+    assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == ["ada"]
+
+
+def test_an_answer_of_more_items_than_anybody_wants_ends_with_an_error(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_ITEMS", 3, raising=False)
+    api.always = api_answers(deltas=[{"reasoning_content": "a"}, {"content": "b"}] * 4)
+    response = respond(make(**both), model="local/k2", stream=True)
+    assert response.text.count("event: response.output_item.added") == 3
+    assert "event: response.failed" in response.text and "event: response.completed" not in response.text
+
+
+def test_an_item_is_told_by_its_id_once(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    reference = {"type": "item_reference", "id": respond(app, model="local/k2").json["output"][0]["id"]}
+    assert output_text(respond(app, [reference, USER], model="local/k2"))
+    assert is_error(respond(app, [reference, USER, reference], model="local/k2"), 400, None, param="input")
+    assert len(api.asked) == 2
+
+
+@json_and_stream
+def test_items_of_stored_responses_may_be_told_by_their_ids(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    app = make(**both, API_MASTER_KEY="sk-1,sk-2")
+    mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
+    api.always = THOUGHT_AND_CALLS
+    response = respond(app, headers=mine, model="local/k2", tools=TOOLS, stream=stream)
+    made = response_events(response)[-1]["response"] if stream else response.json
+    references = [{"type": "item_reference", "id": item["id"]} for item in made["output"][:3]]
+    assert len({entry["id"] for entry in references}) == 3
+    items = [USER, *references, {"type": "function_call_output", "call_id": "c1", "output": "12:00"}]
+    api.always = api_answers("Fine.")
+    assert output_text(respond(app, items, headers=mine, model="local/k2")) == "Fine."
+    _, answered, told = api.asked[-1][2]["messages"]
+    assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
+    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and told["content"] == "12:00"
+    assert is_error(respond(app, items, headers=other, model="local/k2"), 400, None, param="input")
+
+
+def test_a_stored_response_can_be_had_and_forgotten_by_its_key_alone(make: Make) -> None:
+    app = make(API_MASTER_KEY="sk-1,sk-2")
+    mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
+    made = respond(app, headers=mine).json
+    path = f"/v1/responses/{made['id']}"
+    assert app.get(path, headers=mine).json == made
+    for response in (app.get(path, headers=other), app.delete(path, headers=other)):
+        assert is_error(response, 404, "response_not_found")
+    refused = respond(app, headers=other, previous_response_id=made["id"])
+    assert is_error(refused, 400, "previous_response_not_found", param="previous_response_id")
+    assert app.delete(path, headers=mine).json == {"id": made["id"], "object": "response", "deleted": True}
+    assert is_error(app.get(path, headers=mine), 404, "response_not_found")
+    assert is_error(respond(app, headers=mine, previous_response_id=made["id"]), 400, "previous_response_not_found")
+
+
+def test_a_stream_is_stored_before_its_end_is_told(app: Client) -> None:
+    final = response_events(respond(app, stream=True))[-1]["response"]
+    assert app.get(f"/v1/responses/{final['id']}").json == final
+
+
+def test_store_false_leaves_nothing_behind_and_user_opens_no_session(app: Client, kimi: WebChat) -> None:
+    made = respond(app, store=False, user="ada").json
+    assert made["store"] is False and made["user"] == "ada"
+    assert is_error(app.get(f"/v1/responses/{made['id']}"), 404, "response_not_found")
+    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+    assert app.get("/health").json["sessions"]["kept"] == 0
+    respond(app, user="ada")
+    assert kimi.posts[-1]["message"] == "Hello" and app.get("/health").json["sessions"]["kept"] == 1
+
+
+def test_stored_responses_count_among_sessions_and_expire(make: Make, clock: Clock) -> None:
+    app = make(MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60")
+    ids = [respond(app).json["id"] for _ in range(3)]
+    assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 200, 200]
+    clock.now += 61
+    assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 404, 404]
+
+
+@json_and_stream
+def test_a_response_that_was_cut_is_incomplete(app: Client, kimi: WebChat, stream: bool) -> None:
+    kimi.answer = "word " * 50
+    response = respond(app, stream=stream, max_output_tokens=5)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    assert final["status"] == "incomplete" and final["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert final["output"][0]["status"] == "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="told"),
+        pytest.param([], "ended the stream", id="cut off"),
+    ],
+)
+def test_a_response_that_breaks_off_ends_with_failed(
+    make: Make, both: dict[str, str], api: Api, chunks: list[Any], words: str
+) -> None:
+    api.always = api_plays(api_chunk({"content": "half"}), *chunks)
+    app = make(**both)
+    told = response_events(respond(app, model="local/k2", stream=True))
+    final = told[-1]
+    assert final["type"] == "response.failed" and told[4]["delta"] == "half"
+    assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
+    assert words in final["response"]["error"]["message"]
+    assert is_error(app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
+
+
+def test_a_response_that_fails_in_silence_begins_all_the_same(run: Run, kimi: WebChat) -> None:
+    kimi.always = late(sends(403, JUST_A_MOMENT))
+    program = run(SSE_KEEPALIVE="0.05")
+    connection = program.connect()
+    connection.request("POST", "/v1/responses", '{"input": "x", "stream": true}')
+    response = connection.getresponse()
+    assert response.status == 200 and response.readline() == b": keep-alive\n"
+    kimi.gate.set()
+    told = response_events(response.read())
+    assert kinds(told) == ["created", "in_progress", "failed"]
+
+
+def test_errors_before_the_first_event_of_a_response_are_real_statuses(app: Client, kimi: WebChat) -> None:
+    kimi.always = sends(403, JUST_A_MOMENT)
+    for stream in (False, True):
+        assert is_error(respond(app, stream=stream), 503, "upstream_blocked")
+    assert is_error(respond(app, model="gpt-5"), 404, "model_not_found", param="model")
+
+
+def piece(index: int, arguments: str | None = None, name: str | None = None) -> dict[str, Any]:
+    """A piece of a call; the first has the name."""
+    first = {"id": f"c{index}", "type": "function"} if name else {}
+    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
+    return {"tool_calls": [{"index": index, **first, "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "output"),
+    [
+        pytest.param(
+            [piece(0, '{"a"', "clock"), piece(1, '{"b"', "clock"), piece(0, ":1}"), piece(1, ":2}")],
+            ['{"a":1}', '{"b":2}'],
+            id="by turns",
+        ),
+        pytest.param(
+            [piece(0, None, "clock"), {"content": "\n"}, piece(0, '{"a"'), {"reasoning_content": "r"}, piece(0, ":1}")],
+            ['{"a":1}', "\n", "r"],
+            id="with white space and reasoning between",
+        ),
+        pytest.param(
+            [piece(0, "{}", "clock"), {"content": "a"}, {"content": "b"}, piece(1, None, "clock")],
+            ["{}", "ab", "{}"],
+            id="with text after a complete call",
+        ),
+        pytest.param(
+            [piece(0, None, "clock"), piece(1, "", "clock"), piece(2, None, "patch")],
+            ["{}", "{}", ""],
+            id="without arguments",
+        ),
+        pytest.param(
+            [piece(0, '{"input": "x', "patch"), piece(1, '["x"]', "patch"), piece(2, '{"input": "\\ud83d!"}', "patch")],
+            ['{"input": "x', '["x"]', "\ufffd!"],
+            id="custom, with broken JSON",
+        ),
+        pytest.param(
+            [{}, {"content": "", "tool_calls": []}, {"content": "x", "reasoning_content": None}, {"refusal": "no"}],
+            ["x", "no"],
+            id="empty deltas",
+        ),
+        pytest.param([{"content": "a"}, {"reasoning_content": "b"}] * 2, ["a", "b"] * 2, id="reasoning after text"),
+        pytest.param([piece(index, "{", "clock") for index in range(99)], ["{"] * 99, id="many broken calls"),
+    ],
+)
+def test_an_item_is_complete_when_nothing_more_can_come_for_it(
+    make: Make, both: dict[str, str], api: Api, deltas: Any, output: Any
+) -> None:
+    api.always = api_answers(deltas=deltas)
+    app = make(**both)
+    streamed = response_events(respond(app, model="local/k2", stream=True, tools=TOOLS))[-1]["response"]["output"]
+    assert list(map(item_text, streamed)) == output and {item["status"] for item in streamed} == {"completed"}
+    at_once = respond(app, model="local/k2", tools=TOOLS).json["output"]
+    calls, same_calls = (
+        [item_text(item) for item in items if "call_id" in item] for items in (streamed, at_once)
+    )
+    assert calls == same_calls
+
+
+def item_text(item: Any) -> str:
+    if "call_id" in item:
+        return str(item["arguments"] if item["type"] == "function_call" else item["input"])
+    (part,) = item["content"]
+    return str(part["refusal"] if part["type"] == "refusal" else part["text"])
+
+
+def test_the_items_of_one_answer_go_back_as_one_message(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.script.append(api_answers(deltas=[{"content": "a"}, {"reasoning_content": "b"}, piece(0, "{}", "clock")] * 2))
+    made = respond(app, model="local/k2", tools=TOOLS, stream=True)
+    final = response_events(made)[-1]["response"]
+    assert len(final["output"]) == 5, "the second piece of the call adds nothing"
+    items = [USER, *final["output"], {"type": "function_call_output", "call_id": "c0", "output": "12:00"}]
+    assert output_text(respond(app, items, model="local/k2", tools=TOOLS))
+    _, answered, result = api.asked[-1][2]["messages"]
+    assert answered["content"] == "a\na" and answered["reasoning_content"] == "bb" and result["role"] == "tool"
+    assert [call["id"] for call in answered["tool_calls"]] == ["c0"]
+
+
+def test_a_call_that_was_cut_off_has_no_arguments_but_its_own(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_answers(deltas=[piece(0, None, "clock"), piece(1, '{"input": "x', "patch")], finish="length")
+    final = response_events(respond(make(**both), model="local/k2", stream=True, tools=TOOLS))[-1]["response"]
+    assert final["status"] == "incomplete" and final["completed_at"] is None
+    assert [item["status"] for item in final["output"]] == ["incomplete"] * 2
+    assert list(map(item_text, final["output"])) == ["", '{"input": "x']
+
+
+@json_and_stream
+@pytest.mark.parametrize("usage", [[], "x", {"prompt_tokens": "5"}, {"prompt_tokens": 1, "prompt_tokens_details": []}])
+def test_usage_of_any_shape_breaks_no_response(
+    make: Make, both: dict[str, str], api: Api, stream: bool, usage: Any
+) -> None:
+    last = {**api_chunk(), "choices": [], "usage": usage}
+    api.always = api_plays(api_chunk({"content": "x"}, "stop"), last, b"[DONE]")
+    response = respond(make(**both), model="local/k2", stream=stream)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    assert final["status"] == "completed" and final["usage"]["input_tokens"] < 3
+
+
+def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, str], api: Api) -> None:
+    items = [
+        {"role": "user", "content": "x"},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAB"},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "kimi2api:%%%"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "y"}]},
+        {"role": "user", "content": "z"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "nothing followed"}]},
+    ]
+    assert output_text(respond(make(**both), items, model="local/k2"))
+    assert api.asked[0][2]["messages"] == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "z"},
+    ]
+
+
+########################################################################################################################
+# Part 4: Storage
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stores and sessions
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_without_user_every_request_stands_alone(app: Client, kimi: WebChat) -> None:
@@ -2124,9 +3119,9 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> No
     assert [turn[0]["content"] for turn in turns] == ["first", "second"]
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # Limits and usage, metrics
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -2614,96 +3609,9 @@ def test_sessions_are_listed_for_their_own_key(make: Make, clock: Clock) -> None
     assert app.get("/v1/sessions", headers=bearer("sk-2")).json["data"] == []
 
 
-# ======================================================================================================================
-# Deltas
-# ======================================================================================================================
-
-
-def test_tool_calls_of_an_api_are_folded_by_index(make: Make, both: dict[str, str], api: Api) -> None:
-    def call(index: int, arguments: str, function: Any = (), **more: Any) -> dict[str, Any]:
-        function = {"arguments": arguments, **dict(function)}
-        return {"tool_calls": [{"index": index, "function": function, **more}]}
-
-    def first(index: int, arguments: str) -> dict[str, Any]:
-        return call(index, arguments, {"name": f"f{index}"}, id=f"call_{index}", type="function")
-
-    deltas = [first(0, ""), call(0, '{"a":'), call(0, "1}"), first(1, "{}")]
-    api.always = api_answers(deltas=deltas, finish="tool_calls")
-    choice = chat(make(**both), model="local/k2").json["choices"][0]
-    assert choice["finish_reason"] == "tool_calls"
-    assert choice["message"]["tool_calls"] == [
-        {"id": "call_0", "type": "function", "function": {"name": "f0", "arguments": '{"a":1}'}},
-        {"id": "call_1", "type": "function", "function": {"name": "f1", "arguments": "{}"}},
-    ]
-
-
-def test_several_choices_of_an_api_are_folded_each(make: Make, both: dict[str, str], api: Api) -> None:
-    def says_of(index: int, text: str) -> dict[str, Any]:
-        return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": None}]}
-
-    ends = {"choices": [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]}
-    api.always = api_plays(says_of(0, "a"), says_of(1, "x"), says_of(0, "b"), says_of(1, "y"), ends)
-    body = chat(make(**both), model="local/k2", n=2).json
-    assert [choice["message"]["content"] for choice in body["choices"]] == ["ab", "xy"]
-    assert body["usage"]["total_tokens"] > 0, "estimated, since upstream told none"
-
-
-def test_the_estimate_of_tokens_knows_chinese_from_english() -> None:
-    assert kimi2api.estimate_tokens("") == 0
-    assert kimi2api.estimate_tokens("a") == 1
-    assert kimi2api.estimate_tokens("word " * 80) == 100
-    assert kimi2api.estimate_tokens("月之暗面" * 25) == 60
-    assert kimi2api.estimate_tokens("한국어ひらがな") >= 4
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("The quick brown fox.\n\n  jumps   over\tthe lazy dog. ", id="English"),
-        pytest.param("月之暗面科技有限公司，成立于2023年。Kimi是智能助手！", id="Chinese"),
-        pytest.param(
-            "e\u0301e\u0301 か\u3099字\ufe00\ufe00字 👨\u200d👩\u200d👧字👍🏽字🇨🇳🇨🇳", id="combining marks and emoji"
-        ),
-        pytest.param("x" * 500, id="one long word"),
-        pytest.param(" ", id="space"),
-        pytest.param("\n", id="line end"),
-        pytest.param("a", id="one letter"),
-        pytest.param("字" * 300, id="one long word of Chinese"),
-    ],
-)
-def test_pieces_are_word_like_and_never_cut_what_is_read_as_one(text: str) -> None:
-    for most in (1, 3, 100):
-        parts = list(kimi2api.pieces(text, most))
-        assert "".join(parts) == text and len(parts) <= most and all(parts)
-        for part in parts[1:]:
-            assert not unicodedata.category(part[0]).startswith("M") and part[0] not in "\u200d🏽"
-        assert not any(part.endswith("\u200d") for part in parts[:-1])
-    if text.startswith("The quick"):
-        assert parts[:3] == ["The", " quick", " brown"]
-    if text.startswith("月之"):
-        assert max(map(len, parts)) <= 6 and len(parts) > 10
-
-
-@pytest.mark.parametrize(
-    ("text", "max_tokens", "kept"),
-    [
-        pytest.param("ae\u0301\u0301\u0301b", 1, "a", id="combining marks"),
-        pytest.param("月" * 10, 3, "月" * 5, id="Chinese"),
-        pytest.param("🇨🇳" * 5, 1, "🇨🇳" * 2, id="flags"),
-        pytest.param("👩🏽\u200d🚀" * 3, 2, "👩🏽\u200d🚀" * 2, id="emoji of several"),
-    ],
-)
-def test_a_cut_never_splits_what_is_read_as_one(
-    app: Client, kimi: WebChat, text: str, max_tokens: int, kept: str
-) -> None:
-    kimi.answer = text
-    response = chat(app, max_tokens=max_tokens)
-    assert said(response) == kept and response.json["choices"][0]["finish_reason"] == "length"
-
-
-# ======================================================================================================================
-# Connections and transport
-# ======================================================================================================================
+########################################################################################################################
+# Part 5: HTTP client
+########################################################################################################################
 
 
 def test_upstream_that_refuses_connections_or_has_no_name_is_unavailable(make: Make) -> None:
@@ -3040,9 +3948,14 @@ def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(ma
             assert all(said(done) for done in pool.map(lambda _, app=app: chat(app), range(16)))
 
 
-# ======================================================================================================================
-# Upstreams
-# ======================================================================================================================
+########################################################################################################################
+# Part 6: Upstreams
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Circuit breaker and providers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_retry_that_succeeds_is_all_the_client_sees(app: Client, kimi: WebChat) -> None:
@@ -3146,9 +4059,9 @@ def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_pro
     assert said(chat(app))
 
 
-# ======================================================================================================================
-# Prompts
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Web chat: prompts
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_system_and_developer_messages_count_and_are_not_remembered(app: Client, kimi: WebChat) -> None:
@@ -3299,7 +4212,6 @@ def test_a_long_result_of_the_last_round_is_clipped_in_its_middle(app: Client, k
     assert kimi.posts[-1]["message"].endswith("y\n工具 clock: kept"), "the longest gives way first"
 
 
-
 @pytest.mark.parametrize(
     ("request_", "content", "finish_reason"),
     [
@@ -3384,9 +4296,9 @@ NATIVE = (
 )
 
 
-# ======================================================================================================================
-# Reading answers
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Web chat: reading answers
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -3613,9 +4525,9 @@ def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text:
     assert response.headers["x-should-retry"] == "false" and len(kimi.posts) == 2
 
 
-# ======================================================================================================================
-# Scraper and Kimi's web chat
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Web chat: provider
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat) -> None:
@@ -3905,9 +4817,9 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplo
     assert "retry 1 of 1" in caplog.text and "401" in caplog.text
 
 
-# ======================================================================================================================
-# Model notes
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: adapting requests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def thinks(*steps: Any, knows: str = "moonshot") -> Act:
@@ -4172,9 +5084,9 @@ def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
     assert len(api.asked) == 4, "what the client says of thinking stays"
 
 
-# ======================================================================================================================
-# OpenAI-style APIs and their streams
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: reading answers, and the provider
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_api_is_addressed_by_its_name_and_gets_the_request_as_it_is(
@@ -4652,9 +5564,9 @@ def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str,
     assert is_error(response, 418, "c…") and "key … of ……" in response.text
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # Models and fallback
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_models_are_listed_and_their_creation_is_stable(make: Make) -> None:
@@ -4785,9 +5697,14 @@ def test_an_error_that_several_wait_for_is_told_to_each_alone(
     assert len(kimi.pages) == 1
 
 
-# ======================================================================================================================
-# Delivery
-# ======================================================================================================================
+########################################################################################################################
+# Part 7: Application
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clients and chats
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_sessions_work_the_same_for_an_api(make: Make, both: dict[str, str], api: Api, kimi: WebChat) -> None:
@@ -5092,887 +6009,9 @@ def requests_in_memory() -> list[Any]:
     return [thing for thing in gc.get_objects() if type(thing) is kimi2api.ChatRequest]
 
 
-# ======================================================================================================================
-# Formats
-# ======================================================================================================================
-
-
-def test_a_completion_has_every_field_that_openais_schema_requires(app: Client, kimi: WebChat) -> None:
-    kimi.answer = "你好，世界！"
-    response = chat(app, model="kimi-k2-instruct")
-    body = response.json
-    assert {"id", "object", "created", "model", "choices", "usage"} <= set(body)
-    assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
-    assert body["model"] == "kimi-k2-instruct"
-    assert abs(body["created"] - time.time()) < PATIENCE
-    message = {"role": "assistant", "content": "你好，世界！", "refusal": None}
-    assert body["choices"] == [{"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}]
-    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] > 0
-    assert "你好" in response.text, "UTF-8, not \\u escapes"
-
-
-@pytest.mark.parametrize("include_usage", [False, True], ids=["without usage", "with usage"])
-def test_a_stream_has_the_shape_of_openais(app: Client, kimi: WebChat, include_usage: bool) -> None:
-    response = chat(app, stream=True, stream_options={"include_usage": include_usage})
-    assert response.content_type == "text/event-stream" and response.headers["Cache-Control"] == "no-cache"
-    *chunks, done = events(response)
-    assert done == "[DONE]" and streamed(chunks) == kimi.answer
-    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
-    assert chunks[0]["object"] == "chat.completion.chunk"
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
-    last = chunks[-2] if include_usage else chunks[-1]
-    assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
-    earlier = chunks[: chunks.index(last)]
-    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in earlier)
-    if include_usage:
-        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
-        assert all(chunk["usage"] is None for chunk in chunks[:-1])
-    else:
-        assert not any("usage" in chunk for chunk in chunks)
-
-
-def test_a_completion_of_a_prompt_is_a_users_message(app: Client, kimi: WebChat) -> None:
-    for prompt in ("Once upon", ["Once upon"]):
-        response = app.post_json("/v1/completions", {"prompt": prompt, "max_tokens": 50, "temperature": 0.1})
-        body = response.json
-        assert body["object"] == "text_completion" and body["id"].startswith("cmpl-") and body["model"] == "kimi"
-        choice = {"text": kimi.answer, "index": 0, "logprobs": None, "finish_reason": "stop"}
-        assert body["choices"] == [choice] and body["usage"]["total_tokens"] > 0
-        assert kimi.posts[-1]["message"] == "Once upon"
-
-
-def test_a_completion_can_be_a_stream(app: Client, kimi: WebChat) -> None:
-    asked = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
-    *chunks, done = events(app.post_json("/v1/completions", asked))
-    assert done == "[DONE]" and chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
-    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
-    assert "".join(choice["text"] for choice in choices) == kimi.answer
-    assert choices[-1]["finish_reason"] == "stop" and all("delta" not in choice for choice in choices)
-    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
-
-
-def test_a_completion_passes_what_chats_have_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
-    asked = {"model": "local/k2", "prompt": "x", "seed": 7, "echo": False, "best_of": 1, "suffix": None}
-    assert make(**both).post_json("/v1/completions", asked).json["choices"][0]["text"] == "Hi from the API."
-    path, _, sent = api.asked[0]
-    assert path == "/v1/chat/completions" and sent["seed"] == 7
-    assert sent["messages"] == [{"role": "user", "content": "x"}] and not sent.keys() & {"prompt", "echo", "best_of"}
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        pytest.param("prompt", ["a", "b"], id="several prompts"),
-        pytest.param("prompt", [1, 2], id="tokens"),
-        pytest.param("prompt", [], id="no prompt"),
-        pytest.param("prompt", None, id="null"),
-        pytest.param("echo", True, id="echo"),
-        pytest.param("suffix", "end", id="suffix"),
-        pytest.param("best_of", 2, id="best of two"),
-        pytest.param("logprobs", 3, id="log probabilities"),
-        pytest.param("max_tokens", 0, id="no tokens"),
-    ],
-)
-def test_a_completion_that_no_chat_can_give_is_a_400(app: Client, kimi: WebChat, field: str, value: Any) -> None:
-    response = app.post_json("/v1/completions", {"prompt": "x", field: value})
-    assert is_error(response, 400, None, "invalid_request_error") and not kimi.posts
-    assert response.json["error"]["param"].startswith(field) and "[False]" not in response.text
-    if value == ["a", "b"]:
-        assert response.json["error"]["message"] == "'prompt' must be a string or a list of 1."
-
-
-def embed(app: Client, **body: Any) -> Any:
-    return app.post_json("/v1/embeddings", {"input": "x", **body})
-
-
-EMBEDDINGS = {
-    "object": "list",
-    "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -1.25e-05]}],
-    "model": "theirs",
-    "usage": {"prompt_tokens": 1, "total_tokens": 1},
-}
-
-
-def test_embeddings_pass_through_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = api_sends(200, EMBEDDINGS, **{"x-ratelimit-remaining-requests": "4"})
-    app = make(**both, MODELS="kimi=x,small=local/e1")
-    response = embed(app, model="small", input=["x", "y"], dimensions=2, extra={})
-    assert response.json == {**EMBEDDINGS, "model": "small"}
-    assert response.headers["X-Kimi2api-Provider"] == "local"
-    assert response.headers["x-ratelimit-remaining-requests"] == "4"
-    path, headers, sent = api.asked[0]
-    assert path == "/v1/embeddings" and headers["Authorization"] == "Bearer sk-theirs"
-    assert sent == {"model": "e1", "input": ["x", "y"], "dimensions": 2, "extra": {}}
-
-
-@pytest.mark.parametrize(
-    ("act", "status", "code"),
-    [
-        pytest.param(api_sends(400, {"error": {"message": "too many", "code": "c"}}), 400, "c", id="refused"),
-        pytest.param(api_sends(429, {"error": {"message": "slow"}}), 429, "upstream_rate_limited", id="rate limit"),
-        pytest.param(api_sends(401, {}), 502, "upstream_auth", id="our key"),
-        pytest.param(api_sends(200, {"error": {"message": "x"}}), 502, "upstream_unavailable", id="error with 200"),
-        pytest.param(api_sends(200, {"data": None}), 502, "upstream_invalid_response", id="no list"),
-        pytest.param(api_sends(200, b"[[1, 2"), 502, "upstream_invalid_response", id="cut off"),
-        pytest.param(resets, 502, "upstream_unavailable", id="reset"),
-    ],
-)
-def test_errors_of_embeddings_are_those_of_chats(
-    make: Make, both: dict[str, str], api: Api, act: Act, status: int, code: str
-) -> None:
-    api.always = act
-    response = embed(make(**both, FALLBACK_MODELS="kimi"), model="local/e1")
-    assert response.status_int == status and response.json["error"]["code"] == code
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        pytest.param({"input": None}, "input", id="null"),
-        pytest.param({"input": ""}, "input", id="empty text"),
-        pytest.param({"input": []}, "input", id="empty list"),
-        pytest.param({"encoding_format": "hex"}, "encoding_format", id="unknown form"),
-        pytest.param({"dimensions": 0}, "dimensions", id="no dimensions"),
-        pytest.param({"model": "kimi"}, "model", id="the web chat"),
-        pytest.param({}, "model", id="the default, which is the web chat"),
-    ],
-)
-def test_embeddings_that_cannot_be_had_are_a_400(app: Client, kimi: WebChat, body: Any, param: str) -> None:
-    response = embed(app, **body)
-    assert response.status_int == 400 and response.json["error"]["param"] == param and not kimi.posts
-
-
-def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[str, str], api: Api) -> None:
-    def waits(handler: ApiHandler) -> None:
-        if not handler.rfile.read(1):
-            api.hung_up.set()
-
-    api.always = waits
-    program = run(**both)
-    body = b'{"model": "local/e1", "input": "x"}'
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-    link = program.open(head + body)
-    wait_for(lambda: api.asked)
-    assert program.running() == 1
-    link.close()
-    assert api.hung_up.wait(PATIENCE)
-    wait_for(lambda: program.running() == 0)
-
-
-# ======================================================================================================================
-# Responses
-# ======================================================================================================================
-
-
-def respond(app: Client, input: Any = "Hello", headers: dict[str, str] | None = None, **body: Any) -> Any:
-    return app.post_json("/v1/responses", {"input": input, **body}, headers=headers)
-
-
-def output_text(response: Any) -> str:
-    assert response.status_int == 200, response.text
-    messages = [item for item in response.json["output"] if item["type"] == "message"]
-    return "".join(part["text"] for message in messages for part in message["content"])
-
-
-def response_events(response: Any) -> list[Any]:
-    """The events of a stream. Names, numbers and order are checked, and where openai is installed the shapes."""
-    body = (response if isinstance(response, bytes) else response.body).decode()
-    parsed = []
-    for number, text in enumerate(re.findall(r"(?:event: .*\ndata: .*)(?=\n\n)", body)):
-        name, data = re.fullmatch(r"event: (.*)\ndata: (.*)", text).groups()
-        event = json.loads(data)
-        assert event["type"] == name and event["sequence_number"] == number
-        parsed.append(event)
-    with suppress(ImportError):
-        from openai.types.responses import ResponseStreamEvent
-        from pydantic import TypeAdapter
-
-        shape = TypeAdapter(ResponseStreamEvent)
-        for event in parsed:
-            assert shape.validate_python(event).type == event["type"]
-    assert "[DONE]" not in body
-    assert_items_follow_one_another(parsed)
-    return parsed
-
-
-def assert_items_follow_one_another(events: list[Any]) -> None:
-    """Each item is added, gets its text, and is done before the next is added; all that are done are in the output."""
-    done: list[Any] = []
-    current: Any = None  # the item between its first event and its last
-    text: str | None = ""  # of its deltas; None: it is complete
-    for event in events:
-        kind = event["type"].removeprefix("response.")
-        if "output_index" not in event:
-            continue
-        assert event["output_index"] == len(done), kind
-        if kind == "output_item.added":
-            assert current is None
-            current, text = event["item"], ""
-            continue
-        assert event.get("item_id", current["id"]) == current["id"]
-        if kind == "output_item.done":
-            assert text is None and event["item"]["id"] == current["id"]
-            done.append(event["item"])
-            current = None
-        elif kind.endswith(".delta"):
-            text += event["delta"]
-        elif not kind.startswith("content_part"):
-            assert text in [event.get(name) for name in ("text", "refusal", "arguments", "input")], kind
-            text = None
-    if events and events[-1]["type"] in ("response.completed", "response.incomplete"):
-        assert current is None and events[-1]["response"]["output"] == done
-
-
-def kinds(events: list[Any]) -> list[str]:
-    """The types of events, without `response.`, each run of one type once."""
-    return [kind for kind, _ in itertools.groupby(event["type"].removeprefix("response.") for event in events)]
-
-
-def test_a_response_has_every_field_that_openais_types_require(app: Client, kimi: WebChat) -> None:
-    body = respond(app, model="kimi-k2-instruct", instructions="Be short.", metadata={"a": "b"}, temperature=0.5).json
-    assert body["object"] == "response" and body["id"].startswith("resp_") and body["status"] == "completed"
-    assert body["model"] == "kimi-k2-instruct" and abs(body["created_at"] - time.time()) < PATIENCE
-    assert body["instructions"] == "Be short." and body["metadata"] == {"a": "b"} and body["temperature"] == 0.5
-    assert body["completed_at"] >= body["created_at"] and body["presence_penalty"] == body["frequency_penalty"] == 0
-    (message,) = body["output"]
-    assert message["type"] == "message" and message["role"] == "assistant" and message["status"] == "completed"
-    assert message["content"] == [{"type": "output_text", "text": kimi.answer, "annotations": [], "logprobs": []}]
-    usage = body["usage"]
-    assert usage["input_tokens"] + usage["output_tokens"] == usage["total_tokens"] > 0
-    assert kimi.posts[0]["message"] == "Be short.\n\n用户: Hello"
-    types = pytest.importorskip("openai.types.responses")
-    assert types.Response.model_validate(body).output_text == kimi.answer
-
-
-def test_the_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> None:
-    told = response_events(respond(app, stream=True))
-    assert kinds(told) == [
-        "created",
-        "in_progress",
-        "output_item.added",
-        "content_part.added",
-        "output_text.delta",
-        "output_text.done",
-        "content_part.done",
-        "output_item.done",
-        "completed",
-    ]
-    assert "".join(event["delta"] for event in told if event["type"].endswith(".delta")) == kimi.answer
-    begun = told[0]["response"]
-    assert begun["status"] == "in_progress" and begun["output"] == [] and begun["completed_at"] is None
-    final = told[-1]["response"]
-    assert final["output"] == [told[-2]["item"]] and final["usage"]["total_tokens"] > 0
-    assert {event["item_id"] for event in told if "item_id" in event} == {final["output"][0]["id"]}
-
-
-THOUGHT_AND_CALLS = api_answers(
-    deltas=[
-        {"role": "assistant", "reasoning_content": "Let me "},
-        {"reasoning_content": "see."},
-        {"content": "I look."},
-        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "clock", "arguments": ""}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
-        {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "box__open", "arguments": '{"a":'}}]},
-        {"tool_calls": [{"index": 1, "function": {"arguments": "1}"}}]},
-        {"tool_calls": [{"index": 2, "id": "c3", "function": {"name": "patch", "arguments": '{"input": "x\\ny"}'}}]},
-    ],
-    finish="tool_calls",
-)
-TOOLS = [
-    {"type": "function", "name": "clock", "parameters": {"type": "object", "properties": {}}, "strict": False},
-    {"type": "namespace", "name": "box", "description": "", "tools": [{"type": "function", "name": "open"}]},
-    {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}},
-    {"type": "web_search", "external_web_access": False},
-]
-REASONING = {"include": ["reasoning.encrypted_content"]}
-
-
-@json_and_stream
-def test_reasoning_text_and_calls_of_every_kind_are_items(
-    make: Make, both: dict[str, str], api: Api, stream: bool
-) -> None:
-    api.always = THOUGHT_AND_CALLS
-    response = respond(make(**both), model="local/k2", tools=TOOLS, stream=stream, store=False, **REASONING)
-    assert response.headers["X-Kimi2api-Ignored"] == "web_search"
-    if stream:
-        told = response_events(response)
-        call = ["output_item.added", "{}.delta", "{}.done", "output_item.done"]
-        text = [*call[:1], "content_part.added", *call[1:3], "content_part.done", *call[3:]]
-        assert kinds(told) == [
-            "created",
-            "in_progress",
-            *(kind.format("reasoning_text") for kind in text),
-            *(kind.format("output_text") for kind in text),
-            *(kind.format("function_call_arguments") for kind in call * 2),
-            *(kind.format("custom_tool_call_input") for kind in call),
-            "completed",
-        ]
-        final = told[-1]["response"]
-        names = [event["name"] for event in told if event["type"] == "response.function_call_arguments.done"]
-        assert names == ["clock", "open"]
-    else:
-        final = response.json
-    reasoning, message, clock, box, patch = final["output"]
-    assert reasoning["content"] == [{"type": "reasoning_text", "text": "Let me see."}] and reasoning["summary"] == []
-    assert message["content"][0]["text"] == "I look."
-    assert (clock["type"], clock["call_id"]) == ("function_call", "c1")
-    assert (clock["name"], clock["arguments"]) == ("clock", "{}")
-    assert (box["name"], box["namespace"], box["arguments"]) == ("open", "box", '{"a":1}')
-    assert (patch["type"], patch["call_id"], patch["input"]) == ("custom_tool_call", "c3", "x\ny")
-    assert final["usage"]["input_tokens"] == 5 and final["usage"]["input_tokens_details"]["cached_tokens"] == 1
-    functions = {entry["function"]["name"]: entry["function"] for entry in api.asked[0][2]["tools"]}
-    assert functions.keys() == {"clock", "box__open", "patch"}
-    assert functions["patch"]["parameters"]["required"] == ["input"] and "start: X" in functions["patch"]["description"]
-    # and back, as a client without a state sends it
-    results = [
-        {"type": "function_call_output", "call_id": "c1", "output": "12:00"},
-        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "open"}]},
-        {"type": "custom_tool_call_output", "call_id": "c3", "output": "done"},
-    ]
-    carried = {**reasoning, "content": None}
-    assert carried["encrypted_content"]
-    items = [{"role": "user", "content": "x"}, carried, message, clock, box, patch, *results]
-    api.always = api_answers("Fine.")
-    assert output_text(respond(make(**both), items, model="local/k2", tools=TOOLS, store=False)) == "Fine."
-    question, answered, *told_results = api.asked[-1][2]["messages"]
-    assert question == {"role": "user", "content": "x"}
-    assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
-    assert [(call["id"], call["function"]) for call in answered["tool_calls"]] == [
-        ("c1", {"name": "clock", "arguments": "{}"}),
-        ("c2", {"name": "box__open", "arguments": '{"a":1}'}),
-        ("c3", {"name": "patch", "arguments": '{"input":"x\\ny"}'}),
-    ]
-    assert told_results == [
-        {"role": "tool", "tool_call_id": "c1", "content": "12:00"},
-        {"role": "tool", "tool_call_id": "c2", "content": "open"},
-        {"role": "tool", "tool_call_id": "c3", "content": "done"},
-    ]
-
-
-def test_settings_of_a_response_reach_an_api_under_the_names_of_chats(
-    make: Make, both: dict[str, str], api: Api
-) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
-    response = respond(
-        make(**both),
-        [
-            {"type": "message", "role": "developer", "content": "d"},
-            {"role": "user", "content": [
-                {"type": "input_text", "text": "a"},
-                {"type": "input_image", "image_url": "data:image/png;base64,xx", "detail": "low"},
-                {"type": "input_file", "file_data": "data:x", "filename": "f.pdf"},
-            ]},
-        ],
-        model="local/k2",
-        tools=TOOLS[:1],
-        tool_choice={"type": "function", "name": "clock"},
-        parallel_tool_calls=False,
-        text={"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}},
-        max_output_tokens=50,
-        reasoning={"effort": "low", "summary": "auto"},
-        temperature=0.5,
-        top_p=0.5,
-        presence_penalty=0.5,
-        frequency_penalty=-0.5,
-        user="ada",
-        metadata={"a": "b"},
-        truncation="auto",
-        include=[],
-    )
-    assert output_text(response) == "Hi from the API."
-    sent = api.asked[0][2]
-    assert sent.pop("messages") == [
-        {"role": "system", "content": "d"},
-        {"role": "user", "content": [
-            {"type": "text", "text": "a"},
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64,xx", "detail": "low"}},
-            {"type": "file", "file": {"file_data": "data:x", "filename": "f.pdf"}},
-        ]},
-    ]
-    assert sent.pop("tools")[0]["function"]["name"] == "clock" and sent.pop("stream_options")
-    assert sent == {
-        "model": "k2",
-        "stream": True,
-        "tool_choice": {"type": "function", "function": {"name": "clock"}},
-        "parallel_tool_calls": False,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
-        "max_tokens": 50,
-        "reasoning_effort": "low",
-        "temperature": 0.5,
-        "top_p": 0.5,
-        "presence_penalty": 0.5,
-        "frequency_penalty": -0.5,
-        "user": "ada",
-        "metadata": {"a": "b"},
-    }
-
-
-USER = {"role": "user", "content": "x"}
-IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,xx"}
-
-
-def parts(*content: Any) -> dict[str, Any]:
-    return {"input": [{"role": "user", "content": content}]}
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        pytest.param({"input": None}, "input", id="no input"),
-        pytest.param({"input": []}, "input", id="no items"),
-        pytest.param({"input": [{"type": "item_reference", "id": "x"}]}, "input", id="reference"),
-        pytest.param({"input": [USER, {"type": "web_search_call"}]}, "input[1].type", id="unknown item"),
-        pytest.param({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", id="role"),
-        pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
-        pytest.param(parts({"type": "text", "text": "x"}), "input[0].content[0].type", id="part of chats"),
-        pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
-        pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
-        pytest.param(
-            parts({"type": "input_file", "filename": "f"}), "input[0].content[0].file_data", id="a file's name alone"
-        ),
-        pytest.param(
-            {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
-            "input",
-            id="image for the web chat",
-        ),
-        pytest.param(
-            {"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments", id="half a call"
-        ),
-        pytest.param({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", id="no call id"),
-        pytest.param(
-            {"input": [USER, {"type": "function_call_output", "call_id": "c", "output": [IMAGE]}]},
-            "input",
-            id="image from a tool for the web chat",
-        ),
-        pytest.param(
-            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "text", "text": "x"}]}]},
-            "input[0].output[0].type",
-            id="part of chats as output",
-        ),
-        pytest.param({"tools": [{"type": "function"}]}, "tools[0].name", id="tool without a name"),
-        pytest.param(
-            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
-            "tools[0].tools[0].name",
-            id="nested tool without a name",
-        ),
-        pytest.param({"tools": [{"name": "f"}]}, "tools[0].type", id="tool without a type"),
-        pytest.param(
-            {"tools": [
-                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
-                {"type": "function", "name": "n__f"},
-            ]},
-            "tools",
-            id="two tools of one name",
-        ),
-        pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
-        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
-        pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
-        pytest.param({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", id="no schema"),
-        pytest.param({"max_output_tokens": 0}, "max_output_tokens", id="no tokens"),
-        pytest.param({"user": "x" * 513}, "user", id="long user"),
-        pytest.param({"metadata": {str(number): "" for number in range(17)}}, "metadata", id="17 pairs of metadata"),
-        pytest.param({"metadata": {"k" * 65: ""}}, "metadata", id="long key of metadata"),
-        pytest.param({"metadata": {"k": "v" * 513}}, "metadata.k", id="long value of metadata"),
-        pytest.param({"metadata": {"k": 1}}, "metadata.k", id="metadata that is no text"),
-        pytest.param({"background": True}, "background", id="background"),
-        pytest.param({"conversation": "conv_1"}, "conversation", id="conversation"),
-        pytest.param({"prompt": {"id": "p"}}, "prompt", id="prompt"),
-        pytest.param({"previous_response_id": "resp_x"}, "previous_response_id", id="unknown response"),
-        pytest.param({"instructions": "i", "input": "x" * 2000}, "input", id="too long"),
-        pytest.param({"input": " "}, "input", id="no text"),
-    ],
-)
-def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
-    app: Client, kimi: WebChat, body: Any, param: str
-) -> None:
-    response = app.post_json("/v1/responses", {"input": "x", **body})
-    assert response.status_int == 400 and response.json["error"]["param"] == param, response.text
-    assert "messages[" not in response.text and "'messages'" not in response.text and not kimi.posts
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("messages.[3].content", "input"),
-        ("tools[1].function.name", "tools"),
-        ("response_format.json_schema.name", "text.format"),
-        ("tool_choice.function.name", "tool_choice.name"),
-        ("max_completion_tokens", "max_output_tokens"),
-        ("service_tier", "service_tier"),
-    ],
-)
-def test_an_apis_refusal_names_the_field_of_the_response(
-    make: Make, both: dict[str, str], api: Api, theirs: str, ours: str
-) -> None:
-    api.always = api_sends(400, {"error": {"message": f"Bad '{theirs}'.", "param": theirs}})
-    response = respond(make(**both), model="local/k2", tools=TOOLS)
-    assert is_error(response, 400, None, param=ours) and f"Bad '{ours}'." in response.text
-
-
-@pytest.mark.parametrize(
-    ("types", "header"),
-    [
-        pytest.param(["web_search", "mcp", "web_search"], "mcp, web_search", id="known"),
-        pytest.param(["a\r\nX-Evil: 1", "ü", ""], "", id="not for a header"),
-        pytest.param(["x" * 70_000, *(f"t{n}" for n in range(50_000))], "t0, .{996}", id="too much for a header"),
-    ],
-)
-def test_tools_that_only_openai_can_run_are_passed_over_and_named(
-    app: Client, kimi: WebChat, types: list[str], header: str
-) -> None:
-    response = respond(app, tools=[{"type": type} for type in types])
-    assert output_text(response) == kimi.answer and "X-Evil" not in response.headers
-    assert re.fullmatch(header, response.headers.get("X-Kimi2api-Ignored", "")) and "" not in response.headers.values()
-
-
-def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[str, str], api: Api) -> None:
-    def call(id: str) -> dict[str, Any]:
-        return {"type": "function_call", "call_id": id, "name": "f", "arguments": "{}"}
-
-    def result(id: str) -> dict[str, Any]:
-        return {"type": "function_call_output", "call_id": id, "output": id}
-
-    rule = {"role": "developer", "content": "rule"}
-    items = [USER, call("a"), call("b"), rule, result("b"), USER, result("a"), call("a"), result("a"), result("other")]
-    assert output_text(respond(make(**both), items, model="local/k2"))
-    order = [message.get("tool_call_id") or message["role"] for message in api.asked[0][2]["messages"]]
-    assert order == ["user", "assistant", "b", "a", "system", "user", "assistant", "a", "other"]
-
-
-def test_what_tools_gave_stands_right_behind_the_response_that_called_them(
-    make: Make, both: dict[str, str], api: Api
-) -> None:
-    app = make(**both)
-    api.script.append(THOUGHT_AND_CALLS)
-    called = respond(app, model="local/k2", tools=TOOLS).json["id"]
-    items = [USER, *({"type": "function_call_output", "call_id": id, "output": id} for id in ("c1", "c2", "c3"))]
-    assert output_text(respond(app, items, model="local/k2", tools=TOOLS, previous_response_id=called))
-    order = [message.get("tool_call_id") or message["role"] for message in api.asked[1][2]["messages"]]
-    assert order == ["user", "assistant", "c1", "c2", "c3", "user"]
-
-
-@pytest.mark.parametrize("kind", ["reasoning", "texts"])
-def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
-    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-    item = {
-        "reasoning": {"type": "reasoning", "summary": [{"text": "x" * 500}]},
-        "texts": {"role": "assistant", "content": "x" * 500},
-    }[kind]
-
-    def seconds(count: int) -> float:
-        items = [call, *[item] * count]
-        started = time.thread_time()  # of the processor, whatever else the machine does
-        (message,) = kimi2api.read_items(items)
-        assert len(message["content"] or message["reasoning_content"]) >= count * 500
-        return time.thread_time() - started
-
-    assert min(seconds(40_000) for _ in range(3)) < 30 * min(seconds(5_000) for _ in range(3)), "eightfold is linear"
-
-
-def test_input_without_a_message_never_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
-    items = [{"type": "reasoning", "summary": [{"text": "x"}]}, {"role": "assistant", "content": ""}]
-    assert is_error(respond(make(**both), items, model="local/k2"), 400, None, param="input") and not api.asked
-
-
-def test_an_image_from_a_tool_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
-    call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
-    output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:x", "detail": "high"}]
-    items = [USER, call, {"type": "function_call_output", "call_id": "c", "output": output}]
-    assert output_text(respond(make(**both), items, model="local/k2"))
-    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}]
-    assert api.asked[0][2]["messages"][2] == {"role": "tool", "tool_call_id": "c", "content": content}
-
-
-def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat) -> None:
-    items = [{"role": "developer", "content": "Rule."}, {"role": "user", "content": "One"}]
-    first = respond(app, items, instructions="Once.").json["id"]
-    second = respond(app, "Two", previous_response_id=first).json
-    assert second["previous_response_id"] == first
-    assert kimi.posts[-1]["message"] == f"Rule.\n\n用户: One\n模型: {kimi.answer}\n用户: Two"
-    respond(app, "Three", previous_response_id=second["id"])
-    assert "用户: Two" in kimi.posts[-1]["message"] and "Once." not in kimi.posts[-1]["message"]
-    respond(app, "Fork", previous_response_id=first)
-    assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
-
-
-def test_a_conversation_that_is_too_long_to_be_stored_is_not_cut_in_silence(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 5_000_000)
-    app = make(**both)
-    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
-    api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
-    made = respond(app, model="local/k2").json
-    results = 0
-    while True:  # one user's turn, which grows by a result with each step
-        item = {"type": "function_call_output", "call_id": "call_1", "output": f"{results}" * 1_000_000}
-        made = respond(app, [item], model="local/k2", previous_response_id=made["id"])
-        if made.status_int != 200:
-            break
-        results += 1
-        made = made.json
-        roles = [message["role"] for message in api.asked[-1][2]["messages"]]
-        assert roles == ["user", *["assistant", "tool"] * results]
-    assert results == 5, "all that is stored is sent"
-    assert is_error(made, 400, "previous_response_not_found", param="previous_response_id")
-    assert "Send the whole conversation" in made.json["error"]["message"]
-
-
-@json_and_stream
-def test_a_response_that_is_too_large_to_keep_pushes_out_nobodys_sessions(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_OWNER_BYTES", 1 << 20)
-    monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 1 << 18)
-    app = make(**both)
-    assert said(chat(app, user="ada"))
-    api.always = api_answers("x" * (2 << 20))
-    assert respond(app, model="local/k2", stream=stream).status_int == 200
-    assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == ["ada"]
-
-
-def test_an_answer_of_more_items_than_anybody_wants_ends_with_an_error(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_ITEMS", 3, raising=False)
-    api.always = api_answers(deltas=[{"reasoning_content": "a"}, {"content": "b"}] * 4)
-    response = respond(make(**both), model="local/k2", stream=True)
-    assert response.text.count("event: response.output_item.added") == 3
-    assert "event: response.failed" in response.text and "event: response.completed" not in response.text
-
-
-def test_an_item_is_told_by_its_id_once(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    reference = {"type": "item_reference", "id": respond(app, model="local/k2").json["output"][0]["id"]}
-    assert output_text(respond(app, [reference, USER], model="local/k2"))
-    assert is_error(respond(app, [reference, USER, reference], model="local/k2"), 400, None, param="input")
-    assert len(api.asked) == 2
-
-
-@json_and_stream
-def test_items_of_stored_responses_may_be_told_by_their_ids(
-    make: Make, both: dict[str, str], api: Api, stream: bool
-) -> None:
-    app = make(**both, API_MASTER_KEY="sk-1,sk-2")
-    mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
-    api.always = THOUGHT_AND_CALLS
-    response = respond(app, headers=mine, model="local/k2", tools=TOOLS, stream=stream)
-    made = response_events(response)[-1]["response"] if stream else response.json
-    references = [{"type": "item_reference", "id": item["id"]} for item in made["output"][:3]]
-    assert len({entry["id"] for entry in references}) == 3
-    items = [USER, *references, {"type": "function_call_output", "call_id": "c1", "output": "12:00"}]
-    api.always = api_answers("Fine.")
-    assert output_text(respond(app, items, headers=mine, model="local/k2")) == "Fine."
-    _, answered, told = api.asked[-1][2]["messages"]
-    assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
-    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and told["content"] == "12:00"
-    assert is_error(respond(app, items, headers=other, model="local/k2"), 400, None, param="input")
-
-
-def test_a_stored_response_can_be_had_and_forgotten_by_its_key_alone(make: Make) -> None:
-    app = make(API_MASTER_KEY="sk-1,sk-2")
-    mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
-    made = respond(app, headers=mine).json
-    path = f"/v1/responses/{made['id']}"
-    assert app.get(path, headers=mine).json == made
-    for response in (app.get(path, headers=other), app.delete(path, headers=other)):
-        assert is_error(response, 404, "response_not_found")
-    refused = respond(app, headers=other, previous_response_id=made["id"])
-    assert is_error(refused, 400, "previous_response_not_found", param="previous_response_id")
-    assert app.delete(path, headers=mine).json == {"id": made["id"], "object": "response", "deleted": True}
-    assert is_error(app.get(path, headers=mine), 404, "response_not_found")
-    assert is_error(respond(app, headers=mine, previous_response_id=made["id"]), 400, "previous_response_not_found")
-
-
-def test_a_stream_is_stored_before_its_end_is_told(app: Client) -> None:
-    final = response_events(respond(app, stream=True))[-1]["response"]
-    assert app.get(f"/v1/responses/{final['id']}").json == final
-
-
-def test_store_false_leaves_nothing_behind_and_user_opens_no_session(app: Client, kimi: WebChat) -> None:
-    made = respond(app, store=False, user="ada").json
-    assert made["store"] is False and made["user"] == "ada"
-    assert is_error(app.get(f"/v1/responses/{made['id']}"), 404, "response_not_found")
-    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
-    assert app.get("/health").json["sessions"]["kept"] == 0
-    respond(app, user="ada")
-    assert kimi.posts[-1]["message"] == "Hello" and app.get("/health").json["sessions"]["kept"] == 1
-
-
-def test_stored_responses_count_among_sessions_and_expire(make: Make, clock: Clock) -> None:
-    app = make(MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60")
-    ids = [respond(app).json["id"] for _ in range(3)]
-    assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 200, 200]
-    clock.now += 61
-    assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 404, 404]
-
-
-@json_and_stream
-def test_a_response_that_was_cut_is_incomplete(app: Client, kimi: WebChat, stream: bool) -> None:
-    kimi.answer = "word " * 50
-    response = respond(app, stream=stream, max_output_tokens=5)
-    final = response_events(response)[-1]["response"] if stream else response.json
-    assert final["status"] == "incomplete" and final["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert final["output"][0]["status"] == "incomplete"
-
-
-@pytest.mark.parametrize(
-    ("chunks", "words"),
-    [
-        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="told"),
-        pytest.param([], "ended the stream", id="cut off"),
-    ],
-)
-def test_a_response_that_breaks_off_ends_with_failed(
-    make: Make, both: dict[str, str], api: Api, chunks: list[Any], words: str
-) -> None:
-    api.always = api_plays(api_chunk({"content": "half"}), *chunks)
-    app = make(**both)
-    told = response_events(respond(app, model="local/k2", stream=True))
-    final = told[-1]
-    assert final["type"] == "response.failed" and told[4]["delta"] == "half"
-    assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
-    assert words in final["response"]["error"]["message"]
-    assert is_error(app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
-
-
-def test_a_response_that_fails_in_silence_begins_all_the_same(run: Run, kimi: WebChat) -> None:
-    kimi.always = late(sends(403, JUST_A_MOMENT))
-    program = run(SSE_KEEPALIVE="0.05")
-    connection = program.connect()
-    connection.request("POST", "/v1/responses", '{"input": "x", "stream": true}')
-    response = connection.getresponse()
-    assert response.status == 200 and response.readline() == b": keep-alive\n"
-    kimi.gate.set()
-    told = response_events(response.read())
-    assert kinds(told) == ["created", "in_progress", "failed"]
-
-
-def test_errors_before_the_first_event_of_a_response_are_real_statuses(app: Client, kimi: WebChat) -> None:
-    kimi.always = sends(403, JUST_A_MOMENT)
-    for stream in (False, True):
-        assert is_error(respond(app, stream=stream), 503, "upstream_blocked")
-    assert is_error(respond(app, model="gpt-5"), 404, "model_not_found", param="model")
-
-
-def piece(index: int, arguments: str | None = None, name: str | None = None) -> dict[str, Any]:
-    """A piece of a call; the first has the name."""
-    first = {"id": f"c{index}", "type": "function"} if name else {}
-    function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
-    return {"tool_calls": [{"index": index, **first, "function": function}]}
-
-
-@pytest.mark.parametrize(
-    ("deltas", "output"),
-    [
-        pytest.param(
-            [piece(0, '{"a"', "clock"), piece(1, '{"b"', "clock"), piece(0, ":1}"), piece(1, ":2}")],
-            ['{"a":1}', '{"b":2}'],
-            id="by turns",
-        ),
-        pytest.param(
-            [piece(0, None, "clock"), {"content": "\n"}, piece(0, '{"a"'), {"reasoning_content": "r"}, piece(0, ":1}")],
-            ['{"a":1}', "\n", "r"],
-            id="with white space and reasoning between",
-        ),
-        pytest.param(
-            [piece(0, "{}", "clock"), {"content": "a"}, {"content": "b"}, piece(1, None, "clock")],
-            ["{}", "ab", "{}"],
-            id="with text after a complete call",
-        ),
-        pytest.param(
-            [piece(0, None, "clock"), piece(1, "", "clock"), piece(2, None, "patch")],
-            ["{}", "{}", ""],
-            id="without arguments",
-        ),
-        pytest.param(
-            [piece(0, '{"input": "x', "patch"), piece(1, '["x"]', "patch"), piece(2, '{"input": "\\ud83d!"}', "patch")],
-            ['{"input": "x', '["x"]', "\ufffd!"],
-            id="custom, with broken JSON",
-        ),
-        pytest.param(
-            [{}, {"content": "", "tool_calls": []}, {"content": "x", "reasoning_content": None}, {"refusal": "no"}],
-            ["x", "no"],
-            id="empty deltas",
-        ),
-        pytest.param([{"content": "a"}, {"reasoning_content": "b"}] * 2, ["a", "b"] * 2, id="reasoning after text"),
-        pytest.param([piece(index, "{", "clock") for index in range(99)], ["{"] * 99, id="many broken calls"),
-    ],
-)
-def test_an_item_is_complete_when_nothing_more_can_come_for_it(
-    make: Make, both: dict[str, str], api: Api, deltas: Any, output: Any
-) -> None:
-    api.always = api_answers(deltas=deltas)
-    app = make(**both)
-    streamed = response_events(respond(app, model="local/k2", stream=True, tools=TOOLS))[-1]["response"]["output"]
-    assert list(map(item_text, streamed)) == output and {item["status"] for item in streamed} == {"completed"}
-    at_once = respond(app, model="local/k2", tools=TOOLS).json["output"]
-    calls, same_calls = (
-        [item_text(item) for item in items if "call_id" in item] for items in (streamed, at_once)
-    )
-    assert calls == same_calls
-
-
-def item_text(item: Any) -> str:
-    if "call_id" in item:
-        return str(item["arguments"] if item["type"] == "function_call" else item["input"])
-    (part,) = item["content"]
-    return str(part["refusal"] if part["type"] == "refusal" else part["text"])
-
-
-def test_the_items_of_one_answer_go_back_as_one_message(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    api.script.append(api_answers(deltas=[{"content": "a"}, {"reasoning_content": "b"}, piece(0, "{}", "clock")] * 2))
-    made = respond(app, model="local/k2", tools=TOOLS, stream=True)
-    final = response_events(made)[-1]["response"]
-    assert len(final["output"]) == 5, "the second piece of the call adds nothing"
-    items = [USER, *final["output"], {"type": "function_call_output", "call_id": "c0", "output": "12:00"}]
-    assert output_text(respond(app, items, model="local/k2", tools=TOOLS))
-    _, answered, result = api.asked[-1][2]["messages"]
-    assert answered["content"] == "a\na" and answered["reasoning_content"] == "bb" and result["role"] == "tool"
-    assert [call["id"] for call in answered["tool_calls"]] == ["c0"]
-
-
-def test_a_call_that_was_cut_off_has_no_arguments_but_its_own(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = api_answers(deltas=[piece(0, None, "clock"), piece(1, '{"input": "x', "patch")], finish="length")
-    final = response_events(respond(make(**both), model="local/k2", stream=True, tools=TOOLS))[-1]["response"]
-    assert final["status"] == "incomplete" and final["completed_at"] is None
-    assert [item["status"] for item in final["output"]] == ["incomplete"] * 2
-    assert list(map(item_text, final["output"])) == ["", '{"input": "x']
-
-
-@json_and_stream
-@pytest.mark.parametrize("usage", [[], "x", {"prompt_tokens": "5"}, {"prompt_tokens": 1, "prompt_tokens_details": []}])
-def test_usage_of_any_shape_breaks_no_response(
-    make: Make, both: dict[str, str], api: Api, stream: bool, usage: Any
-) -> None:
-    last = {**api_chunk(), "choices": [], "usage": usage}
-    api.always = api_plays(api_chunk({"content": "x"}, "stop"), last, b"[DONE]")
-    response = respond(make(**both), model="local/k2", stream=stream)
-    final = response_events(response)[-1]["response"] if stream else response.json
-    assert final["status"] == "completed" and final["usage"]["input_tokens"] < 3
-
-
-def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, str], api: Api) -> None:
-    items = [
-        {"role": "user", "content": "x"},
-        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAB"},
-        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "kimi2api:%%%"},
-        {"role": "assistant", "content": [{"type": "output_text", "text": "y"}]},
-        {"role": "user", "content": "z"},
-        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "nothing followed"}]},
-    ]
-    assert output_text(respond(make(**both), items, model="local/k2"))
-    assert api.asked[0][2]["messages"] == [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "y"},
-        {"role": "user", "content": "z"},
-    ]
-
-
-# ======================================================================================================================
-# App
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# Application and routes
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_key_is_asked_for_everything_but_health(make: Make, kimi: WebChat) -> None:
@@ -6121,54 +6160,9 @@ def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
     wait_for(lambda: program.running() == 0)
 
 
-# ======================================================================================================================
-# Demo upstream
-# ======================================================================================================================
-
-
-def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
-    program = Program("--demo", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
-    with closing(program):
-        for question in ("My name is Ada.", "What is my name?"):
-            status, body = program.chat(question, user="ada")
-        text = json.loads(body)["choices"][0]["message"]["content"]
-        assert status == 200 and "demo" in text and "What is my name?" in text and "My name is Ada." in text
-        program.signal(signal.SIGINT)
-        assert program.wait() == 0
-        assert "Ada" not in "".join(program.log), "no prompt text in the log"
-
-
-@pytest.mark.parametrize(
-    ("format_", "document"),
-    [
-        (JSON_OBJECT, "{}"),
-        (json_schema({"type": "object", "required": ["a"]}), "{}"),
-        (json_schema({"type": "array"}), "[]"),
-        (json_schema({"anyOf": [{"type": "object"}]}), "{}"),
-    ],
-    ids=["object", "schema of an object", "schema of an array", "schema of anything"],
-)
-def test_the_demo_answers_with_empty_json_where_json_is_asked_for(demo: Program, format_: Any, document: str) -> None:
-    status, body = demo.chat(response_format=format_)
-    assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == document
-
-
-@pytest.mark.parametrize("choice", ["auto", "required"])
-def test_the_demo_calls_the_first_tool_then_tells_the_result(demo: Program, choice: str) -> None:
-    request: dict[str, Any] = {"tools": [WEATHER, CLOCK], "tool_choice": choice}
-    messages: list[Any] = [{"role": "user", "content": "Weather?"}]
-    status, body = demo.chat(messages=messages, **request)
-    (call,) = json.loads(body)["choices"][0]["message"]["tool_calls"]
-    assert status == 200 and call["function"] == {"name": "get_weather", "arguments": "{}"}
-    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-    messages.append({"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"})
-    told = json.loads(demo.chat(messages=messages, **request)[1])["choices"][0]["message"]
-    assert "21 degrees" in told["content"] and "Weather?" in told["content"] and not told.get("tool_calls")
-
-
-# ======================================================================================================================
-# Server and command line
-# ======================================================================================================================
+########################################################################################################################
+# Part 8: Server
+########################################################################################################################
 
 
 def test_too_few_open_files_are_told_at_the_start(kimi: WebChat) -> None:
@@ -6754,9 +6748,59 @@ def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: 
     assert not re.search(r"^2026-01-01", lines, re.M) and "Starting new HTTP" not in lines
 
 
-# ======================================================================================================================
+########################################################################################################################
+# Appendices
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Demo upstream
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
+    program = Program("--demo", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+    with closing(program):
+        for question in ("My name is Ada.", "What is my name?"):
+            status, body = program.chat(question, user="ada")
+        text = json.loads(body)["choices"][0]["message"]["content"]
+        assert status == 200 and "demo" in text and "What is my name?" in text and "My name is Ada." in text
+        program.signal(signal.SIGINT)
+        assert program.wait() == 0
+        assert "Ada" not in "".join(program.log), "no prompt text in the log"
+
+
+@pytest.mark.parametrize(
+    ("format_", "document"),
+    [
+        (JSON_OBJECT, "{}"),
+        (json_schema({"type": "object", "required": ["a"]}), "{}"),
+        (json_schema({"type": "array"}), "[]"),
+        (json_schema({"anyOf": [{"type": "object"}]}), "{}"),
+    ],
+    ids=["object", "schema of an object", "schema of an array", "schema of anything"],
+)
+def test_the_demo_answers_with_empty_json_where_json_is_asked_for(demo: Program, format_: Any, document: str) -> None:
+    status, body = demo.chat(response_format=format_)
+    assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == document
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_the_demo_calls_the_first_tool_then_tells_the_result(demo: Program, choice: str) -> None:
+    request: dict[str, Any] = {"tools": [WEATHER, CLOCK], "tool_choice": choice}
+    messages: list[Any] = [{"role": "user", "content": "Weather?"}]
+    status, body = demo.chat(messages=messages, **request)
+    (call,) = json.loads(body)["choices"][0]["message"]["tool_calls"]
+    assert status == 200 and call["function"] == {"name": "get_weather", "arguments": "{}"}
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    messages.append({"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"})
+    told = json.loads(demo.chat(messages=messages, **request)[1])["choices"][0]["message"]
+    assert "21 degrees" in told["content"] and "Weather?" in told["content"] and not told.get("tool_calls")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Description and page
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_route_is_described_and_every_description_is_a_route(app: Client) -> None:
@@ -6832,9 +6876,14 @@ def test_the_page_needs_no_key_and_nothing_from_elsewhere(make: Make) -> None:
     assert app.get("/health").json["key_required"] and app.get("/openapi.json").json["openapi"] == "3.1.0"
 
 
-# ======================================================================================================================
+########################################################################################################################
+# The whole program
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Real clients
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -7423,9 +7472,9 @@ def test_codex_does_what_a_thinking_model_asks_for(
     assert called == [call for step in steps for call in step]
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: no request of any shape is a 500, a hang or a broken connection
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, kimi: WebChat) -> None:
@@ -7714,9 +7763,14 @@ def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api
     assert int(re.search(r"VmHWM:\s+(\d+)", status)[1]) < 400 * 1024
 
 
-# ======================================================================================================================
+########################################################################################################################
+# Soak and benchmark
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Soak: pytest -m soak -s (SOAK_SECONDS, ten minutes unless told)
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak
@@ -7807,12 +7861,12 @@ def test_soak(run: Run, kimi: WebChat) -> None:
     assert not [line for line in program.log if "Traceback" in line]
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: pytest -m bench -s
 #
 # Every figure is a ratio, or a time with the limit that it should keep, measured in one run. The upstreams and the
 # loads each run as a process, `python test_kimi2api.py ROLE …`, so that they never wait for the program's interpreter.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 Row = tuple[str, str, str]  # what is measured, the figure, what it should be
 
