@@ -3518,6 +3518,8 @@ MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wai
 class UpstreamResponse:
     """An upstream's response, whose head has been read. Raises APIError."""
 
+    body = b""  # after read()
+
     def __init__(self, transport: Transport, raw: Any, deadline: Deadline) -> None:
         self.status: int = raw.status
         self.headers: Headers = raw.headers  # urllib3's, whose names are case-insensitive
@@ -3526,16 +3528,16 @@ class UpstreamResponse:
         self._transport = transport
 
     def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
-        """All of the body, at most so many bytes, within the deadline."""
+        """Read all of the body, at most so many bytes, within the deadline."""
         try:
-            body: bytes = self.raw.read(limit + 1, decode_content=True)
+            self.body = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
             raise self._transport.failure(error, self.deadline) from None
         finally:
             self.close()
-        if len(body) > limit:
+        if len(self.body) > limit:
             raise invalid_response(self._transport.name, f"more than {limit} bytes", retryable=True)
-        return body
+        return self.body
 
     def stream(self) -> Iterator[bytes]:
         """The body as it comes."""
@@ -3691,15 +3693,6 @@ def parse_retry_after(value: str | None) -> float | None:
 MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, and of all that are kept
 
 
-@dataclass(frozen=True)
-class Page:
-    """A response of the site, read to its end."""
-
-    status: int
-    headers: Headers  # their names are case-insensitive
-    body: bytes
-
-
 class Scraper:
     """A browser for many threads. Redirects are not followed. Raises APIError."""
 
@@ -3717,7 +3710,8 @@ class Scraper:
 
     def request(
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> Page:
+    ) -> UpstreamResponse:
+        """Send a request, and read the response to its end."""
         request = requests.PreparedRequest()
         request.url = url  # cookie jars match it, and read nothing else
         sent = {**self._headers, **headers}
@@ -3729,7 +3723,8 @@ class Scraper:
         response = self.transport.request(method, url, sent, body, deadline)
         if "Set-Cookie" in response.headers:
             self._keep_cookies(request, response)
-        return Page(response.status, response.headers, response.read())
+        response.read()
+        return response
 
     def _keep_cookies(self, request: requests.PreparedRequest, response: UpstreamResponse) -> None:
         """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
@@ -3839,48 +3834,35 @@ class CircuitBreaker:
                 message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
                 headers={"Retry-After": str(max(1, ceil(pause)))})
 
-    def succeeded(self, probe: bool = False) -> None:
+    def ended(self, error: APIError | None, probe: bool = False) -> None:
+        """A call has ended, with this error or well."""
+        has_failed = error is not None and (error.status >= 500 or error.status == 429)
         with self._lock:
-            self._end_probe(probe)
-            self._close()
-            self.failing = None
-
-    def failed(self, error: APIError, probe: bool = False) -> None:
-        # It is well, and says what is wrong with the request
-        if error.status < 500 and error.status != 429:
-            self.succeeded(probe)
-            return
-        with self._lock:
-            self._end_probe(probe)
+            self._probing = self._probing and not probe
+            if error is None or not has_failed:  # other errors say what is wrong with the request
+                self._failures = 0
+                self._error = self.failing = None
+                return
             self.failing = self.failing or (time.time(), error.reason)
-            # It answers, be it with a no
-            if error.status == 429 or error.code == "upstream_refused":
-                self._close()
+            if error.status == 429 or error.code == "upstream_refused":  # the upstream answers
+                self._failures = 0
+                self._error = None
             elif probe or self._error is None:  # else the call began before the circuit opened
-                self._count(error)
+                self._failures += 1
+                if self._failures >= FAILURES_TO_OPEN:
+                    self._open(error.copy())
 
-    def abandoned(self, probe: bool = False) -> None:
-        """The call ended in a way that tells nothing of upstream."""
+    def abandoned(self, probe: bool) -> None:
+        """A call has ended for a reason that is not the upstream's."""
         with self._lock:
-            self._end_probe(probe)
+            self._probing = self._probing and not probe
 
-    # The caller of these holds the lock
-
-    def _end_probe(self, probe: bool) -> None:
-        if probe:
-            self._probing = False
-
-    def _close(self) -> None:
-        self._failures = 0
-        self._error = None
-
-    def _count(self, error: APIError) -> None:
-        self._failures += 1
-        if self._failures >= FAILURES_TO_OPEN:
-            pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
-            self._error = error.copy()
-            self._open_until = time.monotonic() + pause
-            log.warning("%s failed %d times in a row; not asked for %g s", self._name, self._failures, pause)
+    def _open(self, error: APIError) -> None:
+        """Open the circuit. The caller holds the lock."""
+        pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
+        self._error = error
+        self._open_until = time.monotonic() + pause
+        log.warning("%s failed %d times in a row; not called for %g s", self._name, self._failures, pause)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4009,21 +3991,21 @@ class Provider:
         def has_begun() -> None:
             nonlocal probe
             if probe:
-                self.breaker.succeeded(probe)
+                self.breaker.ended(None, probe)
                 probe = False
 
         try:
             yield has_begun
         except BaseException as error:
             if isinstance(error, APIError) and not isinstance(error, Abandoned):
-                self.breaker.failed(error, probe)
+                self.breaker.ended(error, probe)
                 # An API's own codes are unbounded
                 code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
             else:  # our own bugs do not count against upstream
                 self.breaker.abandoned(probe)
             raise
-        self.breaker.succeeded(probe)
+        self.breaker.ended(None, probe)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -4565,7 +4547,7 @@ class KimiProvider(Provider):
         try:
             page = self._checked_page(
                 "POST", self._settings.upstream_url, headers, urlencode(form).encode(), deadline)
-            return read_text(page, nonce)
+            return parse_web_chat_answer(page, nonce)
         except StaleNonce:
             self._nonce.invalidate(fetch)
             raise
@@ -4575,7 +4557,7 @@ class KimiProvider(Provider):
 
     def _checked_page(
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> Page:
+    ) -> UpstreamResponse:
         """Send a request; sort out what any response of this site can mean, to the page or to the form."""
         page = self._scraper.request(method, url, headers, body, deadline)
         status = page.status
@@ -4612,27 +4594,20 @@ class KimiProvider(Provider):
         log.info("nonce renewed")
         return nonce
 
-    def _fetch_page(self) -> Page:
-        """The chat page, after redirects on its own host."""
+    def _fetch_page(self) -> UpstreamResponse:
+        """Fetch the chat page, following redirects within its scheme, host and port."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
         # No cache has seen it yet
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
-        for _ in range(MAX_REDIRECTS + 1):
-            page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
-            location = page.headers.get("Location")
-            if not 300 <= page.status < 400 or not location:
-                break
-            url = self._redirected(url, location)
-        return page
-
-    def _redirected(self, url: str, location: str) -> str:
-        """Where a redirect leads. Raises APIError for another scheme, host or port."""
-        here = urlsplit(self._settings.chat_page_url)
-        with suppress(ValueError):
-            target = parse_url(urljoin(url, location))
-            if urlsplit(target)[:2] == here[:2]:
-                return target
+        with suppress(ValueError):  # of a location that is no URL
+            for _ in range(MAX_REDIRECTS + 1):
+                page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
+                if not 300 <= page.status < 400 or "Location" not in page.headers:
+                    return page
+                url = urljoin(url, page.headers["Location"])
+                if urlsplit(url)[:2] != urlsplit(home)[:2]:
+                    break
         raise upstream_error(
             502, "upstream_changed",
             "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
@@ -4659,7 +4634,7 @@ def reject_unsupported(request: ChatRequest) -> None:
             violation.path, "unsupported_value")
 
 
-def read_text(page: Page, nonce: str) -> str:
+def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
     body = page.body.strip()
     if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
@@ -4697,86 +4672,67 @@ OPTIONAL_PARAMETERS = (
     "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
     "logprobs", "stream_options",
 )
-NOTES_MAX_AGE = 3600.0  # seconds
-MAX_REFUSED = 50  # settings of one
+ADAPTATION_MAX_AGE = 3600.0  # seconds
+MAX_ADAPTATIONS = 50  # of one model
 
-# How a forced tool is asked for: as the client does; as the only one of the tools; without thinking
-AS_ASKED, ONLY_TOOL, NO_THINKING = range(3)
-
-
-@dataclass(frozen=True)
-class ModelNotes:
-    """What an API's refusals (400) have taught about one of its models. The facts are in `after`."""
-
-    refused: Mapping[str, float] = field(default_factory=dict)  # settings of parameters, left out until when
-    wants_reasoning: bool = False  # every assistant message must have reasoning_content, if only an empty one
-    forcing: int = AS_ASKED
-    forcing_until: float = 0.0  # seconds since the epoch, as are the times in `refused`
-
-    def adapt(self, body: JSONObject, now: float) -> JSONObject:
-        """A request as the model takes it."""
-        adapted = {}
-        for name, value in body.items():
-            if name not in OPTIONAL_PARAMETERS or self.refused.get(setting_of(name, value), 0.0) <= now:
-                adapted[name] = value
-        if self.wants_reasoning:
-            adapted["messages"] = without_reasoning_gaps(body["messages"])
-        choice = body.get("tool_choice")
-        forcing = self.forcing if now < self.forcing_until else AS_ASKED
-        if forcing == ONLY_TOOL and names_function(choice):
-            adapted["tool_choice"] = "required"
-            adapted["tools"] = [tool for tool in body["tools"] if is_tool(tool, choice["function"]["name"])]
-        elif forcing == NO_THINKING and forces_tool(choice) and "thinking" not in body:
-            adapted["thinking"] = {"type": "disabled"}
-        return adapted
-
-    def after(self, refusal: APIError, sent: JSONObject, now: float) -> ModelNotes | None:
-        """The notes once this request has been refused, None when there is nothing else to try.
-
-        Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
-        missing …"; "tool_choice 'specified' is incompatible with thinking enabled". DeepSeek: "The reasoning_content in
-        the thinking mode must be passed back to the API."
-        """
-        named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
-        until = now + NOTES_MAX_AGE
-        refused = {}
-        for name in OPTIONAL_PARAMETERS:
-            really_wanted = name == "logprobs" and sent.get(name)
-            if name in named and name in sent and not really_wanted:
-                refused[setting_of(name, sent[name])] = until
-        if refused:
-            known = list(self.refused.items())[-MAX_REFUSED:]
-            return replace(self, refused={**dict(known), **refused})
-        if "reasoning_content" in named and without_reasoning_gaps(sent["messages"]) != sent["messages"]:
-            return replace(self, wants_reasoning=True)
-        choice = sent.get("tool_choice")
-        if "tool_choice" in named and forces_tool(choice) and "thinking" not in sent:
-            forcing = ONLY_TOOL if names_function(choice) else NO_THINKING
-            return replace(self, forcing=forcing, forcing_until=until)
-        return None
+Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 
-def setting_of(parameter: str, value: Any) -> str:
-    """A parameter and its value: what is refused of one caller's value says nothing of another's."""
-    return f"{parameter}={value!r}"[:100]
+def find_adaptation(refusal: APIError, sent: JSONObject) -> tuple[str, Change] | None:
+    """Return a change to a request that a model has refused, and what it is about: a later change for the same reason
+    replaces it. None: there is nothing to try.
+
+    Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
+    missing …"; "tool_choice 'specified' is incompatible with thinking enabled". DeepSeek: "The reasoning_content in the
+    thinking mode must be passed back to the API."
+    """
+    named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
+    for name in OPTIONAL_PARAMETERS:
+        is_essential = name == "logprobs" and sent.get(name)
+        if name in named and name in sent and not is_essential:
+            value = sent[name]
+            return f"{name}={value!r}"[:100], partial(leave_out, name, value)
+    if "reasoning_content" in named and fill_reasoning_gaps(sent) != sent:
+        return "reasoning_content", fill_reasoning_gaps
+    choice = sent.get("tool_choice")
+    if "tool_choice" in named and forces_tool(choice) and "thinking" not in sent:
+        return "tool_choice", offer_forced_tool if names_function(choice) else disable_thinking
+    return None
+
+
+def leave_out(name: str, value: Any, body: JSONObject) -> JSONObject:
+    """Leave a parameter out if it has this value: what is refused of one client's value says nothing of another's."""
+    return {key: given for key, given in body.items() if key != name or given != value}
+
+
+def fill_reasoning_gaps(body: JSONObject) -> JSONObject:
+    """Give each message of the assistant reasoning_content, if only an empty text."""
+    filled = []
+    for message in body["messages"]:
+        if message["role"] == "assistant" and message.get("reasoning_content") is None:
+            message = {**message, "reasoning_content": ""}
+        filled.append(message)
+    return {**body, "messages": filled}
+
+
+def offer_forced_tool(body: JSONObject) -> JSONObject:
+    """Require any tool, and offer only the forced one."""
+    choice = body.get("tool_choice")
+    if not names_function(choice):
+        return body
+    name = choice["function"]["name"]
+    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
+    return {**body, "tool_choice": "required", "tools": tools}
+
+
+def disable_thinking(body: JSONObject) -> JSONObject:
+    if not forces_tool(body.get("tool_choice")) or "thinking" in body:
+        return body
+    return {**body, "thinking": {"type": "disabled"}}
 
 
 def forces_tool(choice: Any) -> bool:
     return choice == "required" or names_function(choice)
-
-
-def is_tool(tool: JSONObject, name: str) -> bool:
-    return tool["type"] == "function" and bool(tool["function"]["name"] == name)
-
-
-def without_reasoning_gaps(messages: list[Message]) -> list[Message]:
-    """Messages in which each of the assistant's has reasoning_content, empty where there is none."""
-    filled = []
-    for message in messages:
-        if message["role"] == "assistant" and message.get("reasoning_content") is None:
-            message = {**message, "reasoning_content": ""}
-        filled.append(message)
-    return filled
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5018,7 +4974,8 @@ class OpenAIProvider(Provider):
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        self._notes: dict[str, ModelNotes] = {}
+        # By model and reason, with the time until which they are applied, in seconds since the epoch
+        self._adaptations: dict[str, dict[str, tuple[float, Change]]] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
@@ -5060,25 +5017,30 @@ class OpenAIProvider(Provider):
                     response.close()
 
     def _ask(self, body: JSONObject, asked: ProviderRequest) -> tuple[UpstreamResponse, JSONObject]:
-        """The response to a request, and the request as it was sent: what the model refuses of it is mended, and asked
-        again. What has helped is remembered; what has not is forgotten, and the first refusal of a forced tool told."""
-        notes = self._notes.get(asked.model, ModelNotes())
-        forced: APIError | None = None
+        """Return the response to a request, and the request as it was sent. What the model refuses is changed and sent
+        again, one change at a time; the changes are remembered if they help. Raises the first refusal of a forced tool,
+        else the last refusal."""
+        now = time.time()
+        known = self._adaptations.get(asked.model, {})
+        adaptations = {reason: entry for reason, entry in known.items() if entry[0] > now}
+        refused: APIError | None = None
         while True:
-            sent = notes.adapt(body, time.time())
-            attempt = partial(self._open_stream, sent, asked.waiter)
+            sent = body
+            for _, change in adaptations.values():
+                sent = change(sent)
             try:
-                response = self._retry(attempt, asked.waiter)
+                response = self._retry(partial(self._open_stream, sent, asked.waiter), asked.waiter)
             except APIError as error:
-                better = notes.after(error, sent, time.time()) if error.status == 400 else None
-                if better is None:
-                    raise forced or error from None
-                if better.forcing != notes.forcing:
-                    forced = forced or error.copy()
-                log.info("%s/%s: %s; asking again in another way", self.name, asked.model, error.reason)
-                notes = better
+                found = find_adaptation(error, sent) if error.status == 400 else None
+                if found is None:
+                    raise refused or error from None
+                reason, change = found
+                if reason == "tool_choice":
+                    refused = refused or error.copy()
+                log.info("%s/%s: %s; sending the request in another form", self.name, asked.model, error.reason)
+                adaptations[reason] = now + ADAPTATION_MAX_AGE, change
             else:
-                self._notes[asked.model] = notes
+                self._adaptations[asked.model] = dict(list(adaptations.items())[-MAX_ADAPTATIONS:])
                 return response, sent
 
     def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
@@ -5573,7 +5535,9 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
 
 def record_turn(sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
     """Record what the user has said and the answer in the user's session."""
-    message = answer_to_remember(stats.fold)
+    message = stats.fold.message()
+    if not message.get("tool_calls"):
+        message["content"] = message["content"] or ""  # APIs refuse null without tool calls
     violation = find_violation(message, MESSAGE)
     if violation:  # every later request would be refused for it
         log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
@@ -5581,15 +5545,6 @@ def record_turn(sessions: Sessions, owner: str, opened: Session, request: ChatRe
         *older, newest = request.turns
         turns = [*older, (*newest, message)]
         sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
-
-
-def answer_to_remember(fold: Fold) -> Message:
-    """The assistant's message that goes into a session."""
-    message = fold.message()
-    if not message.get("tool_calls"):
-        # APIs refuse null without tool calls
-        message["content"] = message["content"] or ""
-    return message
 
 
 def record_response(
@@ -5679,15 +5634,15 @@ class App:
 
     # Routes
 
-    def chat(self) -> bytes:
+    def create_chat_completion(self) -> bytes:
         request = ChatRequest.parse(self._body())
         return self._complete(request, ChatCompletion(request.include_usage))
 
-    def completion(self) -> bytes:
+    def create_completion(self) -> bytes:
         request = ChatRequest.parse_completion(self._body())
         return self._complete(request, TextCompletion(request.include_usage))
 
-    def response(self) -> bytes:
+    def create_response(self) -> bytes:
         asked = ResponsesRequest.parse(self._body(), self._stored_item)
         previous = self._previous_response(asked.body.get("previous_response_id"))
         try:
@@ -5745,7 +5700,7 @@ class App:
                 client.flush()
         return b""
 
-    def embeddings(self) -> bytes:
+    def create_embeddings(self) -> bytes:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
         stats = AnswerStats()
@@ -5810,20 +5765,20 @@ class App:
         start: Callable[[str, Any], Callable[[bytes], object]] = bottle.request.environ["kimi2api.start_response"]
         return start(bottle.response.status_line, bottle.response.headerlist)
 
-    def models(self) -> JSONObject:
+    def list_models(self) -> JSONObject:
         return {"object": "list", "data": self.providers.models()}
 
-    def model(self, id: str) -> JSONObject:
+    def get_model(self, id: str) -> JSONObject:
         return self.providers.model(id)
 
-    def session(self, user: str) -> JSONObject:
+    def get_session(self, user: str) -> JSONObject:
         session = self.sessions.get(current_owner(), user)
         if session is None:
             raise session_not_found()
         expires_at = int(session.used + self.store.ttl)
         return {**session_object(user, session), "expires_at": expires_at}
 
-    def stored_response(self, id: str) -> JSONObject:
+    def get_response(self, id: str) -> JSONObject:
         session = self.sessions.response(current_owner(), id)
         if session is None or session.response is None:
             raise response_not_found(id)
@@ -5834,22 +5789,22 @@ class App:
         items = session.response["output"] if session and session.response else []
         return next((item for item in items if item["id"] == id), None)
 
-    def forget_response(self, id: str) -> JSONObject:
+    def delete_response(self, id: str) -> JSONObject:
         if not self.sessions.forget_response(current_owner(), id):
             raise response_not_found(id)
         return {"id": id, "object": "response", "deleted": True}
 
-    def forget(self, user: str) -> JSONObject:
+    def delete_session(self, user: str) -> JSONObject:
         if not self.sessions.forget(current_owner(), user):
             raise session_not_found()
         return {"object": "session.deleted", "user": user, "deleted": True}
 
-    def users(self) -> JSONObject:
+    def list_sessions(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
         sessions = self.sessions.list_sessions(current_owner())
         return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
 
-    def usage(self) -> JSONObject:
+    def get_usage(self) -> JSONObject:
         return self.limits.usage(current_client())
 
     def metrics_page(self) -> str:
@@ -5990,20 +5945,21 @@ def describe_api(app: App) -> JSONObject:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", App.chat, "chat", "Completion", "Request", "a Chunk as JSON, or [DONE]"),
-    Route("POST", "/v1/responses", App.response, "a response", "Response", "ResponsesRequest",
+    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "Completion", "Request",
+          "a Chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.create_response, "a response", "Response", "ResponsesRequest",
           "an event of the Responses API as JSON"),
-    Route("GET", "/v1/responses/<id>", App.stored_response, "a stored response", "Response"),
-    Route("DELETE", "/v1/responses/<id>", App.forget_response, "forget a stored response", "DeletedResponse"),
-    Route("POST", "/v1/completions", App.completion, "complete a text", "TextCompletion", "CompletionRequest",
+    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "Response"),
+    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "DeletedResponse"),
+    Route("POST", "/v1/completions", App.create_completion, "complete a text", "TextCompletion", "CompletionRequest",
           "a TextCompletion as JSON, or [DONE]"),
-    Route("POST", "/v1/embeddings", App.embeddings, "embeddings", "Embeddings", "EmbeddingsRequest"),
-    Route("GET", "/v1/models", App.models, "the models", "Models"),
-    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.model, "one model", "Model"),
-    Route("GET", "/v1/sessions", App.users, "the sessions of the key", "Sessions"),
-    Route("GET", r"/v1/sessions/<user:re:[\s\S]+>", App.session, "the turns remembered of a user", "Session"),
-    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]+>", App.forget, "forget a user's turns", "Deleted"),
-    Route("GET", "/v1/usage", App.usage, "what the key has used, and its limits", "Usage"),
+    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "Embeddings", "EmbeddingsRequest"),
+    Route("GET", "/v1/models", App.list_models, "the models", "Models"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
+    Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
+    Route("GET", r"/v1/sessions/<user:re:[\s\S]+>", App.get_session, "the turns remembered of a user", "Session"),
+    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]+>", App.delete_session, "forget a user's turns", "Deleted"),
+    Route("GET", "/v1/usage", App.get_usage, "what the key has used, and its limits", "Usage"),
     Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
     Route("GET", "/health", App.health, "how the server is", "Health", is_public=True),
     Route("GET", "/openapi.json", describe_api, "this description", "OpenAPI", is_public=True),
