@@ -3885,10 +3885,11 @@ class AnswerStats:
         self.fold = Fold()  # the provider adds each chunk before it yields it
         self.messages: list[Message] = []  # of the prompt
 
-    def start(self, provider: str, model: str) -> None:
+    def start(self, provider: str, model: str, messages: list[Message]) -> None:
         """A provider is asked, the first or one to fall back to."""
         self.provider = provider
         self.model = model
+        self.messages = messages
         self.first_chunk = None
         self.fold = Fold()
 
@@ -5222,10 +5223,10 @@ class Providers:
         """
         failed: list[tuple[str, APIError]] = []
         stats = asked.stats
-        stats.messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
+        messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            stats.start(provider.name, name)
+            stats.start(provider.name, name, messages)
             deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
             begun: list[Delta] = []
             try:
@@ -5251,15 +5252,15 @@ class Providers:
                 yield delta
             return
         (_, first), *others = failed
-        messages = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
-        raise first.copy(message=" ".join(messages))
+        causes = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
+        raise first.copy(message=" ".join(causes))
 
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
     ) -> tuple[JSONObject, Headers]:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
-        stats.start(provider.name, model)
+        stats.start(provider.name, model, [])
         answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
         stats.first_chunk = time.monotonic() - stats.began
         usage = answer.get("usage")
