@@ -3283,7 +3283,8 @@ CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS ha
 MAX_INTERIM_RESPONSES = 16
 MAX_CHUNK_LINE = 4096
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
-NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")  # behind the text of the chunk before
+# Behind the text of the chunk before
+NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
 TIMEOUT_PRECISION = 0.1  # seconds
 READ_SIZE = 65536
 
@@ -3353,7 +3354,8 @@ def set_timeout(sock: socket.socket, seconds: float) -> None:
         sock.settimeout(seconds)
 
 
-CURRENT_DEADLINE: ContextVar[Deadline] = ContextVar("current_deadline")  # for the classes that http.client makes itself
+# For the classes that http.client makes itself
+CURRENT_DEADLINE: ContextVar[Deadline] = ContextVar("current_deadline")
 
 
 class SocketReader(io.RawIOBase):
@@ -3367,7 +3369,8 @@ class SocketReader(io.RawIOBase):
         self._sock = sock
         self._file = file
         self.deadline = deadline
-        self.is_paused = False  # reads return nothing, so that a peek shows only what is buffered
+        # Reads return nothing, so that a peek shows only what is buffered
+        self.is_paused = False
         self.at_end = False  # the upstream has closed the connection
 
     def readable(self) -> bool:
@@ -3510,9 +3513,12 @@ class UpstreamConnection:
 # Pools of connections for many threads, and the one mapping of failures to APIErrors.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that comes whole, or one event of a stream
-DRAIN_SECONDS = 0.02  # for what may follow the end of a stream, before its connection can be used again
-MAX_RETRY_AFTER = 5.0  # seconds that a Retry-After may ask for if we are to wait ourselves
+# Of a page, an answer that comes whole, or one event of a stream
+MAX_UPSTREAM_BYTES = 4 << 20
+# For what may follow the end of a stream, before its connection can be used again
+DRAIN_SECONDS = 0.02
+# Seconds that a Retry-After may ask for if we are to wait ourselves
+MAX_RETRY_AFTER = 5.0
 
 
 class UpstreamResponse:
@@ -3570,7 +3576,9 @@ class Transport:
     and .netrc. Here that is done once for a host, and urllib3's pool is asked directly. Redirects are not followed.
     """
 
-    def __init__(self, name: str, connections: int, adapter: HTTPAdapter | None = None) -> None:
+    def __init__(
+        self, name: str, connections: int, adapter: HTTPAdapter | None = None,
+    ) -> None:
         self.name = name
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
@@ -3593,7 +3601,8 @@ class Transport:
                 assert_same_host=False, timeout=timeout)
         except TimeoutError:
             raise self.timed_out(deadline) from None
-        except (HTTPError, requests.RequestException) as error:  # the latter of a proxy's URL that makes no sense
+        # RequestException: for a proxy's URL that is invalid
+        except (HTTPError, requests.RequestException) as error:
             raise self.failure(error, deadline) from None
         finally:
             CURRENT_DEADLINE.reset(previous)
@@ -3690,7 +3699,8 @@ def parse_retry_after(value: str | None) -> float | None:
 # and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_COOKIE_BYTES = 8 << 10  # of all cookies that one response sets, and of all that are kept
+# Of all cookies that one response sets, and of all that are kept
+MAX_COOKIE_BYTES = 8 << 10
 
 
 class Scraper:
@@ -3726,7 +3736,9 @@ class Scraper:
         response.read()
         return response
 
-    def _keep_cookies(self, request: requests.PreparedRequest, response: UpstreamResponse) -> None:
+    def _keep_cookies(
+        self, request: requests.PreparedRequest, response: UpstreamResponse,
+    ) -> None:
         """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
         if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
             return
@@ -3745,7 +3757,9 @@ class Scraper:
 class Cached(Generic[T]):
     """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
 
-    def __init__(self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0) -> None:
+    def __init__(
+        self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0,
+    ) -> None:
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
         self._retry_after = retry_after  # seconds before it is fetched again after a failure
@@ -3801,7 +3815,8 @@ class Cached(Generic[T]):
 # ----------------------------------------------------------------------------------------------------------------------
 
 FAILURES_TO_OPEN = 5  # in a row
-FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds that the circuit stays open, doubled each time, and at most
+# Seconds that the circuit stays open, doubled each time, and at most
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
 
 
 class CircuitBreaker:
@@ -3819,7 +3834,8 @@ class CircuitBreaker:
         self._error: APIError | None = None
         self._open_until = 0.0  # by the monotonic clock
         self._probing = False
-        self.failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+        # Since when (seconds since the epoch) and why
+        self.failing: tuple[float, str] | None = None
 
     def allow(self) -> bool:
         """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
@@ -3871,7 +3887,8 @@ class CircuitBreaker:
 # What providers have in common: retries, the circuit breaker, statistics of an answer.
 # ----------------------------------------------------------------------------------------------------------------------
 
-FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0  # seconds before the first retry, doubled each time, and at most
+# Seconds before the first retry, doubled each time, and at most
+FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
 
 class AnswerStats:
@@ -3926,7 +3943,8 @@ class ProviderRequest:
     history: Turns = ()  # remembered before it
     session_id: str = ""
     owner: str = ""  # whose it is
-    sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))  # keeps nothing
+    # Keeps nothing
+    sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))
     stats: AnswerStats = field(default_factory=AnswerStats)
     waiter: Waiter = field(default_factory=Waiter)
 
@@ -4034,10 +4052,12 @@ class Provider:
 # they read.
 # ----------------------------------------------------------------------------------------------------------------------
 
-SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}  # as the site's public clients write history
+# As the site's public clients write history
+SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}
 TOOLS_FOLLOW = "You get the results and go on. Tools:"
 JSON_ONLY = "Answer with one JSON document and nothing else"
-SHORTEST_RESULT = 80  # characters of a clipped tool result, with its speaker and the mark
+# Characters of a clipped tool result, with its speaker and the mark
+SHORTEST_RESULT = 80
 CLIPPED = " [… clipped …] "
 
 
@@ -4050,7 +4070,8 @@ class Prompt:
     how_to_call: str
     tools: list[str]
     rules: str  # for the form of the answer
-    past: list[str]  # older turns, then older rounds of tool calls, which stand behind the question
+    # Older turns, then older rounds of tool calls, which stand behind the question
+    past: list[str]
     rounds: int  # of tool calls among them
     question: str
     last_round: list[str]  # message by message
@@ -4072,7 +4093,9 @@ class Prompt:
         return len(self.text) - self.limit
 
 
-def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str = "") -> Prompt:
+def write_prompt(
+    request: ChatRequest, history: Turns, limit: int, remark: str = "",
+) -> Prompt:
     """Write a request as one text of at most `limit` characters.
 
     Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
@@ -4258,7 +4281,9 @@ class NoDocument(UnusableAnswer):
     """The answer has no JSON document, or a broken one."""
 
 
-def parse_answer(text: str, request: ChatRequest, allow_unknown_tools: bool = False) -> tuple[str, list[ToolCall]]:
+def parse_answer(
+    text: str, request: ChatRequest, allow_unknown_tools: bool = False,
+) -> tuple[str, list[ToolCall]]:
     """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
 
     allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
@@ -4290,7 +4315,9 @@ CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
 
 
-def parse_tool_calls(text: str, request: ChatRequest, allow_unknown_tools: bool) -> tuple[str, list[ToolCall]]:
+def parse_tool_calls(
+    text: str, request: ChatRequest, allow_unknown_tools: bool,
+) -> tuple[str, list[ToolCall]]:
     """Return the text around the calls, and the calls. Raises UnusableAnswer for an invalid call."""
     offered = {tool["name"] for tool in request.tools}
     calls = []
@@ -4346,8 +4373,10 @@ def strip_code_fence(text: str) -> str:
 
 
 BRACKET = re.compile(r"[{}\[\]]")
-PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")  # {x}, [1st]: no JSON and none inside
-MAX_BRACKETS = 100  # tried; a failed attempt costs as much as all the text before it, for the line in its message
+# {x}, [1st]: no JSON and none inside
+PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")
+# Tried; a failed attempt costs as much as all the text before it, for the line in its message
+MAX_BRACKETS = 100
 
 
 def parse_document(text: str, kind: type) -> str:
@@ -4552,7 +4581,8 @@ class KimiProvider(Provider):
         except StaleNonce:
             self._nonce.invalidate(fetch)
             raise
-        except APIError:  # it may have been the answer to another's question, so that ours is still to come
+        # It may have been the answer to another's question, so that ours is still to come
+        except APIError:
             self._scraper.transport.close_idle(self._settings.upstream_url)
             raise
 
@@ -4615,7 +4645,8 @@ class KimiProvider(Provider):
 
 
 WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
-WEB_CHAT_REQUEST = request_object({}, {  # what the web chat supports; the rest would change the shape of the answer
+# What the web chat supports; the rest would change the shape of the answer
+WEB_CHAT_REQUEST = request_object({}, {
     "n": {"enum": [1]},
     "logprobs": {"enum": [False]},
     "audio": {"enum": [{}]},
@@ -4638,7 +4669,8 @@ def reject_unsupported(request: ChatRequest) -> None:
 def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
     body = page.body.strip()
-    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+    # WordPress's own words for a stale nonce and an unknown action
+    if body in (b"-1", b"0"):
         raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
     try:
         answer = parse_upstream_json(body)
@@ -4781,7 +4813,8 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
 
     message = f"{api.name}: {plain_line(error, api.key)}"
     type, code, param = told("type"), told("code"), told("param")
-    if status == 400 and TOO_LONG.search(message):  # by this code clients, and FALLBACK_MODELS, know what to do
+    # Clients, and FALLBACK_MODELS, go by this code
+    if status == 400 and TOO_LONG.search(message):
         code = "context_length_exceeded"
     if status == 429:
         ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
@@ -4816,7 +4849,9 @@ class APIAnswer:
     """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete:
     what fails after that is no failure."""
 
-    def __init__(self, api: API, response: UpstreamResponse, fold: Fold, choices: int) -> None:
+    def __init__(
+        self, api: API, response: UpstreamResponse, fold: Fold, choices: int,
+    ) -> None:
         self.is_done = False  # [DONE] has come
         self.finished: set[int] = set()  # the indexes of choices that have their finish reason
         self._api = api
@@ -4960,7 +4995,8 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 
 MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
 MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
-MAX_EMBEDDINGS_BYTES = 32 << 20  # of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
+# Of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
+MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
@@ -5017,7 +5053,9 @@ class OpenAIProvider(Provider):
                 else:
                     response.close()
 
-    def _ask(self, body: JSONObject, asked: ProviderRequest) -> tuple[UpstreamResponse, JSONObject]:
+    def _ask(
+        self, body: JSONObject, asked: ProviderRequest,
+    ) -> tuple[UpstreamResponse, JSONObject]:
         """Return the response to a request, and the request as it was sent. What the model refuses is changed and sent
         again, one change at a time; the changes are remembered if they help. Raises the first refusal of a forced tool,
         else the last refusal."""
@@ -5054,7 +5092,9 @@ class OpenAIProvider(Provider):
                 first = next(iter(calls.values())).get("id")
                 asked.sessions.keep_reasoning(asked.owner, f"{self.name} {question} {first}", text)
 
-    def _with_reasoning(self, messages: list[Message], asked: ProviderRequest) -> list[Message]:
+    def _with_reasoning(
+        self, messages: list[Message], asked: ProviderRequest,
+    ) -> list[Message]:
         """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
         if not any("tool_calls" in message for message in messages):
             return messages
@@ -5104,7 +5144,9 @@ class OpenAIProvider(Provider):
             raise api_error(self._api, response.status, answer, response.headers)
         return answer
 
-    def _send(self, method: str, path: str, body: JSONObject | None, waiter: Waiter) -> UpstreamResponse:
+    def _send(
+        self, method: str, path: str, body: JSONObject | None, waiter: Waiter,
+    ) -> UpstreamResponse:
         """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
         a stream, and for all of another body."""
         headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
@@ -5163,7 +5205,8 @@ class OpenAIProvider(Provider):
 # Which provider answers for a model's id, and which one answers when it cannot.
 # ----------------------------------------------------------------------------------------------------------------------
 
-CREATED = 1757030400  # of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+# Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+CREATED = 1757030400
 MAX_HELD_BACK = 50  # deltas without content
 LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
 
@@ -5331,7 +5374,8 @@ class Access:
         environ["kimi2api.origin"] = origin
         try:
             environ["bottle.raw_path"].encode("latin-1").decode()
-        except UnicodeError:  # Bottle would drop the bytes that are none and go on to another's path
+        # Bottle would drop the bytes that are none and go on to another's path
+        except UnicodeError:
             raise bad_request("The path is not UTF-8.") from None
 
     def _origin_allowed(self, origin: str, host: str | None) -> bool:
@@ -5421,7 +5465,8 @@ class Client(Waiter):
     def __init__(self, environ: Mapping[str, Any], stopping: threading.Event) -> None:
         self.interval = CLIENT_CHECK_INTERVAL
         self.has_left = False
-        self.has_begun = False  # an event has been handed over, so an error can only be another one
+        # An event has been handed over, so an error can only be another one
+        self.has_begun = False
         self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
         self._stopping = stopping
         self._begin: Callable[[], Callable[[bytes], object]] | None = None
@@ -5432,7 +5477,9 @@ class Client(Waiter):
         self._last_write = time.monotonic()
         self._blocked = 0.0  # seconds that sending has taken
 
-    def stream(self, begin: Callable[[], Callable[[bytes], object]], keepalive_interval: float) -> None:
+    def stream(
+        self, begin: Callable[[], Callable[[bytes], object]], keepalive_interval: float,
+    ) -> None:
         """The client gets a stream. begin: starts the response, and returns WSGI's write()."""
         self._begin = begin
         self._keepalive_interval = keepalive_interval  # seconds
@@ -5449,7 +5496,8 @@ class Client(Waiter):
             self.flush()
         self.has_left = self.has_left or self._disconnected()
         if self.has_left and not self.must_finish:
-            raise Abandoned(499, "The client has disconnected.", code="client_closed_request")  # nginx's status
+            # 499 is nginx's code for a client that closed the connection
+            raise Abandoned(499, "The client has disconnected.", code="client_closed_request")
         if self._stopping.is_set():
             raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
 
@@ -5482,7 +5530,8 @@ class Client(Waiter):
         began = time.monotonic()
         try:
             self._write(data)
-        except Exception:  # a WSGI server raises what it likes for a client that has disconnected
+        # A WSGI server raises what it likes for a client that has disconnected
+        except Exception:
             self.has_left = True
         self._last_write = time.monotonic()
         self._blocked += self._last_write - began
@@ -5534,7 +5583,9 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
     yield from held
 
 
-def record_turn(sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
+def record_turn(
+    sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats,
+) -> None:
     """Record what the user has said and the answer in the user's session."""
     message = stats.fold.message()
     if not message.get("tool_calls"):
@@ -5561,7 +5612,9 @@ def record_response(
     sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
 
 
-def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client) -> Iterator[Delta]:
+def pace(
+    deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client,
+) -> Iterator[Delta]:
     """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
     all. Without pauses when the client has left: the answer may still be recorded, and whole."""
     max_pieces = max(1, int(max_seconds / interval)) if interval else 1
@@ -5760,7 +5813,9 @@ class App:
             self.limits.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
         self.metrics.record(amounts, durations)
 
-    def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Callable[[bytes], object]:
+    def _begin_stream(
+        self, writer: ChatCompletion | ResponseWriter,
+    ) -> Callable[[bytes], object]:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
         self._set_common_headers()
         start: Callable[[str, Any], Callable[[bytes], object]] = bottle.request.environ["kimi2api.start_response"]
@@ -5986,7 +6041,9 @@ class WSGIApp(bottle.Bottle):  # type: ignore[misc]
         return super().wsgi(environ, start_once)
 
 
-def create_app(settings: Settings, stopping: threading.Event | None = None) -> bottle.Bottle:
+def create_app(
+    settings: Settings, stopping: threading.Event | None = None,
+) -> bottle.Bottle:
     """The WSGI application. Chats end with an error once `stopping` is set. Raises SettingError for a store that cannot
     be used."""
     app = App(settings, stopping or threading.Event())
@@ -6014,14 +6071,20 @@ def create_app(settings: Settings, stopping: threading.Event | None = None) -> b
 # waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
 # ----------------------------------------------------------------------------------------------------------------------
 
-SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
+# Beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
+SPARE_THREADS = 8
 MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
-CONNECTION_TIMEOUT = 30.0  # seconds without a request, without its head, or without taking any of its answer
+# Seconds without a request, without its head, or without taking any of its answer
+CONNECTION_TIMEOUT = 30.0
 MIN_BODY_RATE = 1000  # bytes a second
-MAX_PIPELINED = 8  # requests that one connection may have waiting; without a key, all answers fit MAX_UNSENT_BYTES
-MAX_UNSENT_BYTES = 1 << 18  # of an answer; a thread that has more to write waits for its client
-SEND_BUFFER = 1 << 16  # bytes; behind the 4 MB of a system, a client that reads 20 KB a second would look stalled
-EXTRA_BODY_BYTES = 16 << 20  # received above MAX_BODY_BYTES: a client still sending would miss our 413
+# Requests that one connection may have waiting; without a key, all answers fit MAX_UNSENT_BYTES
+MAX_PIPELINED = 8
+# Of an answer; a thread that has more to write waits for its client
+MAX_UNSENT_BYTES = 1 << 18
+# Bytes; behind the 4 MB of a system, a client that reads 20 KB a second would look stalled
+SEND_BUFFER = 1 << 16
+# Received above MAX_BODY_BYTES: a client still sending would miss our 413
+EXTRA_BODY_BYTES = 16 << 20
 
 
 class JSONErrorTask(ErrorTask):  # type: ignore[misc]
@@ -6089,7 +6152,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             return
         if self.expect_continue:  # the body has not been sent yet
             self.expect_continue = False
-            self.headers["CONNECTION"] = "close"  # what comes is the body, and must not be taken for a request
+            # What comes is the body, and must not be taken for a request
+            self.headers["CONNECTION"] = "close"
             self.body_rcv = None
         else:
             self.body_rcv.buf = Discarded(0)
@@ -6141,7 +6205,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             super().handle_write()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        if self.socket is None:  # the loop has closed it while a request's thread was about to send
+        # The loop has closed it while a request's thread was about to send
+        if self.socket is None:
             return 0
         # Only the loop, which is the main thread's, closes connections and changes the map of sockets
         sent: int = super().send(data, do_close and threading.current_thread() is threading.main_thread())
@@ -6186,7 +6251,8 @@ class SocketMap(dict[int, Any]):
             if entry and events & selectors.EVENT_READ:
                 known = len(self)
                 wasyncore.read(entry)
-                while len(self) > known and entry.readable():  # a listener accepts one connection at a time
+                # A listener accepts one connection at a time
+                while len(self) > known and entry.readable():
                     known = len(self)
                     wasyncore.read(entry)
             elif entry:
@@ -6224,7 +6290,9 @@ class Server:
     run here. Raises OSError when it cannot listen, ValueError when the system allows too few connections.
     """
 
-    def __init__(self, settings: Settings, app: bottle.Bottle, stopping: threading.Event) -> None:
+    def __init__(
+        self, settings: Settings, app: bottle.Bottle, stopping: threading.Event,
+    ) -> None:
         self._grace = settings.shutdown_grace
         self._stopping = stopping
         self._signalled = False
@@ -6239,7 +6307,8 @@ class Server:
             ident="kimi2api",
             threads=settings.max_concurrent_chats + SPARE_THREADS,
             connection_limit=self._connection_limit,
-            channel_request_lookahead=1,  # else a client that leaves is noticed only when something is sent
+            # Else a client that leaves is noticed only when something is sent
+            channel_request_lookahead=1,
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
             recv_bytes=65536,
             outbuf_high_watermark=MAX_UNSENT_BYTES,
@@ -6251,13 +6320,15 @@ class Server:
             listener.draining = False
             listener.adj.api_keys = settings.api_master_key
             listener.adj.max_wanted_body = settings.max_body_bytes
-            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # its connections inherit it
+            # Its connections inherit it
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.port = int(self._listeners[0].effective_port)
 
     def handle_signals(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is nohup's
+        # nohup sets SIG_IGN
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._on_signal)
 
     def run(self) -> None:
@@ -6270,7 +6341,8 @@ class Server:
         running = sum(channel.is_busy for channel in self._channels())
         log.info("stopping; running: %d, with %g s to finish; a second signal ends at once", running, self._grace)
         self._drain(self._grace)
-        self._stopping.set()  # running chats end with an error, which takes a moment to be sent
+        # Running chats end with an error, which takes a moment to be sent
+        self._stopping.set()
         self._drain(2.0)
         for channel in self._channels():
             channel.handle_close()  # wakes a thread that waits for its client
@@ -6458,13 +6530,15 @@ def serve(settings: Settings, demo: bool) -> int:
     app = create_app(settings, stopping)
     try:
         server = Server(settings, app, stopping)
-    except (OSError, ValueError) as error:  # the port is in use, or the host has no address
+    # The port is in use, or the host has no address
+    except (OSError, ValueError) as error:
         return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
     server.handle_signals()
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port, demo), flush=True)
     gc.freeze()
-    gc.set_threshold(50_000)  # new objects; the default of 700 collects several times a chat (10 % of the time)
+    # New objects; the default of 700 collects several times a chat (10 % of the time)
+    gc.set_threshold(50_000)
     server.run()
     logging.shutdown()
     os._exit(0)  # a normal exit would wait for abandoned upstream calls
