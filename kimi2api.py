@@ -53,7 +53,7 @@ from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -3309,6 +3309,10 @@ class Waiter:
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def defer(self, function: Callable[[], None]) -> None:
+        """Call a function once the client has all of its response, here immediately."""
+        function()
+
 
 class Deadline:
     """How long one upstream call may still take, and who waits for it."""
@@ -3343,9 +3347,9 @@ class Deadline:
         return min(self.remaining(), self.waiter.interval)
 
 
-def shut_down(sock: socket.socket) -> None:
+def shut_down(sock: Any) -> None:
     with suppress(OSError):  # it is closed already
-        sock.shutdown(socket.SHUT_RDWR)
+        getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # TLS inside TLS has no shutdown()
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
@@ -3414,9 +3418,11 @@ class ResponseReader(io.BufferedReader):
 
     def close(self) -> None:
         if not self.closed:
+            # TLS inside a proxy's TLS, which is urllib3's own, buffers what nothing shows
+            is_opaque = not isinstance(self._sock, socket.socket)
             decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
             # Unread bytes, or an answer that may belong to another request: the next request must not read them
-            if self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
+            if is_opaque or self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
                 shut_down(self._sock)
         super().close()
 
@@ -3483,7 +3489,12 @@ class UpstreamConnection:
 
     response_class = StrictHTTPResponse
     sock: Any
+    timeout: float  # seconds for the connection, and as many for the TLS handshake
     _unsent: list[bytes] | None = None  # of the request that is being written
+
+    def _tunnel(self) -> None:
+        super()._tunnel()  # type: ignore[misc]
+        self.sock.settimeout(self.timeout)  # the proxy's response was read in slices
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
@@ -3502,9 +3513,14 @@ class UpstreamConnection:
         deadline = CURRENT_DEADLINE.get()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
-        deadline.waiter.attend()
-        set_timeout(self.sock, deadline.remaining())
-        super().send(data)  # type: ignore[misc]
+        # TLS inside TLS loses what a time-out interrupts
+        can_resume = isinstance(self.sock, socket.socket)
+        unsent = memoryview(data)
+        while unsent:
+            seconds = deadline.next_wait()
+            set_timeout(self.sock, seconds if can_resume else deadline.remaining())
+            with suppress(TimeoutError):  # one slice has passed
+                unsent = unsent[self.sock.send(unsent):]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3516,7 +3532,7 @@ class UpstreamConnection:
 # Of a page, an answer that comes whole, or one event of a stream
 MAX_UPSTREAM_BYTES = 4 << 20
 # For what may follow the end of a stream, before its connection can be used again
-DRAIN_SECONDS = 0.02
+DRAIN_SECONDS = 0.2
 # Seconds that a Retry-After may ask for if we are to wait ourselves
 MAX_RETRY_AFTER = 5.0
 
@@ -3556,7 +3572,7 @@ class UpstreamResponse:
         except HTTPError as error:
             raise self._transport.failure(error, self.deadline) from None
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
         self.deadline.is_per_read = False
         self.deadline.limit(DRAIN_SECONDS)
@@ -3595,7 +3611,7 @@ class Transport:
             pool, absolute_form = self._pool(url)
             target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
             # StrictHTTPResponse reads within the deadline; urllib3's time-out is that of the first slice
-            timeout = Timeout(min(CONNECT_TIMEOUT, deadline.remaining()), deadline.next_wait())
+            timeout = Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining()), read=deadline.next_wait())
             raw = pool.urlopen(
                 method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
                 assert_same_host=False, timeout=timeout)
@@ -3763,7 +3779,7 @@ class Cached(Generic[T]):
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
         self._retry_after = retry_after  # seconds before it is fetched again after a failure
-        self._thread = ThreadPoolExecutor(1, name)
+        self._name = name
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
         self._began = 0.0  # when the latest fetch began, seconds since the epoch
@@ -3778,8 +3794,15 @@ class Cached(Generic[T]):
                     fetch = None
             if fetch is None:
                 self._began = time.time()
-                fetch = self._latest = self._thread.submit(self._fetch)
+                fetch = self._latest = Future()
+                threading.Thread(target=self._run, args=(fetch,), name=self._name, daemon=True).start()
             return fetch
+
+    def _run(self, fetch: Future[T]) -> None:
+        try:
+            fetch.set_result(self._fetch())
+        except Exception as error:  # raised again by those who wait
+            fetch.set_exception(error)
 
     def wait(self, waiter: Waiter) -> Future[T]:
         """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
@@ -4877,8 +4900,8 @@ class APIAnswer:
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
                 yield chunk
-        except APIError as error:
-            if not is_complete or isinstance(error, Abandoned):
+        except APIError:
+            if not is_complete:
                 raise
         if not (self.is_done or is_complete):
             message = f"{self._api.name} ended the stream before the answer was complete."
@@ -5049,7 +5072,7 @@ class OpenAIProvider(Provider):
                     headers = {}
             finally:
                 if answer.is_done:
-                    response.finish()
+                    asked.waiter.defer(response.drain)
                 else:
                     response.close()
 
@@ -5134,10 +5157,9 @@ class OpenAIProvider(Provider):
         self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
     ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
-        try:
+        answer = None
+        with suppress(ValueError):
             answer = parse_upstream_json(response.read(limit), max_values)
-        except ValueError:
-            answer = None
         if not isinstance(answer, dict):
             raise invalid_response(self._api.name, "no JSON object")
         if answer.get("error"):
@@ -5156,10 +5178,9 @@ class OpenAIProvider(Provider):
         if response.status == 200:
             return response
         text = response.read()
-        try:
+        answer: Any = text.decode("utf-8", "replace")
+        with suppress(ValueError):
             answer = parse_upstream_json(text)
-        except ValueError:
-            answer = text.decode("utf-8", "replace")
         raise api_error(self._api, response.status, answer, response.headers)
 
     # Models
@@ -5354,7 +5375,8 @@ class Access:
             if environ["REQUEST_METHOD"] == "OPTIONS":
                 raise preflight(environ)
             is_public = environ["PATH_INFO"] in self._public_paths
-            environ["kimi2api.client"] = ClientKey() if is_public else self._client_of(environ)
+            authorization = environ.get("HTTP_AUTHORIZATION", "")
+            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(authorization)
         except APIError as error:
             raise error_response(error) from None
 
@@ -5386,14 +5408,13 @@ class Access:
             return origin in allowed or "*" in allowed
         return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _client_of(self, environ: dict[str, Any]) -> ClientKey:
-        """The key that the request carries, an empty one when none is asked."""
-        authorization = environ.get("HTTP_AUTHORIZATION", "")
+    def _authenticate(self, authorization: str) -> ClientKey:
+        """Return the key that the request carries, an empty one if no key is asked. Raises APIError 401."""
         found = matching_key(self._settings.api_master_key, authorization)
-        if found is not None:
-            return found
-        message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
-        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if found is None:
+            message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
+            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return found
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
@@ -5455,6 +5476,8 @@ CLIENT_CHECK_INTERVAL = 0.5  # seconds
 SEND_SIZE = 65536  # bytes of events that are sent without waiting for the next pause
 KEEPALIVE = b": keep-alive\n\n"
 
+Write = Callable[[bytes], object]  # WSGI's
+
 
 class Client(Waiter):
     """The client of one chat: it may disconnect, and if it gets a stream, it is sent events and keep-alive comments.
@@ -5462,28 +5485,28 @@ class Client(Waiter):
     Events are sent before the next wait for the upstream, so that all that one read brought is one write.
     """
 
-    def __init__(self, environ: Mapping[str, Any], stopping: threading.Event) -> None:
-        self.interval = CLIENT_CHECK_INTERVAL
+    def __init__(
+        self,
+        environ: Mapping[str, Any],
+        stopping: threading.Event,
+        begin: Callable[[], Write] | None = None,
+        keepalive_interval: float = inf,
+    ) -> None:
+        """begin: for a stream, starts the response and returns WSGI's write(). keepalive_interval: in seconds."""
+        self.interval = min(CLIENT_CHECK_INTERVAL, keepalive_interval)
         self.has_left = False
         # An event has been handed over, so an error can only be another one
         self.has_begun = False
         self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
+        self._deferred: list[Callable[[], None]] | None = environ.get("kimi2api.deferred")
         self._stopping = stopping
-        self._begin: Callable[[], Callable[[bytes], object]] | None = None
-        self._write: Callable[[bytes], object] | None = None
+        self._begin = begin
+        self._keepalive_interval = keepalive_interval
+        self._write: Write | None = None
         self._pending: list[bytes] = []
         self._pending_size = 0
-        self._keepalive_interval = inf
         self._last_write = time.monotonic()
         self._blocked = 0.0  # seconds that sending has taken
-
-    def stream(
-        self, begin: Callable[[], Callable[[bytes], object]], keepalive_interval: float,
-    ) -> None:
-        """The client gets a stream. begin: starts the response, and returns WSGI's write()."""
-        self._begin = begin
-        self._keepalive_interval = keepalive_interval  # seconds
-        self.interval = min(self.interval, keepalive_interval)
 
     def clock(self) -> float:
         """Stands still while the client does not read: that is not the upstream's time."""
@@ -5500,6 +5523,12 @@ class Client(Waiter):
             raise Abandoned(499, "The client has disconnected.", code="client_closed_request")
         if self._stopping.is_set():
             raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
+
+    def defer(self, function: Callable[[], None]) -> None:
+        if self._deferred is None:  # another server than ours
+            function()
+        else:
+            self._deferred.append(function)
 
     def sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -5726,7 +5755,8 @@ class App:
         owner = current_owner()
         stats = AnswerStats()
         sent = 0
-        with self._admitted(model) as client:
+        begin = partial(self._begin_stream, writer) if request.stream else None
+        with self._admitted(model, begin) as client:
             try:
                 with self._counted(stats, client):
                     session = previous or self.sessions.open(owner, request.user)
@@ -5740,18 +5770,16 @@ class App:
                         answer = writer.json(deltas)
                         set_headers({"Content-Type": "application/json", **writer.headers})
                         return answer
-                    client.stream(partial(self._begin_stream, writer), self.settings.sse_keepalive)
                     interval = self.settings.stream_interval_ms / 1000
                     deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
                     for event in writer.events(deltas):
                         client.send(event)
                         sent += 1
-                    client.flush()
             except Exception as error:
                 if not client.has_begun:
                     raise
                 client.send(writer.failure(as_api_error(error), sent))
-                client.flush()
+        client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
 
     def create_embeddings(self) -> bytes:
@@ -5773,7 +5801,7 @@ class App:
         return body
 
     @contextmanager
-    def _admitted(self, model: str) -> Iterator[Client]:
+    def _admitted(self, model: str, begin: Callable[[], Write] | None = None) -> Iterator[Client]:
         """Around an answer, which takes a slot and counts against its key's limits. Raises APIError 404 for an unknown
         model, 429 for one chat too many."""
         self.providers.resolve(model)
@@ -5781,7 +5809,7 @@ class App:
         with self.chats.held():
             environ["kimi2api.limits"] = self.limits.admit(current_client())
             environ["kimi2api.is_counted"] = True
-            yield Client(environ, self.stopping)
+            yield Client(environ, self.stopping, begin, self.settings.sse_keepalive)
 
     @contextmanager
     def _counted(self, stats: AnswerStats, client: Client) -> Iterator[None]:
@@ -5813,12 +5841,10 @@ class App:
             self.limits.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
         self.metrics.record(amounts, durations)
 
-    def _begin_stream(
-        self, writer: ChatCompletion | ResponseWriter,
-    ) -> Callable[[bytes], object]:
+    def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
         self._set_common_headers()
-        start: Callable[[str, Any], Callable[[bytes], object]] = bottle.request.environ["kimi2api.start_response"]
+        start: Callable[[str, Any], Write] = bottle.request.environ["kimi2api.start_response"]
         return start(bottle.response.status_line, bottle.response.headerlist)
 
     def list_models(self) -> JSONObject:
@@ -6107,6 +6133,20 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 class Task(WSGITask):  # type: ignore[misc]
     """One request, answered by the application."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._deferred: list[Callable[[], None]] = []  # to call when the response is written
+
+    def get_environment(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environment()
+        environ["kimi2api.deferred"] = self._deferred
+        return environ
+
+    def finish(self) -> None:
+        super().finish()
+        for function in self._deferred:
+            function()
+
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
             # A client that keeps sending requests over one connection must not delay the stop
@@ -6366,7 +6406,9 @@ class Server:
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self._channels() and time.monotonic() < deadline:
+        # A chat whose client has left may still be recorded
+        dispatcher = self._listeners[0].task_dispatcher
+        while (self._channels() or dispatcher.active_count) and time.monotonic() < deadline:
             for channel in self._channels():
                 if not channel.is_busy:
                     channel.handle_close()

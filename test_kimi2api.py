@@ -3783,6 +3783,43 @@ def test_a_connection_that_is_never_made_ends_before_the_timeout_of_answers(
         assert is_error(response, 504, "upstream_timeout") and "within 60 s" not in response.text
 
 
+@pytest.mark.parametrize("proxied", [False, True], ids=["straight", "through a proxy"])
+def test_a_slow_tls_handshake_is_waited_for(
+    make: Make, both: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxied: bool
+) -> None:
+    certificate, key = self_signed(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    if proxied:  # loopback is never asked of a proxy
+        monkeypatch.setattr(kimi2api, "is_loopback", lambda host: False)
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{api.port}")
+
+    def serve_tls(handler: ApiHandler) -> None:
+        time.sleep(0.8)  # longer than a slice of a wait
+        with tls.wrap_socket(handler.connection, server_side=True) as link:
+            request = link.recv(65536)
+            while not request.endswith(b"}"):
+                request += link.recv(65536)
+            body = as_events(api_chunk({"content": "Hi"}), api_chunk({}, "stop"))
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+            link.sendall(head + body)
+
+    class Handler(StandInHandler):
+        def handle(self) -> None:
+            if proxied:
+                assert self.rfile.readline().startswith(b"CONNECT localhost:")
+                while self.rfile.readline().strip():
+                    pass
+                self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                self.wfile.flush()
+            serve_tls(self)
+
+    api.handler = Handler
+    app = make(**{**both, "LOCAL_BASE_URL": f"https://localhost:{api.port}/v1", "API_MASTER_KEY": "sk"})
+    assert said(chat(app, model="local/k2", headers={"Authorization": "Bearer sk"})) == "Hi"
+
+
 def test_a_tls_handshake_that_never_ends_is_a_timeout(
     make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3860,6 +3897,32 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
         whole = sum(pool.map(ask, range(240)))
     assert whole > 60
     wait_for(lambda: program.running() == 0)
+
+
+def test_a_client_is_attended_to_while_its_request_is_sent(run: Run, both: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never reads
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        program = run(**{**both, "LOCAL_BASE_URL": url}, SSE_KEEPALIVE="0.1", MAX_BODY_BYTES="99999999")
+        with program.open_chat("x" * 20_000_000, model="local/k2", stream=True) as link:
+            assert read_until(link, b": keep-alive\n\n", 3)
+        wait_for(lambda: program.running() == 0, "the client has left")
+
+
+def test_a_complete_answer_is_remembered_also_when_the_client_left_before_its_end_was_told(
+    run: Run, both: dict[str, str], api: Api
+) -> None:
+    def act(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        handler.event(api_chunk({"content": "All of it."}))
+        handler.event(api_chunk({}, "stop"))
+        handler.server.gate.wait(PATIENCE)  # usage and [DONE] are still to come
+
+    api.always = act
+    program = run(**both)
+    with program.open_chat(model="local/k2", stream=True, user="ann") as link:
+        read_until(link, b"All of it.")
+    wait_for(lambda: program.running() == 0)
+    assert b"All of it." in program.ask("GET", "/v1/sessions/ann")[1]
 
 
 def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
