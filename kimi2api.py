@@ -3846,7 +3846,7 @@ class CircuitBreaker:
     """Spares an upstream that keeps failing.
 
     Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
-    a pause that doubles each time. Half-open, when the pause is over: one call at a time may probe.
+    a pause that doubles with each failure. Half-open, when it is over: one call in each further pause is a probe.
     """
 
     def __init__(self, name: str) -> None:
@@ -3855,8 +3855,8 @@ class CircuitBreaker:
         self._failures = 0
         # The last one while the circuit is open or half-open
         self._error: APIError | None = None
+        self._pause = 0.0  # seconds
         self._open_until = 0.0  # by the monotonic clock
-        self._probing = False
         # Since when (seconds since the epoch) and why
         self.failing: tuple[float, str] | None = None
 
@@ -3865,43 +3865,35 @@ class CircuitBreaker:
         with self._lock:
             if self._error is None:
                 return False
-            pause = self._open_until - time.monotonic()
-            if pause <= 0 and not self._probing:
-                self._probing = True
+            wait = self._open_until - time.monotonic()
+            if wait <= 0:
+                self._open_until += self._pause - wait
                 return True
             raise self._error.copy(
                 message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
-                headers={"Retry-After": str(max(1, ceil(pause)))})
+                headers={"Retry-After": str(max(1, ceil(wait)))})
 
-    def ended(self, error: APIError | None, probe: bool = False) -> None:
+    def ended(self, error: APIError | None, is_probe: bool) -> None:
         """A call has ended, with this error or well."""
-        has_failed = error is not None and (error.status >= 500 or error.status == 429)
         with self._lock:
-            self._probing = self._probing and not probe
-            if error is None or not has_failed:  # other errors say what is wrong with the request
-                self._failures = 0
-                self._error = self.failing = None
-                return
-            self.failing = self.failing or (time.time(), error.reason)
-            if error.status == 429 or error.code == "upstream_refused":  # the upstream answers
+            if error is None or (error.status < 500 and error.status != 429):
+                self.failing = None
+            else:
+                self.failing = self.failing or (time.time(), error.reason)
+            if error is None or error.status < 500 or error.code == "upstream_refused":  # the upstream answers
                 self._failures = 0
                 self._error = None
-            elif probe or self._error is None:  # else the call began before the circuit opened
+            elif is_probe or self._error is None:  # else the call began before the circuit opened
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     self._open(error.copy())
 
-    def abandoned(self, probe: bool) -> None:
-        """A call has ended for a reason that is not the upstream's."""
-        with self._lock:
-            self._probing = self._probing and not probe
-
     def _open(self, error: APIError) -> None:
         """Open the circuit. The caller holds the lock."""
-        pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
+        self._pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
         self._error = error
-        self._open_until = time.monotonic() + pause
-        log.warning("%s failed %d times in a row; not called for %g s", self._name, self._failures, pause)
+        self._open_until = time.monotonic() + self._pause
+        log.warning("%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4025,29 +4017,19 @@ class Provider:
             yield f"one question answered in {time.monotonic() - began:.1f} s", None
 
     @contextmanager
-    def _through_breaker(self) -> Iterator[Callable[[], None]]:
-        """Around a whole call: the circuit breaker may refuse it, and learns how it ends. What it yields is called when
-        the answer has begun, which is enough of a probe: the rest may take long."""
-        probe = self.breaker.allow()
-
-        def has_begun() -> None:
-            nonlocal probe
-            if probe:
-                self.breaker.ended(None, probe)
-                probe = False
-
+    def _through_breaker(self) -> Iterator[None]:
+        """Around a whole call: the circuit breaker may refuse it, and learns how it ends."""
+        is_probe = self.breaker.allow()
         try:
-            yield has_begun
-        except BaseException as error:
-            if isinstance(error, APIError) and not isinstance(error, Abandoned):
-                self.breaker.ended(error, probe)
+            yield
+        except APIError as error:
+            if not isinstance(error, Abandoned):
+                self.breaker.ended(error, is_probe)
                 # An API's own codes are unbounded
                 code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
-            else:  # our own bugs do not count against upstream
-                self.breaker.abandoned(probe)
             raise
-        self.breaker.ended(None, probe)
+        self.breaker.ended(None, is_probe)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -5053,7 +5035,7 @@ class OpenAIProvider(Provider):
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }
         asked.waiter.must_finish = False
-        with self._through_breaker() as has_begun:
+        with self._through_breaker():
             response, sent = self._ask(body, asked)
             headers = rate_limits(response.headers)
             ignored = [name for name in request.body if name not in sent]
@@ -5063,7 +5045,6 @@ class OpenAIProvider(Provider):
             finished = 0
             try:
                 for chunk in answer.chunks():
-                    has_begun()
                     # Before the client can ask with the results of its calls
                     if len(answer.finished) > finished:
                         finished = len(answer.finished)
@@ -5498,7 +5479,7 @@ class Client(Waiter):
         # An event has been handed over, so an error can only be another one
         self.has_begun = False
         self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
-        self._deferred: list[Callable[[], None]] | None = environ.get("kimi2api.deferred")
+        self._defer = environ.get("kimi2api.defer", super().defer)  # our server's
         self._stopping = stopping
         self._begin = begin
         self._keepalive_interval = keepalive_interval
@@ -5525,10 +5506,7 @@ class Client(Waiter):
             raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
 
     def defer(self, function: Callable[[], None]) -> None:
-        if self._deferred is None:  # another server than ours
-            function()
-        else:
-            self._deferred.append(function)
+        self._defer(function)
 
     def sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -6139,7 +6117,7 @@ class Task(WSGITask):  # type: ignore[misc]
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ["kimi2api.deferred"] = self._deferred
+        environ["kimi2api.defer"] = self._deferred.append
         return environ
 
     def finish(self) -> None:
