@@ -59,7 +59,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from hashlib import sha256
 from html import unescape
 from http.client import HTTPException, HTTPResponse, parse_headers
@@ -101,8 +101,8 @@ Turns = tuple[Turn, ...]
 ########################################################################################################################
 # Part 1: Settings
 #
-# Every setting stands in one table, which the environment, `.env`, flags, `--help` and the README share. A value is
-# checked when it is read, so the rest of the program can trust it.
+# One table defines all settings: the environment, `.env`, flags, `--help` and the README follow it. A value is checked
+# when it is read, so the rest of the program can trust it.
 ########################################################################################################################
 
 
@@ -211,22 +211,17 @@ def parse_limits(text: str) -> dict[str, int]:
     return {"": 0, **limits}
 
 
-def parse_url(text: str) -> str:
+def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+    if parts.scheme not in schemes or not parts.hostname or parts.port == 0:
         raise ValueError
     return text
 
 
 def parse_store(text: str) -> str:
-    kind, _, rest = text.partition(":")
-    if kind in ("redis", "rediss"):
-        parts = urlsplit(text)
-        if not parts.hostname or parts.port == 0:
-            raise ValueError
-    elif text != "memory" and (kind != "sqlite" or not rest or "\0" in rest):
-        raise ValueError
-    return text
+    if text == "memory" or re.fullmatch(r"sqlite:[^\0]+", text):
+        return text
+    return parse_url(text, ("redis", "rediss"))
 
 
 TEXT = SettingType("any text", str)
@@ -253,10 +248,7 @@ WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
 
 
 def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any:
-    return field(
-        default_factory=lambda: setting_type.parse(default),
-        metadata={"default": default, "meaning": meaning, "type": setting_type},
-    )
+    return field(metadata={"default": default, "meaning": meaning, "type": setting_type})
 
 
 @dataclass(frozen=True)
@@ -390,20 +382,15 @@ class Settings:
 
     def resolve(self, model: str) -> tuple[str, str] | None:
         """Return (provider, upstream model) for a model id, or None if no provider serves it."""
-        if model in self.models:
-            return self._split(self.models[model])
-        provider, own_name = self._split(model)
-        if provider != WEB_CHAT:
-            return provider, own_name
-        if "*" in self.models:
-            return self._split(self.models["*"])
-        return None
-
-    def _split(self, name: str) -> tuple[str, str]:
+        name = self.models.get(model, model)
         prefix, _, own_name = name.partition("/")
         if prefix in self.apis and own_name:
             return prefix, own_name
-        return WEB_CHAT, name
+        if model in self.models:
+            return WEB_CHAT, name
+        if "*" in self.models:
+            return self.resolve("*")
+        return None
 
     def check_host(self) -> None:
         """Raise SettingError if other machines can reach the address and no key is set."""
@@ -425,7 +412,6 @@ class Settings:
                 raise SettingError(f"{setting_name}: {name!r} is not the name of a key in API_MASTER_KEY")
 
 
-@lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
     """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
@@ -688,9 +674,14 @@ def if_field(name: str, values: list[Any], then: Schema) -> Schema:
     return {"if": condition, "then": then}
 
 
-def request_object_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
-    """Return the schema of a request object whose `type` decides its fields. default: the type of one without."""
-    types = {"type": choice_of(*records)}
+def request_object_by_type(
+    records: Mapping[str, Schema], default: str | None = None, allow_others: bool = False,
+) -> Schema:
+    """Return the schema of a request object whose `type` decides its fields.
+
+    default: the type of an object without one; allow_others: objects of other types may have any fields.
+    """
+    types = {"type": STRING if allow_others else choice_of(*records)}
     rules = [if_field("type", [name], then) for name, then in records.items()]
     if default is None:
         return request_object(types, allOf=rules)
@@ -723,52 +714,46 @@ class Violation:
 
 
 def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | None:
-    """The first violation of a JSON schema by a value, or None. Knows the keywords that the schemas here use.
+    """Return the first violation of a JSON schema by a value, or None."""
+    return next(violations(value, schema, path), None)
 
-    For anyOf, report the deepest violation: it most likely belongs to the intended alternative.
+
+def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
+    """Yield the violations of a JSON schema, of which only the keywords that the schemas here use are known.
+
+    For anyOf, yield the deepest violation: it most likely belongs to the intended alternative.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
         for option in schema["anyOf"]:
             violation = find_violation(value, option, path)
             if violation is None:
-                return None
+                return
             if violation.depth > deepest.depth:
                 deepest = violation
-        return deepest
-    if not is_within_bounds(value, schema):
-        return Violation(path, schema)
-    if isinstance(value, dict):
-        return find_field_violation(value, schema, path)
-    if isinstance(value, list) and "items" in schema:
+        yield deepest
+    elif not is_within_bounds(value, schema):
+        yield Violation(path, schema)
+    elif isinstance(value, dict):
+        yield from field_violations(value, schema, path)
+    elif isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            violation = find_violation(item, schema["items"], f"{path}[{index}]")
-            if violation:
-                return violation
-    return None
+            yield from violations(item, schema["items"], f"{path}[{index}]")
 
 
-def find_field_violation(value: JSONObject, schema: Schema, path: str) -> Violation | None:
+def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[Violation]:
     prefix = f"{path}." if path else ""
+    known = schema.get("properties", {})
     for name in schema.get("required", ()):
         if name not in value:
-            return Violation(prefix + name, schema["properties"][name])
-    for name, field_schema in schema.get("properties", {}).items():
-        if name in value:
-            violation = find_violation(value[name], field_schema, prefix + name)
-            if violation:
-                return violation
-    if "additionalProperties" in schema:
-        for name in value.keys() - schema.get("properties", {}).keys():
-            violation = find_violation(value[name], schema["additionalProperties"], prefix + name)
-            if violation:
-                return violation
+            yield Violation(prefix + name, known[name])
+    for name, inner in value.items():
+        field_schema = known.get(name) or schema.get("additionalProperties")
+        if field_schema:
+            yield from violations(inner, field_schema, prefix + name)
     for condition in (schema, *schema.get("allOf", ())):
-        if "if" in condition and find_violation(value, condition["if"]) is None:
-            violation = find_violation(value, condition["then"], path)
-            if violation:
-                return violation
-    return None
+        if "if" in condition and not find_violation(value, condition["if"]):
+            yield from violations(value, condition["then"], path)
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
@@ -831,9 +816,8 @@ def describe(schema: Schema) -> str:
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
-CONTENT_PART = request_object({"type": STRING}, **if_field("type", ["text"], request_object({"text": STRING})))
+CONTENT_PART = request_object_by_type({"text": request_object({"text": STRING})}, allow_others=True)
 TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
-WITH_CONTENT = request_object({"content": any_of(STRING, array(OBJECT))})
 MESSAGE = request_object(
     {"role": choice_of(*ROLES)},
     {
@@ -842,17 +826,25 @@ MESSAGE = request_object(
         "tool_call_id": STRING,
     },
     # an assistant's message may consist of tool calls alone
-    **if_field("role", [role for role in ROLES if role != "assistant"], WITH_CONTENT),
+    **if_field(
+        "role",
+        [role for role in ROLES if role != "assistant"],
+        request_object({"content": any_of(STRING, array(OBJECT))}),
+    ),
 )
 FUNCTION = request_object({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
-TOOL = request_object({"type": STRING}, **if_field("type", ["function"], request_object({"function": FUNCTION})))
-NAMED = request_object({"name": STRING})
-NAMED_TOOL = request_object(
-    {}, {"type": STRING}, **if_field("type", ["function", None], request_object({"function": NAMED})))
-TOOL_CHOICE = any_of(choice_of("none", "auto", "required"), NAMED_TOOL)
-ALLOWED_TOOLS = request_object({
-    "allowed_tools": request_object({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)}),
-})
+TOOL = request_object_by_type({"function": request_object({"function": FUNCTION})}, allow_others=True)
+NAMED_FUNCTION = request_object({"function": request_object({"name": STRING})})
+NAMED_TOOL = request_object_by_type({"function": NAMED_FUNCTION}, default="function", allow_others=True)
+ALLOWED_TOOLS = request_object({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)})
+TOOL_CHOICE = request_object_by_type(
+    {
+        "function": NAMED_FUNCTION,
+        "allowed_tools": request_object({"allowed_tools": ALLOWED_TOOLS}),
+    },
+    default="function",
+    allow_others=True,
+)
 RESPONSE_FORMAT = request_object(
     {"type": choice_of("text", "json_object", "json_schema")},
     {"json_schema": OBJECT},
@@ -871,7 +863,7 @@ CHAT_REQUEST = request_object(
         "max_completion_tokens": POSITIVE,
         "n": POSITIVE,
         "tools": array(TOOL),
-        "tool_choice": TOOL_CHOICE,
+        "tool_choice": any_of(choice_of("none", "auto", "required"), TOOL_CHOICE),
         "parallel_tool_calls": BOOLEAN,
         "response_format": RESPONSE_FORMAT,
         "temperature": NUMBER,
@@ -991,19 +983,14 @@ def parse_body(raw: bytes, schema: Schema) -> JSONObject:
         raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.")
-    check(body, schema)
+    violation = find_violation(body, schema)
+    if violation:
+        raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
     return body
 
 
-def check(value: Any, schema: Schema, path: str = "") -> None:
-    """Raises APIError 400 for a value that breaks its schema."""
-    violation = find_violation(value, schema, path)
-    if violation:
-        raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
-
-
 def allowed_functions(body: JSONObject) -> list[JSONObject]:
-    """The functions that `tool_choice` lets the model call. Raises APIError 400 for a choice that 'tools' lacks."""
+    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 for a choice not in 'tools'."""
     functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
     if choice == "none":
@@ -1011,24 +998,18 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
     if choice == "required" and not body.get("tools"):
         raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
     if names_function(choice):
-        named = functions_among(functions, [choice])
-        if not named:
-            raise bad_request("'tool_choice' names a function that is not in 'tools'.", "tool_choice.function.name")
-        return named
-    if allows_tools(choice):
-        check(choice, ALLOWED_TOOLS, "tool_choice")
+        path = "tool_choice.function.name"
+        tools = [choice]
+    elif allows_tools(choice):
+        path = "tool_choice.allowed_tools.tools"
         tools = list(filter(names_function, choice["allowed_tools"]["tools"]))
-        allowed = functions_among(functions, tools)
-        if must_call(choice) and tools and not allowed:
-            raise bad_request("'tool_choice' allows no function that is in 'tools'.", "tool_choice.allowed_tools.tools")
-        return allowed
-    return functions
-
-
-def functions_among(functions: list[JSONObject], tools: list[JSONObject]) -> list[JSONObject]:
-    """Those functions that the tools name."""
+    else:
+        return functions
     names = {tool["function"]["name"] for tool in tools}
-    return [function for function in functions if function["name"] in names]
+    allowed = [function for function in functions if function["name"] in names]
+    if must_call(choice) and tools and not allowed:
+        raise bad_request("'tool_choice' names no function that is in 'tools'.", path)
+    return allowed
 
 
 def names_function(choice: Any) -> TypeGuard[JSONObject]:
@@ -1608,9 +1589,10 @@ def read_reasoning(item: JSONObject) -> str:
 # back.
 # ----------------------------------------------------------------------------------------------------------------------
 
-FUNCTION_TOOL = if_field("type", ["function", "custom"], FUNCTION)
-NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(request_object({"type": STRING}, **FUNCTION_TOOL))})
-RESPONSES_TOOL = request_object({"type": STRING}, allOf=[FUNCTION_TOOL, if_field("type", ["namespace"], NAMESPACE)])
+FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION}
+TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
+NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
+RESPONSES_TOOL = request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True)
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
 CHOSEN_TOOLS = request_object_by_type({
     "function": CHOSEN_TOOL,
@@ -1621,8 +1603,8 @@ CHOSEN_TOOLS = request_object_by_type({
     }),
 })
 TEXT_FORMAT = request_object_by_type({
-    "text": request_object({}),
-    "json_object": request_object({}),
+    "text": OBJECT,
+    "json_object": OBJECT,
     "json_schema": request_object({"schema": OBJECT}),
 })
 METADATA: Schema = {  # as OpenAI bounds it
