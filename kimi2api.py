@@ -153,11 +153,10 @@ def split_commas(text: str) -> list[str]:
 
 
 def comma_separated(pattern: str, accepts: str) -> SettingType:
+    entry = matching(pattern, accepts)
+
     def parse(text: str) -> tuple[str, ...]:
-        entries = split_commas(text)
-        if not all(re.fullmatch(pattern, entry) for entry in entries):
-            raise ValueError
-        return tuple(entries)
+        return tuple(map(entry.parse, split_commas(text)))
 
     return SettingType(f"{accepts}; several are separated by commas", parse)
 
@@ -171,7 +170,7 @@ def parse_model_table(text: str) -> dict[str, str]:
         table[model] = upstream_name
     if not table:
         raise ValueError
-    return table
+    return {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
 
 
 @dataclass(frozen=True)
@@ -225,19 +224,9 @@ def parse_store(text: str) -> str:
 
 
 TEXT = SettingType("any text", str)
-HOST = SettingType("a host's name or address", lambda text: text.strip("[]"))
 URL = SettingType("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-CLIENT_KEYS = SettingType(
-    "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
-    parse_client_keys)
 LIMITS = SettingType("a whole number, and name=number for named keys, separated by commas", parse_limits)
-MODEL_TABLE = SettingType("`id=upstream name`, separated by commas", parse_model_table)
-MODEL_IDS = comma_separated(r"\S+", "a model's id")
-ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
-API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
-STORE = SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
-LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,70 +254,124 @@ class Settings:
     """All settings, parsed. The name of a setting is the name of its field in capitals."""
 
     api_master_key: tuple[ClientKey, ...] = setting(
-        "", "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
-        "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call", CLIENT_KEYS)
+        "",
+        "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
+        "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call",
+        SettingType(
+            "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
+            parse_client_keys))
     api_host: str = setting(
-        "127.0.0.1", "address to listen on; one that is not loopback needs a key", HOST)
+        "127.0.0.1",
+        "address to listen on; one that is not loopback needs a key",
+        SettingType("a host's name or address", lambda text: text.strip("[]")))
     api_port: int = setting(
-        "8088", "port to listen on; 0 takes a free one", integer(0, 65535))
+        "8088",
+        "port to listen on; 0 takes a free one",
+        integer(0, 65535))
     max_concurrent_chats: int = setting(
-        "64", "chats running at once; one more is answered 429", integer(1, 4096))
+        "64",
+        "chats running at once; one more is answered 429",
+        integer(1, 4096))
     session_cache_ttl: float = setting(
-        "3600", "seconds a session lives after its last turn", number(1, 1e9))
+        "3600",
+        "seconds a session lives after its last turn",
+        number(1, 1e9))
     max_session_size: int = setting(
-        "1000", "sessions kept for each key, and as many stored responses; the least recently used goes first",
+        "1000",
+        "sessions kept for each key, and as many stored responses; the least recently used goes first",
         integer(1, 10**9))
     requests_per_minute: dict[str, int] = setting(
-        "0", "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own", LIMITS)
+        "0",
+        "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own",
+        LIMITS)
     tokens_per_day: dict[str, int] = setting(
-        "0", "tokens per key and day (UTC), 0: no limit; in the same form", LIMITS)
+        "0",
+        "tokens per key and day (UTC), 0: no limit; in the same form",
+        LIMITS)
     session_store: str = setting(
-        "memory", "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
-        "`rediss://…` (extra `redis`)", STORE)
+        "memory",
+        "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
+        "`rediss://…` (extra `redis`)",
+        SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store))
     request_timeout: float = setting(
-        "60", "seconds one upstream attempt may take", number(0.1, 86400))
+        "60",
+        "seconds one upstream attempt may take",
+        number(0.1, 86400))
     max_retries: int = setting(
-        "3", "further attempts after a failure that is safe to retry", integer(0, 100))
+        "3",
+        "further attempts after a failure that is safe to retry",
+        integer(0, 100))
     context_max_length: int = setting(
-        "1000", "characters the web chat takes in one message", integer(1, 10**9))
+        "1000",
+        "characters the web chat takes in one message",
+        integer(1, 10**9))
     default_model: str = setting("kimi", "model of a request that names none")
     models: dict[str, str] = setting(
         "kimi=moonshotai/Kimi-K2-Instruct-0905,kimi-k2-instruct-0905=moonshotai/Kimi-K2-Instruct-0905,"
         "kimi-k2-instruct=moonshotai/Kimi-K2-Instruct",
-        "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id", MODEL_TABLE)
+        "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id",
+        SettingType("`id=upstream name`, separated by commas", parse_model_table))
     stream_interval_ms: float = setting(
-        "20", "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
+        "20",
+        "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
         number(0, 1000))
     stream_max_seconds: float = setting(
-        "2", "a replay never takes longer than this: pieces grow instead", number(0, 3600))
+        "2",
+        "a replay never takes longer than this: pieces grow instead",
+        number(0, 3600))
     sse_keepalive: float = setting(
-        "10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
+        "10",
+        "seconds of silence before a keep-alive comment",
+        number(0.05, 3600))
     shutdown_grace: float = setting(
-        "30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
+        "30",
+        "seconds that running chats get after SIGTERM or Ctrl-C",
+        number(0, 86400))
     max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
     moonshot_api_key: str = setting(
-        "", "key of Moonshot's own API; its models are then `moonshot/…`", ASCII_KEY)
+        "",
+        "key of Moonshot's own API; its models are then `moonshot/…`",
+        ASCII_KEY)
     moonshot_base_url: str = setting(
-        "https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`", URL)
+        "https://api.moonshot.ai/v1",
+        "the Chinese site's is `https://api.moonshot.cn/v1`",
+        URL)
     deepseek_api_key: str = setting(
-        "", "key of DeepSeek's API; its models are then `deepseek/…`", ASCII_KEY)
+        "",
+        "key of DeepSeek's API; its models are then `deepseek/…`",
+        ASCII_KEY)
     deepseek_base_url: str = setting("https://api.deepseek.com/v1", "base URL of DeepSeek's API", URL)
     qianfan_api_key: str = setting(
-        "", "key of Baidu's Qianfan; its models are then `qianfan/…`", ASCII_KEY)
+        "",
+        "key of Baidu's Qianfan; its models are then `qianfan/…`",
+        ASCII_KEY)
     qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "base URL of Qianfan", URL)
     providers: tuple[str, ...] = setting(
-        "", "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
-        "asks for one, `LOCAL_API_KEY`", API_NAMES)
+        "",
+        "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
+        "asks for one, `LOCAL_API_KEY`",
+        comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi"))
     fallback_models: tuple[str, ...] = setting(
-        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas", MODEL_IDS)
+        "",
+        "models to ask, in this order, when the one asked for cannot answer, separated by commas",
+        comma_separated(r"\S+", "a model's id"))
     cors_origins: tuple[str, ...] = setting(
-        "", "origins that may call from a browser, separated by commas. "
-        "Empty: any when a key is set, else only those of this machine", ORIGINS)
+        "",
+        "origins that may call from a browser, separated by commas. "
+        "Empty: any when a key is set, else only those of this machine",
+        comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example"))
     upstream_url: str = setting(
-        "https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", URL)
+        "https://kimi-ai.chat/wp-admin/admin-ajax.php",
+        "the web chat's endpoint",
+        URL)
     chat_page_url: str = setting(
-        "https://kimi-ai.chat/chat/", "the page that carries the nonce", URL)
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", LOG_LEVEL)
+        "https://kimi-ai.chat/chat/",
+        "the page that carries the nonce",
+        URL)
+    log_level: str = setting(
+        "INFO",
+        "DEBUG, INFO, WARNING or ERROR",
+        matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
     apis: Mapping[str, API] = field(default_factory=dict)  # no setting of its own: the APIs in use, by name
 
     @classmethod
@@ -338,15 +381,9 @@ class Settings:
         An empty text counts as not set, because `${NAME:-}` in a compose file leaves an empty text.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
-        def lookup(name: str) -> str:
-            for source in sources:
-                text = source.get(name)
-                if text:
-                    return text.strip()
-            return ""
-
         def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
-            text = lookup(name) or default
+            given = filter(None, (source.get(name) for source in sources))
+            text = next(given, default).strip()
             try:
                 return setting_type.parse(text)
             except ValueError:
@@ -357,10 +394,7 @@ class Settings:
 
         values = {}
         for f in cls.table():
-            name = f.name.upper()
-            values[f.name] = parsed(name, f.metadata["type"], f.metadata["default"])
-        table = values["models"]
-        values["models"] = {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
+            values[f.name] = parsed(f.name.upper(), f.metadata["type"], f.metadata["default"])
         presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
         for name in (*presets, *values["providers"]):
@@ -424,9 +458,10 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+# Of the last three groups, one matches: the value
 ENV_LINE = re.compile(r"""
     \s* (?:export\s+)? (?P<name>\w+) \s*=\s*
-    (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<bare>.*?) )
+    (?: "([^"]*)" | '([^']*)' | (?P<bare>.*?) )
     \s* (?:(?<=\s)\#.*)? $""", re.X)
 
 
@@ -440,7 +475,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
                 if entry:
                     if entry["bare"] and entry["bare"][0] in "\"'":
                         raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
-                    values[entry["name"]] = entry["double"] or entry["single"] or entry["bare"] or ""
+                    values[entry["name"]] = entry[entry.lastindex or 0]
     except (OSError, UnicodeDecodeError) as error:
         if required or not isinstance(error, FileNotFoundError):
             raise SettingError(f"{path}: cannot be read: {error}") from None
@@ -564,20 +599,15 @@ def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     return value
 
 
-def check_depth(value: Any) -> None:
-    """Raise ValueError for a value that is nested deeper than MAX_DEPTH."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for outer in level:
-            if isinstance(outer, dict):
-                inner.extend(outer.values())
-            elif isinstance(outer, list):
-                inner.extend(outer)
-        if not inner:
-            return
-        level = inner
-    raise ValueError("nested too deep")
+def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
+    """Raise ValueError for a value that is nested deeper than `max_depth` levels."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        if max_depth == 0:
+            raise ValueError("nested too deep")
+        for inner in value:
+            check_depth(inner, max_depth - 1)
 
 
 def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
@@ -587,6 +617,15 @@ def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
     if SURROGATE_ESCAPE.search(source):
         value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
     return value
+
+
+def parse_upstream_object(data: bytes, max_values: int = MAX_VALUES) -> JSONObject | None:
+    """Parse an upstream's JSON object. Return None for anything else."""
+    try:
+        value = parse_upstream_json(data, max_values)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def dump_json(value: Any) -> bytes:
@@ -629,15 +668,15 @@ def plain_line(answer: Any, secret: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 Schema = JSONObject
-STRING: Schema = {"type": "string"}
-NON_EMPTY: Schema = {"type": "string", "minLength": 1}
-NUMBER: Schema = {"type": "number"}
-INTEGER: Schema = {"type": "integer"}
-BOOLEAN: Schema = {"type": "boolean"}
-OBJECT: Schema = {"type": "object"}
-NULL: Schema = {"type": "null"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-POSITIVE: Schema = {"type": "integer", "minimum": 1}
+STRING = {"type": "string"}
+NON_EMPTY = {"type": "string", "minLength": 1}
+NUMBER = {"type": "number"}
+INTEGER = {"type": "integer"}
+BOOLEAN = {"type": "boolean"}
+OBJECT = {"type": "object"}
+NULL = {"type": "null"}
+COUNT = {"type": "integer", "minimum": 0}
+POSITIVE = {"type": "integer", "minimum": 1}
 
 
 def array(items: Schema, **bounds: int) -> Schema:
@@ -708,10 +747,6 @@ class Violation:
     path: str
     schema: Schema
 
-    @property
-    def depth(self) -> int:
-        return len(re.findall(r"\w+", self.path))
-
 
 def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | None:
     """Return the first violation of a JSON schema by a value, or None."""
@@ -721,7 +756,7 @@ def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | No
 def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
     """Yield the violations of a JSON schema, of which only the keywords that the schemas here use are known.
 
-    For anyOf, yield the deepest violation: it most likely belongs to the intended alternative.
+    For anyOf, yield the violation with the longest path: it most likely belongs to the intended alternative.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
@@ -729,7 +764,7 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
             violation = find_violation(value, option, path)
             if violation is None:
                 return
-            if violation.depth > deepest.depth:
+            if len(violation.path) > len(deepest.path):
                 deepest = violation
         yield deepest
     elif not is_within_bounds(value, schema):
@@ -850,45 +885,44 @@ RESPONSE_FORMAT = request_object(
     {"json_schema": OBJECT},
     **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
 )
-USER: Schema = {"type": "string", "maxLength": 512}  # the name of a session
+USER = {"type": "string", "maxLength": 512}  # the name of a session
+SHARED_PARAMETERS = {
+    "model": STRING,
+    "user": USER,
+    "stream": BOOLEAN,
+    "stream_options": request_object({}, {"include_usage": BOOLEAN}),
+    "stop": any_of(STRING, array(STRING, maxItems=4)),
+    "max_tokens": POSITIVE,
+    "n": POSITIVE,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "seed": INTEGER,
+    "logit_bias": OBJECT,
+}
 CHAT_REQUEST = request_object(
     {"messages": array(MESSAGE, minItems=1)},
     {
-        "model": STRING,
-        "user": USER,
-        "stream": BOOLEAN,
-        "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-        "stop": any_of(STRING, array(STRING, maxItems=4)),
-        "max_tokens": POSITIVE,
+        **SHARED_PARAMETERS,
         "max_completion_tokens": POSITIVE,
-        "n": POSITIVE,
         "tools": array(TOOL),
         "tool_choice": any_of(choice_of("none", "auto", "required"), TOOL_CHOICE),
         "parallel_tool_calls": BOOLEAN,
         "response_format": RESPONSE_FORMAT,
-        "temperature": NUMBER,
-        "top_p": NUMBER,
-        "presence_penalty": NUMBER,
-        "frequency_penalty": NUMBER,
-        "seed": INTEGER,
         "logprobs": BOOLEAN,
-        "logit_bias": OBJECT,
         "modalities": array(STRING),
         "audio": OBJECT,
     },
 )
-SHARED_PARAMETERS = (
-    "model", "user", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p", "presence_penalty",
-    "frequency_penalty", "seed", "logit_bias",
-)
 COMPLETION_REQUEST = request_object(  # of the API before chats, for the programs that still speak it
     {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
     {
+        **SHARED_PARAMETERS,
         "echo": {"enum": [False]},
         "suffix": {"enum": [""]},
         "best_of": {"enum": [1]},
         "logprobs": {"enum": [False]},
-        **{name: CHAT_REQUEST["properties"][name] for name in SHARED_PARAMETERS},
     },
 )
 EMBEDDINGS_REQUEST = request_object(
@@ -926,12 +960,9 @@ class ChatRequest:
     def parse_completion(cls, raw: bytes) -> ChatRequest:
         """A request of the API before chats: its prompt is the message of a user. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
-        prompt = body["prompt"] if isinstance(body["prompt"], str) else body["prompt"][0]
-        chat: JSONObject = {"messages": [{"role": "user", "content": prompt}]}
-        for name in SHARED_PARAMETERS:
-            if name in body:
-                chat[name] = body[name]
-        return cls.of(chat)
+        prompt = "".join(body["prompt"])  # a text, or a list of one
+        chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
+        return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
     @classmethod
     def of(cls, body: JSONObject) -> ChatRequest:
@@ -941,8 +972,8 @@ class ChatRequest:
         return cls(
             body=body,
             messages=body["messages"],
-            model=body.get("model") or None,
-            user=body.get("user") or None,
+            model=body.get("model"),
+            user=body.get("user"),
             stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             stop=[text for text in stop if text],
@@ -1182,8 +1213,8 @@ class Fold:
 
     @property
     def choices(self) -> IndexedList:
-        choices = self._whole.get("choices")
-        return choices if isinstance(choices, IndexedList) else IndexedList()
+        choices: IndexedList = self._whole.get("choices") or IndexedList()
+        return choices
 
     @property
     def usage(self) -> Any:
@@ -1194,9 +1225,9 @@ class Fold:
         completion: JSONObject = plain_value(self._whole)
         return completion
 
-    def message(self, index: int = 0) -> Message:
-        """The message that the deltas of a choice make."""
-        return message_of(plain_value(self.choices.get(index, {"delta": {}})))
+    def message(self) -> Message:
+        """Return the message of the first choice."""
+        return message_of(plain_value(self.choices.get(0, {"delta": {}})))
 
     def texts(self) -> Iterator[str]:
         """All that the model wrote, in every choice: its reasoning and its calls too."""
@@ -1204,8 +1235,8 @@ class Fold:
             for value in choice["delta"].values():
                 if isinstance(value, JoinedText):
                     yield from value
-            calls = choice["delta"].get("tool_calls")
-            for call in calls.values() if isinstance(calls, IndexedList) else ():
+            calls = choice["delta"].get("tool_calls") or {}
+            for call in calls.values():
                 function = call.get("function") or {}
                 yield function.get("name") or ""
                 yield from function.get("arguments") or ()
@@ -1274,13 +1305,12 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
     """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
     ends = [text.find(stop) for stop in stops if stop in text]
     text = text[:min(ends, default=len(text))]
-    if max_tokens is None or estimate_tokens(text) <= max_tokens:
-        return text, "stop"
-    tokens = 0.0
-    for grapheme in GRAPHEME.finditer(text):
-        tokens += token_weight(grapheme[0])
-        if tokens > max_tokens:
-            return text[:grapheme.start()], "length"
+    if max_tokens is not None and estimate_tokens(text) > max_tokens:
+        tokens = 0.0
+        for grapheme in GRAPHEME.finditer(text):
+            tokens += token_weight(grapheme[0])
+            if tokens > max_tokens:
+                return text[:grapheme.start()], "length"
     return text, "stop"
 
 
@@ -1338,7 +1368,7 @@ class ChatCompletion:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, include_usage: bool = False) -> None:
+    def __init__(self, include_usage: bool) -> None:
         self.headers: Headers = {}  # for the response, known once the first delta is there
         self._head: JSONObject = {
             "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
@@ -1470,7 +1500,7 @@ class ToolName:
 
 def function_name(item: JSONObject) -> str:
     """Return the name of the function that stands for the tool of an item or a choice."""
-    return ToolName(item.get("name") or "", item.get("namespace")).function
+    return ToolName(item["name"], item.get("namespace")).function
 
 
 def read_items(items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
@@ -1503,11 +1533,8 @@ def as_message(item: JSONObject) -> Message:
     if kind.endswith("_output"):
         content = as_content(read_parts(item["output"]))
         return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-    function = {"name": function_name(item)}
-    if kind == "function_call":
-        function["arguments"] = item["arguments"]
-    else:
-        function["arguments"] = dump_json({"input": item["input"]}).decode()
+    arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
+    function = {"name": function_name(item), "arguments": arguments}
     call = {"id": item["call_id"], "type": "function", "function": function}
     return {"role": "assistant", "tool_calls": [call]}
 
@@ -1594,12 +1621,12 @@ TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
 NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
 RESPONSES_TOOL = request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True)
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
+CHOSEN_FUNCTIONS = {"function": CHOSEN_TOOL, "custom": CHOSEN_TOOL}
 CHOSEN_TOOLS = request_object_by_type({
-    "function": CHOSEN_TOOL,
-    "custom": CHOSEN_TOOL,
+    **CHOSEN_FUNCTIONS,
     "allowed_tools": request_object({
         "mode": choice_of("auto", "required"),
-        "tools": array(request_object({"type": STRING}, {"name": STRING, "namespace": STRING})),
+        "tools": array(request_object_by_type(CHOSEN_FUNCTIONS, allow_others=True)),
     }),
 })
 TEXT_FORMAT = request_object_by_type({
@@ -1607,7 +1634,7 @@ TEXT_FORMAT = request_object_by_type({
     "json_object": OBJECT,
     "json_schema": request_object({"schema": OBJECT}),
 })
-METADATA: Schema = {  # as OpenAI bounds it
+METADATA = {  # as OpenAI bounds it
     "type": "object",
     "maxProperties": 16,
     "propertyNames": {"maxLength": 64},
@@ -1645,7 +1672,6 @@ RESPONSES_REQUEST = request_object(
         "top_logprobs": COUNT,
     },
 )
-UNSUPPORTED = ("background", "conversation", "prompt")
 PARAMS = {  # how the paths of a chat request's fields begin, and the fields of this API
     "messages": "input",
     "tools": "tools",
@@ -1675,7 +1701,7 @@ class ResponsesRequest:
         Raises APIError 400 with `param` naming the field.
         """
         body = parse_body(raw, RESPONSES_REQUEST)
-        for name in UNSUPPORTED:
+        for name in ("background", "conversation", "prompt"):
             if body.get(name):
                 raise bad_request(f"'{name}' is not supported.", name, "unsupported_value")
         items = body["input"]
@@ -1688,16 +1714,7 @@ class ResponsesRequest:
         request._read_tools(body.get("tools") or [], None)
         return request
 
-    @property
-    def is_stored(self) -> bool:
-        return self.body.get("store") is not False
-
-    @property
-    def system_items(self) -> list[Message]:
-        """System messages of the input, which later responses inherit, unlike the instructions."""
-        return list(filter(is_system, self.messages))
-
-    def to_chat_request(self, system: Iterable[Message] = ()) -> ChatRequest:
+    def to_chat_request(self, system: Iterable[Message]) -> ChatRequest:
         """Convert to a chat request without `user`: it opens no session. system: messages of previous responses.
 
         Raises APIError 400, in the terms of chats; see `translate_error`.
@@ -1806,18 +1823,9 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 MAX_ITEMS = 1000  # of one response; an item takes a hundred times the bytes that begin it
 
 
-def parse_object(text: str) -> JSONObject | None:
-    """Return the JSON object in an upstream's text, None where there is none."""
-    try:
-        value = parse_upstream_json(text.encode())
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def custom_input(arguments: str) -> str:
     """Return the text for a custom tool from the arguments for the function that stands for it."""
-    value = (parse_object(arguments) or {}).get("input")
+    value = (parse_upstream_object(arguments.encode()) or {}).get("input")
     return value if isinstance(value, str) else arguments
 
 
@@ -1873,7 +1881,8 @@ class OutputItem:
 
     def may_end(self) -> bool:
         """Whether the item is complete when another begins: a text is, arguments are when they are an object."""
-        return self.kind.part is not None or parse_object("".join(self._pieces)) is not None
+        text = "".join(self._pieces)
+        return self.kind.part is not None or parse_upstream_object(text.encode()) is not None
 
     def end(self, status: str) -> None:
         self.is_done = True
@@ -1936,7 +1945,7 @@ ECHOED: JSONObject = {  # settings of the request in the Response, with their de
 class ResponseWriter:
     """A response under way. record: called with the complete response before the client can see that it is complete."""
 
-    def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None = None) -> None:
+    def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None) -> None:
         self.headers: Headers = {}
         self._request = request
         self._record = record
@@ -1948,11 +1957,11 @@ class ResponseWriter:
         self._calls: dict[int, OutputItem] = {}  # by their index in deltas
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        last = deque(self._events(deltas), maxlen=1)
-        return dump_json(last[0]["response"])
+        *_, last = self._events(deltas)
+        return dump_json(last["response"])
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        yield from map(write_event, self._events(deltas), itertools.count())
+        return map(write_event, self._events(deltas), itertools.count())
 
     def failure(self, error: APIError, sent: int) -> bytes:
         """Return the events that end a stream after `sent` events."""
@@ -2327,7 +2336,7 @@ class StoreError(Exception):
 class SharedStore(Store):
     """A store outside of this process. Each failure becomes the same APIError."""
 
-    failures: tuple[type[Exception], ...] = (StoreError,)
+    failures: tuple[type[Exception], ...]
     # Neither needs a lock: one more call or one more line in the log does no harm
     is_failing = False  # a call has failed, and since then no write has succeeded
     _paused_until = 0.0  # in seconds of time.monotonic()
@@ -2368,12 +2377,15 @@ def check_format(version: int) -> None:
 # One file, which the processes of one machine may share.
 # ----------------------------------------------------------------------------------------------------------------------
 
-LOCK_CHECK_INTERVAL = 0.02  # seconds
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_TABLES = (
-    # Of format 1. Its counters stay
-    *(f"DROP TABLE IF EXISTS {table}" for table in ("turns", "sessions", "reasoning", "probe", "totals")),
+    # Tables of format 1, except its counters
+    "DROP TABLE IF EXISTS turns",
+    "DROP TABLE IF EXISTS sessions",
+    "DROP TABLE IF EXISTS reasoning",
+    "DROP TABLE IF EXISTS probe",
+    "DROP TABLE IF EXISTS totals",
     # A document has a new number after each put: its version, and the order of use, whatever the clock says
     """CREATE TABLE documents (
         number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
@@ -2417,7 +2429,8 @@ class SQLiteStore(SharedStore):
         try:
             self._connect()
         except self.failures as error:
-            # An OSError's words have the path in them
+            self._close()
+            # The message of an OSError contains the path
             if isinstance(error, OSError) or "locked" not in str(error):
                 raise StoreError(f"{self._path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
@@ -2549,11 +2562,7 @@ class SQLiteStore(SharedStore):
             file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(self._db)
-        except BaseException:
-            self._close()
-            raise
+        self._prepare(self._db)
         self._file = os.stat(self._path)
 
     def _close(self) -> None:
@@ -2579,7 +2588,7 @@ class SQLiteStore(SharedStore):
                 for statement in SQLITE_TABLES:
                     db.execute(statement)
             db.execute("COMMIT")
-        db.execute(f"PRAGMA busy_timeout = {int(LOCK_CHECK_INTERVAL * 1000)}")
+        db.execute("PRAGMA busy_timeout = 20")  # ms; `_execute` retries until its deadline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2593,8 +2602,8 @@ REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answer
 REDIS_FORMAT = "kimi2api:format"
 REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
 PUT_DOCUMENT = """
-local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local document = index .. ':' .. member
+local index, name, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local document = index .. ':' .. name
 if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
     return 0
 end
@@ -2604,7 +2613,7 @@ local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
 local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
 redis.call('HSET', document, 'version', version, unpack(ARGV, 5))
 redis.call('PEXPIRE', document, ttl)
-redis.call('ZADD', index, version, member)
+redis.call('ZADD', index, version, name)
 redis.call('PEXPIRE', index, ttl)
 redis.call('SADD', KEYS[2], index)
 local surplus = redis.call('ZCARD', index) - limit
@@ -2648,11 +2657,10 @@ def hashed(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:32]
 
 
-def redis_names(key: DocumentKey) -> tuple[str, str]:
-    """Return the name of an index and a member. An index is a sorted set of an owner's documents of a kind, by version.
-    A document is a hash; its name is that of the index and of the member."""
-    owner, kind, name = key
-    return f"kimi2api:documents:{hashed(owner)}:{kind}", hashed(name)
+def index_name(owner: str, kind: str) -> str:
+    """Return the name of an index: a sorted set of the names of an owner's documents of a kind, by version. A document
+    is a hash under the name of its index, a colon and its own name."""
+    return f"kimi2api:documents:{owner}:{kind}"
 
 
 def counters_name(key: CounterKey) -> str:
@@ -2673,7 +2681,6 @@ class RedisStore(SharedStore):
         # Those after OSError are raised for answers and documents that are malformed
         self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
         self._put = self._redis.register_script(PUT_DOCUMENT)
-        self._lifetime = max(1, int(ttl * 1000))  # ms
         self._is_format_known = False
         try:
             self._check_format()
@@ -2689,41 +2696,45 @@ class RedisStore(SharedStore):
             redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
 
     def load(self, key: DocumentKey) -> Document | None:
-        index, member = redis_names(key)
+        owner, kind, name = key
         with self._client() as redis:
-            head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
+            document = f"{index_name(owner, kind)}:{name}"
+            head, data, version = redis.hmget(document, "head", "data", "version")
             if version is None:
                 return None
-            _, created, used, turns = json.loads(head)
+            created, used, turns = json.loads(head)
             return Document(created, used, turns, data, int(version))
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        index, member = redis_names(key)
-        _, kind, name = key
-        head = dump_json([name, document.created, document.used, document.turns])
+        owner, kind, name = key
+        keys = [index_name(owner, kind), REDIS_INDEXES]
+        milliseconds = max(1, int(self.ttl * 1000))
+        head = dump_json([document.created, document.used, document.turns])
         arguments = [
-            member, expected, self._lifetime, self.max_documents(kind), "head", head, "data", document.data,
+            name, expected, milliseconds, self.max_documents(kind), "head", head, "data", document.data,
         ]
-        with self._client(is_write=True) as redis:
-            return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
+        with self._client(is_write=True):
+            return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
 
     def delete(self, key: DocumentKey) -> bool:
-        index, member = redis_names(key)
+        owner, kind, name = key
+        index = index_name(owner, kind)
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
-            pipe.delete(f"{index}:{member}")
-            pipe.zrem(index, member)
+            pipe.delete(f"{index}:{name}")
+            pipe.zrem(index, name)
             deleted, _ = pipe.execute()
         return bool(deleted)
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        index, _ = redis_names((owner, kind, ""))
+        index = index_name(owner, kind)
         documents = {}
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for member in redis.zrange(index, 0, -1):
-                pipe.hget(f"{index}:{member.decode()}", "head")
-            for head in filter(None, pipe.execute()):  # some may have expired
-                name, *fields = json.loads(head)
-                documents[name] = Document(*fields)
+            names = [name.decode() for name in redis.zrange(index, 0, -1)]
+            for name in names:
+                pipe.hget(f"{index}:{name}", "head")
+            for name, head in zip(names, pipe.execute(), strict=True):
+                if head:  # else it has expired
+                    documents[name] = Document(*json.loads(head))
         return documents
 
     def count(self) -> int:
@@ -2772,7 +2783,7 @@ def open_store(settings: Settings) -> Store:
     try:
         if kind == "sqlite":
             return SQLiteStore(path, ttl, limit)
-        if kind in ("redis", "rediss"):
+        if kind != "memory":
             return RedisStore(settings.session_store, ttl, limit)
     except StoreError as error:
         raise SettingError(f"SESSION_STORE: {error}") from None
@@ -2796,17 +2807,9 @@ class Session:
     """A user's conversation, or a stored response and the conversation up to its end."""
 
     id: str
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
+    document: Document = NO_DOCUMENT  # in which the session is stored
+    system: Turn = ()  # of a stored response: the system messages in its input and in the inputs that it continues
     response: JSONObject | None = None
-    document: Document = NO_DOCUMENT  # in which all of it is stored
-
-    @classmethod
-    def read(cls, document: Document) -> Session:
-        head = json.loads(split_lines(document)[0])
-        system = tuple(head.get("system", ()))
-        return cls(head["id"], document.created, document.used, system, head.get("response"), document)
 
     @cached_property
     def turns(self) -> Turns:
@@ -2825,8 +2828,10 @@ def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
     return [dump_json(list(map(stored_message, turn))) for turn in turns]
 
 
-def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
-    return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
+def new_document(head: bytes, lines: Sequence[bytes] = (), created: float = 0.0) -> Document:
+    """Return a document that is used now. created: seconds since the epoch, 0 for now."""
+    now = time.time()
+    return Document(created or now, now, len(lines), b"\n".join((head, *lines)))
 
 
 def stored_message(message: Message) -> Message:
@@ -2872,18 +2877,18 @@ class Sessions:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def get(self, owner: str, user: str) -> Session | None:
-        return self._read((owner, SESSION, user))
-
-    def list_sessions(self, owner: str) -> dict[str, Document]:
-        """Return the sessions of an owner by user, the least recently used first, without their turns."""
-        return self.store.list_documents(owner, SESSION)
+    def get(self, owner: str, name: str, kind: str = SESSION) -> Session | None:
+        """Return the session of a user, or the stored response with an id."""
+        document = self.store.load((owner, kind, name))
+        if document is None:
+            return None
+        head = json.loads(split_lines(document)[0])
+        return Session(head["id"], document, tuple(head.get("system", ())), head.get("response"))
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new one, which is kept only when a turn is recorded."""
         session = self.get(owner, user) if user else None
-        now = time.time()
-        return session or Session(random_hex(), now, now)
+        return session or Session(random_hex())
 
     def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
         """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
@@ -2900,49 +2905,37 @@ class Sessions:
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
-            return session_document(document.created or opened.created, head, latest_lines(lines))
+            return new_document(head, latest_lines(lines), document.created)
 
         self.store.update((owner, SESSION, user), opened.document, change)
 
-    def forget(self, owner: str, user: str) -> bool:
-        """Delete a session. Return False if there was none."""
-        return self.store.delete((owner, SESSION, user))
-
-    def response(self, owner: str, id: str) -> Session | None:
-        """Return a stored response and the conversation up to its end."""
-        return self._read((owner, RESPONSE, id))
+    def forget(self, owner: str, name: str, kind: str = SESSION) -> bool:
+        """Delete the session of a user, or the stored response with an id. Return False if there was none."""
+        return self.store.delete((owner, kind, name))
 
     def record_response(
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
         """Store a response, and the conversation up to its end for responses that continue it."""
         head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
-        document = session_document(time.time(), dump_json(head), dump_turns(turns))
+        document = new_document(dump_json(head), dump_turns(turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
             log.warning("a response is not stored: with its conversation it has %d bytes", size)
         else:
             self.store.put((owner, RESPONSE, response["id"]), document)
 
-    def forget_response(self, owner: str, id: str) -> bool:
-        return self.store.delete((owner, RESPONSE, id))
-
     def keep_reasoning(self, owner: str, name: str, text: str) -> None:
-        data = text.encode()
-        now = time.time()
-        if len(data) <= MAX_REASONING_BYTES:
+        document = new_document(text.encode())
+        if len(document.data) <= MAX_REASONING_BYTES:
             with suppress(APIError):  # without it, the upstream gets empty reasoning
-                self.store.put((owner, REASONING, name), Document(now, now, 0, data))
+                self.store.put((owner, REASONING, name), document)
 
     def find_reasoning(self, owner: str, name: str) -> str | None:
         document = None
         with suppress(APIError):
             document = self.store.load((owner, REASONING, name))
         return document.data.decode() if document else None
-
-    def _read(self, key: DocumentKey) -> Session | None:
-        document = self.store.load(key)
-        return Session.read(document) if document else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2955,7 +2948,6 @@ class Sessions:
 MINUTE = 60
 DAY = 86400
 USAGE_DAYS = 31
-USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
 
 
 def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
@@ -2968,7 +2960,7 @@ def utc_date(now: float) -> str:
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + USAGE_MAX_AGE)
+    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + (USAGE_DAYS + 1) * DAY)
 
 
 def duration(seconds: float) -> str:
@@ -3025,7 +3017,6 @@ class Counters:
     def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
         """Return the totals of each period."""
         pending = self._pending.copy()
-        found: list[Amounts]
         try:
             found = self._store.read_counters(keys)
         except APIError:
@@ -3058,18 +3049,15 @@ class Counters:
 class UsageLimits:
     """The usage of every key, and its limits."""
 
-    def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
-        self.requests_per_minute = requests_per_minute
-        self.tokens_per_day = tokens_per_day
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._settings = settings
         self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
         """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
         headers: dict[str, str] = {}
-        tokens_limit = key_limit(self.tokens_per_day, client)
-        requests_limit = key_limit(self.requests_per_minute, client)
-        if not tokens_limit and not requests_limit:
-            return headers
+        tokens_limit = key_limit(self._settings.tokens_per_day, client)
+        requests_limit = key_limit(self._settings.requests_per_minute, client)
         now = time.time()
         minute_reset = MINUTE - now % MINUTE
         day_reset = DAY - now % DAY
@@ -3080,7 +3068,7 @@ class UsageLimits:
             headers.update(limit_headers("tokens", tokens_limit, used_tokens, day_reset))
         has_quota = not tokens_limit or used_tokens < tokens_limit
         if requests_limit:
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now - now % MINUTE + 2 * MINUTE)
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now + minute_reset + MINUTE)
             counters = self._counters.add(minute, {"requests": int(has_quota)})
             used_requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, used_requests, minute_reset))
@@ -3121,8 +3109,8 @@ class UsageLimits:
             "object": "usage",
             "key": client.name,
             "limits": {
-                "requests_per_minute": key_limit(self.requests_per_minute, client),
-                "tokens_per_day": key_limit(self.tokens_per_day, client),
+                "requests_per_minute": key_limit(self._settings.requests_per_minute, client),
+                "tokens_per_day": key_limit(self._settings.tokens_per_day, client),
             },
             "today": today,
             "days": days,
@@ -3207,18 +3195,16 @@ class Metrics:
             self._api_models.add(model)
         return model if model in self._api_models else "other"
 
-    def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
-        """All of them, and these gauges: name, labels and value."""
+    def render(self, gauges: Mapping[Series, float]) -> str:
+        """Return all metrics, with the values of the gauges."""
         with self._lock:
-            counters = list(self._counters.items())
-            histograms = [(key, list(histogram)) for key, histogram in self._histograms.items()]
+            values = {**gauges, **self._counters}
+            histograms = {series: histogram.copy() for series, histogram in self._histograms.items()}
         samples: dict[str, list[str]] = {name: [] for name in METRICS}
-        for name, labels, value in gauges:
-            samples[name].append(sample(name, tuple(labels.items()), value))
-        for (name, label_set), value in counters:
-            samples[name].append(sample(name, label_set, value))
-        for (name, label_set), histogram in histograms:
-            samples[name].extend(histogram_samples(name, label_set, histogram))
+        for (name, labels), value in values.items():
+            samples[name].append(sample(name, labels, value))
+        for (name, labels), histogram in histograms.items():
+            samples[name].extend(histogram_samples(name, labels, histogram))
         lines = []
         for name, (kind, about) in METRICS.items():
             lines.append(f"# HELP {name} {about}")
@@ -3238,11 +3224,8 @@ def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iter
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
-    escaped = []
-    for label, text in labels:
-        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        escaped.append(f'{label}="{text}"')
-    shown = f"{{{','.join(escaped)}}}" if escaped else ""
+    pairs = [f"{label}={COMPACT_JSON.encode(text)}" for label, text in labels]  # JSON's escapes are Prometheus's
+    shown = f"{{{','.join(pairs)}}}" if pairs else ""
     return f"{name}{shown} {value:.17g}"
 
 
@@ -4646,12 +4629,7 @@ def read_text(page: Page, nonce: str) -> str:
     body = page.body.strip()
     if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
         raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
-    try:
-        answer = parse_upstream_json(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        answer = {}
+    answer = parse_upstream_object(body) or {}
     data = answer.get("data")
     if answer.get("success") is False:
         raise StaleNonce(upstream_error(
@@ -4881,12 +4859,9 @@ class APIAnswer:
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        try:
-            chunk = parse_upstream_json(data)
-        except ValueError:
-            raise self._malformed("something that is not JSON") from None
-        if not isinstance(chunk, dict):
-            raise self._malformed()
+        chunk = parse_upstream_object(data)
+        if chunk is None:
+            raise self._malformed("something that is not a JSON object")
         if chunk.get("error"):
             raise api_error(self._api, 500, chunk, {})
         choices = chunk.get("choices")
@@ -5113,11 +5088,8 @@ class OpenAIProvider(Provider):
         self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
     ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
-        try:
-            answer = parse_upstream_json(response.read(limit), max_values)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
+        answer = parse_upstream_object(response.read(limit), max_values)
+        if answer is None:
             raise invalid_response(self._api.name, "no JSON object")
         if answer.get("error"):
             raise api_error(self._api, response.status, answer, response.headers)
@@ -5584,7 +5556,9 @@ def record_response(
     if turns:
         *older, newest = turns
         turns = (*older, (*newest, *answer))
-    sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
+    # Later responses inherit system messages of the input, unlike the instructions
+    system = [*previous.system, *filter(is_system, asked.messages)]
+    sessions.record_response(owner, previous, response, system, turns)
 
 
 def pace(deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client) -> Iterator[Delta]:
@@ -5627,13 +5601,13 @@ def set_headers(headers: Headers) -> None:
         bottle.response.set_header(name, value)
 
 
-def session_object(user: str, session: Session | Document) -> JSONObject:
+def session_object(user: str, document: Document) -> JSONObject:
     return {
         "object": "session",
         "user": user,
-        "created": int(session.created),
-        "last_used": int(session.used),
-        "turns": session.turns,
+        "created": int(document.created),
+        "last_used": int(document.used),
+        "turns": document.turns,
     }
 
 
@@ -5655,7 +5629,7 @@ class App:
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
-        self.limits = UsageLimits(self.store, settings.requests_per_minute, settings.tokens_per_day)
+        self.limits = UsageLimits(self.store, settings)
         self.chats = Slots(settings.max_concurrent_chats)
         self.started = time.time()
 
@@ -5675,7 +5649,8 @@ class App:
         try:
             request = asked.to_chat_request(previous.system)
             record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
-            writer = ResponseWriter(asked, record if asked.is_stored else None)
+            is_stored = asked.body.get("store") is not False
+            writer = ResponseWriter(asked, record if is_stored else None)
             return self._complete(request, writer, previous)
         except APIError as error:
             raise translate_error(error) from None
@@ -5684,7 +5659,7 @@ class App:
         """What a response goes on from: a new session where it names none."""
         if not id:
             return self.sessions.open(current_owner(), None)
-        found = self.sessions.response(current_owner(), id)
+        found = self.sessions.get(current_owner(), id, RESPONSE)
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
@@ -5802,22 +5777,22 @@ class App:
         session = self.sessions.get(current_owner(), user)
         if session is None:
             raise session_not_found()
-        expires_at = int(session.used + self.store.ttl)
-        return {**session_object(user, session), "expires_at": expires_at}
+        expires_at = int(session.document.used + self.store.ttl)
+        return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
 
     def stored_response(self, id: str) -> JSONObject:
-        session = self.sessions.response(current_owner(), id)
+        session = self.sessions.get(current_owner(), id, RESPONSE)
         if session is None or session.response is None:
             raise response_not_found(id)
         return session.response
 
     def _stored_item(self, id: str) -> JSONObject | None:
-        session = self.sessions.response(current_owner(), response_of(id))
+        session = self.sessions.get(current_owner(), response_of(id), RESPONSE)
         items = session.response["output"] if session and session.response else []
         return next((item for item in items if item["id"] == id), None)
 
     def forget_response(self, id: str) -> JSONObject:
-        if not self.sessions.forget_response(current_owner(), id):
+        if not self.sessions.forget(current_owner(), id, RESPONSE):
             raise response_not_found(id)
         return {"id": id, "object": "response", "deleted": True}
 
@@ -5828,24 +5803,24 @@ class App:
 
     def users(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
-        sessions = self.sessions.list_sessions(current_owner())
-        return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
+        documents = self.store.list_documents(current_owner(), SESSION)
+        return {"object": "list", "data": [session_object(user, document) for user, document in documents.items()]}
 
     def usage(self) -> JSONObject:
         return self.limits.usage(current_client())
 
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        gauges: list[tuple[str, Headers, float]] = [
-            ("kimi2api_chats_running", {}, self.chats.used),
-            ("kimi2api_chats_limit", {}, self.chats.limit),
-            ("kimi2api_build_info", {"version": __version__}, 1),
-            ("process_start_time_seconds", {}, self.started),
-        ]
+        gauges: dict[Series, float] = {
+            ("kimi2api_chats_running", ()): self.chats.used,
+            ("kimi2api_chats_limit", ()): self.chats.limit,
+            ("kimi2api_build_info", (("version", __version__),)): 1,
+            ("process_start_time_seconds", ()): self.started,
+        }
         for name, provider in self.providers.by_name.items():
-            gauges.append(("kimi2api_upstream_healthy", {"provider": name}, not provider.breaker.failing))
+            gauges["kimi2api_upstream_healthy", (("provider", name),)] = not provider.breaker.failing
         with suppress(APIError):  # a store that cannot be reached is told by /health
-            gauges.append(("kimi2api_sessions", {}, self.store.count()))
+            gauges["kimi2api_sessions", ()] = self.store.count()
         return self.metrics.render(gauges)
 
     def health(self) -> JSONObject:
@@ -6588,11 +6563,9 @@ def openai_object(name: str, page: str) -> Schema:
 
 
 OR_NULL_STRING = any_of(STRING, NULL)
-ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
-FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
-SCHEMAS: dict[str, Schema] = {
+SCHEMAS = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
     "Completion": openai_object("chat.completion", "chat/object"),
@@ -6629,10 +6602,20 @@ SCHEMAS: dict[str, Schema] = {
         "chats": object_of({"running": COUNT, "limit": COUNT}),
         "sessions": object_of({"kept": any_of(COUNT, NULL), "limit": COUNT}),
         "store": object_of({"kind": choice_of("memory", "sqlite", "redis"), "ok": BOOLEAN}),
-        "upstreams": {"type": "object", "additionalProperties": FAILING},
+        "upstreams": {
+            "type": "object",
+            "additionalProperties": object_of({}, {"failing_since": INTEGER, "reason": STRING}),
+        },
     }),
     "OpenAPI": OBJECT,
-    "Error": object_of({"error": ERROR}),
+    "Error": object_of({
+        "error": object_of({
+            "message": STRING,
+            "type": STRING,
+            "param": OR_NULL_STRING,
+            "code": OR_NULL_STRING,
+        }),
+    }),
 }
 
 
@@ -6962,14 +6945,19 @@ key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps 
 
 def page_headers() -> dict[str, str]:
     """A content security policy: only the page's own script and style, and requests to this server."""
-    hashes = {}
+    policy = (
+        "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
     for tag in ("style", "script"):
-        text = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
-        hashes[tag] = b64encode(sha256(text[1].encode()).digest()).decode() if text else ""
-    policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
-              "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    return {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": policy}
+        [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
+        digest = b64encode(sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return {
+        "Content-Type": "text/html; charset=utf-8",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": policy,
+    }
 
 
 if __name__ == "__main__":
