@@ -114,7 +114,7 @@ Turns = tuple[Turn, ...]
 
 
 class SettingError(Exception):
-    """A setting that does not parse, or a combination that is not allowed: the program does not start."""
+    """A setting that does not parse, or a combination that is not allowed. The program does not start."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class ClientKey:
 
     @cached_property
     def owner(self) -> str:
-        """The hash that sessions and counters are kept under."""
+        """Return the hash of the key, under which sessions and counters are stored."""
         return sha256(self.key.encode()).hexdigest()[:32]
 
 
@@ -233,7 +233,7 @@ LIMITS = SettingType("a whole number, and name=number for named keys, separated 
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
 
-WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
+WEB_CHAT = "kimi"  # the name of its provider
 
 
 def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any:
@@ -242,7 +242,7 @@ def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any
 
 @dataclass(frozen=True)
 class API:
-    """An OpenAI-style API: where it is, and this server's key for it."""
+    """An OpenAI-style API: its name, its address and this server's key for it."""
 
     name: str
     base_url: str
@@ -372,7 +372,7 @@ class Settings:
         "INFO",
         "DEBUG, INFO, WARNING or ERROR",
         matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
-    apis: Mapping[str, API] = field(default_factory=dict)  # no setting of its own: the APIs in use, by name
+    apis: Mapping[str, API] = field(default_factory=dict)  # by name; derived from other settings
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
@@ -485,7 +485,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 ########################################################################################################################
 # Part 2: Protocol
 #
-# What clients, this program and upstreams say to each other in chat completions. Pure functions and records: no I/O, no
+# Chat completions, as clients, this program and upstreams exchange them. Pure functions and records: no I/O, no
 # threads, no log, and no clock except for ids and times of creation.
 ########################################################################################################################
 
@@ -493,8 +493,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and JSON
 #
-# Every expected failure is an APIError; `body()` is the only place that has OpenAI's shape for it. JSON is read
-# strictly, by one reader for clients and one for upstreams, and written as UTF-8.
+# Every expected failure is an APIError, and `body()` alone gives it OpenAI's shape. JSON is parsed strictly, by one
+# parser for clients and one for upstreams, and written as UTF-8.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -502,8 +502,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    One error may be raised in several threads, so it is immutable by convention: `copy` makes a changed one. What is
-    kept is a copy: the traceback of a raised one holds all that its functions knew, a request of megabytes too.
+    An error is immutable by convention, because several threads may raise the same error: `copy` returns a changed
+    copy. Store only copies: the traceback of a raised error keeps local variables alive, even requests of megabytes.
     """
 
     status: int
@@ -520,7 +520,7 @@ class APIError(Exception):
         return self.message
 
     def copy(self, **changes: Any) -> APIError:
-        """The same error, but for some of its fields."""
+        """Return a copy with some fields changed, and without the traceback."""
         return replace(self, **changes)
 
     def with_headers(self, headers: Headers) -> APIError:
@@ -528,9 +528,9 @@ class APIError(Exception):
 
     @property
     def reason(self) -> str:
-        """What may go into the log and /health: without the prompt."""
+        """Describe the error for the log and /health, without the prompt."""
         code = self.code or self.type
-        # Upstream's own may quote the prompt too
+        # A code of the upstream may also quote the prompt
         if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
             code = "error"
         kind = f"{code} ({self.status})"
@@ -538,7 +538,7 @@ class APIError(Exception):
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether another upstream may succeed: this one failed, or the prompt is too long for it."""
+        """Return whether another upstream may succeed: this upstream failed, or the prompt is too long for it."""
         return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
     def body(self) -> JSONObject:
@@ -561,12 +561,12 @@ def invalid_response(upstream: str, what: str, retryable: bool = False) -> APIEr
 
 
 def random_hex() -> str:
-    """32 hex digits for ids that need not be secret; uuid4 makes a system call, which releases the GIL each time."""
+    """Return 32 hex digits for ids that need not be secret. uuid4 makes a system call, which releases the GIL."""
     return f"{random.getrandbits(128):032x}"
 
 
 def finite(text: str) -> float:
-    """Rejects NaN and Infinity, which Python reads although they are not JSON, and 1e999, which would become one."""
+    """Parse a number. Raises ValueError for NaN and Infinity, which Python accepts in JSON, and for 1e999."""
     value = float(text)
     if not isfinite(value):
         raise ValueError(f"{text[:20]} is not a number in JSON")
@@ -575,18 +575,18 @@ def finite(text: str) -> float:
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
-SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # the only way in for a lone surrogate
+SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # lone surrogates enter only as escapes
 LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
 
-MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
-# Of one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds 300,000 tokens at once.
+MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
+# In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
 MAX_VALUES = 350_000
 
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
-    """Parse strict JSON. Raises ValueError also for more than `max_values` values, or more than MAX_DEPTH levels."""
+    """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = source.count("{") + source.count("[")
-    if brackets + source.count(",") > max_values:  # perhaps only in texts
+    if brackets + source.count(",") > max_values:  # perhaps only inside of strings
         outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
         if outside.count("{") + outside.count("[") + outside.count(",") > max_values:
             raise ValueError("too many values")
@@ -611,7 +611,7 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
 
 
 def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
-    """Parse an upstream's JSON, with U+FFFD for what cannot be encoded as UTF-8. Raises ValueError."""
+    """Parse an upstream's JSON, and replace what cannot be encoded as UTF-8 by U+FFFD. Raises ValueError."""
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     value = parse_json(source, max_values)
     if SURROGATE_ESCAPE.search(source):
@@ -637,7 +637,7 @@ def dump_json(value: Any) -> bytes:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Return the text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
+    """Replace lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -646,7 +646,7 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def plain_line(answer: Any, secret: str = "") -> str:
-    """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
+    """Convert an upstream's message (a string, an object or None) to one line of at most 300 characters, no HTML."""
     if isinstance(answer, dict):
         answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
     if answer is None:
@@ -663,8 +663,7 @@ def plain_line(answer: Any, secret: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Schemas
 #
-# JSON Schema, as far as requests and answers need it: short ways to write a schema, and a search for the first part of
-# a value that violates it.
+# The part of JSON Schema that requests and answers need: functions that build schemas, and a search for violations.
 # ----------------------------------------------------------------------------------------------------------------------
 
 Schema = JSONObject
@@ -705,7 +704,7 @@ def request_object(required: Schema, optional: Schema | None = None, **more: Any
 def if_field(name: str, values: list[Any], then: Schema) -> Schema:
     """Return if/then keywords: if field `name` is one of `values`, the object must also match `then`.
 
-    None among the values: also if the field is absent.
+    None among the values also matches an absent field.
     """
     condition: Schema = {"properties": {name: {"enum": values}}}
     if None not in values:
@@ -742,7 +741,7 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class Violation:
-    """Where a value breaks its schema: a path such as messages[0].role, and the schema that holds there."""
+    """A part of a value that breaks its schema: its path, such as messages[0].role, and the schema of that part."""
 
     path: str
     schema: Schema
@@ -754,7 +753,7 @@ def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | No
 
 
 def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
-    """Yield the violations of a JSON schema, of which only the keywords that the schemas here use are known.
+    """Yield the violations of a JSON schema. Supports only the keywords that the schemas here use.
 
     For anyOf, yield the violation with the longest path: it most likely belongs to the intended alternative.
     """
@@ -792,7 +791,7 @@ def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[V
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
-    """Whether a value is of the schema's type, one of its values and within its bounds, whatever is inside."""
+    """Return whether a value matches the schema's type, enum and bounds. Does not look into objects and arrays."""
     if "type" in schema and not is_of_type(value, schema["type"]):
         return False
     if "enum" in schema and value not in schema["enum"]:
@@ -808,9 +807,9 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
 
 def is_of_type(value: Any, name: str) -> bool:
     if isinstance(value, bool):
-        return name == "boolean"  # Python's is an int, too
+        return name == "boolean"  # bool is a subclass of int
     if name == "integer" and isinstance(value, float):
-        return value.is_integer()  # 1.0 is an integer of JSON
+        return value.is_integer()  # 1.0 is an integer in JSON Schema
     return isinstance(value, TYPES[name][0])
 
 
@@ -819,7 +818,7 @@ def size_of(value: Any) -> float:
 
 
 def describe(schema: Schema) -> str:
-    """What a value must be, in words."""
+    """Describe in words what a value must be."""
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
     if "enum" in schema:
@@ -844,9 +843,9 @@ def describe(schema: Schema) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat requests
 #
-# The schemas of requests check them and are shown by /openapi.json. Rules that compare two fields are written in code.
-# A message stays the dict that the client sent; each upstream refuses what it does not support. Fields and meanings:
-# OpenAI's chat completions reference.
+# Schemas check requests, and /openapi.json shows them. Code checks rules that compare two fields. A message stays the
+# dict that the client sent, and each upstream refuses what it does not support. OpenAI's chat completions reference
+# explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
@@ -860,7 +859,7 @@ MESSAGE = request_object(
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
-    # an assistant's message may consist of tool calls alone
+    # An assistant's message may have tool calls instead
     **if_field(
         "role",
         [role for role in ROLES if role != "assistant"],
@@ -915,7 +914,7 @@ CHAT_REQUEST = request_object(
         "audio": OBJECT,
     },
 )
-COMPLETION_REQUEST = request_object(  # of the API before chats, for the programs that still speak it
+COMPLETION_REQUEST = request_object(  # of the legacy completions API
     {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
     {
         **SHARED_PARAMETERS,
@@ -926,7 +925,7 @@ COMPLETION_REQUEST = request_object(  # of the API before chats, for the program
     },
 )
 EMBEDDINGS_REQUEST = request_object(
-    {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
+    {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # texts or tokens
     {
         "model": STRING,
         "user": USER,
@@ -940,7 +939,7 @@ EMBEDDINGS_REQUEST = request_object(
 class ChatRequest:
     """A checked request for a chat completion."""
 
-    body: JSONObject  # the whole of it, unknown fields included
+    body: JSONObject  # includes unknown fields
     messages: list[Message]
     model: str | None
     user: str | None
@@ -948,17 +947,17 @@ class ChatRequest:
     include_usage: bool
     stop: list[str]
     max_tokens: int | None
-    tools: list[JSONObject]  # the functions that may be called, by `tools` and `tool_choice`
-    must_call: bool  # one of them has to be
+    tools: list[JSONObject]  # functions that `tools` and `tool_choice` let the model call
+    must_call: bool  # the model must call one of the tools
 
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
-        """Raises APIError 400 with `param` naming the field."""
+        """Parse the body of a request. Raises APIError 400 with `param` naming the field."""
         return cls.of(parse_body(raw, CHAT_REQUEST))
 
     @classmethod
     def parse_completion(cls, raw: bytes) -> ChatRequest:
-        """A request of the API before chats: its prompt is the message of a user. Raises APIError 400."""
+        """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
         prompt = "".join(body["prompt"])  # a text, or a list of one
         chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
@@ -988,7 +987,7 @@ class ChatRequest:
 
     @cached_property
     def turns(self) -> list[Turn]:
-        """The messages but the system's, grouped so that each turn begins with a user's message."""
+        """Group the messages, without system messages, into turns: each begins with a user's message."""
         turns: list[list[Message]] = []
         for message in self.messages:
             if is_system(message):
@@ -1004,7 +1003,7 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
-    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
+    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which later steps could not encode."""
     try:
         source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
@@ -1058,8 +1057,8 @@ def allows_tools(choice: Any) -> TypeGuard[JSONObject]:
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
-    """History, then turns. One that begins with a tool's result goes on with the turn of its call, which becomes the
-    newest, or else with the turn before."""
+    """Append turns to the history. A turn that begins with a tool's result continues the turn of the tool call, or else
+    the newest turn; the continued turn becomes the newest."""
     whole = list(history)
     for turn in turns:
         if whole and turn[0]["role"] != "user":
@@ -1069,7 +1068,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
 
 
 def place_of_call(turns: list[Turn], result: Message) -> int:
-    """The index of the turn in which the tool was called, else of the last."""
+    """Return the index of the turn in which the tool was called, else of the last turn."""
     call_id = result.get("tool_call_id")
     for index in reversed(range(len(turns))):
         for message in turns[index]:
@@ -1083,7 +1082,7 @@ def is_system(message: Message) -> bool:
 
 
 def text_of(message: Message) -> str:
-    """The text of a message, whether its content is a string, a list of parts, or null."""
+    """Return the text of a message whose content is a string, a list of parts, or null."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
@@ -1093,16 +1092,16 @@ def text_of(message: Message) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Deltas and their fold
 #
-# Every upstream's answer is a stream of deltas; a complete answer is the fold of the stream.
+# Every upstream's answer is a stream of deltas. A complete answer is the fold of the stream.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Delta:
-    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them."""
+    """A step of an answer: OpenAI's chat.completion.chunk without the fields that all chunks share."""
 
     chunk: JSONObject
-    is_complete: bool = False  # it is a whole answer, which arrived at once and may be paced
+    is_complete: bool = False  # a complete answer, which may be replayed at a pace
     headers: Headers = field(default_factory=dict)  # for the response, in the first delta of an answer
 
     @classmethod
@@ -1112,7 +1111,7 @@ class Delta:
 
     @property
     def is_final(self) -> bool:
-        """Whether it finishes a choice or carries the usage alone, so that it may be the last."""
+        """Return whether the delta finishes a choice or has only the usage, and so may be the last."""
         choices = self.chunk["choices"]
         if not choices:
             return bool(self.chunk.get("usage"))
@@ -1120,7 +1119,7 @@ class Delta:
 
     @property
     def has_content(self) -> bool:
-        """Whether it has anything but the role."""
+        """Return whether the delta has anything except the role."""
         if self.is_final:
             return True
         for choice in self.chunk["choices"]:
@@ -1131,15 +1130,15 @@ class Delta:
 
 
 class JoinedText(list[str]):
-    """A text that grows, joined once, at the end."""
+    """The pieces of a text, joined only at the end."""
 
 
 class IndexedList(dict[int, Any]):
     """A list whose entries are identified by their `index`."""
 
 
-# Fields that grow, by the field that they stand in: texts are joined, lists are extended. Of every other field the last
-# value that is not empty counts
+# Fields that grow, by the name of the field that contains them: texts are joined, lists are extended. All other fields
+# keep their last value that is not empty
 GROWING = {
     "": {"choices"},
     "delta": {
@@ -1154,7 +1153,10 @@ GROWING = {
 
 
 def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
-    """Add a part of an object to what came before; read the sum with `plain_value`. path: the field it stands in."""
+    """Merge a part of an object into the parts before. `plain_value` returns the result.
+
+    path: the name of the field that contains the object.
+    """
     growing = GROWING.get(path, ())
     for name, value in part.items():
         if value is None or value == "":
@@ -1171,7 +1173,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
 
 
 def grown(known: Any, value: Any, name: str) -> Any:
-    """A growing field with a later value added. Linear in the values, however many there are."""
+    """Return a growing field with a value added. Takes time linear in the number of values."""
     if isinstance(value, str):
         if not isinstance(known, JoinedText):
             known = JoinedText()
@@ -1192,7 +1194,7 @@ def grown(known: Any, value: Any, name: str) -> Any:
 
 
 def plain_value(whole: Any) -> Any:
-    """What `merge` has gathered, as plain JSON values."""
+    """Convert the result of `merge` to plain JSON values."""
     if isinstance(whole, JoinedText):
         return "".join(whole)
     if isinstance(whole, IndexedList):
@@ -1203,7 +1205,7 @@ def plain_value(whole: Any) -> Any:
 
 
 class Fold:
-    """An answer, gathered from its chunks: for the JSON body, the session, the reasoning to keep, and estimates."""
+    """The chunks of an answer, merged: for the JSON body, the session, the stored reasoning and estimates."""
 
     def __init__(self) -> None:
         self._whole: JSONObject = {}
@@ -1221,7 +1223,7 @@ class Fold:
         return self._whole.get("usage")
 
     def completion(self) -> JSONObject:
-        """All chunks as one."""
+        """Return all chunks as one."""
         completion: JSONObject = plain_value(self._whole)
         return completion
 
@@ -1230,7 +1232,7 @@ class Fold:
         return message_of(plain_value(self.choices.get(0, {"delta": {}})))
 
     def texts(self) -> Iterator[str]:
-        """All that the model wrote, in every choice: its reasoning and its calls too."""
+        """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
         for choice in self.choices.values():
             for value in choice["delta"].values():
                 if isinstance(value, JoinedText):
@@ -1243,7 +1245,7 @@ class Fold:
 
 
 def message_of(choice: JSONObject) -> Message:
-    """The message that the merged delta of a choice makes."""
+    """Convert the merged delta of a choice to a message."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     for call in message.get("tool_calls") or ():
         call["function"] = {"arguments": "", **(call.get("function") or {})}
@@ -1254,10 +1256,10 @@ def message_of(choice: JSONObject) -> Message:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and pieces
 #
-# Estimates of tokens, and texts cut where a reader sees no cut.
+# Estimates of token counts, and splitting texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
+# Han, kana, Hangul and full-width forms: about a token each, and written without spaces
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
 # Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
@@ -1265,15 +1267,15 @@ MARK = (
     "\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
     "\u3099\u309a\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef"
 )
-# What a reader sees as one: a flag of two letters, or a character with its marks and what is joined to it, as in 👩‍🚀
+# A flag of two letters, or a character with its marks and the characters joined to it, as in 👩‍🚀
 GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
-MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
-WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
-NARROW_TOKENS = 0.25  # any other, by OpenAI's
+MAX_COUNT = 10**9  # tokens of one answer; larger sums may not fit into the integers of stores
+WIDE_TOKENS = 0.6  # per Chinese character, by DeepSeek's documentation
+NARROW_TOKENS = 0.25  # per other character, by OpenAI's documentation
 
 
 def estimate_tokens(text: str) -> int:
-    """Estimate tokens by a rule of thumb."""
+    """Estimate the number of tokens in a text."""
     return ceil(token_weight(text))
 
 
@@ -1283,14 +1285,14 @@ def token_weight(text: str) -> float:
 
 
 def count_of(usage: Any, *names: str) -> int:
-    """A number of an upstream's usage, 0 where there is none that could be true."""
+    """Return a number from an upstream's usage, or 0 if it is missing or impossible."""
     for name in names:
         usage = usage.get(name) if isinstance(usage, dict) else None
     return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
 
 def estimate_input(given: Any) -> int:
-    """Tokens of what embeddings are asked of: texts, or numbers that are tokens."""
+    """Estimate the tokens of the input for embeddings: texts, or numbers that are tokens."""
     if isinstance(given, list):
         return sum(map(estimate_input, given))
     return estimate_tokens(given) if isinstance(given, str) else 1
@@ -1318,9 +1320,9 @@ PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
 
 
 def pieces(text: str, max_pieces: int) -> Iterator[str]:
-    """Split a text into at most `max_pieces` pieces of whole words (of Chinese: one or two characters).
+    """Split a text into at most `max_pieces` pieces: words, or one or two Chinese characters.
 
-    No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
+    No piece ends between a character and its marks, inside a joined emoji, or inside a flag.
     """
     start = 0
     size = len(text) / max_pieces
@@ -1334,7 +1336,7 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
 
 
 def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
-    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, the calls, the finish reason."""
+    """Split a complete answer into deltas as OpenAI sends them: role, pieces of text, tool calls, finish reason."""
     choice = delta.chunk["choices"][0]
     message = dict(choice["delta"])
     calls = message.pop("tool_calls", ())
@@ -1354,14 +1356,14 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat completion format
 #
-# Deltas in, the bytes of OpenAI's JSON or server-sent events out.
+# Deltas become OpenAI's JSON or server-sent events.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class ChatCompletion:
-    """One chat completion on its way out: an id and a time of creation, the same in every chunk.
+    """A writer of one chat completion: all its chunks have the same id and time of creation.
 
-    Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
+    The fields follow CreateChatCompletionResponse and CreateChatCompletionStreamResponse in OpenAI's OpenAPI schema.
     """
 
     id_prefix = "chatcmpl"
@@ -1376,7 +1378,7 @@ class ChatCompletion:
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        """The whole answer, which is one delta, as one object."""
+        """Return the answer, which is one delta, as one object."""
         *_, whole = deltas
         self._note(whole)
         completion = whole.chunk
@@ -1389,7 +1391,7 @@ class ChatCompletion:
         return dump_json(self._with_head(completion))
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        """Server-sent events, [DONE] at the end."""
+        """Yield server-sent events, and [DONE] at the end."""
         for delta in deltas:
             self._note(delta)
             chunk = self._with_head(delta.chunk)
@@ -1402,7 +1404,7 @@ class ChatCompletion:
         yield b"data: [DONE]\n\n"
 
     def failure(self, error: APIError, sent: int) -> bytes:
-        """The event that ends a stream. Without [DONE] after it: half an answer must not look whole."""
+        """Return the event that ends a stream. No [DONE] follows: a partial answer must not look complete."""
         return b"data: " + dump_json(error.body()) + b"\n\n"
 
     def _note(self, delta: Delta) -> None:
@@ -1412,12 +1414,12 @@ class ChatCompletion:
             self._head["model"] = delta.chunk["model"]
 
     def _with_head(self, fields: JSONObject) -> JSONObject:
-        """The fields with ours, listed first for readers; ours override upstream's."""
+        """Add our fields. They come first for readers, and override the upstream's."""
         return {**self._head, **fields, **self._head}
 
 
 class TextCompletion(ChatCompletion):
-    """One completion of the API before chats. Field by field after OpenAI's CreateCompletionResponse."""
+    """A writer of one completion of the legacy API. The fields follow OpenAI's CreateCompletionResponse."""
 
     id_prefix = "cmpl"
     kind = "text_completion"
@@ -1439,15 +1441,15 @@ class TextCompletion(ChatCompletion):
 ########################################################################################################################
 # Part 3: Responses API
 #
-# A chat at both ends: a request becomes a ChatRequest, and the deltas of its answer become a Response or its events.
-# Fields and meanings: OpenAI's Responses reference.
+# Another format for chats: a request becomes a ChatRequest, and the deltas of the answer become a Response or its
+# events. OpenAI's Responses reference explains the fields.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses items
 #
-# Items of conversations, converted to messages of a chat.
+# Items of a conversation are converted to the messages of a chat.
 # ----------------------------------------------------------------------------------------------------------------------
 
 TEXT_PART = request_object({"text": STRING})
@@ -1482,7 +1484,7 @@ INPUT_ITEM = request_object_by_type(
     },
     default="message",
 )
-ENCODED_REASONING = "kimi2api:"  # before the base64 of an API's reasoning, which is no secret from the client
+ENCODED_REASONING = "kimi2api:"  # prefix of base64 reasoning; the client may read it
 
 
 @dataclass(frozen=True)
@@ -1491,7 +1493,7 @@ class ToolName:
 
     name: str
     namespace: str | None = None
-    is_custom: bool = False  # it takes a text
+    is_custom: bool = False  # its input is a text
 
     @property
     def function(self) -> str:
@@ -1499,14 +1501,14 @@ class ToolName:
 
 
 def function_name(item: JSONObject) -> str:
-    """Return the name of the function that stands for the tool of an item or a choice."""
+    """Return the function name for the tool of an item or a choice."""
     return ToolName(item["name"], item.get("namespace")).function
 
 
 def read_items(items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
     """Convert items to messages.
 
-    continues_previous: results of calls that are not among the items come first, behind the previous response.
+    continues_previous: results whose calls are not among the items come first, as they follow the previous response.
     """
     messages: list[Message] = []
     for role, group in itertools.groupby(map(as_message, items), itemgetter("role")):
@@ -1518,7 +1520,7 @@ def read_items(items: Iterable[JSONObject], continues_previous: bool = False) ->
 
 
 def as_message(item: JSONObject) -> Message:
-    """Convert an item to a message. The fields of an assistant's message are lists, to be joined with others."""
+    """Convert an item to a message. The fields of an assistant's message are lists, which `join_answer` joins."""
     kind = item.get("type") or "message"
     if kind == "message":
         role = item["role"]
@@ -1540,7 +1542,7 @@ def as_message(item: JSONObject) -> Message:
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
-    """Join what an assistant did in one step to one message, unless it is reasoning that nothing followed."""
+    """Join consecutive messages of an assistant. Yield no message for reasoning without text or calls."""
     answer: Message = {"role": "assistant", "content": [], "reasoning_content": [], "tool_calls": []}
     for message in messages:
         for name in message.keys() - {"role"}:
@@ -1588,7 +1590,7 @@ def read_part(part: JSONObject) -> JSONObject:
 
 
 def as_content(parts: list[JSONObject]) -> Any:
-    """Return a text, or the parts where there is more than text."""
+    """Return a text, or the parts if some are not text."""
     if all(part["type"] == "text" for part in parts):
         return joined_text(parts)
     return parts
@@ -1599,11 +1601,11 @@ def joined_text(parts: list[JSONObject]) -> str:
 
 
 def read_reasoning(item: JSONObject) -> str:
-    """Return the reasoning that an item carries, as an API sent it, else its summary."""
+    """Return the reasoning in an item as an API sent it, else the summary."""
     encoded = item.get("encrypted_content") or ""
     if item.get("content"):
         return joined_text(item["content"])
-    if encoded.startswith(ENCODED_REASONING):  # else another server encoded it
+    if encoded.startswith(ENCODED_REASONING):  # otherwise another server encoded it
         with suppress(ValueError):
             return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
     return joined_text(item.get("summary") or [])
@@ -1612,8 +1614,8 @@ def read_reasoning(item: JSONObject) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses requests
 #
-# Requests, converted to chat requests: items become messages, flat tools nested ones. Errors of the chat are translated
-# back.
+# Requests are converted to chat requests: items become messages, and flat tools become nested tools. Errors of the chat
+# request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
 FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION}
@@ -1672,7 +1674,7 @@ RESPONSES_REQUEST = request_object(
         "top_logprobs": COUNT,
     },
 )
-PARAMS = {  # how the paths of a chat request's fields begin, and the fields of this API
+PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
     "messages": "input",
     "tools": "tools",
     "max_tokens": "max_output_tokens",
@@ -1689,14 +1691,14 @@ class ResponsesRequest:
     """A checked request for a response."""
 
     body: JSONObject
-    messages: list[Message]  # of its input
-    functions: list[JSONObject]  # its tools, as chats have them
-    tools: dict[str, ToolName]  # the same, by the names of their functions
+    messages: list[Message]  # of the input
+    functions: list[JSONObject]  # the tools in the form of chat requests
+    tools: dict[str, ToolName]  # by function name
     ignored: set[str]  # types of tools that only OpenAI can run
 
     @classmethod
     def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
-        """Read a request's body. find_item: returns an item of a stored response by its id.
+        """Parse the body of a request. find_item: returns an item of a stored response by its id.
 
         Raises APIError 400 with `param` naming the field.
         """
@@ -1715,9 +1717,9 @@ class ResponsesRequest:
         return request
 
     def to_chat_request(self, system: Iterable[Message]) -> ChatRequest:
-        """Convert to a chat request without `user`: it opens no session. system: messages of previous responses.
+        """Convert to a chat request without `user`, which opens no session. system: messages of previous responses.
 
-        Raises APIError 400, in the terms of chats; see `translate_error`.
+        Raises APIError 400 in the terms of chat requests; see `translate_error`.
         """
         body = self.body
         messages = [*system]
@@ -1749,12 +1751,12 @@ class ResponsesRequest:
                 if self.tools.setdefault(name.function, name) != name:
                     raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
                 self.functions.append({"type": "function", "function": as_function(tool, name)})
-            elif kind.isascii() and kind.isidentifier():  # others may break the header
+            elif kind.isascii() and kind.isidentifier():  # other names may break the header
                 self.ignored.add(kind)
 
 
 def translate_error(error: APIError) -> APIError:
-    """Name the field of this API in an error of the chat request."""
+    """Replace the field of the chat request in an error by the field of this API."""
     param = error.param or ""
     for path, name in PARAMS.items():
         if param.startswith(path):
@@ -1765,12 +1767,12 @@ def translate_error(error: APIError) -> APIError:
 def resolve_references(
     items: list[JSONObject], find_item: Callable[[str], JSONObject | None],
 ) -> Iterator[JSONObject]:
-    """Replace references by the stored items. Raises APIError 400."""
+    """Replace item references by stored items. Raises APIError 400."""
     known: set[str] = set()
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            # Once only: a large item repeated would make a small request any size
+            # Only once: a small request could repeat a large item many times
             found = None if id in known else find_item(id)
             if found is None:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
@@ -1796,7 +1798,7 @@ def as_response_format(form: JSONObject) -> JSONObject | None:
 
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
-    """Return the function by which the upstream knows a tool."""
+    """Convert a tool to the function that the upstream gets."""
     function: JSONObject = {"name": name.function}
     description = tool.get("description") or ""
     if name.is_custom:
@@ -1816,30 +1818,30 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses format
 #
-# Deltas in, a Response or its events out. Items follow one another, as OpenAI sends them, also where an upstream sends
-# parts of several by turns: LangChain takes each change of `output_index` for a new item.
+# Deltas become a Response or its events. One item ends before the next begins, as at OpenAI, even if an upstream
+# interleaves them: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_ITEMS = 1000  # of one response; an item takes a hundred times the bytes that begin it
+MAX_ITEMS = 1000  # of one response; an item is a hundred times larger than the bytes that begin it
 
 
 def custom_input(arguments: str) -> str:
-    """Return the text for a custom tool from the arguments for the function that stands for it."""
+    """Return the input of a custom tool from the arguments of its function."""
     value = (parse_upstream_object(arguments.encode()) or {}).get("input")
     return value if isinstance(value, str) else arguments
 
 
 @dataclass(frozen=True)
 class ItemKind:
-    """What the items of one kind have in common, and their events."""
+    """The fields and events that all items of a kind share."""
 
-    prefix: str  # of their ids
+    prefix: str  # of the ids
     fields: JSONObject  # of a new item
-    events: str  # beginning of the names of the events that carry its text
-    field: str  # of the complete text
-    part: JSONObject | None = None  # of its content, without the text
-    finish: Callable[[str], str] = str  # makes the complete text from what the upstream sent
-    is_streamed: bool = True  # its text is sent as it comes
+    events: str  # prefix of the names of the text's events
+    field: str  # for the complete text
+    part: JSONObject | None = None  # of the content, without the text
+    finish: Callable[[str], str] = str  # converts the upstream's text to the complete text
+    is_streamed: bool = True  # the text is sent as it arrives
 
 
 MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
@@ -1861,12 +1863,12 @@ CUSTOM_CALL = ItemKind(
 
 
 class OutputItem:
-    """An item of a response under way."""
+    """An item of an unfinished response."""
 
     def __init__(self, kind: ItemKind, id: str, index: int, fields: JSONObject) -> None:
         self.kind = kind
         self.item = {"id": id, "status": "in_progress", **kind.fields, **fields}
-        self.events: list[JSONObject] = []  # that are still to be sent, without their numbers
+        self.events: list[JSONObject] = []  # not yet sent, without sequence numbers
         self.is_done = False
         self._index = index
         self._pieces: list[str] = []
@@ -1880,7 +1882,7 @@ class OutputItem:
             self._emit_text(f"{self.kind.events}.delta", delta=text)
 
     def may_end(self) -> bool:
-        """Whether the item is complete when another begins: a text is, arguments are when they are an object."""
+        """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
         text = "".join(self._pieces)
         return self.kind.part is not None or parse_upstream_object(text.encode()) is not None
 
@@ -1917,7 +1919,7 @@ class OutputItem:
 
 
 INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}  # by finish reason
-ECHOED: JSONObject = {  # settings of the request in the Response, with their defaults
+ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "instructions": None,
     "max_output_tokens": None,
@@ -1943,7 +1945,10 @@ ECHOED: JSONObject = {  # settings of the request in the Response, with their de
 
 
 class ResponseWriter:
-    """A response under way. record: called with the complete response before the client can see that it is complete."""
+    """A writer of one response.
+
+    record: is called with the complete response, before the client can see that the response is complete.
+    """
 
     def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None) -> None:
         self.headers: Headers = {}
@@ -1953,8 +1958,8 @@ class ResponseWriter:
         self._created = int(time.time())
         self._model = request.body.get("model") or ""
         self._items: list[OutputItem] = []
-        self._sent = 0  # items of which all events are sent
-        self._calls: dict[int, OutputItem] = {}  # by their index in deltas
+        self._sent = 0  # number of items whose events are all sent
+        self._calls: dict[int, OutputItem] = {}  # by index in deltas
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         *_, last = self._events(deltas)
@@ -2004,7 +2009,7 @@ class ResponseWriter:
         return [{"type": f"response.{step}", "response": response} for step in ("created", "in_progress")]
 
     def _item_events(self) -> Iterator[JSONObject]:
-        """Yield the events of items; those of an item wait until the items before it are done."""
+        """Yield the events of items in order: events of an item wait until all items before it are done."""
         for item in self._items[self._sent:]:
             yield from item.events
             item.events = []
@@ -2033,7 +2038,7 @@ class ResponseWriter:
         self._calls[call["index"]] = self._begin_item(CUSTOM_CALL if tool.is_custom else FUNCTION_CALL, fields)
 
     def _begin_item(self, kind: ItemKind, fields: JSONObject) -> OutputItem:
-        """Begin an item, and end the one before it unless more may come for it."""
+        """Begin an item. End the item before, unless more of it may come."""
         index = len(self._items)
         if index == MAX_ITEMS:
             raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
@@ -2054,7 +2059,7 @@ class ResponseWriter:
         return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
-        """Return the Response object, with the settings of the request as they hold."""
+        """Return the Response object with the effective settings of the request."""
         response = {
             "id": f"resp_{self._id}",
             "object": "response",
@@ -2079,7 +2084,7 @@ class ResponseWriter:
 
 
 def response_usage(usage: Any) -> JSONObject:
-    """Convert an upstream's usage."""
+    """Convert an upstream's usage to the fields of this API."""
     count = partial(count_of, usage)
     cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
     return {
@@ -2092,7 +2097,7 @@ def response_usage(usage: Any) -> JSONObject:
 
 
 def echoed_tool(tool: JSONObject) -> JSONObject:
-    """Return a tool with the fields that clients require and requests may leave out."""
+    """Add the fields of a tool that clients require and requests may omit."""
     if tool["type"] != "function":
         return tool
     return {"description": None, "parameters": None, "strict": None, **tool}
@@ -2110,7 +2115,7 @@ def write_event(event: JSONObject, number: int) -> bytes:
 ########################################################################################################################
 # Part 4: Storage
 #
-# Documents and counters in one of three stores, and what is kept in them: sessions, stored responses, reasoning, usage.
+# Documents and counters in one of three stores, and their content: sessions, stored responses, reasoning and usage.
 # Also the metrics of this process.
 ########################################################################################################################
 
@@ -2124,10 +2129,10 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
 MAX_REASONING_TEXTS = 4000  # of one owner
-MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, where they are kept in memory
-DOCUMENT_BYTES = 500  # that a document takes in memory beside its data
-# Seconds that a call may wait, and that an update is retried. A chat may wait three times, for two limits and its
-# session: together less than 5 s
+MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, in memory
+DOCUMENT_BYTES = 500  # of memory for a document, in addition to its data
+# Seconds that a call may wait, and that an update is retried. A chat waits at most three times, for two limits and its
+# session: less than 5 s in total
 STORE_TIMEOUT = 1.5
 
 DocumentKey = tuple[str, str, str]  # owner, kind, name
@@ -2142,13 +2147,13 @@ class CounterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """Bytes in a store, and what lists show of them."""
+    """Bytes in a store, with the fields that lists show."""
 
     created: float = 0.0  # seconds since the epoch, as is `used`
     used: float = 0.0
     turns: int = 0
     data: bytes = b""
-    version: int = 0  # another one after each put; 0: not stored
+    version: int = 0  # changes with each put; 0: not stored
 
 
 NO_DOCUMENT = Document()
@@ -2156,10 +2161,10 @@ ANY_VERSION = -1
 
 
 class Store:
-    """Documents and counters, for many threads. Every method raises APIError 503 while the store is unavailable.
+    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable.
 
-    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; the
-    least recently used one is evicted. Counters are numbers by owner, period and name.
+    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; a new
+    document evicts the least recently used. Counters are numbers by owner, period and name.
     """
 
     kind = ""  # for /health
@@ -2167,7 +2172,7 @@ class Store:
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit  # sessions of one owner, and stored responses
-        # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
+        # Held while a thread retries an update: concurrent retries would make each other fail
         self._retrying = threading.Lock()
 
     def max_documents(self, kind: str) -> int:
@@ -2200,7 +2205,7 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period, and return the new values: of these, or of all counters of the period."""
+        """Add to counters of a period. Return the new values of these counters, or of all counters of the period."""
         raise NotImplementedError
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
@@ -2208,9 +2213,9 @@ class Store:
         raise NotImplementedError
 
     def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
-        """Replace a document by change(document). document: as the caller has loaded it, or an empty one.
+        """Replace a document by change(document). document: the loaded document, or an empty document.
 
-        If another update came first, change() is called again with the document that is stored by then.
+        If another update came first, change() is called again with the document that is now stored.
         """
         deadline = time.monotonic() + STORE_TIMEOUT
         if self.put(key, change(document), document.version):
@@ -2236,18 +2241,18 @@ def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
 
 
 class MemoryStore(Store):
-    """Dicts with an expiry, and a lock. Ends with the process."""
+    """Dicts with expiry, guarded by a lock. Their content ends with the process."""
 
     kind = "memory"
 
     def __init__(self, ttl: float, limit: int) -> None:
         super().__init__(ttl, limit)
-        # By owner and kind, then by name; the least recently used first
+        # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
         self._versions = itertools.count(1)
         self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all four; held for little work only
+        self._lock = threading.Lock()  # guards all four; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2300,7 +2305,7 @@ class MemoryStore(Store):
         with self._lock:
             return [dict(self._counters.get(key, {})) for key in keys]
 
-    # The caller of these holds the lock
+    # Callers of the methods below hold the lock
 
     def _drop(self, key: DocumentKey) -> bool:
         owner, kind, name = key
@@ -2322,24 +2327,24 @@ class MemoryStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared stores
 #
-# What stores outside of this process have in common: they fail and recover, and another version may have written them.
+# Common code of stores outside of this process: they fail and recover, and another version may have written them.
 # ----------------------------------------------------------------------------------------------------------------------
 
-STORE_FORMAT = 2  # of what SQLite and Redis keep. In format 1 sessions were tables, lists and hashes
+STORE_FORMAT = 2  # of the data in SQLite and Redis; format 1 had sessions in tables, lists and hashes
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class StoreError(Exception):
-    """A store that cannot be used. The message is for the log, or at the start for a SettingError."""
+    """A store that cannot be used. The message is for the log, or for a SettingError at the start."""
 
 
 class SharedStore(Store):
     """A store outside of this process. Each failure becomes the same APIError."""
 
     failures: tuple[type[Exception], ...]
-    # Neither needs a lock: one more call or one more line in the log does no harm
-    is_failing = False  # a call has failed, and since then no write has succeeded
-    _paused_until = 0.0  # in seconds of time.monotonic()
+    # No lock guards these fields: an extra call or an extra line in the log does no harm
+    is_failing = False  # no write has succeeded since a call failed
+    _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
         if time.monotonic() < self._paused_until:
@@ -2347,8 +2352,8 @@ class SharedStore(Store):
 
     @contextmanager
     def _calling(self, is_write: bool) -> Iterator[None]:
-        """Raise APIError 503 for a call that fails. After that, all calls fail immediately, for five times as long as
-        the failed call took. Otherwise a request with several calls would wait for each of them."""
+        """Raise APIError 503 for a call that fails. Then all calls fail immediately for five times as long as the
+        failed call took. Otherwise a request with several calls would wait for each call."""
         self._check_pause()
         began = time.monotonic()
         try:
@@ -2386,7 +2391,7 @@ SQLITE_TABLES = (
     "DROP TABLE IF EXISTS reasoning",
     "DROP TABLE IF EXISTS probe",
     "DROP TABLE IF EXISTS totals",
-    # A document has a new number after each put: its version, and the order of use, whatever the clock says
+    # Each put gives a document a new number: its version and its place in the order of use, independent of the clock
     """CREATE TABLE documents (
         number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
         created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
@@ -2401,9 +2406,9 @@ SQLITE_TABLES = (
     f"PRAGMA user_version = {STORE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
-    "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
+    "PRAGMA auto_vacuum = INCREMENTAL",  # has an effect only on an empty file
     "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
+    "PRAGMA synchronous = NORMAL",  # commits survive the end of the process; a power failure may lose the latest
     "PRAGMA journal_size_limit = 4194304",
 )
 
@@ -2414,7 +2419,7 @@ class SQLiteStore(SharedStore):
     kind = "sqlite"
 
     def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Raises StoreError for a file that cannot be opened or is not ours. A locked file may be free later."""
+        """Open the file. Raises StoreError if it cannot be opened or is not ours, but not for a locked file."""
         super().__init__(ttl, limit)
         try:
             import sqlite3
@@ -2422,10 +2427,10 @@ class SQLiteStore(SharedStore):
             raise StoreError("this Python has no sqlite3") from None
         self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
         self._path = os.path.abspath(os.path.expanduser(path))
-        # Guards the connection and its file; held while sqlite3 waits for other processes
+        # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
         self._db: Any = None
-        self._file: Any = None  # the os.stat() of the file that the connection is to
+        self._file: Any = None  # os.stat() of the connected file
         try:
             self._connect()
         except self.failures as error:
@@ -2437,7 +2442,7 @@ class SQLiteStore(SharedStore):
 
     def check(self) -> None:
         with self._transaction() as db:
-            # A write, which a full disk refuses
+            # A full disk refuses this write
             db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
@@ -2459,9 +2464,9 @@ class SQLiteStore(SharedStore):
             db.execute(
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
-            # These were used when the clock was ahead, and would expire late
+            # A clock that was ahead would make these documents expire late
             db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
-            # Two at a time: to delete one of 16 MiB takes 0.1 s, in which nobody else can write
+            # Only two: deleting 16 MiB takes 0.1 s, during which no other process can write
             db.execute(
                 "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 2)",
                 (cutoff,))
@@ -2471,7 +2476,7 @@ class SQLiteStore(SharedStore):
                 (owner, kind, self.max_documents(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
-                # Python executes one step of it, which frees one page
+                # One execute() makes one step, which frees one page
                 db.execute("PRAGMA incremental_vacuum(1)")
         return True
 
@@ -2514,19 +2519,19 @@ class SQLiteStore(SharedStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """Yield the connection in a transaction, which lands whole or not at all."""
+        """Yield the connection in a transaction, which is committed completely or not at all."""
         with self._executed("BEGIN IMMEDIATE", (), is_write=True):
             yield self._db
             self._db.execute("COMMIT")
 
     @contextmanager
     def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
-        """Yield the result of a statement, for which other processes may have to be waited for. If anything fails, the
-        connection is closed, and the next call opens the file again."""
+        """Yield the result of a statement, after waiting for locks of other processes. Any failure closes the
+        connection, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
         with self._calling(is_write):
             if not self._lock.acquire(timeout=STORE_TIMEOUT):
-                raise store_unavailable()  # other threads keep the store busy, which is no failure
+                raise store_unavailable()  # other threads keep the store busy, so it has not failed
             try:
                 self._check_pause()  # another call may have failed meanwhile
                 self._connect()
@@ -2537,7 +2542,7 @@ class SQLiteStore(SharedStore):
             finally:
                 self._lock.release()
 
-    # The caller of these holds the lock
+    # Callers of the methods below hold the lock
 
     def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
         """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
@@ -2550,7 +2555,7 @@ class SQLiteStore(SharedStore):
                     raise
 
     def _connect(self) -> None:
-        """Connect to the file at the path, unless the connection is to it: a deleted file can still be written."""
+        """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
         if self._db:
             with suppress(OSError):
                 if os.path.samestat(os.stat(self._path), self._file):
@@ -2558,7 +2563,7 @@ class SQLiteStore(SharedStore):
             self._close()
         import sqlite3
         with suppress(FileExistsError):
-            # O_EXCL does not follow a link, and sqlite3 would make its target 0644
+            # O_EXCL does not follow links, and sqlite3 would create the target with mode 0644
             file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
@@ -2572,7 +2577,7 @@ class SQLiteStore(SharedStore):
         self._db = None
 
     def _prepare(self, db: Any) -> None:
-        """Upgrade the file to the format of this version. Raises StoreError if the file is not ours."""
+        """Set up the connection, and upgrade the file to our format. Raises StoreError if the file is not ours."""
         [application] = db.execute("PRAGMA application_id").fetchone()
         [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != SQLITE_APPLICATION:
@@ -2583,7 +2588,7 @@ class SQLiteStore(SharedStore):
             db.execute(pragma).fetchall()
         if version < STORE_FORMAT:
             db.execute("BEGIN IMMEDIATE")
-            # Another process may have been first
+            # Another process may have upgraded it
             if db.execute("PRAGMA user_version").fetchone() == (version,):
                 for statement in SQLITE_TABLES:
                     db.execute(statement)
@@ -2594,13 +2599,13 @@ class SQLiteStore(SharedStore):
 # ----------------------------------------------------------------------------------------------------------------------
 # Redis store
 #
-# Documents in Redis, for processes on any number of machines. Each is a hash that expires by itself.
+# Documents in Redis, for processes on any number of machines. A document is a hash that expires by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
 REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
 REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
 REDIS_FORMAT = "kimi2api:format"
-REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
+REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
 local index, name, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local document = index .. ':' .. name
@@ -2628,7 +2633,7 @@ return 1
 
 
 def connect_redis(url: str) -> Any:
-    """Return a client of the package redis, for many threads. Raises StoreError without it, or for a bad address."""
+    """Return a thread-safe Redis client. Raises StoreError for a missing package or an invalid address."""
     try:
         import redis
         from redis.backoff import NoBackoff
@@ -2644,22 +2649,24 @@ def connect_redis(url: str) -> Any:
             socket_timeout=REDIS_TIMEOUT,
             socket_keepalive=True,
             protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
+            retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
         )
-        pool.make_connection()  # which reads the options in the address
+        pool.make_connection()  # parses the options in the address
     except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
         raise StoreError(f"the address of Redis cannot be used: {error}") from None
     return redis.Redis(connection_pool=pool)
 
 
 def hashed(text: str) -> str:
-    """Return part of a Redis key, which does not reveal the text and differs from that of any other text."""
+    """Return the hash of a text for a Redis key."""
     return sha256(text.encode()).hexdigest()[:32]
 
 
 def index_name(owner: str, kind: str) -> str:
-    """Return the name of an index: a sorted set of the names of an owner's documents of a kind, by version. A document
-    is a hash under the name of its index, a colon and its own name."""
+    """Return the name of an index: a sorted set of the names of an owner's documents of a kind, by version.
+
+    The key of a document is the name of its index, a colon, and the name of the document.
+    """
     return f"kimi2api:documents:{owner}:{kind}"
 
 
@@ -2668,17 +2675,17 @@ def counters_name(key: CounterKey) -> str:
 
 
 class RedisStore(SharedStore):
-    """A Redis, or what speaks its protocol; tested with Redis 7."""
+    """A Redis server, or another that implements its protocol; tested with Redis 7."""
 
     kind = "redis"
 
     def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Raises StoreError if the package is missing, or a newer version wrote there. A Redis that does not answer may
-        do so later."""
+        """Connect, or retry later if Redis does not answer. Raises StoreError if the package is missing, the address is
+        invalid, or a newer version wrote the data."""
         super().__init__(ttl, limit)
         self._redis = connect_redis(url)
         import redis
-        # Those after OSError are raised for answers and documents that are malformed
+        # Malformed replies and documents raise the errors after OSError
         self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
         self._put = self._redis.register_script(PUT_DOCUMENT)
         self._is_format_known = False
@@ -2692,7 +2699,7 @@ class RedisStore(SharedStore):
 
     def check(self) -> None:
         with self._client(is_write=True) as redis:
-            # Refused when memory is full, or by a replica
+            # Redis refuses this write if its memory is full or it is a replica
             redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
 
     def load(self, key: DocumentKey) -> Document | None:
@@ -2733,7 +2740,7 @@ class RedisStore(SharedStore):
             for name in names:
                 pipe.hget(f"{index}:{name}", "head")
             for name, head in zip(names, pipe.execute(), strict=True):
-                if head:  # else it has expired
+                if head:  # otherwise expired
                     documents[name] = Document(*json.loads(head))
         return documents
 
@@ -2767,7 +2774,7 @@ class RedisStore(SharedStore):
             yield self._redis
 
     def _check_format(self) -> None:
-        """Raise StoreError if a newer version wrote there. What format 1 kept expires by itself; its counters stay."""
+        """Raise StoreError if a newer version wrote the data. Data of format 1 expires, and its counters stay valid."""
         version = int(self._redis.get(REDIS_FORMAT) or 0)
         check_format(version)
         if version < STORE_FORMAT:
@@ -2793,8 +2800,8 @@ def open_store(settings: Settings) -> Store:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sessions
 #
-# What is in the documents of a store. A session is JSON lines: a head, then one line for each turn. System messages are
-# not remembered, because every request carries them itself.
+# The content of documents. A session is JSON lines: a head, then one line for each turn. It has no system messages,
+# because every request has its own.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
@@ -2835,7 +2842,7 @@ def new_document(head: bytes, lines: Sequence[bytes] = (), created: float = 0.0)
 
 
 def stored_message(message: Message) -> Message:
-    """Return the part of a message that is stored: a client may put megabytes into fields that nobody reads."""
+    """Return the part of a message to store. Clients may put megabytes into fields that are never read."""
     stored: Message = {"role": message["role"], "content": text_of(message)}
     if message.get("tool_call_id"):
         stored["tool_call_id"] = message["tool_call_id"]
@@ -2849,14 +2856,14 @@ def stored_message(message: Message) -> Message:
             }
             for call in message["tool_calls"]
         ]
-        # Moonshot and DeepSeek require it in later requests
+        # Moonshot and DeepSeek require the reasoning in later requests
         if isinstance(message.get("reasoning_content"), str):
             stored["reasoning_content"] = message["reasoning_content"]
     return stored
 
 
 def latest_lines(lines: list[bytes]) -> list[bytes]:
-    """Return the latest lines that a session may keep. A line that is too long by itself is left out."""
+    """Return the latest lines that fit into a session, without lines that are too long by themselves."""
     kept = []
     room = MAX_SESSION_BYTES
     for line in reversed(lines):
@@ -2871,8 +2878,8 @@ def latest_lines(lines: list[bytes]) -> list[bytes]:
 
 
 class Sessions:
-    """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
-    require it in later requests, and clients of OpenAI's protocol drop it."""
+    """The sessions and stored responses of all owners, and the reasoning of their tool calls. Moonshot and DeepSeek
+    require this reasoning in later requests, and clients of OpenAI's protocol drop it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -2886,19 +2893,19 @@ class Sessions:
         return Session(head["id"], document, tuple(head.get("system", ())), head.get("response"))
 
     def open(self, owner: str, user: str | None) -> Session:
-        """Return the user's session, or a new one, which is kept only when a turn is recorded."""
+        """Return the user's session, or a new session, which is stored when a turn is recorded."""
         session = self.get(owner, user) if user else None
         return session or Session(random_hex())
 
     def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
-        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
+        """Add turns, all or none, to the user's session. replace_turns: replace the turns of the opened session."""
         added = dump_turns(turns)
         continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
             lines = split_lines(document)
             head = lines.pop(0) or dump_json({"id": opened.id})
-            if replace_turns:  # but for turns that others have recorded meanwhile
+            if replace_turns:  # except turns that were recorded in the meantime
                 recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
                 lines = added + list(recorded.elements())
             elif continues_turn:
@@ -2916,7 +2923,7 @@ class Sessions:
     def record_response(
         self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
     ) -> None:
-        """Store a response, and the conversation up to its end for responses that continue it."""
+        """Store a response with its conversation, which later responses may continue."""
         head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
         document = new_document(dump_json(head), dump_turns(turns))
         size = len(document.data)
@@ -2941,8 +2948,8 @@ class Sessions:
 # ----------------------------------------------------------------------------------------------------------------------
 # Limits and usage
 #
-# The usage of each key and its limits, counted in the store: so a restart or a second process refills no limit. While
-# the store is unavailable, this process counts by itself.
+# The store counts the usage of each key, so a restart or a second process refills no limit. While the store is
+# unavailable, this process counts by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MINUTE = 60
@@ -2951,7 +2958,7 @@ USAGE_DAYS = 31
 
 
 def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
-    """Return the limit of a key: by its name, else the one for all keys. 0 means no limit."""
+    """Return the limit of a key by its name, else the limit for all keys. 0 means no limit."""
     return limits.get(client.name or "", limits.get("", 0))
 
 
@@ -2985,20 +2992,20 @@ NOTHING: Counter[str] = Counter()
 
 
 class Counters:
-    """Counters in a store that may fail. While it fails, added amounts are pending, and totals are the known ones plus
-    the pending amounts. The next addition that succeeds sends all pending amounts, whoever their owner is."""
+    """Counters in a store that may fail. While the store fails, added amounts are pending, and totals are the known
+    totals plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
-        # Amounts that the store does not have; replaced, never changed
+        # Amounts that the store lacks; each Counter is replaced, never changed
         self._pending: dict[CounterKey, Counter[str]] = {}
         self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
     def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add amounts to the counters of a period, and return the totals of these."""
-        # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
+        """Add amounts to the counters of a period, and return the totals of these counters."""
+        # Read before the call: amounts that another thread sends meanwhile briefly count twice, but are never missing
         pending = self._pending.get(key)
         try:
             totals = self._store.add_counters(key, amounts)
@@ -3043,18 +3050,18 @@ class Counters:
                 self._pending = without_expired(self._pending)
             known = self._known.setdefault(key, {})
             for name, total in totals.items():
-                known[name] = max(total, known.get(name, 0))  # answers may come in any order
+                known[name] = max(total, known.get(name, 0))  # replies may arrive in any order
 
 
 class UsageLimits:
-    """The usage of every key, and its limits."""
+    """The usage and limits of every key."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._settings = settings
         self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
+        """Count a new chat, and return headers for its response. Raises APIError 429 if it exceeds a limit."""
         headers: dict[str, str] = {}
         tokens_limit = key_limit(self._settings.tokens_per_day, client)
         requests_limit = key_limit(self._settings.requests_per_minute, client)
@@ -3086,7 +3093,7 @@ class UsageLimits:
     def record(
         self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
     ) -> None:
-        """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
+        """Count the tokens of an answer. model: of a bounded set of ids; is_answered: the answer did not fail."""
         amounts = {
             f"requests {model}": int(is_answered),
             f"prompt_tokens {model}": prompt_tokens,
@@ -3157,27 +3164,27 @@ Labels = tuple[tuple[str, str], ...]
 Series = tuple[str, Labels]  # the metric's name, and its labels
 
 MAX_MODEL_LABELS = 100
-MAX_LABEL = 128  # characters of one
+MAX_LABEL = 128  # characters
 
 
 class Metrics:
-    """Everything that is counted while the process runs."""
+    """Counters and histograms of this process."""
 
     def __init__(self, models: Iterable[str] = ()) -> None:
-        """models: the ids that are labels from the start."""
+        """models: the ids that are always labels."""
         self._models = set(models)
-        self._api_models: set[str] = set()  # of APIs, that have answered
+        self._api_models: set[str] = set()  # ids of APIs' models that have answered
         self._lock = threading.Lock()  # guards both
         self._counters: dict[Series, float] = {}
-        # Of each the counts by bucket, the last of them for all above, and the sum
+        # Counts by bucket, the count above the last bucket, and the sum
         self._histograms: dict[Series, list[float]] = {}
 
     def count(self, metric: str, labels: Mapping[str, str]) -> None:
         self.record({(metric, tuple(labels.items())): 1}, {})
 
     def record(self, amounts: Mapping[Series, float], durations: Mapping[Series, float]) -> None:
-        """Add to counters, and to histograms (seconds). All at once, because at 64 chats at a time a lock costs more
-        than what it guards."""
+        """Add to counters, and to histograms (seconds). One call for all: with 64 concurrent chats, the lock costs more
+        than the additions."""
         with self._lock:
             for series, amount in amounts.items():
                 self._counters[series] = self._counters.get(series, 0) + amount
@@ -3187,7 +3194,7 @@ class Metrics:
                 histogram[-1] += seconds
 
     def model_label(self, provider: str, model: str, has_answered: bool) -> str:
-        """The model's id if it is one of a bounded number, else "other": an entry `*` of MODELS accepts any id."""
+        """Return the model's id, or "other" to bound the number of labels: an entry `*` in MODELS accepts any id."""
         if model in self._models:
             return model
         is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/") and len(model) <= MAX_LABEL
@@ -6473,21 +6480,19 @@ def serve(settings: Settings, demo: bool) -> int:
 ########################################################################################################################
 # Appendices
 #
-# The application serves the description and the page, and the command line starts the demo upstream: the only uses of
-# what stands below.
+# The application serves the description and the page. The command line starts the demo upstream.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Demo upstream
 #
-# A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
-# so `--demo` runs the real code path without internet.
+# A small stand-in for the web chat, with its page, nonce, form and JSON. `--demo` runs the real code without internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """A web chat without a model: its answers say so, and repeat what reached it."""
+    """A web chat without a model, whose answers say so and repeat the messages that it received."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -6495,7 +6500,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     @classmethod
     def start(cls) -> str:
-        """Serve on a free loopback port from a thread of its own; the address, without a path."""
+        """Serve on a free loopback port in a new thread. Return the address without a path."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
         threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
         return f"http://127.0.0.1:{server.server_address[1]}"
@@ -6537,7 +6542,7 @@ def demo_answer(prompt: str, model: str) -> str:
     if name and not has_result:
         return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
     if JSON_ONLY in prompt:
-        return "[] {}"  # the reader takes the one of the right type
+        return "[] {}"  # the parser takes the document of the right type
     lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
         f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
@@ -6552,7 +6557,7 @@ def demo_answer(prompt: str, model: str) -> str:
 
 
 def named_object(name: str, fields: Schema) -> Schema:
-    """Return the schema of an object that says in `object` what it is, as all of OpenAI's do."""
+    """Return the schema of an object whose field `object` names its type."""
     return object_of({"object": {"type": "string", "const": name}, **fields})
 
 
@@ -6667,7 +6672,7 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Page
 #
-# The page at / and /docs, which needs nothing from the internet.
+# The page at / and /docs. It loads nothing from the internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
@@ -6944,7 +6949,7 @@ key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps 
 
 
 def page_headers() -> dict[str, str]:
-    """A content security policy: only the page's own script and style, and requests to this server."""
+    """Return headers of the page. Its policy allows only its own script and style, and requests to this server."""
     policy = (
         "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
