@@ -148,8 +148,7 @@ def matching(pattern: str, accepts: str) -> SettingType:
 
 
 def split_commas(text: str) -> list[str]:
-    entries = map(str.strip, text.split(","))
-    return [entry for entry in entries if entry]
+    return list(filter(None, map(str.strip, text.split(","))))
 
 
 def comma_separated(pattern: str, accepts: str) -> SettingType:
@@ -542,7 +541,12 @@ class APIError(Exception):
         return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
     def body(self) -> JSONObject:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }}
 
 
 NO_SDK_RETRY = {"x-should-retry": "false"}  # obeyed by OpenAI's SDKs
@@ -576,7 +580,11 @@ def finite(text: str) -> float:
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # lone surrogates enter only as escapes
-LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
+LINE_SEPARATORS = {  # some clients split events at these characters
+    "\x85": "\\u0085",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
 
 MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
 # In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
@@ -649,10 +657,8 @@ def plain_line(answer: Any, secret: str = "") -> str:
     """Convert an upstream's message (a string, an object or None) to one line of at most 300 characters, no HTML."""
     if isinstance(answer, dict):
         answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
-    if answer is None:
-        answer = ""
-    elif not isinstance(answer, str):
-        answer = json.dumps(answer, ensure_ascii=False)
+    if not isinstance(answer, str):
+        answer = json.dumps(answer, ensure_ascii=False) if answer else ""
     text = unescape(MARKUP.sub(" ", answer[:10_000]))
     line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
@@ -727,7 +733,12 @@ def request_object_by_type(
     return request_object({}, types, allOf=rules)
 
 
-MAXIMA = {"maximum": "", "maxItems": "", "maxLength": " characters", "maxProperties": " fields"}  # and their units
+MAXIMA = {  # with their units
+    "maximum": "",
+    "maxItems": "",
+    "maxLength": " characters",
+    "maxProperties": " fields",
+}
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
     "array": (list, "a list"),
@@ -739,8 +750,7 @@ TYPES: dict[str, tuple[Any, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Violation:
+class Violation(NamedTuple):
     """A part of a value that breaks its schema: its path, such as messages[0].role, and the schema of that part."""
 
     path: str
@@ -982,10 +992,6 @@ class ChatRequest:
         )
 
     @cached_property
-    def system(self) -> list[Message]:
-        return [message for message in self.messages if is_system(message)]
-
-    @cached_property
     def turns(self) -> list[Turn]:
         """Group the messages, without system messages, into turns: each begins with a user's message."""
         turns: list[list[Message]] = []
@@ -1048,7 +1054,7 @@ def names_function(choice: Any) -> TypeGuard[JSONObject]:
 
 def must_call(choice: Any) -> bool:
     if allows_tools(choice):
-        return bool(choice["allowed_tools"]["mode"] == "required")
+        choice = choice["allowed_tools"]["mode"]
     return choice not in (None, "none", "auto")
 
 
@@ -1190,7 +1196,7 @@ def grown(known: Any, value: Any, name: str) -> Any:
             if type(known) is not list:
                 known = []
             known.append(entry)
-    return [] if known is None else known
+    return known or []
 
 
 def plain_value(whole: Any) -> Any:
@@ -1385,7 +1391,7 @@ class ChatCompletion:
         self._head["object"] = self.kind
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
-            choice["logprobs"] = choice.get("logprobs")
+            choice.setdefault("logprobs", None)
             choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
         return dump_json(self._with_head(completion))
@@ -1460,7 +1466,8 @@ INPUT_PART = request_object_by_type({
     "refusal": request_object({"refusal": STRING}),
     "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
     "input_file": any_of(
-        request_object({"file_data": NON_EMPTY}, FILE_FIELDS), request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
+        request_object({"file_data": NON_EMPTY}, FILE_FIELDS),
+        request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
 })
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
 CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
@@ -1535,7 +1542,9 @@ def as_message(item: JSONObject) -> Message:
     if kind.endswith("_output"):
         content = as_content(read_parts(item["output"]))
         return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-    arguments = item["arguments"] if kind == "function_call" else dump_json({"input": item["input"]}).decode()
+    arguments = item.get("arguments")
+    if kind == "custom_tool_call":
+        arguments = dump_json({"input": item["input"]}).decode()
     function = {"name": function_name(item), "arguments": arguments}
     call = {"id": item["call_id"], "type": "function", "function": function}
     return {"role": "assistant", "tool_calls": [call]}
@@ -1543,7 +1552,12 @@ def as_message(item: JSONObject) -> Message:
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
     """Join consecutive messages of an assistant. Yield no message for reasoning without text or calls."""
-    answer: Message = {"role": "assistant", "content": [], "reasoning_content": [], "tool_calls": []}
+    answer: Message = {
+        "role": "assistant",
+        "content": [],
+        "reasoning_content": [],
+        "tool_calls": [],
+    }
     for message in messages:
         for name in message.keys() - {"role"}:
             answer[name] += message[name]
@@ -1709,7 +1723,8 @@ class ResponsesRequest:
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        messages = read_items(resolve_references(items, find_item), bool(body.get("previous_response_id")))
+        continues_previous = bool(body.get("previous_response_id"))
+        messages = read_items(resolve_references(items, find_item), continues_previous)
         if not messages:
             raise bad_request("'input' has no message.", "input")
         request = cls(body, messages, [], {}, set())
@@ -1822,7 +1837,8 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # interleaves them: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_ITEMS = 1000  # of one response; an item is a hundred times larger than the bytes that begin it
+# Of one response: an item is a hundred times larger than the bytes that begin it
+MAX_ITEMS = 1000
 
 
 def custom_input(arguments: str) -> str:
@@ -1918,7 +1934,10 @@ class OutputItem:
         self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
-INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}  # by finish reason
+INCOMPLETE_REASONS = {  # by finish reason
+    "length": "max_output_tokens",
+    "content_filter": "content_filter",
+}
 ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "instructions": None,
@@ -1950,7 +1969,9 @@ class ResponseWriter:
     record: is called with the complete response, before the client can see that the response is complete.
     """
 
-    def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None) -> None:
+    def __init__(
+        self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None,
+    ) -> None:
         self.headers: Headers = {}
         self._request = request
         self._record = record
@@ -2006,7 +2027,10 @@ class ResponseWriter:
 
     def _begin(self) -> list[JSONObject]:
         response = self._response("in_progress")
-        return [{"type": f"response.{step}", "response": response} for step in ("created", "in_progress")]
+        return [
+            {"type": "response.created", "response": response},
+            {"type": "response.in_progress", "response": response},
+        ]
 
     def _item_events(self) -> Iterator[JSONObject]:
         """Yield the events of items in order: events of an item wait until all items before it are done."""
@@ -2035,7 +2059,8 @@ class ResponseWriter:
         fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}", "name": tool.name}
         if tool.namespace:
             fields["namespace"] = tool.namespace
-        self._calls[call["index"]] = self._begin_item(CUSTOM_CALL if tool.is_custom else FUNCTION_CALL, fields)
+        kind = CUSTOM_CALL if tool.is_custom else FUNCTION_CALL
+        self._calls[call["index"]] = self._begin_item(kind, fields)
 
     def _begin_item(self, kind: ItemKind, fields: JSONObject) -> OutputItem:
         """Begin an item. End the item before, unless more of it may come."""
@@ -2044,7 +2069,8 @@ class ResponseWriter:
             raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
-        if kind.prefix == "rs" and "reasoning.encrypted_content" in (self._request.body.get("include") or ()):
+        included = self._request.body.get("include") or ()
+        if kind.prefix == "rs" and "reasoning.encrypted_content" in included:
             fields["encrypted_content"] = None
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
@@ -2109,7 +2135,8 @@ def response_of(item_id: str) -> str:
 
 
 def write_event(event: JSONObject, number: int) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), dump_json({**event, "sequence_number": number}))
+    data = dump_json({**event, "sequence_number": number})
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), data)
 
 
 ########################################################################################################################
@@ -2231,8 +2258,11 @@ class Store:
 
 def store_unavailable() -> APIError:
     return APIError(
-        503, "The session store is unavailable; see the server's log. Requests without 'user' and "
-        "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
+        503,
+        "The session store is unavailable; see the server's log. Requests without 'user' and "
+        "'previous_response_id', and with 'store': false, still work.",
+        "server_error",
+        "session_store_unavailable")
 
 
 def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
@@ -2330,7 +2360,8 @@ class MemoryStore(Store):
 # Common code of stores outside of this process: they fail and recover, and another version may have written them.
 # ----------------------------------------------------------------------------------------------------------------------
 
-STORE_FORMAT = 2  # of the data in SQLite and Redis; format 1 had sessions in tables, lists and hashes
+# Of the data in SQLite and Redis; format 1 had sessions in tables, lists and hashes
+STORE_FORMAT = 2
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
@@ -2393,22 +2424,34 @@ SQLITE_TABLES = (
     "DROP TABLE IF EXISTS totals",
     # Each put gives a document a new number: its version and its place in the order of use, independent of the clock
     """CREATE TABLE documents (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
-        created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        owner TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        created REAL NOT NULL,
+        used REAL NOT NULL,
+        turns INTEGER NOT NULL,
+        data BLOB NOT NULL,
         UNIQUE (owner, kind, name))""",
     "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
     "CREATE INDEX documents_by_use ON documents (used, kind)",
     """CREATE TABLE IF NOT EXISTS counters (
-        owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
-        expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
+        owner TEXT NOT NULL,
+        period TEXT NOT NULL,
+        name TEXT NOT NULL,
+        value INTEGER NOT NULL,
+        expires REAL NOT NULL,
+        PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
     f"PRAGMA application_id = {SQLITE_APPLICATION}",
     f"PRAGMA user_version = {STORE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
-    "PRAGMA auto_vacuum = INCREMENTAL",  # has an effect only on an empty file
+    # This one has an effect only on an empty file
+    "PRAGMA auto_vacuum = INCREMENTAL",
     "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # commits survive the end of the process; a power failure may lose the latest
+    # Commits survive the end of the process; a power failure may lose the latest
+    "PRAGMA synchronous = NORMAL",
     "PRAGMA journal_size_limit = 4194304",
 )
 
@@ -2448,7 +2491,8 @@ class SQLiteStore(SharedStore):
     def load(self, key: DocumentKey) -> Document | None:
         rows = self._select(
             "SELECT created, used, turns, data, number FROM documents "
-            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
+            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+            *key, self.expiry_cutoff())
         return Document(*rows[0]) if rows else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
@@ -2457,22 +2501,26 @@ class SQLiteStore(SharedStore):
         cutoff = self.expiry_cutoff()
         with self._transaction() as db:
             [version] = db.execute(
-                "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                "SELECT ifnull(max(number), 0) FROM documents "
+                "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, cutoff)).fetchone()
             if expected not in (ANY_VERSION, version):
                 return False
             db.execute(
-                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
             # A clock that was ahead would make these documents expire late
             db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
             # Only two: deleting 16 MiB takes 0.1 s, during which no other process can write
             db.execute(
-                "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 2)",
+                "DELETE FROM documents WHERE number IN "
+                "(SELECT number FROM documents WHERE used <= ? LIMIT 2)",
                 (cutoff,))
             db.execute(
                 "DELETE FROM documents WHERE number IN "
-                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? "
+                "ORDER BY number DESC LIMIT -1 OFFSET ?)",
                 (owner, kind, self.max_documents(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
@@ -2489,14 +2537,16 @@ class SQLiteStore(SharedStore):
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         rows = self._select(
-            "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
-            "ORDER BY number", owner, kind, self.expiry_cutoff())
+            "SELECT name, created, used, turns FROM documents "
+            "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
+            owner, kind, self.expiry_cutoff())
         return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        rows = self._select(
-            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
-        return int(rows[0][0])
+        [(count,)] = self._select(
+            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
+            self.expiry_cutoff(), REASONING)
+        return int(count)
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
@@ -2515,7 +2565,7 @@ class SQLiteStore(SharedStore):
 
     def _select(self, query: str, *values: Any) -> list[Any]:
         with self._executed(query, values, is_write=False) as rows:
-            return list(rows.fetchall())
+            return list(rows)
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -2566,7 +2616,12 @@ class SQLiteStore(SharedStore):
             # O_EXCL does not follow links, and sqlite3 would create the target with mode 0644
             file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(
+            self._path,
+            timeout=STORE_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         self._prepare(self._db)
         self._file = os.stat(self._path)
 
@@ -2685,8 +2740,11 @@ class RedisStore(SharedStore):
         super().__init__(ttl, limit)
         self._redis = connect_redis(url)
         import redis
-        # Malformed replies and documents raise the errors after OSError
-        self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
+        self.failures = (
+            StoreError, redis.RedisError, OSError,
+            # Malformed replies and documents raise these
+            AttributeError, LookupError, TypeError, ValueError,
+        )
         self._put = self._redis.register_script(PUT_DOCUMENT)
         self._is_format_known = False
         try:
@@ -2715,10 +2773,11 @@ class RedisStore(SharedStore):
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, name = key
         keys = [index_name(owner, kind), REDIS_INDEXES]
-        milliseconds = max(1, int(self.ttl * 1000))
+        milliseconds = int(self.ttl * 1000)
         head = dump_json([document.created, document.used, document.turns])
         arguments = [
-            name, expected, milliseconds, self.max_documents(kind), "head", head, "data", document.data,
+            name, expected, milliseconds, self.max_documents(kind),
+            "head", head, "data", document.data,
         ]
         with self._client(is_write=True):
             return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
@@ -2764,7 +2823,10 @@ class RedisStore(SharedStore):
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
-            return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
+            return [
+                {name.decode(): int(value) for name, value in counters.items()}
+                for counters in pipe.execute()
+            ]
 
     @contextmanager
     def _client(self, is_write: bool = False) -> Iterator[Any]:
@@ -2921,7 +2983,12 @@ class Sessions:
         return self.store.delete((owner, kind, name))
 
     def record_response(
-        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
+        self,
+        owner: str,
+        opened: Session,
+        response: JSONObject,
+        system: Iterable[Message],
+        turns: Iterable[Turn],
     ) -> None:
         """Store a response with its conversation, which later responses may continue."""
         head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
@@ -2959,7 +3026,7 @@ USAGE_DAYS = 31
 
 def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
     """Return the limit of a key by its name, else the limit for all keys. 0 means no limit."""
-    return limits.get(client.name or "", limits.get("", 0))
+    return limits.get(client.name or "", limits[""])
 
 
 def utc_date(now: float) -> str:
@@ -2967,7 +3034,8 @@ def utc_date(now: float) -> str:
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + (USAGE_DAYS + 1) * DAY)
+    expires = now - now % DAY + (USAGE_DAYS + 1) * DAY
+    return CounterKey(client.owner, f"day {utc_date(now)}", expires)
 
 
 def duration(seconds: float) -> str:
@@ -3075,23 +3143,34 @@ class UsageLimits:
             headers.update(limit_headers("tokens", tokens_limit, used_tokens, day_reset))
         has_quota = not tokens_limit or used_tokens < tokens_limit
         if requests_limit:
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now + minute_reset + MINUTE)
+            expires = now + minute_reset + MINUTE
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", expires)
             counters = self._counters.add(minute, {"requests": int(has_quota)})
             used_requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, used_requests, minute_reset))
         if not has_quota:
             raise APIError(
-                429, f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
-                "insufficient_quota", "insufficient_quota",
+                429,
+                f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
+                "insufficient_quota",
+                "insufficient_quota",
                 headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
         if used_requests > requests_limit:
             raise APIError(
-                429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
-                "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(minute_reset))})
+                429,
+                f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+                headers={**headers, "Retry-After": str(ceil(minute_reset))})
         return headers
 
     def record(
-        self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
+        self,
+        client: ClientKey,
+        model: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        is_answered: bool,
     ) -> None:
         """Count the tokens of an answer. model: of a bounded set of ids; is_answered: the answer did not fail."""
         amounts = {
@@ -3197,8 +3276,9 @@ class Metrics:
         """Return the model's id, or "other" to bound the number of labels: an entry `*` in MODELS accepts any id."""
         if model in self._models:
             return model
-        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/") and len(model) <= MAX_LABEL
-        if is_of_api and has_answered and len(self._api_models) < MAX_MODEL_LABELS:
+        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/")
+        has_room = len(self._api_models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
+        if is_of_api and has_room and has_answered:
             self._api_models.add(model)
         return model if model in self._api_models else "other"
 
@@ -4077,7 +4157,7 @@ def write_prompt(request: ChatRequest, history: Turns, limit: int, remark: str =
     last_round = rounds.pop() if rounds else ()
     prompt = Prompt(
         limit,
-        system=join_lines(map(text_of, request.system)),
+        system=join_lines(map(text_of, filter(is_system, request.messages))),
         how_to_call=how_to_call(request),
         tools=list(map(describe_tool, request.tools)),
         rules=join_lines([form_instruction(request), remark]),
@@ -4991,7 +5071,8 @@ class OpenAIProvider(Provider):
         messages = request.messages
         if asked.history:
             turns = append_turns(asked.history, request.turns)
-            messages = [*request.system, *itertools.chain.from_iterable(turns)]
+            system = filter(is_system, request.messages)
+            messages = [*system, *itertools.chain.from_iterable(turns)]
         body = {
             **request.body,
             "model": asked.model,
@@ -6507,7 +6588,8 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         config = json.dumps({"ajax_url": "/wp-admin/admin-ajax.php", "nonce": self.nonce})
-        self.reply(200, "text/html", f"<html><script>var kimi_ajax = {config};</script></html>".encode())
+        page = f"<html><script>var kimi_ajax = {config};</script></html>"
+        self.reply(200, "text/html", page.encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -6635,7 +6717,8 @@ def operation(route: Route) -> JSONObject:
     """Describe a route."""
     answer = content_of(route.answer)
     if route.event:
-        event = object_of({"data": {**STRING, "description": route.event}}, description="each event of the stream")
+        data = {**STRING, "description": route.event}
+        event = object_of({"data": data}, description="each event of the stream")
         answer["text/event-stream"] = {"schema": event}
     described: JSONObject = {
         "summary": route.summary,
@@ -6644,9 +6727,10 @@ def operation(route: Route) -> JSONObject:
             "default": {"description": "an error", "content": content_of("Error")},
         },
     }
-    parameter = re.search(r"<(\w+)", route.rule)
-    if parameter:
-        described["parameters"] = [{"name": parameter[1], "in": "path", "required": True, "schema": STRING}]
+    name = re.search(r"<(\w+)", route.rule)
+    if name:
+        parameter = {"name": name[1], "in": "path", "required": True, "schema": STRING}
+        described["parameters"] = [parameter]
     if route.request:
         described["requestBody"] = {"required": True, "content": content_of(route.request)}
     if route.is_public:
@@ -6662,9 +6746,16 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "info": {
+            "title": "kimi2api",
+            "version": __version__,
+            "license": {"name": "Apache-2.0"},
+        },
         "security": [{"key": []}] if key_required else [],
-        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
         "paths": paths,
     }
 
