@@ -457,7 +457,7 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-# Of the last three groups, one matches: the value
+# One of the last three groups matches: the value
 ENV_LINE = re.compile(r"""
     \s* (?:export\s+)? (?P<name>\w+) \s*=\s*
     (?: "([^"]*)" | '([^']*)' | (?P<bare>.*?) )
@@ -2447,7 +2447,7 @@ SQLITE_TABLES = (
     f"PRAGMA user_version = {STORE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
-    # This one has an effect only on an empty file
+    # auto_vacuum has an effect only on an empty file
     "PRAGMA auto_vacuum = INCREMENTAL",
     "PRAGMA journal_mode = WAL",
     # Commits survive the end of the process; a power failure may lose the latest
@@ -2512,7 +2512,7 @@ class SQLiteStore(SharedStore):
                 (*key, document.created, document.used, document.turns, document.data))
             # A clock that was ahead would make these documents expire late
             db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
-            # Only two: deleting 16 MiB takes 0.1 s, during which no other process can write
+            # Delete only two: deleting 16 MiB takes 0.1 s, during which no other process can write
             db.execute(
                 "DELETE FROM documents WHERE number IN "
                 "(SELECT number FROM documents WHERE used <= ? LIMIT 2)",

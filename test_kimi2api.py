@@ -1721,6 +1721,11 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
         pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
         pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
+        pytest.param(
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}]}},
+            "tool_choice.tools[0].name",
+            id="allowed tool without a name",
+        ),
         pytest.param({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", id="no schema"),
         pytest.param({"max_output_tokens": 0}, "max_output_tokens", id="no tokens"),
         pytest.param({"user": "x" * 513}, "user", id="long user"),
