@@ -59,7 +59,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from hashlib import sha256
 from html import unescape
 from http.client import HTTPException, HTTPResponse, parse_headers
@@ -101,8 +101,8 @@ Turns = tuple[Turn, ...]
 ########################################################################################################################
 # Part 1: Settings
 #
-# Every setting stands in one table, which the environment, `.env`, flags, `--help` and the README share. A value is
-# checked when it is read, so the rest of the program can trust it.
+# One table defines all settings: the environment, `.env`, flags, `--help` and the README follow it. A value is checked
+# when it is read, so the rest of the program can trust it.
 ########################################################################################################################
 
 
@@ -114,7 +114,7 @@ Turns = tuple[Turn, ...]
 
 
 class SettingError(Exception):
-    """A setting that does not parse, or a combination that is not allowed: the program does not start."""
+    """A setting that does not parse, or a combination that is not allowed. The program does not start."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,14 @@ def matching(pattern: str, accepts: str) -> SettingType:
 
 
 def split_commas(text: str) -> list[str]:
-    entries = map(str.strip, text.split(","))
-    return [entry for entry in entries if entry]
+    return list(filter(None, map(str.strip, text.split(","))))
 
 
 def comma_separated(pattern: str, accepts: str) -> SettingType:
+    entry = matching(pattern, accepts)
+
     def parse(text: str) -> tuple[str, ...]:
-        entries = split_commas(text)
-        if not all(re.fullmatch(pattern, entry) for entry in entries):
-            raise ValueError
-        return tuple(entries)
+        return tuple(map(entry.parse, split_commas(text)))
 
     return SettingType(f"{accepts}; several are separated by commas", parse)
 
@@ -171,7 +169,7 @@ def parse_model_table(text: str) -> dict[str, str]:
         table[model] = upstream_name
     if not table:
         raise ValueError
-    return table
+    return {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class ClientKey:
 
     @cached_property
     def owner(self) -> str:
-        """The hash that sessions and counters are kept under."""
+        """Return the hash of the key, under which sessions and counters are stored."""
         return sha256(self.key.encode()).hexdigest()[:32]
 
 
@@ -211,57 +209,39 @@ def parse_limits(text: str) -> dict[str, int]:
     return {"": 0, **limits}
 
 
-def parse_url(text: str) -> str:
+def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+    if parts.scheme not in schemes or not parts.hostname or parts.port == 0:
         raise ValueError
     return text
 
 
 def parse_store(text: str) -> str:
-    kind, _, rest = text.partition(":")
-    if kind in ("redis", "rediss"):
-        parts = urlsplit(text)
-        if not parts.hostname or parts.port == 0:
-            raise ValueError
-    elif text != "memory" and (kind != "sqlite" or not rest or "\0" in rest):
-        raise ValueError
-    return text
+    if text == "memory" or re.fullmatch(r"sqlite:[^\0]+", text):
+        return text
+    return parse_url(text, ("redis", "rediss"))
 
 
 TEXT = SettingType("any text", str)
-HOST = SettingType("a host's name or address", lambda text: text.strip("[]"))
 URL = SettingType("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-CLIENT_KEYS = SettingType(
-    "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
-    parse_client_keys)
 LIMITS = SettingType("a whole number, and name=number for named keys, separated by commas", parse_limits)
-MODEL_TABLE = SettingType("`id=upstream name`, separated by commas", parse_model_table)
-MODEL_IDS = comma_separated(r"\S+", "a model's id")
-ORIGINS = comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example")
-API_NAMES = comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi")
-STORE = SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store)
-LOG_LEVEL = matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
 
-WEB_CHAT = "kimi"  # as the name of a provider, beside those of the APIs
+WEB_CHAT = "kimi"  # the name of its provider
 
 
 def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any:
-    return field(
-        default_factory=lambda: setting_type.parse(default),
-        metadata={"default": default, "meaning": meaning, "type": setting_type},
-    )
+    return field(metadata={"default": default, "meaning": meaning, "type": setting_type})
 
 
 @dataclass(frozen=True)
 class API:
-    """An OpenAI-style API: where it is, and this server's key for it."""
+    """An OpenAI-style API: its name, its address and this server's key for it."""
 
     name: str
     base_url: str
@@ -273,88 +253,136 @@ class Settings:
     """All settings, parsed. The name of a setting is the name of its field in capitals."""
 
     api_master_key: tuple[ClientKey, ...] = setting(
-        "", "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
-        "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call", CLIENT_KEYS)
+        "",
+        "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
+        "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call",
+        SettingType(
+            "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
+            parse_client_keys))
     api_host: str = setting(
-        "127.0.0.1", "address to listen on; one that is not loopback needs a key", HOST)
+        "127.0.0.1",
+        "address to listen on; one that is not loopback needs a key",
+        SettingType("a host's name or address", lambda text: text.strip("[]")))
     api_port: int = setting(
-        "8088", "port to listen on; 0 takes a free one", integer(0, 65535))
+        "8088",
+        "port to listen on; 0 takes a free one",
+        integer(0, 65535))
     max_concurrent_chats: int = setting(
-        "64", "chats running at once; one more is answered 429", integer(1, 4096))
+        "64",
+        "chats running at once; one more is answered 429",
+        integer(1, 4096))
     session_cache_ttl: float = setting(
-        "3600", "seconds a session lives after its last turn", number(1, 1e9))
+        "3600",
+        "seconds a session lives after its last turn",
+        number(1, 1e9))
     max_session_size: int = setting(
-        "1000", "sessions kept for each key, and as many stored responses; the least recently used goes first",
+        "1000",
+        "sessions kept for each key, and as many stored responses; the least recently used goes first",
         integer(1, 10**9))
     requests_per_minute: dict[str, int] = setting(
-        "0", "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own", LIMITS)
+        "0",
+        "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own",
+        LIMITS)
     tokens_per_day: dict[str, int] = setting(
-        "0", "tokens per key and day (UTC), 0: no limit; in the same form", LIMITS)
+        "0",
+        "tokens per key and day (UTC), 0: no limit; in the same form",
+        LIMITS)
     session_store: str = setting(
-        "memory", "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
-        "`rediss://…` (extra `redis`)", STORE)
+        "memory",
+        "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
+        "`rediss://…` (extra `redis`)",
+        SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store))
     request_timeout: float = setting(
-        "60", "seconds one upstream attempt may take", number(0.1, 86400))
+        "60",
+        "seconds one upstream attempt may take",
+        number(0.1, 86400))
     max_retries: int = setting(
-        "3", "further attempts after a failure that is safe to retry", integer(0, 100))
+        "3",
+        "further attempts after a failure that is safe to retry",
+        integer(0, 100))
     context_max_length: int = setting(
-        "1000", "characters the web chat takes in one message", integer(1, 10**9))
+        "1000",
+        "characters the web chat takes in one message",
+        integer(1, 10**9))
     default_model: str = setting("kimi", "model of a request that names none")
     models: dict[str, str] = setting(
         "kimi=moonshotai/Kimi-K2-Instruct-0905,kimi-k2-instruct-0905=moonshotai/Kimi-K2-Instruct-0905,"
         "kimi-k2-instruct=moonshotai/Kimi-K2-Instruct",
-        "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id", MODEL_TABLE)
+        "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id",
+        SettingType("`id=upstream name`, separated by commas", parse_model_table))
     stream_interval_ms: float = setting(
-        "20", "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
+        "20",
+        "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
         number(0, 1000))
     stream_max_seconds: float = setting(
-        "2", "a replay never takes longer than this: pieces grow instead", number(0, 3600))
+        "2",
+        "a replay never takes longer than this: pieces grow instead",
+        number(0, 3600))
     sse_keepalive: float = setting(
-        "10", "seconds of silence before a keep-alive comment", number(0.05, 3600))
+        "10",
+        "seconds of silence before a keep-alive comment",
+        number(0.05, 3600))
     shutdown_grace: float = setting(
-        "30", "seconds that running chats get after SIGTERM or Ctrl-C", number(0, 86400))
+        "30",
+        "seconds that running chats get after SIGTERM or Ctrl-C",
+        number(0, 86400))
     max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
     moonshot_api_key: str = setting(
-        "", "key of Moonshot's own API; its models are then `moonshot/…`", ASCII_KEY)
+        "",
+        "key of Moonshot's own API; its models are then `moonshot/…`",
+        ASCII_KEY)
     moonshot_base_url: str = setting(
-        "https://api.moonshot.ai/v1", "the Chinese site's is `https://api.moonshot.cn/v1`", URL)
+        "https://api.moonshot.ai/v1",
+        "the Chinese site's is `https://api.moonshot.cn/v1`",
+        URL)
     deepseek_api_key: str = setting(
-        "", "key of DeepSeek's API; its models are then `deepseek/…`", ASCII_KEY)
+        "",
+        "key of DeepSeek's API; its models are then `deepseek/…`",
+        ASCII_KEY)
     deepseek_base_url: str = setting("https://api.deepseek.com/v1", "base URL of DeepSeek's API", URL)
     qianfan_api_key: str = setting(
-        "", "key of Baidu's Qianfan; its models are then `qianfan/…`", ASCII_KEY)
+        "",
+        "key of Baidu's Qianfan; its models are then `qianfan/…`",
+        ASCII_KEY)
     qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "base URL of Qianfan", URL)
     providers: tuple[str, ...] = setting(
-        "", "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
-        "asks for one, `LOCAL_API_KEY`", API_NAMES)
+        "",
+        "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
+        "asks for one, `LOCAL_API_KEY`",
+        comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi"))
     fallback_models: tuple[str, ...] = setting(
-        "", "models to ask, in this order, when the one asked for cannot answer, separated by commas", MODEL_IDS)
+        "",
+        "models to ask, in this order, when the one asked for cannot answer, separated by commas",
+        comma_separated(r"\S+", "a model's id"))
     cors_origins: tuple[str, ...] = setting(
-        "", "origins that may call from a browser, separated by commas. "
-        "Empty: any when a key is set, else only those of this machine", ORIGINS)
+        "",
+        "origins that may call from a browser, separated by commas. "
+        "Empty: any when a key is set, else only those of this machine",
+        comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example"))
     upstream_url: str = setting(
-        "https://kimi-ai.chat/wp-admin/admin-ajax.php", "the web chat's endpoint", URL)
+        "https://kimi-ai.chat/wp-admin/admin-ajax.php",
+        "the web chat's endpoint",
+        URL)
     chat_page_url: str = setting(
-        "https://kimi-ai.chat/chat/", "the page that carries the nonce", URL)
-    log_level: str = setting("INFO", "DEBUG, INFO, WARNING or ERROR", LOG_LEVEL)
-    apis: Mapping[str, API] = field(default_factory=dict)  # no setting of its own: the APIs in use, by name
+        "https://kimi-ai.chat/chat/",
+        "the page that carries the nonce",
+        URL)
+    log_level: str = setting(
+        "INFO",
+        "DEBUG, INFO, WARNING or ERROR",
+        matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
+    apis: Mapping[str, API] = field(default_factory=dict)  # by name; derived from other settings
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
         """Load settings from mappings of names in capitals to text. The first mapping that has a name wins.
 
-        An empty text counts as not set, because `${NAME:-}` in a compose file leaves an empty text.
+        A blank text counts as not set, because `${NAME:-}` in a compose file leaves an empty text.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
-        def lookup(name: str) -> str:
-            for source in sources:
-                text = source.get(name)
-                if text:
-                    return text.strip()
-            return ""
-
         def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
-            text = lookup(name) or default
+            texts = [(source.get(name) or "").strip() for source in sources]
+            text = next(filter(None, texts), default)
             try:
                 return setting_type.parse(text)
             except ValueError:
@@ -365,10 +393,7 @@ class Settings:
 
         values = {}
         for f in cls.table():
-            name = f.name.upper()
-            values[f.name] = parsed(name, f.metadata["type"], f.metadata["default"])
-        table = values["models"]
-        values["models"] = {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
+            values[f.name] = parsed(f.name.upper(), f.metadata["type"], f.metadata["default"])
         presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
         for name in (*presets, *values["providers"]):
@@ -390,20 +415,15 @@ class Settings:
 
     def resolve(self, model: str) -> tuple[str, str] | None:
         """Return (provider, upstream model) for a model id, or None if no provider serves it."""
-        if model in self.models:
-            return self._split(self.models[model])
-        provider, own_name = self._split(model)
-        if provider != WEB_CHAT:
-            return provider, own_name
-        if "*" in self.models:
-            return self._split(self.models["*"])
-        return None
-
-    def _split(self, name: str) -> tuple[str, str]:
+        name = self.models.get(model, model)
         prefix, _, own_name = name.partition("/")
         if prefix in self.apis and own_name:
             return prefix, own_name
-        return WEB_CHAT, name
+        if model in self.models:
+            return WEB_CHAT, name
+        if "*" in self.models:
+            return self.resolve("*")
+        return None
 
     def check_host(self) -> None:
         """Raise SettingError if other machines can reach the address and no key is set."""
@@ -425,7 +445,6 @@ class Settings:
                 raise SettingError(f"{setting_name}: {name!r} is not the name of a key in API_MASTER_KEY")
 
 
-@lru_cache(maxsize=256)
 def is_loopback(host: str | None) -> bool:
     """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
@@ -438,9 +457,10 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+# One of the last three groups matches: the value
 ENV_LINE = re.compile(r"""
     \s* (?:export\s+)? (?P<name>\w+) \s*=\s*
-    (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<bare>.*?) )
+    (?: "([^"]*)" | '([^']*)' | (?P<bare>.*?) )
     \s* (?:(?<=\s)\#.*)? $""", re.X)
 
 
@@ -454,7 +474,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
                 if entry:
                     if entry["bare"] and entry["bare"][0] in "\"'":
                         raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
-                    values[entry["name"]] = entry["double"] or entry["single"] or entry["bare"] or ""
+                    values[entry["name"]] = entry[entry.lastindex or 0]
     except (OSError, UnicodeDecodeError) as error:
         if required or not isinstance(error, FileNotFoundError):
             raise SettingError(f"{path}: cannot be read: {error}") from None
@@ -464,7 +484,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 ########################################################################################################################
 # Part 2: Protocol
 #
-# What clients, this program and upstreams say to each other in chat completions. Pure functions and records: no I/O, no
+# Chat completions, as clients, this program and upstreams exchange them. Pure functions and records: no I/O, no
 # threads, no log, and no clock except for ids and times of creation.
 ########################################################################################################################
 
@@ -472,8 +492,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and JSON
 #
-# Every expected failure is an APIError; `body()` is the only place that has OpenAI's shape for it. JSON is read
-# strictly, by one reader for clients and one for upstreams, and written as UTF-8.
+# Every expected failure is an APIError, and `body()` alone gives it OpenAI's shape. JSON is parsed strictly, by one
+# parser for clients and one for upstreams, and written as UTF-8.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -481,8 +501,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    One error may be raised in several threads, so it is immutable by convention: `copy` makes a changed one. What is
-    kept is a copy: the traceback of a raised one holds all that its functions knew, a request of megabytes too.
+    An error is immutable by convention, because several threads may raise the same error: `copy` returns a changed
+    copy. Store only copies: the traceback of a raised error keeps local variables alive, even requests of megabytes.
     """
 
     status: int
@@ -499,7 +519,7 @@ class APIError(Exception):
         return self.message
 
     def copy(self, **changes: Any) -> APIError:
-        """The same error, but for some of its fields."""
+        """Return a copy with some fields changed, and without the traceback."""
         return replace(self, **changes)
 
     def with_headers(self, headers: Headers) -> APIError:
@@ -507,9 +527,9 @@ class APIError(Exception):
 
     @property
     def reason(self) -> str:
-        """What may go into the log and /health: without the prompt."""
+        """Describe the error for the log and /health, without the prompt."""
         code = self.code or self.type
-        # Upstream's own may quote the prompt too
+        # A code of the upstream may also quote the prompt
         if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
             code = "error"
         kind = f"{code} ({self.status})"
@@ -517,11 +537,16 @@ class APIError(Exception):
 
     @property
     def may_fall_back(self) -> bool:
-        """Whether another upstream may succeed: this one failed, or the prompt is too long for it."""
+        """Return whether another upstream may succeed: this upstream failed, or the prompt is too long for it."""
         return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
 
     def body(self) -> JSONObject:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }}
 
 
 NO_SDK_RETRY = {"x-should-retry": "false"}  # obeyed by OpenAI's SDKs
@@ -540,12 +565,12 @@ def invalid_response(upstream: str, what: str, retryable: bool = False) -> APIEr
 
 
 def random_hex() -> str:
-    """32 hex digits for ids that need not be secret; uuid4 makes a system call, which releases the GIL each time."""
+    """Return 32 hex digits for ids that need not be secret. uuid4 makes a system call, which releases the GIL."""
     return f"{random.getrandbits(128):032x}"
 
 
 def finite(text: str) -> float:
-    """Rejects NaN and Infinity, which Python reads although they are not JSON, and 1e999, which would become one."""
+    """Parse a number. Raises ValueError for NaN and Infinity, which Python accepts in JSON, and for 1e999."""
     value = float(text)
     if not isfinite(value):
         raise ValueError(f"{text[:20]} is not a number in JSON")
@@ -554,18 +579,22 @@ def finite(text: str) -> float:
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
-SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # the only way in for a lone surrogate
-LINE_SEPARATORS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}  # some clients split events there
+SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # lone surrogates enter only as escapes
+LINE_SEPARATORS = {  # some clients split events at these characters
+    "\x85": "\\u0085",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
 
-MAX_DEPTH = 300  # of JSON, so that all that walks through it may be recursive
-# Of one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds 300,000 tokens at once.
+MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
+# In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
 MAX_VALUES = 350_000
 
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
-    """Parse strict JSON. Raises ValueError also for more than `max_values` values, or more than MAX_DEPTH levels."""
+    """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = source.count("{") + source.count("[")
-    if brackets + source.count(",") > max_values:  # perhaps only in texts
+    if brackets + source.count(",") > max_values:  # perhaps only inside of strings
         outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
         if outside.count("{") + outside.count("[") + outside.count(",") > max_values:
             raise ValueError("too many values")
@@ -578,29 +607,33 @@ def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     return value
 
 
-def check_depth(value: Any) -> None:
-    """Raise ValueError for a value that is nested deeper than MAX_DEPTH."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for outer in level:
-            if isinstance(outer, dict):
-                inner.extend(outer.values())
-            elif isinstance(outer, list):
-                inner.extend(outer)
-        if not inner:
-            return
-        level = inner
-    raise ValueError("nested too deep")
+def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
+    """Raise ValueError for a value that is nested deeper than `max_depth` levels."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        if max_depth == 0:
+            raise ValueError("nested too deep")
+        for inner in value:
+            check_depth(inner, max_depth - 1)
 
 
 def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
-    """Parse an upstream's JSON, with U+FFFD for what cannot be encoded as UTF-8. Raises ValueError."""
+    """Parse an upstream's JSON, and replace what cannot be encoded as UTF-8 by U+FFFD. Raises ValueError."""
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     value = parse_json(source, max_values)
     if SURROGATE_ESCAPE.search(source):
         value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
     return value
+
+
+def parse_upstream_object(data: bytes, max_values: int = MAX_VALUES) -> JSONObject | None:
+    """Parse an upstream's JSON object. Return None for anything else."""
+    try:
+        value = parse_upstream_json(data, max_values)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def dump_json(value: Any) -> bytes:
@@ -612,7 +645,7 @@ def dump_json(value: Any) -> bytes:
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Return the text with U+FFFD for lone surrogates, which cannot be encoded as UTF-8."""
+    """Replace lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -621,13 +654,11 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def plain_line(answer: Any, secret: str = "") -> str:
-    """What upstream said (a string, an object or nothing) as one line of at most 300 characters, without HTML."""
+    """Convert an upstream's message (a string, an object or None) to one line of at most 300 characters, no HTML."""
     if isinstance(answer, dict):
         answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
-    if answer is None:
-        answer = ""
-    elif not isinstance(answer, str):
-        answer = json.dumps(answer, ensure_ascii=False)
+    if not isinstance(answer, str):
+        answer = json.dumps(answer, ensure_ascii=False) if answer else ""
     text = unescape(MARKUP.sub(" ", answer[:10_000]))
     line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
@@ -638,20 +669,19 @@ def plain_line(answer: Any, secret: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Schemas
 #
-# JSON Schema, as far as requests and answers need it: short ways to write a schema, and a search for the first part of
-# a value that violates it.
+# The part of JSON Schema that requests and answers need: functions that build schemas, and a search for violations.
 # ----------------------------------------------------------------------------------------------------------------------
 
 Schema = JSONObject
-STRING: Schema = {"type": "string"}
-NON_EMPTY: Schema = {"type": "string", "minLength": 1}
-NUMBER: Schema = {"type": "number"}
-INTEGER: Schema = {"type": "integer"}
-BOOLEAN: Schema = {"type": "boolean"}
-OBJECT: Schema = {"type": "object"}
-NULL: Schema = {"type": "null"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-POSITIVE: Schema = {"type": "integer", "minimum": 1}
+STRING = {"type": "string"}
+NON_EMPTY = {"type": "string", "minLength": 1}
+NUMBER = {"type": "number"}
+INTEGER = {"type": "integer"}
+BOOLEAN = {"type": "boolean"}
+OBJECT = {"type": "object"}
+NULL = {"type": "null"}
+COUNT = {"type": "integer", "minimum": 0}
+POSITIVE = {"type": "integer", "minimum": 1}
 
 
 def array(items: Schema, **bounds: int) -> Schema:
@@ -680,7 +710,7 @@ def request_object(required: Schema, optional: Schema | None = None, **more: Any
 def if_field(name: str, values: list[Any], then: Schema) -> Schema:
     """Return if/then keywords: if field `name` is one of `values`, the object must also match `then`.
 
-    None among the values: also if the field is absent.
+    None among the values also matches an absent field.
     """
     condition: Schema = {"properties": {name: {"enum": values}}}
     if None not in values:
@@ -688,9 +718,14 @@ def if_field(name: str, values: list[Any], then: Schema) -> Schema:
     return {"if": condition, "then": then}
 
 
-def request_object_by_type(records: Mapping[str, Schema], default: str | None = None) -> Schema:
-    """Return the schema of a request object whose `type` decides its fields. default: the type of one without."""
-    types = {"type": choice_of(*records)}
+def request_object_by_type(
+    records: Mapping[str, Schema], default: str | None = None, allow_others: bool = False,
+) -> Schema:
+    """Return the schema of a request object whose `type` decides its fields.
+
+    default: the type of an object without one; allow_others: objects of other types may have any fields.
+    """
+    types = {"type": STRING if allow_others else choice_of(*records)}
     rules = [if_field("type", [name], then) for name, then in records.items()]
     if default is None:
         return request_object(types, allOf=rules)
@@ -698,7 +733,12 @@ def request_object_by_type(records: Mapping[str, Schema], default: str | None = 
     return request_object({}, types, allOf=rules)
 
 
-MAXIMA = {"maximum": "", "maxItems": "", "maxLength": " characters", "maxProperties": " fields"}  # and their units
+MAXIMA = {  # with their units
+    "maximum": "",
+    "maxItems": "",
+    "maxLength": " characters",
+    "maxProperties": " fields",
+}
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
     "array": (list, "a list"),
@@ -710,69 +750,58 @@ TYPES: dict[str, tuple[Any, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Violation:
-    """Where a value breaks its schema: a path such as messages[0].role, and the schema that holds there."""
+class Violation(NamedTuple):
+    """A part of a value that breaks its schema: its path, such as messages[0].role, and the schema of that part."""
 
     path: str
     schema: Schema
 
-    @property
-    def depth(self) -> int:
-        return len(re.findall(r"\w+", self.path))
-
 
 def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | None:
-    """The first violation of a JSON schema by a value, or None. Knows the keywords that the schemas here use.
+    """Return the first violation of a JSON schema by a value, or None."""
+    return next(violations(value, schema, path), None)
 
-    For anyOf, report the deepest violation: it most likely belongs to the intended alternative.
+
+def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
+    """Yield the violations of a JSON schema. Supports only the keywords that the schemas here use.
+
+    For anyOf, yield the violation with the longest path: it most likely belongs to the intended alternative.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
         for option in schema["anyOf"]:
             violation = find_violation(value, option, path)
             if violation is None:
-                return None
-            if violation.depth > deepest.depth:
+                return
+            if len(violation.path) > len(deepest.path):
                 deepest = violation
-        return deepest
-    if not is_within_bounds(value, schema):
-        return Violation(path, schema)
-    if isinstance(value, dict):
-        return find_field_violation(value, schema, path)
-    if isinstance(value, list) and "items" in schema:
+        yield deepest
+    elif not is_within_bounds(value, schema):
+        yield Violation(path, schema)
+    elif isinstance(value, dict):
+        yield from field_violations(value, schema, path)
+    elif isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            violation = find_violation(item, schema["items"], f"{path}[{index}]")
-            if violation:
-                return violation
-    return None
+            yield from violations(item, schema["items"], f"{path}[{index}]")
 
 
-def find_field_violation(value: JSONObject, schema: Schema, path: str) -> Violation | None:
+def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[Violation]:
     prefix = f"{path}." if path else ""
+    known = schema.get("properties", {})
     for name in schema.get("required", ()):
         if name not in value:
-            return Violation(prefix + name, schema["properties"][name])
-    for name, field_schema in schema.get("properties", {}).items():
-        if name in value:
-            violation = find_violation(value[name], field_schema, prefix + name)
-            if violation:
-                return violation
-    if "additionalProperties" in schema:
-        for name in value.keys() - schema.get("properties", {}).keys():
-            violation = find_violation(value[name], schema["additionalProperties"], prefix + name)
-            if violation:
-                return violation
+            yield Violation(prefix + name, known[name])
+    for name, inner in value.items():
+        field_schema = known.get(name) or schema.get("additionalProperties")
+        if field_schema:
+            yield from violations(inner, field_schema, prefix + name)
     for condition in (schema, *schema.get("allOf", ())):
-        if "if" in condition and find_violation(value, condition["if"]) is None:
-            violation = find_violation(value, condition["then"], path)
-            if violation:
-                return violation
-    return None
+        if "if" in condition and not find_violation(value, condition["if"]):
+            yield from violations(value, condition["then"], path)
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
-    """Whether a value is of the schema's type, one of its values and within its bounds, whatever is inside."""
+    """Return whether a value matches the schema's type, enum and bounds. Does not look into objects and arrays."""
     if "type" in schema and not is_of_type(value, schema["type"]):
         return False
     if "enum" in schema and value not in schema["enum"]:
@@ -788,9 +817,9 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
 
 def is_of_type(value: Any, name: str) -> bool:
     if isinstance(value, bool):
-        return name == "boolean"  # Python's is an int, too
+        return name == "boolean"  # bool is a subclass of int
     if name == "integer" and isinstance(value, float):
-        return value.is_integer()  # 1.0 is an integer of JSON
+        return value.is_integer()  # 1.0 is an integer in JSON Schema
     return isinstance(value, TYPES[name][0])
 
 
@@ -799,7 +828,7 @@ def size_of(value: Any) -> float:
 
 
 def describe(schema: Schema) -> str:
-    """What a value must be, in words."""
+    """Describe in words what a value must be."""
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
     if "enum" in schema:
@@ -824,16 +853,15 @@ def describe(schema: Schema) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat requests
 #
-# The schemas of requests check them and are shown by /openapi.json. Rules that compare two fields are written in code.
-# A message stays the dict that the client sent; each upstream refuses what it does not support. Fields and meanings:
-# OpenAI's chat completions reference.
+# Schemas check requests, and /openapi.json shows them. Code checks rules that compare two fields. A message stays the
+# dict that the client sent, and each upstream refuses what it does not support. OpenAI's chat completions reference
+# explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
 ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
 
-CONTENT_PART = request_object({"type": STRING}, **if_field("type", ["text"], request_object({"text": STRING})))
+CONTENT_PART = request_object_by_type({"text": request_object({"text": STRING})}, allow_others=True)
 TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
-WITH_CONTENT = request_object({"content": any_of(STRING, array(OBJECT))})
 MESSAGE = request_object(
     {"role": choice_of(*ROLES)},
     {
@@ -841,66 +869,73 @@ MESSAGE = request_object(
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
-    # an assistant's message may consist of tool calls alone
-    **if_field("role", [role for role in ROLES if role != "assistant"], WITH_CONTENT),
+    # An assistant's message may have tool calls instead
+    **if_field(
+        "role",
+        [role for role in ROLES if role != "assistant"],
+        request_object({"content": any_of(STRING, array(OBJECT))}),
+    ),
 )
 FUNCTION = request_object({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
-TOOL = request_object({"type": STRING}, **if_field("type", ["function"], request_object({"function": FUNCTION})))
-NAMED = request_object({"name": STRING})
-NAMED_TOOL = request_object(
-    {}, {"type": STRING}, **if_field("type", ["function", None], request_object({"function": NAMED})))
-TOOL_CHOICE = any_of(choice_of("none", "auto", "required"), NAMED_TOOL)
-ALLOWED_TOOLS = request_object({
-    "allowed_tools": request_object({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)}),
-})
+TOOL = request_object_by_type({"function": request_object({"function": FUNCTION})}, allow_others=True)
+NAMED_FUNCTION = request_object({"function": request_object({"name": STRING})})
+NAMED_TOOL = request_object_by_type({"function": NAMED_FUNCTION}, default="function", allow_others=True)
+ALLOWED_TOOLS = request_object({"mode": choice_of("auto", "required"), "tools": array(NAMED_TOOL)})
+TOOL_CHOICE = request_object_by_type(
+    {
+        "function": NAMED_FUNCTION,
+        "allowed_tools": request_object({"allowed_tools": ALLOWED_TOOLS}),
+    },
+    default="function",
+    allow_others=True,
+)
 RESPONSE_FORMAT = request_object(
     {"type": choice_of("text", "json_object", "json_schema")},
     {"json_schema": OBJECT},
     **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
 )
-USER: Schema = {"type": "string", "maxLength": 512}  # the name of a session
+USER = {"type": "string", "maxLength": 512}  # the name of a session
+SHARED_PARAMETERS = {
+    "model": STRING,
+    "user": USER,
+    "stream": BOOLEAN,
+    "stream_options": request_object({}, {"include_usage": BOOLEAN}),
+    "stop": any_of(STRING, array(STRING, maxItems=4)),
+    "max_tokens": POSITIVE,
+    "n": POSITIVE,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "presence_penalty": NUMBER,
+    "frequency_penalty": NUMBER,
+    "seed": INTEGER,
+    "logit_bias": OBJECT,
+}
 CHAT_REQUEST = request_object(
     {"messages": array(MESSAGE, minItems=1)},
     {
-        "model": STRING,
-        "user": USER,
-        "stream": BOOLEAN,
-        "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-        "stop": any_of(STRING, array(STRING, maxItems=4)),
-        "max_tokens": POSITIVE,
+        **SHARED_PARAMETERS,
         "max_completion_tokens": POSITIVE,
-        "n": POSITIVE,
         "tools": array(TOOL),
-        "tool_choice": TOOL_CHOICE,
+        "tool_choice": any_of(choice_of("none", "auto", "required"), TOOL_CHOICE),
         "parallel_tool_calls": BOOLEAN,
         "response_format": RESPONSE_FORMAT,
-        "temperature": NUMBER,
-        "top_p": NUMBER,
-        "presence_penalty": NUMBER,
-        "frequency_penalty": NUMBER,
-        "seed": INTEGER,
         "logprobs": BOOLEAN,
-        "logit_bias": OBJECT,
         "modalities": array(STRING),
         "audio": OBJECT,
     },
 )
-SHARED_PARAMETERS = (
-    "model", "user", "stream", "stream_options", "stop", "max_tokens", "n", "temperature", "top_p", "presence_penalty",
-    "frequency_penalty", "seed", "logit_bias",
-)
-COMPLETION_REQUEST = request_object(  # of the API before chats, for the programs that still speak it
+COMPLETION_REQUEST = request_object(  # of the legacy completions API
     {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
     {
+        **SHARED_PARAMETERS,
         "echo": {"enum": [False]},
         "suffix": {"enum": [""]},
         "best_of": {"enum": [1]},
         "logprobs": {"enum": [False]},
-        **{name: CHAT_REQUEST["properties"][name] for name in SHARED_PARAMETERS},
     },
 )
 EMBEDDINGS_REQUEST = request_object(
-    {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # of texts or of tokens
+    {"input": any_of(NON_EMPTY, {"type": "array", "minItems": 1})},  # texts or tokens
     {
         "model": STRING,
         "user": USER,
@@ -914,7 +949,7 @@ EMBEDDINGS_REQUEST = request_object(
 class ChatRequest:
     """A checked request for a chat completion."""
 
-    body: JSONObject  # the whole of it, unknown fields included
+    body: JSONObject  # includes unknown fields
     messages: list[Message]
     model: str | None
     user: str | None
@@ -922,24 +957,21 @@ class ChatRequest:
     include_usage: bool
     stop: list[str]
     max_tokens: int | None
-    tools: list[JSONObject]  # the functions that may be called, by `tools` and `tool_choice`
-    must_call: bool  # one of them has to be
+    tools: list[JSONObject]  # functions that `tools` and `tool_choice` let the model call
+    must_call: bool  # the model must call one of the tools
 
     @classmethod
     def parse(cls, raw: bytes) -> ChatRequest:
-        """Raises APIError 400 with `param` naming the field."""
+        """Parse the body of a request. Raises APIError 400 with `param` naming the field."""
         return cls.of(parse_body(raw, CHAT_REQUEST))
 
     @classmethod
     def parse_completion(cls, raw: bytes) -> ChatRequest:
-        """A request of the API before chats: its prompt is the message of a user. Raises APIError 400."""
+        """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
-        prompt = body["prompt"] if isinstance(body["prompt"], str) else body["prompt"][0]
-        chat: JSONObject = {"messages": [{"role": "user", "content": prompt}]}
-        for name in SHARED_PARAMETERS:
-            if name in body:
-                chat[name] = body[name]
-        return cls.of(chat)
+        prompt = "".join(body["prompt"])  # a text, or a list of one
+        chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
+        return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
     @classmethod
     def of(cls, body: JSONObject) -> ChatRequest:
@@ -949,8 +981,8 @@ class ChatRequest:
         return cls(
             body=body,
             messages=body["messages"],
-            model=body.get("model") or None,
-            user=body.get("user") or None,
+            model=body.get("model"),
+            user=body.get("user"),
             stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             stop=[text for text in stop if text],
@@ -960,12 +992,8 @@ class ChatRequest:
         )
 
     @cached_property
-    def system(self) -> list[Message]:
-        return [message for message in self.messages if is_system(message)]
-
-    @cached_property
     def turns(self) -> list[Turn]:
-        """The messages but the system's, grouped so that each turn begins with a user's message."""
+        """Group the messages, without system messages, into turns: each begins with a user's message."""
         turns: list[list[Message]] = []
         for message in self.messages:
             if is_system(message):
@@ -981,7 +1009,7 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
-    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which no later step could encode."""
+    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which later steps could not encode."""
     try:
         source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
@@ -991,19 +1019,14 @@ def parse_body(raw: bytes, schema: Schema) -> JSONObject:
         raise bad_request(f"The body is not valid JSON in UTF-8: {error}"[:300]) from None
     if not isinstance(body, dict):
         raise bad_request("The body must be a JSON object.")
-    check(body, schema)
+    violation = find_violation(body, schema)
+    if violation:
+        raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
     return body
 
 
-def check(value: Any, schema: Schema, path: str = "") -> None:
-    """Raises APIError 400 for a value that breaks its schema."""
-    violation = find_violation(value, schema, path)
-    if violation:
-        raise bad_request(f"'{violation.path}' must be {describe(violation.schema)}.", violation.path)
-
-
 def allowed_functions(body: JSONObject) -> list[JSONObject]:
-    """The functions that `tool_choice` lets the model call. Raises APIError 400 for a choice that 'tools' lacks."""
+    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 for a choice not in 'tools'."""
     functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
     if choice == "none":
@@ -1011,24 +1034,18 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
     if choice == "required" and not body.get("tools"):
         raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
     if names_function(choice):
-        named = functions_among(functions, [choice])
-        if not named:
-            raise bad_request("'tool_choice' names a function that is not in 'tools'.", "tool_choice.function.name")
-        return named
-    if allows_tools(choice):
-        check(choice, ALLOWED_TOOLS, "tool_choice")
+        path = "tool_choice.function.name"
+        tools = [choice]
+    elif allows_tools(choice):
+        path = "tool_choice.allowed_tools.tools"
         tools = list(filter(names_function, choice["allowed_tools"]["tools"]))
-        allowed = functions_among(functions, tools)
-        if must_call(choice) and tools and not allowed:
-            raise bad_request("'tool_choice' allows no function that is in 'tools'.", "tool_choice.allowed_tools.tools")
-        return allowed
-    return functions
-
-
-def functions_among(functions: list[JSONObject], tools: list[JSONObject]) -> list[JSONObject]:
-    """Those functions that the tools name."""
+    else:
+        return functions
     names = {tool["function"]["name"] for tool in tools}
-    return [function for function in functions if function["name"] in names]
+    allowed = [function for function in functions if function["name"] in names]
+    if must_call(choice) and tools and not allowed:
+        raise bad_request("'tool_choice' names no function that is in 'tools'.", path)
+    return allowed
 
 
 def names_function(choice: Any) -> TypeGuard[JSONObject]:
@@ -1037,7 +1054,7 @@ def names_function(choice: Any) -> TypeGuard[JSONObject]:
 
 def must_call(choice: Any) -> bool:
     if allows_tools(choice):
-        return bool(choice["allowed_tools"]["mode"] == "required")
+        choice = choice["allowed_tools"]["mode"]
     return choice not in (None, "none", "auto")
 
 
@@ -1046,8 +1063,8 @@ def allows_tools(choice: Any) -> TypeGuard[JSONObject]:
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
-    """History, then turns. One that begins with a tool's result goes on with the turn of its call, which becomes the
-    newest, or else with the turn before."""
+    """Append turns to the history. A turn that begins with a tool's result continues the turn of the tool call, or else
+    the newest turn; the continued turn becomes the newest."""
     whole = list(history)
     for turn in turns:
         if whole and turn[0]["role"] != "user":
@@ -1057,7 +1074,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
 
 
 def place_of_call(turns: list[Turn], result: Message) -> int:
-    """The index of the turn in which the tool was called, else of the last."""
+    """Return the index of the turn in which the tool was called, else of the last turn."""
     call_id = result.get("tool_call_id")
     for index in reversed(range(len(turns))):
         for message in turns[index]:
@@ -1071,7 +1088,7 @@ def is_system(message: Message) -> bool:
 
 
 def text_of(message: Message) -> str:
-    """The text of a message, whether its content is a string, a list of parts, or null."""
+    """Return the text of a message whose content is a string, a list of parts, or null."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
@@ -1081,16 +1098,16 @@ def text_of(message: Message) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Deltas and their fold
 #
-# Every upstream's answer is a stream of deltas; a complete answer is the fold of the stream.
+# Every upstream's answer is a stream of deltas. A complete answer is the fold of the stream.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Delta:
-    """A step of an answer: OpenAI's chat.completion.chunk, less the fields that are the same in all of them."""
+    """A step of an answer: OpenAI's chat.completion.chunk without the fields that all chunks share."""
 
     chunk: JSONObject
-    is_complete: bool = False  # it is a whole answer, which arrived at once and may be paced
+    is_complete: bool = False  # a complete answer, which may be replayed at a pace
     headers: Headers = field(default_factory=dict)  # for the response, in the first delta of an answer
 
     @classmethod
@@ -1100,7 +1117,7 @@ class Delta:
 
     @property
     def is_final(self) -> bool:
-        """Whether it finishes a choice or carries the usage alone, so that it may be the last."""
+        """Return whether the delta finishes a choice or has only the usage, and so may be the last."""
         choices = self.chunk["choices"]
         if not choices:
             return bool(self.chunk.get("usage"))
@@ -1108,7 +1125,7 @@ class Delta:
 
     @property
     def has_content(self) -> bool:
-        """Whether it has anything but the role."""
+        """Return whether the delta has anything except the role."""
         if self.is_final:
             return True
         for choice in self.chunk["choices"]:
@@ -1119,15 +1136,15 @@ class Delta:
 
 
 class JoinedText(list[str]):
-    """A text that grows, joined once, at the end."""
+    """The pieces of a text, joined only at the end."""
 
 
 class IndexedList(dict[int, Any]):
     """A list whose entries are identified by their `index`."""
 
 
-# Fields that grow, by the field that they stand in: texts are joined, lists are extended. Of every other field the last
-# value that is not empty counts
+# Fields that grow, by the name of the field that contains them: texts are joined, lists are extended. All other fields
+# keep their last value that is not empty
 GROWING = {
     "": {"choices"},
     "delta": {
@@ -1142,7 +1159,10 @@ GROWING = {
 
 
 def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
-    """Add a part of an object to what came before; read the sum with `plain_value`. path: the field it stands in."""
+    """Merge a part of an object into the parts before. `plain_value` returns the result.
+
+    path: the name of the field that contains the object.
+    """
     growing = GROWING.get(path, ())
     for name, value in part.items():
         if value is None or value == "":
@@ -1159,7 +1179,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
 
 
 def grown(known: Any, value: Any, name: str) -> Any:
-    """A growing field with a later value added. Linear in the values, however many there are."""
+    """Return a growing field with a value added. Takes time linear in the number of values."""
     if isinstance(value, str):
         if not isinstance(known, JoinedText):
             known = JoinedText()
@@ -1176,11 +1196,11 @@ def grown(known: Any, value: Any, name: str) -> Any:
             if type(known) is not list:
                 known = []
             known.append(entry)
-    return [] if known is None else known
+    return known or []
 
 
 def plain_value(whole: Any) -> Any:
-    """What `merge` has gathered, as plain JSON values."""
+    """Convert the result of `merge` to plain JSON values."""
     if isinstance(whole, JoinedText):
         return "".join(whole)
     if isinstance(whole, IndexedList):
@@ -1191,7 +1211,7 @@ def plain_value(whole: Any) -> Any:
 
 
 class Fold:
-    """An answer, gathered from its chunks: for the JSON body, the session, the reasoning to keep, and estimates."""
+    """The chunks of an answer, merged: for the JSON body, the session, the stored reasoning and estimates."""
 
     def __init__(self) -> None:
         self._whole: JSONObject = {}
@@ -1201,37 +1221,37 @@ class Fold:
 
     @property
     def choices(self) -> IndexedList:
-        choices = self._whole.get("choices")
-        return choices if isinstance(choices, IndexedList) else IndexedList()
+        choices: IndexedList = self._whole.get("choices") or IndexedList()
+        return choices
 
     @property
     def usage(self) -> Any:
         return self._whole.get("usage")
 
     def completion(self) -> JSONObject:
-        """All chunks as one."""
+        """Return all chunks as one."""
         completion: JSONObject = plain_value(self._whole)
         return completion
 
-    def message(self, index: int = 0) -> Message:
-        """The message that the deltas of a choice make."""
-        return message_of(plain_value(self.choices.get(index, {"delta": {}})))
+    def message(self) -> Message:
+        """Return the message of the first choice."""
+        return message_of(plain_value(self.choices.get(0, {"delta": {}})))
 
     def texts(self) -> Iterator[str]:
-        """All that the model wrote, in every choice: its reasoning and its calls too."""
+        """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
         for choice in self.choices.values():
             for value in choice["delta"].values():
                 if isinstance(value, JoinedText):
                     yield from value
-            calls = choice["delta"].get("tool_calls")
-            for call in calls.values() if isinstance(calls, IndexedList) else ():
+            calls = choice["delta"].get("tool_calls") or {}
+            for call in calls.values():
                 function = call.get("function") or {}
                 yield function.get("name") or ""
                 yield from function.get("arguments") or ()
 
 
 def message_of(choice: JSONObject) -> Message:
-    """The message that the merged delta of a choice makes."""
+    """Convert the merged delta of a choice to a message."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     for call in message.get("tool_calls") or ():
         call["function"] = {"arguments": "", **(call.get("function") or {})}
@@ -1242,10 +1262,10 @@ def message_of(choice: JSONObject) -> Message:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and pieces
 #
-# Estimates of tokens, and texts cut where a reader sees no cut.
+# Estimates of token counts, and splitting texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Han, kana, Hangul and full-width forms: what a tokenizer spends about a token on, and what is written without spaces
+# Han, kana, Hangul and full-width forms: about a token each, and written without spaces
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
 # Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
@@ -1253,15 +1273,15 @@ MARK = (
     "\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
     "\u3099\u309a\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e01ef"
 )
-# What a reader sees as one: a flag of two letters, or a character with its marks and what is joined to it, as in 👩‍🚀
+# A flag of two letters, or a character with its marks and the characters joined to it, as in 👩‍🚀
 GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
-MAX_COUNT = 10**9  # tokens of one answer; sums of more would become numbers that nobody can write
-WIDE_TOKENS = 0.6  # a Chinese character, by DeepSeek's documentation
-NARROW_TOKENS = 0.25  # any other, by OpenAI's
+MAX_COUNT = 10**9  # tokens of one answer; larger sums may not fit into the integers of stores
+WIDE_TOKENS = 0.6  # per Chinese character, by DeepSeek's documentation
+NARROW_TOKENS = 0.25  # per other character, by OpenAI's documentation
 
 
 def estimate_tokens(text: str) -> int:
-    """Estimate tokens by a rule of thumb."""
+    """Estimate the number of tokens in a text."""
     return ceil(token_weight(text))
 
 
@@ -1271,14 +1291,14 @@ def token_weight(text: str) -> float:
 
 
 def count_of(usage: Any, *names: str) -> int:
-    """A number of an upstream's usage, 0 where there is none that could be true."""
+    """Return a number from an upstream's usage, or 0 if it is missing or impossible."""
     for name in names:
         usage = usage.get(name) if isinstance(usage, dict) else None
     return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
 
 def estimate_input(given: Any) -> int:
-    """Tokens of what embeddings are asked of: texts, or numbers that are tokens."""
+    """Estimate the tokens of the input for embeddings: texts, or numbers that are tokens."""
     if isinstance(given, list):
         return sum(map(estimate_input, given))
     return estimate_tokens(given) if isinstance(given, str) else 1
@@ -1293,13 +1313,12 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
     """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
     ends = [text.find(stop) for stop in stops if stop in text]
     text = text[:min(ends, default=len(text))]
-    if max_tokens is None or estimate_tokens(text) <= max_tokens:
-        return text, "stop"
-    tokens = 0.0
-    for grapheme in GRAPHEME.finditer(text):
-        tokens += token_weight(grapheme[0])
-        if tokens > max_tokens:
-            return text[:grapheme.start()], "length"
+    if max_tokens is not None and estimate_tokens(text) > max_tokens:
+        tokens = 0.0
+        for grapheme in GRAPHEME.finditer(text):
+            tokens += token_weight(grapheme[0])
+            if tokens > max_tokens:
+                return text[:grapheme.start()], "length"
     return text, "stop"
 
 
@@ -1307,9 +1326,9 @@ PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
 
 
 def pieces(text: str, max_pieces: int) -> Iterator[str]:
-    """Split a text into at most `max_pieces` pieces of whole words (of Chinese: one or two characters).
+    """Split a text into at most `max_pieces` pieces: words, or one or two Chinese characters.
 
-    No piece ends between a character and its marks, nor inside an emoji that is joined from several, nor inside a flag.
+    No piece ends between a character and its marks, inside a joined emoji, or inside a flag.
     """
     start = 0
     size = len(text) / max_pieces
@@ -1323,7 +1342,7 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
 
 
 def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
-    """A whole answer as the deltas that OpenAI sends: the role, the text in pieces, the calls, the finish reason."""
+    """Split a complete answer into deltas as OpenAI sends them: role, pieces of text, tool calls, finish reason."""
     choice = delta.chunk["choices"][0]
     message = dict(choice["delta"])
     calls = message.pop("tool_calls", ())
@@ -1343,21 +1362,21 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat completion format
 #
-# Deltas in, the bytes of OpenAI's JSON or server-sent events out.
+# Deltas become OpenAI's JSON or server-sent events.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class ChatCompletion:
-    """One chat completion on its way out: an id and a time of creation, the same in every chunk.
+    """A writer of one chat completion: all its chunks have the same id and time of creation.
 
-    Field by field after CreateChatCompletionResponse and CreateChatCompletionStreamResponse of OpenAI's OpenAPI schema.
+    The fields follow CreateChatCompletionResponse and CreateChatCompletionStreamResponse in OpenAI's OpenAPI schema.
     """
 
     id_prefix = "chatcmpl"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, include_usage: bool = False) -> None:
+    def __init__(self, include_usage: bool) -> None:
         self.headers: Headers = {}  # for the response, known once the first delta is there
         self._head: JSONObject = {
             "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
@@ -1365,20 +1384,20 @@ class ChatCompletion:
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        """The whole answer, which is one delta, as one object."""
+        """Return the answer, which is one delta, as one object."""
         *_, whole = deltas
         self._note(whole)
         completion = whole.chunk
         self._head["object"] = self.kind
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
-            choice["logprobs"] = choice.get("logprobs")
+            choice.setdefault("logprobs", None)
             choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
         return dump_json(self._with_head(completion))
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        """Server-sent events, [DONE] at the end."""
+        """Yield server-sent events, and [DONE] at the end."""
         for delta in deltas:
             self._note(delta)
             chunk = self._with_head(delta.chunk)
@@ -1391,7 +1410,7 @@ class ChatCompletion:
         yield b"data: [DONE]\n\n"
 
     def failure(self, error: APIError, sent: int) -> bytes:
-        """The event that ends a stream. Without [DONE] after it: half an answer must not look whole."""
+        """Return the event that ends a stream. No [DONE] follows: a partial answer must not look complete."""
         return b"data: " + dump_json(error.body()) + b"\n\n"
 
     def _note(self, delta: Delta) -> None:
@@ -1401,12 +1420,12 @@ class ChatCompletion:
             self._head["model"] = delta.chunk["model"]
 
     def _with_head(self, fields: JSONObject) -> JSONObject:
-        """The fields with ours, listed first for readers; ours override upstream's."""
+        """Add our fields. They come first for readers, and override the upstream's."""
         return {**self._head, **fields, **self._head}
 
 
 class TextCompletion(ChatCompletion):
-    """One completion of the API before chats. Field by field after OpenAI's CreateCompletionResponse."""
+    """A writer of one completion of the legacy API. The fields follow OpenAI's CreateCompletionResponse."""
 
     id_prefix = "cmpl"
     kind = "text_completion"
@@ -1428,15 +1447,15 @@ class TextCompletion(ChatCompletion):
 ########################################################################################################################
 # Part 3: Responses API
 #
-# A chat at both ends: a request becomes a ChatRequest, and the deltas of its answer become a Response or its events.
-# Fields and meanings: OpenAI's Responses reference.
+# Another format for chats: a request becomes a ChatRequest, and the deltas of the answer become a Response or its
+# events. OpenAI's Responses reference explains the fields.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses items
 #
-# Items of conversations, converted to messages of a chat.
+# Items of a conversation are converted to the messages of a chat.
 # ----------------------------------------------------------------------------------------------------------------------
 
 TEXT_PART = request_object({"text": STRING})
@@ -1447,7 +1466,8 @@ INPUT_PART = request_object_by_type({
     "refusal": request_object({"refusal": STRING}),
     "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
     "input_file": any_of(
-        request_object({"file_data": NON_EMPTY}, FILE_FIELDS), request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
+        request_object({"file_data": NON_EMPTY}, FILE_FIELDS),
+        request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
 })
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
 CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
@@ -1471,7 +1491,7 @@ INPUT_ITEM = request_object_by_type(
     },
     default="message",
 )
-ENCODED_REASONING = "kimi2api:"  # before the base64 of an API's reasoning, which is no secret from the client
+ENCODED_REASONING = "kimi2api:"  # prefix of base64 reasoning; the client may read it
 
 
 @dataclass(frozen=True)
@@ -1480,7 +1500,7 @@ class ToolName:
 
     name: str
     namespace: str | None = None
-    is_custom: bool = False  # it takes a text
+    is_custom: bool = False  # its input is a text
 
     @property
     def function(self) -> str:
@@ -1488,14 +1508,14 @@ class ToolName:
 
 
 def function_name(item: JSONObject) -> str:
-    """Return the name of the function that stands for the tool of an item or a choice."""
-    return ToolName(item.get("name") or "", item.get("namespace")).function
+    """Return the function name for the tool of an item or a choice."""
+    return ToolName(item["name"], item.get("namespace")).function
 
 
 def read_items(items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
     """Convert items to messages.
 
-    continues_previous: results of calls that are not among the items come first, behind the previous response.
+    continues_previous: results whose calls are not among the items come first, as they follow the previous response.
     """
     messages: list[Message] = []
     for role, group in itertools.groupby(map(as_message, items), itemgetter("role")):
@@ -1507,7 +1527,7 @@ def read_items(items: Iterable[JSONObject], continues_previous: bool = False) ->
 
 
 def as_message(item: JSONObject) -> Message:
-    """Convert an item to a message. The fields of an assistant's message are lists, to be joined with others."""
+    """Convert an item to a message. The fields of an assistant's message are lists, which `join_answer` joins."""
     kind = item.get("type") or "message"
     if kind == "message":
         role = item["role"]
@@ -1522,18 +1542,22 @@ def as_message(item: JSONObject) -> Message:
     if kind.endswith("_output"):
         content = as_content(read_parts(item["output"]))
         return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-    function = {"name": function_name(item)}
-    if kind == "function_call":
-        function["arguments"] = item["arguments"]
-    else:
-        function["arguments"] = dump_json({"input": item["input"]}).decode()
+    arguments = item.get("arguments")
+    if kind == "custom_tool_call":
+        arguments = dump_json({"input": item["input"]}).decode()
+    function = {"name": function_name(item), "arguments": arguments}
     call = {"id": item["call_id"], "type": "function", "function": function}
     return {"role": "assistant", "tool_calls": [call]}
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
-    """Join what an assistant did in one step to one message, unless it is reasoning that nothing followed."""
-    answer: Message = {"role": "assistant", "content": [], "reasoning_content": [], "tool_calls": []}
+    """Join consecutive messages of an assistant. Yield no message for reasoning without text or calls."""
+    answer: Message = {
+        "role": "assistant",
+        "content": [],
+        "reasoning_content": [],
+        "tool_calls": [],
+    }
     for message in messages:
         for name in message.keys() - {"role"}:
             answer[name] += message[name]
@@ -1580,7 +1604,7 @@ def read_part(part: JSONObject) -> JSONObject:
 
 
 def as_content(parts: list[JSONObject]) -> Any:
-    """Return a text, or the parts where there is more than text."""
+    """Return a text, or the parts if some are not text."""
     if all(part["type"] == "text" for part in parts):
         return joined_text(parts)
     return parts
@@ -1591,11 +1615,11 @@ def joined_text(parts: list[JSONObject]) -> str:
 
 
 def read_reasoning(item: JSONObject) -> str:
-    """Return the reasoning that an item carries, as an API sent it, else its summary."""
+    """Return the reasoning in an item as an API sent it, else the summary."""
     encoded = item.get("encrypted_content") or ""
     if item.get("content"):
         return joined_text(item["content"])
-    if encoded.startswith(ENCODED_REASONING):  # else another server encoded it
+    if encoded.startswith(ENCODED_REASONING):  # otherwise another server encoded it
         with suppress(ValueError):
             return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
     return joined_text(item.get("summary") or [])
@@ -1604,28 +1628,29 @@ def read_reasoning(item: JSONObject) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses requests
 #
-# Requests, converted to chat requests: items become messages, flat tools nested ones. Errors of the chat are translated
-# back.
+# Requests are converted to chat requests: items become messages, and flat tools become nested tools. Errors of the chat
+# request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
-FUNCTION_TOOL = if_field("type", ["function", "custom"], FUNCTION)
-NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(request_object({"type": STRING}, **FUNCTION_TOOL))})
-RESPONSES_TOOL = request_object({"type": STRING}, allOf=[FUNCTION_TOOL, if_field("type", ["namespace"], NAMESPACE)])
+FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION}
+TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
+NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
+RESPONSES_TOOL = request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True)
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
+CHOSEN_FUNCTIONS = {"function": CHOSEN_TOOL, "custom": CHOSEN_TOOL}
 CHOSEN_TOOLS = request_object_by_type({
-    "function": CHOSEN_TOOL,
-    "custom": CHOSEN_TOOL,
+    **CHOSEN_FUNCTIONS,
     "allowed_tools": request_object({
         "mode": choice_of("auto", "required"),
-        "tools": array(request_object({"type": STRING}, {"name": STRING, "namespace": STRING})),
+        "tools": array(request_object_by_type(CHOSEN_FUNCTIONS, allow_others=True)),
     }),
 })
 TEXT_FORMAT = request_object_by_type({
-    "text": request_object({}),
-    "json_object": request_object({}),
+    "text": OBJECT,
+    "json_object": OBJECT,
     "json_schema": request_object({"schema": OBJECT}),
 })
-METADATA: Schema = {  # as OpenAI bounds it
+METADATA = {  # as OpenAI bounds it
     "type": "object",
     "maxProperties": 16,
     "propertyNames": {"maxLength": 64},
@@ -1663,8 +1688,7 @@ RESPONSES_REQUEST = request_object(
         "top_logprobs": COUNT,
     },
 )
-UNSUPPORTED = ("background", "conversation", "prompt")
-PARAMS = {  # how the paths of a chat request's fields begin, and the fields of this API
+PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
     "messages": "input",
     "tools": "tools",
     "max_tokens": "max_output_tokens",
@@ -1681,44 +1705,36 @@ class ResponsesRequest:
     """A checked request for a response."""
 
     body: JSONObject
-    messages: list[Message]  # of its input
-    functions: list[JSONObject]  # its tools, as chats have them
-    tools: dict[str, ToolName]  # the same, by the names of their functions
+    messages: list[Message]  # of the input
+    functions: list[JSONObject]  # the tools in the form of chat requests
+    tools: dict[str, ToolName]  # by function name
     ignored: set[str]  # types of tools that only OpenAI can run
 
     @classmethod
     def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
-        """Read a request's body. find_item: returns an item of a stored response by its id.
+        """Parse the body of a request. find_item: returns an item of a stored response by its id.
 
         Raises APIError 400 with `param` naming the field.
         """
         body = parse_body(raw, RESPONSES_REQUEST)
-        for name in UNSUPPORTED:
+        for name in ("background", "conversation", "prompt"):
             if body.get(name):
                 raise bad_request(f"'{name}' is not supported.", name, "unsupported_value")
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        messages = read_items(resolve_references(items, find_item), bool(body.get("previous_response_id")))
+        continues_previous = bool(body.get("previous_response_id"))
+        messages = read_items(resolve_references(items, find_item), continues_previous)
         if not messages:
             raise bad_request("'input' has no message.", "input")
         request = cls(body, messages, [], {}, set())
         request._read_tools(body.get("tools") or [], None)
         return request
 
-    @property
-    def is_stored(self) -> bool:
-        return self.body.get("store") is not False
+    def to_chat_request(self, system: Iterable[Message]) -> ChatRequest:
+        """Convert to a chat request without `user`, which opens no session. system: messages of previous responses.
 
-    @property
-    def system_items(self) -> list[Message]:
-        """System messages of the input, which later responses inherit, unlike the instructions."""
-        return list(filter(is_system, self.messages))
-
-    def to_chat_request(self, system: Iterable[Message] = ()) -> ChatRequest:
-        """Convert to a chat request without `user`: it opens no session. system: messages of previous responses.
-
-        Raises APIError 400, in the terms of chats; see `translate_error`.
+        Raises APIError 400 in the terms of chat requests; see `translate_error`.
         """
         body = self.body
         messages = [*system]
@@ -1750,12 +1766,12 @@ class ResponsesRequest:
                 if self.tools.setdefault(name.function, name) != name:
                     raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
                 self.functions.append({"type": "function", "function": as_function(tool, name)})
-            elif kind.isascii() and kind.isidentifier():  # others may break the header
+            elif kind.isascii() and kind.isidentifier():  # other names may break the header
                 self.ignored.add(kind)
 
 
 def translate_error(error: APIError) -> APIError:
-    """Name the field of this API in an error of the chat request."""
+    """Replace the field of the chat request in an error by the field of this API."""
     param = error.param or ""
     for path, name in PARAMS.items():
         if param.startswith(path):
@@ -1766,12 +1782,12 @@ def translate_error(error: APIError) -> APIError:
 def resolve_references(
     items: list[JSONObject], find_item: Callable[[str], JSONObject | None],
 ) -> Iterator[JSONObject]:
-    """Replace references by the stored items. Raises APIError 400."""
+    """Replace item references by stored items. Raises APIError 400."""
     known: set[str] = set()
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            # Once only: a large item repeated would make a small request any size
+            # Only once: a small request could repeat a large item many times
             found = None if id in known else find_item(id)
             if found is None:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
@@ -1797,7 +1813,7 @@ def as_response_format(form: JSONObject) -> JSONObject | None:
 
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
-    """Return the function by which the upstream knows a tool."""
+    """Convert a tool to the function that the upstream gets."""
     function: JSONObject = {"name": name.function}
     description = tool.get("description") or ""
     if name.is_custom:
@@ -1817,39 +1833,31 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses format
 #
-# Deltas in, a Response or its events out. Items follow one another, as OpenAI sends them, also where an upstream sends
-# parts of several by turns: LangChain takes each change of `output_index` for a new item.
+# Deltas become a Response or its events. One item ends before the next begins, as at OpenAI, even if an upstream
+# interleaves them: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_ITEMS = 1000  # of one response; an item takes a hundred times the bytes that begin it
-
-
-def parse_object(text: str) -> JSONObject | None:
-    """Return the JSON object in an upstream's text, None where there is none."""
-    try:
-        value = parse_upstream_json(text.encode())
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+# Of one response: an item is a hundred times larger than the bytes that begin it
+MAX_ITEMS = 1000
 
 
 def custom_input(arguments: str) -> str:
-    """Return the text for a custom tool from the arguments for the function that stands for it."""
-    value = (parse_object(arguments) or {}).get("input")
+    """Return the input of a custom tool from the arguments of its function."""
+    value = (parse_upstream_object(arguments.encode()) or {}).get("input")
     return value if isinstance(value, str) else arguments
 
 
 @dataclass(frozen=True)
 class ItemKind:
-    """What the items of one kind have in common, and their events."""
+    """The fields and events that all items of a kind share."""
 
-    prefix: str  # of their ids
+    prefix: str  # of the ids
     fields: JSONObject  # of a new item
-    events: str  # beginning of the names of the events that carry its text
-    field: str  # of the complete text
-    part: JSONObject | None = None  # of its content, without the text
-    finish: Callable[[str], str] = str  # makes the complete text from what the upstream sent
-    is_streamed: bool = True  # its text is sent as it comes
+    events: str  # prefix of the names of the text's events
+    field: str  # for the complete text
+    part: JSONObject | None = None  # of the content, without the text
+    finish: Callable[[str], str] = str  # converts the upstream's text to the complete text
+    is_streamed: bool = True  # the text is sent as it arrives
 
 
 MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
@@ -1871,12 +1879,12 @@ CUSTOM_CALL = ItemKind(
 
 
 class OutputItem:
-    """An item of a response under way."""
+    """An item of an unfinished response."""
 
     def __init__(self, kind: ItemKind, id: str, index: int, fields: JSONObject) -> None:
         self.kind = kind
         self.item = {"id": id, "status": "in_progress", **kind.fields, **fields}
-        self.events: list[JSONObject] = []  # that are still to be sent, without their numbers
+        self.events: list[JSONObject] = []  # not yet sent, without sequence numbers
         self.is_done = False
         self._index = index
         self._pieces: list[str] = []
@@ -1890,8 +1898,9 @@ class OutputItem:
             self._emit_text(f"{self.kind.events}.delta", delta=text)
 
     def may_end(self) -> bool:
-        """Whether the item is complete when another begins: a text is, arguments are when they are an object."""
-        return self.kind.part is not None or parse_object("".join(self._pieces)) is not None
+        """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
+        text = "".join(self._pieces)
+        return self.kind.part is not None or parse_upstream_object(text.encode()) is not None
 
     def end(self, status: str) -> None:
         self.is_done = True
@@ -1925,8 +1934,11 @@ class OutputItem:
         self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
-INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}  # by finish reason
-ECHOED: JSONObject = {  # settings of the request in the Response, with their defaults
+INCOMPLETE_REASONS = {  # by finish reason
+    "length": "max_output_tokens",
+    "content_filter": "content_filter",
+}
+ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "instructions": None,
     "max_output_tokens": None,
@@ -1952,9 +1964,14 @@ ECHOED: JSONObject = {  # settings of the request in the Response, with their de
 
 
 class ResponseWriter:
-    """A response under way. record: called with the complete response before the client can see that it is complete."""
+    """A writer of one response.
 
-    def __init__(self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None = None) -> None:
+    record: is called with the complete response, before the client can see that the response is complete.
+    """
+
+    def __init__(
+        self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None,
+    ) -> None:
         self.headers: Headers = {}
         self._request = request
         self._record = record
@@ -1962,15 +1979,15 @@ class ResponseWriter:
         self._created = int(time.time())
         self._model = request.body.get("model") or ""
         self._items: list[OutputItem] = []
-        self._sent = 0  # items of which all events are sent
-        self._calls: dict[int, OutputItem] = {}  # by their index in deltas
+        self._sent = 0  # number of items whose events are all sent
+        self._calls: dict[int, OutputItem] = {}  # by index in deltas
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        last = deque(self._events(deltas), maxlen=1)
-        return dump_json(last[0]["response"])
+        *_, last = self._events(deltas)
+        return dump_json(last["response"])
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        yield from map(write_event, self._events(deltas), itertools.count())
+        return map(write_event, self._events(deltas), itertools.count())
 
     def failure(self, error: APIError, sent: int) -> bytes:
         """Return the events that end a stream after `sent` events."""
@@ -2010,10 +2027,13 @@ class ResponseWriter:
 
     def _begin(self) -> list[JSONObject]:
         response = self._response("in_progress")
-        return [{"type": f"response.{step}", "response": response} for step in ("created", "in_progress")]
+        return [
+            {"type": "response.created", "response": response},
+            {"type": "response.in_progress", "response": response},
+        ]
 
     def _item_events(self) -> Iterator[JSONObject]:
-        """Yield the events of items; those of an item wait until the items before it are done."""
+        """Yield the events of items in order: events of an item wait until all items before it are done."""
         for item in self._items[self._sent:]:
             yield from item.events
             item.events = []
@@ -2039,16 +2059,18 @@ class ResponseWriter:
         fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}", "name": tool.name}
         if tool.namespace:
             fields["namespace"] = tool.namespace
-        self._calls[call["index"]] = self._begin_item(CUSTOM_CALL if tool.is_custom else FUNCTION_CALL, fields)
+        kind = CUSTOM_CALL if tool.is_custom else FUNCTION_CALL
+        self._calls[call["index"]] = self._begin_item(kind, fields)
 
     def _begin_item(self, kind: ItemKind, fields: JSONObject) -> OutputItem:
-        """Begin an item, and end the one before it unless more may come for it."""
+        """Begin an item. End the item before, unless more of it may come."""
         index = len(self._items)
         if index == MAX_ITEMS:
             raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
-        if kind.prefix == "rs" and "reasoning.encrypted_content" in (self._request.body.get("include") or ()):
+        included = self._request.body.get("include") or ()
+        if kind.prefix == "rs" and "reasoning.encrypted_content" in included:
             fields["encrypted_content"] = None
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
@@ -2063,7 +2085,7 @@ class ResponseWriter:
         return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
-        """Return the Response object, with the settings of the request as they hold."""
+        """Return the Response object with the effective settings of the request."""
         response = {
             "id": f"resp_{self._id}",
             "object": "response",
@@ -2088,7 +2110,7 @@ class ResponseWriter:
 
 
 def response_usage(usage: Any) -> JSONObject:
-    """Convert an upstream's usage."""
+    """Convert an upstream's usage to the fields of this API."""
     count = partial(count_of, usage)
     cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
     return {
@@ -2101,7 +2123,7 @@ def response_usage(usage: Any) -> JSONObject:
 
 
 def echoed_tool(tool: JSONObject) -> JSONObject:
-    """Return a tool with the fields that clients require and requests may leave out."""
+    """Add the fields of a tool that clients require and requests may omit."""
     if tool["type"] != "function":
         return tool
     return {"description": None, "parameters": None, "strict": None, **tool}
@@ -2113,13 +2135,14 @@ def response_of(item_id: str) -> str:
 
 
 def write_event(event: JSONObject, number: int) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), dump_json({**event, "sequence_number": number}))
+    data = dump_json({**event, "sequence_number": number})
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), data)
 
 
 ########################################################################################################################
 # Part 4: Storage
 #
-# Documents and counters in one of three stores, and what is kept in them: sessions, stored responses, reasoning, usage.
+# Documents and counters in one of three stores, and their content: sessions, stored responses, reasoning and usage.
 # Also the metrics of this process.
 ########################################################################################################################
 
@@ -2133,10 +2156,10 @@ def write_event(event: JSONObject, number: int) -> bytes:
 
 SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
 MAX_REASONING_TEXTS = 4000  # of one owner
-MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, where they are kept in memory
-DOCUMENT_BYTES = 500  # that a document takes in memory beside its data
-# Seconds that a call may wait, and that an update is retried. A chat may wait three times, for two limits and its
-# session: together less than 5 s
+MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, in memory
+DOCUMENT_BYTES = 500  # of memory for a document, in addition to its data
+# Seconds that a call may wait, and that an update is retried. A chat waits at most three times, for two limits and its
+# session: less than 5 s in total
 STORE_TIMEOUT = 1.5
 
 DocumentKey = tuple[str, str, str]  # owner, kind, name
@@ -2151,13 +2174,13 @@ class CounterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """Bytes in a store, and what lists show of them."""
+    """Bytes in a store, with the fields that lists show."""
 
     created: float = 0.0  # seconds since the epoch, as is `used`
     used: float = 0.0
     turns: int = 0
     data: bytes = b""
-    version: int = 0  # another one after each put; 0: not stored
+    version: int = 0  # changes with each put; 0: not stored
 
 
 NO_DOCUMENT = Document()
@@ -2165,10 +2188,10 @@ ANY_VERSION = -1
 
 
 class Store:
-    """Documents and counters, for many threads. Every method raises APIError 503 while the store is unavailable.
+    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable.
 
-    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; the
-    least recently used one is evicted. Counters are numbers by owner, period and name.
+    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; a new
+    document evicts the least recently used. Counters are numbers by owner, period and name.
     """
 
     kind = ""  # for /health
@@ -2176,7 +2199,7 @@ class Store:
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
         self.limit = limit  # sessions of one owner, and stored responses
-        # Held by the one thread that retries an update. If many did, they would make each other's attempts fail
+        # Held while a thread retries an update: concurrent retries would make each other fail
         self._retrying = threading.Lock()
 
     def max_documents(self, kind: str) -> int:
@@ -2209,7 +2232,7 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period, and return the new values: of these, or of all counters of the period."""
+        """Add to counters of a period. Return the new values of these counters, or of all counters of the period."""
         raise NotImplementedError
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
@@ -2217,9 +2240,9 @@ class Store:
         raise NotImplementedError
 
     def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
-        """Replace a document by change(document). document: as the caller has loaded it, or an empty one.
+        """Replace a document by change(document). document: the loaded document, or an empty document.
 
-        If another update came first, change() is called again with the document that is stored by then.
+        If another update came first, change() is called again with the document that is now stored.
         """
         deadline = time.monotonic() + STORE_TIMEOUT
         if self.put(key, change(document), document.version):
@@ -2235,8 +2258,11 @@ class Store:
 
 def store_unavailable() -> APIError:
     return APIError(
-        503, "The session store is unavailable; see the server's log. Requests without 'user' and "
-        "'previous_response_id', and with 'store': false, still work.", "server_error", "session_store_unavailable")
+        503,
+        "The session store is unavailable; see the server's log. Requests without 'user' and "
+        "'previous_response_id', and with 'store': false, still work.",
+        "server_error",
+        "session_store_unavailable")
 
 
 def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
@@ -2245,18 +2271,18 @@ def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
 
 
 class MemoryStore(Store):
-    """Dicts with an expiry, and a lock. Ends with the process."""
+    """Dicts with expiry, guarded by a lock. Their content ends with the process."""
 
     kind = "memory"
 
     def __init__(self, ttl: float, limit: int) -> None:
         super().__init__(ttl, limit)
-        # By owner and kind, then by name; the least recently used first
+        # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
         self._versions = itertools.count(1)
         self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all four; held for little work only
+        self._lock = threading.Lock()  # guards all four; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2309,7 +2335,7 @@ class MemoryStore(Store):
         with self._lock:
             return [dict(self._counters.get(key, {})) for key in keys]
 
-    # The caller of these holds the lock
+    # Callers of the methods below hold the lock
 
     def _drop(self, key: DocumentKey) -> bool:
         owner, kind, name = key
@@ -2331,24 +2357,25 @@ class MemoryStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared stores
 #
-# What stores outside of this process have in common: they fail and recover, and another version may have written them.
+# Common code of stores outside of this process: they fail and recover, and another version may have written them.
 # ----------------------------------------------------------------------------------------------------------------------
 
-STORE_FORMAT = 2  # of what SQLite and Redis keep. In format 1 sessions were tables, lists and hashes
+# Of the data in SQLite and Redis; format 1 had sessions in tables, lists and hashes
+STORE_FORMAT = 2
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class StoreError(Exception):
-    """A store that cannot be used. The message is for the log, or at the start for a SettingError."""
+    """A store that cannot be used. The message is for the log, or for a SettingError at the start."""
 
 
 class SharedStore(Store):
     """A store outside of this process. Each failure becomes the same APIError."""
 
-    failures: tuple[type[Exception], ...] = (StoreError,)
-    # Neither needs a lock: one more call or one more line in the log does no harm
-    is_failing = False  # a call has failed, and since then no write has succeeded
-    _paused_until = 0.0  # in seconds of time.monotonic()
+    failures: tuple[type[Exception], ...]
+    # No lock guards these fields: an extra call or an extra line in the log does no harm
+    is_failing = False  # no write has succeeded since a call failed
+    _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
         if time.monotonic() < self._paused_until:
@@ -2356,8 +2383,8 @@ class SharedStore(Store):
 
     @contextmanager
     def _calling(self, is_write: bool) -> Iterator[None]:
-        """Raise APIError 503 for a call that fails. After that, all calls fail immediately, for five times as long as
-        the failed call took. Otherwise a request with several calls would wait for each of them."""
+        """Raise APIError 503 for a call that fails. Then all calls fail immediately for five times as long as the
+        failed call took. Otherwise a request with several calls would wait for each call."""
         self._check_pause()
         began = time.monotonic()
         try:
@@ -2386,30 +2413,45 @@ def check_format(version: int) -> None:
 # One file, which the processes of one machine may share.
 # ----------------------------------------------------------------------------------------------------------------------
 
-LOCK_CHECK_INTERVAL = 0.02  # seconds
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_TABLES = (
-    # Of format 1. Its counters stay
-    *(f"DROP TABLE IF EXISTS {table}" for table in ("turns", "sessions", "reasoning", "probe", "totals")),
-    # A document has a new number after each put: its version, and the order of use, whatever the clock says
+    # Tables of format 1, except its counters
+    "DROP TABLE IF EXISTS turns",
+    "DROP TABLE IF EXISTS sessions",
+    "DROP TABLE IF EXISTS reasoning",
+    "DROP TABLE IF EXISTS probe",
+    "DROP TABLE IF EXISTS totals",
+    # Each put gives a document a new number: its version and its place in the order of use, independent of the clock
     """CREATE TABLE documents (
-        number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
-        created REAL NOT NULL, used REAL NOT NULL, turns INTEGER NOT NULL, data BLOB NOT NULL,
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        owner TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        created REAL NOT NULL,
+        used REAL NOT NULL,
+        turns INTEGER NOT NULL,
+        data BLOB NOT NULL,
         UNIQUE (owner, kind, name))""",
     "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
     "CREATE INDEX documents_by_use ON documents (used, kind)",
     """CREATE TABLE IF NOT EXISTS counters (
-        owner TEXT NOT NULL, period TEXT NOT NULL, name TEXT NOT NULL, value INTEGER NOT NULL,
-        expires REAL NOT NULL, PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
+        owner TEXT NOT NULL,
+        period TEXT NOT NULL,
+        name TEXT NOT NULL,
+        value INTEGER NOT NULL,
+        expires REAL NOT NULL,
+        PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
     f"PRAGMA application_id = {SQLITE_APPLICATION}",
     f"PRAGMA user_version = {STORE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
-    "PRAGMA auto_vacuum = INCREMENTAL",  # counts while the file is empty
+    # auto_vacuum has an effect only on an empty file
+    "PRAGMA auto_vacuum = INCREMENTAL",
     "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # what is committed survives the end of the process; a power cut may take the latest
+    # Commits survive the end of the process; a power failure may lose the latest
+    "PRAGMA synchronous = NORMAL",
     "PRAGMA journal_size_limit = 4194304",
 )
 
@@ -2420,7 +2462,7 @@ class SQLiteStore(SharedStore):
     kind = "sqlite"
 
     def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Raises StoreError for a file that cannot be opened or is not ours. A locked file may be free later."""
+        """Open the file. Raises StoreError if it cannot be opened or is not ours, but not for a locked file."""
         super().__init__(ttl, limit)
         try:
             import sqlite3
@@ -2428,27 +2470,29 @@ class SQLiteStore(SharedStore):
             raise StoreError("this Python has no sqlite3") from None
         self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
         self._path = os.path.abspath(os.path.expanduser(path))
-        # Guards the connection and its file; held while sqlite3 waits for other processes
+        # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
         self._db: Any = None
-        self._file: Any = None  # the os.stat() of the file that the connection is to
+        self._file: Any = None  # os.stat() of the connected file
         try:
             self._connect()
         except self.failures as error:
-            # An OSError's words have the path in them
+            self._close()
+            # The message of an OSError contains the path
             if isinstance(error, OSError) or "locked" not in str(error):
                 raise StoreError(f"{self._path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
         with self._transaction() as db:
-            # A write, which a full disk refuses
+            # A full disk refuses this write
             db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
         rows = self._select(
             "SELECT created, used, turns, data, number FROM documents "
-            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?", *key, self.expiry_cutoff())
+            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+            *key, self.expiry_cutoff())
         return Document(*rows[0]) if rows else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
@@ -2457,26 +2501,30 @@ class SQLiteStore(SharedStore):
         cutoff = self.expiry_cutoff()
         with self._transaction() as db:
             [version] = db.execute(
-                "SELECT ifnull(max(number), 0) FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                "SELECT ifnull(max(number), 0) FROM documents "
+                "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, cutoff)).fetchone()
             if expected not in (ANY_VERSION, version):
                 return False
             db.execute(
-                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "REPLACE INTO documents (owner, kind, name, created, used, turns, data) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
-            # These were used when the clock was ahead, and would expire late
+            # A clock that was ahead would make these documents expire late
             db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
-            # Two at a time: to delete one of 16 MiB takes 0.1 s, in which nobody else can write
+            # Delete only two: deleting 16 MiB takes 0.1 s, during which no other process can write
             db.execute(
-                "DELETE FROM documents WHERE number IN (SELECT number FROM documents WHERE used <= ? LIMIT 2)",
+                "DELETE FROM documents WHERE number IN "
+                "(SELECT number FROM documents WHERE used <= ? LIMIT 2)",
                 (cutoff,))
             db.execute(
                 "DELETE FROM documents WHERE number IN "
-                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? "
+                "ORDER BY number DESC LIMIT -1 OFFSET ?)",
                 (owner, kind, self.max_documents(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
-                # Python executes one step of it, which frees one page
+                # One execute() makes one step, which frees one page
                 db.execute("PRAGMA incremental_vacuum(1)")
         return True
 
@@ -2489,14 +2537,16 @@ class SQLiteStore(SharedStore):
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         rows = self._select(
-            "SELECT name, created, used, turns FROM documents WHERE owner = ? AND kind = ? AND used > ? "
-            "ORDER BY number", owner, kind, self.expiry_cutoff())
+            "SELECT name, created, used, turns FROM documents "
+            "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
+            owner, kind, self.expiry_cutoff())
         return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        rows = self._select(
-            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?", self.expiry_cutoff(), REASONING)
-        return int(rows[0][0])
+        [(count,)] = self._select(
+            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
+            self.expiry_cutoff(), REASONING)
+        return int(count)
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
@@ -2515,23 +2565,23 @@ class SQLiteStore(SharedStore):
 
     def _select(self, query: str, *values: Any) -> list[Any]:
         with self._executed(query, values, is_write=False) as rows:
-            return list(rows.fetchall())
+            return list(rows)
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """Yield the connection in a transaction, which lands whole or not at all."""
+        """Yield the connection in a transaction, which is committed completely or not at all."""
         with self._executed("BEGIN IMMEDIATE", (), is_write=True):
             yield self._db
             self._db.execute("COMMIT")
 
     @contextmanager
     def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
-        """Yield the result of a statement, for which other processes may have to be waited for. If anything fails, the
-        connection is closed, and the next call opens the file again."""
+        """Yield the result of a statement, after waiting for locks of other processes. Any failure closes the
+        connection, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
         with self._calling(is_write):
             if not self._lock.acquire(timeout=STORE_TIMEOUT):
-                raise store_unavailable()  # other threads keep the store busy, which is no failure
+                raise store_unavailable()  # other threads keep the store busy, so it has not failed
             try:
                 self._check_pause()  # another call may have failed meanwhile
                 self._connect()
@@ -2542,7 +2592,7 @@ class SQLiteStore(SharedStore):
             finally:
                 self._lock.release()
 
-    # The caller of these holds the lock
+    # Callers of the methods below hold the lock
 
     def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
         """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
@@ -2555,7 +2605,7 @@ class SQLiteStore(SharedStore):
                     raise
 
     def _connect(self) -> None:
-        """Connect to the file at the path, unless the connection is to it: a deleted file can still be written."""
+        """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
         if self._db:
             with suppress(OSError):
                 if os.path.samestat(os.stat(self._path), self._file):
@@ -2563,15 +2613,16 @@ class SQLiteStore(SharedStore):
             self._close()
         import sqlite3
         with suppress(FileExistsError):
-            # O_EXCL does not follow a link, and sqlite3 would make its target 0644
+            # O_EXCL does not follow links, and sqlite3 would create the target with mode 0644
             file = os.path.realpath(self._path)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(self._path, timeout=STORE_TIMEOUT, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(self._db)
-        except BaseException:
-            self._close()
-            raise
+        self._db = sqlite3.connect(
+            self._path,
+            timeout=STORE_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        self._prepare(self._db)
         self._file = os.stat(self._path)
 
     def _close(self) -> None:
@@ -2581,7 +2632,7 @@ class SQLiteStore(SharedStore):
         self._db = None
 
     def _prepare(self, db: Any) -> None:
-        """Upgrade the file to the format of this version. Raises StoreError if the file is not ours."""
+        """Set up the connection, and upgrade the file to our format. Raises StoreError if the file is not ours."""
         [application] = db.execute("PRAGMA application_id").fetchone()
         [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != SQLITE_APPLICATION:
@@ -2592,27 +2643,27 @@ class SQLiteStore(SharedStore):
             db.execute(pragma).fetchall()
         if version < STORE_FORMAT:
             db.execute("BEGIN IMMEDIATE")
-            # Another process may have been first
+            # Another process may have upgraded it
             if db.execute("PRAGMA user_version").fetchone() == (version,):
                 for statement in SQLITE_TABLES:
                     db.execute(statement)
             db.execute("COMMIT")
-        db.execute(f"PRAGMA busy_timeout = {int(LOCK_CHECK_INTERVAL * 1000)}")
+        db.execute("PRAGMA busy_timeout = 20")  # ms; `_execute` retries until its deadline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Redis store
 #
-# Documents in Redis, for processes on any number of machines. Each is a hash that expires by itself.
+# Documents in Redis, for processes on any number of machines. A document is a hash that expires by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
 REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
 REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
 REDIS_FORMAT = "kimi2api:format"
-REDIS_INDEXES = "kimi2api:indexes"  # a set of the names of all indexes
+REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
-local index, member, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local document = index .. ':' .. member
+local index, name, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local document = index .. ':' .. name
 if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
     return 0
 end
@@ -2622,7 +2673,7 @@ local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
 local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
 redis.call('HSET', document, 'version', version, unpack(ARGV, 5))
 redis.call('PEXPIRE', document, ttl)
-redis.call('ZADD', index, version, member)
+redis.call('ZADD', index, version, name)
 redis.call('PEXPIRE', index, ttl)
 redis.call('SADD', KEYS[2], index)
 local surplus = redis.call('ZCARD', index) - limit
@@ -2637,7 +2688,7 @@ return 1
 
 
 def connect_redis(url: str) -> Any:
-    """Return a client of the package redis, for many threads. Raises StoreError without it, or for a bad address."""
+    """Return a thread-safe Redis client. Raises StoreError for a missing package or an invalid address."""
     try:
         import redis
         from redis.backoff import NoBackoff
@@ -2653,24 +2704,25 @@ def connect_redis(url: str) -> Any:
             socket_timeout=REDIS_TIMEOUT,
             socket_keepalive=True,
             protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a turn whose answer was lost may have landed
+            retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
         )
-        pool.make_connection()  # which reads the options in the address
+        pool.make_connection()  # parses the options in the address
     except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
         raise StoreError(f"the address of Redis cannot be used: {error}") from None
     return redis.Redis(connection_pool=pool)
 
 
 def hashed(text: str) -> str:
-    """Return part of a Redis key, which does not reveal the text and differs from that of any other text."""
+    """Return the hash of a text for a Redis key."""
     return sha256(text.encode()).hexdigest()[:32]
 
 
-def redis_names(key: DocumentKey) -> tuple[str, str]:
-    """Return the name of an index and a member. An index is a sorted set of an owner's documents of a kind, by version.
-    A document is a hash; its name is that of the index and of the member."""
-    owner, kind, name = key
-    return f"kimi2api:documents:{hashed(owner)}:{kind}", hashed(name)
+def index_name(owner: str, kind: str) -> str:
+    """Return the name of an index: a sorted set of the names of an owner's documents of a kind, by version.
+
+    The key of a document is the name of its index, a colon, and the name of the document.
+    """
+    return f"kimi2api:documents:{owner}:{kind}"
 
 
 def counters_name(key: CounterKey) -> str:
@@ -2678,20 +2730,22 @@ def counters_name(key: CounterKey) -> str:
 
 
 class RedisStore(SharedStore):
-    """A Redis, or what speaks its protocol; tested with Redis 7."""
+    """A Redis server, or another that implements its protocol; tested with Redis 7."""
 
     kind = "redis"
 
     def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Raises StoreError if the package is missing, or a newer version wrote there. A Redis that does not answer may
-        do so later."""
+        """Connect, or retry later if Redis does not answer. Raises StoreError if the package is missing, the address is
+        invalid, or a newer version wrote the data."""
         super().__init__(ttl, limit)
         self._redis = connect_redis(url)
         import redis
-        # Those after OSError are raised for answers and documents that are malformed
-        self.failures = (StoreError, redis.RedisError, OSError, AttributeError, LookupError, TypeError, ValueError)
+        self.failures = (
+            StoreError, redis.RedisError, OSError,
+            # Malformed replies and documents raise these
+            AttributeError, LookupError, TypeError, ValueError,
+        )
         self._put = self._redis.register_script(PUT_DOCUMENT)
-        self._lifetime = max(1, int(ttl * 1000))  # ms
         self._is_format_known = False
         try:
             self._check_format()
@@ -2703,45 +2757,50 @@ class RedisStore(SharedStore):
 
     def check(self) -> None:
         with self._client(is_write=True) as redis:
-            # Refused when memory is full, or by a replica
+            # Redis refuses this write if its memory is full or it is a replica
             redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
 
     def load(self, key: DocumentKey) -> Document | None:
-        index, member = redis_names(key)
+        owner, kind, name = key
         with self._client() as redis:
-            head, data, version = redis.hmget(f"{index}:{member}", "head", "data", "version")
+            document = f"{index_name(owner, kind)}:{name}"
+            head, data, version = redis.hmget(document, "head", "data", "version")
             if version is None:
                 return None
-            _, created, used, turns = json.loads(head)
+            created, used, turns = json.loads(head)
             return Document(created, used, turns, data, int(version))
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        index, member = redis_names(key)
-        _, kind, name = key
-        head = dump_json([name, document.created, document.used, document.turns])
+        owner, kind, name = key
+        keys = [index_name(owner, kind), REDIS_INDEXES]
+        milliseconds = int(self.ttl * 1000)
+        head = dump_json([document.created, document.used, document.turns])
         arguments = [
-            member, expected, self._lifetime, self.max_documents(kind), "head", head, "data", document.data,
+            name, expected, milliseconds, self.max_documents(kind),
+            "head", head, "data", document.data,
         ]
-        with self._client(is_write=True) as redis:
-            return bool(int(self._put([index, REDIS_INDEXES], arguments, client=redis)))
+        with self._client(is_write=True):
+            return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
 
     def delete(self, key: DocumentKey) -> bool:
-        index, member = redis_names(key)
+        owner, kind, name = key
+        index = index_name(owner, kind)
         with self._client(is_write=True) as redis, redis.pipeline() as pipe:
-            pipe.delete(f"{index}:{member}")
-            pipe.zrem(index, member)
+            pipe.delete(f"{index}:{name}")
+            pipe.zrem(index, name)
             deleted, _ = pipe.execute()
         return bool(deleted)
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        index, _ = redis_names((owner, kind, ""))
+        index = index_name(owner, kind)
         documents = {}
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for member in redis.zrange(index, 0, -1):
-                pipe.hget(f"{index}:{member.decode()}", "head")
-            for head in filter(None, pipe.execute()):  # some may have expired
-                name, *fields = json.loads(head)
-                documents[name] = Document(*fields)
+            names = [name.decode() for name in redis.zrange(index, 0, -1)]
+            for name in names:
+                pipe.hget(f"{index}:{name}", "head")
+            for name, head in zip(names, pipe.execute(), strict=True):
+                if head:  # otherwise expired
+                    documents[name] = Document(*json.loads(head))
         return documents
 
     def count(self) -> int:
@@ -2764,7 +2823,10 @@ class RedisStore(SharedStore):
         with self._client() as redis, redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
-            return [{name.decode(): int(value) for name, value in counters.items()} for counters in pipe.execute()]
+            return [
+                {name.decode(): int(value) for name, value in counters.items()}
+                for counters in pipe.execute()
+            ]
 
     @contextmanager
     def _client(self, is_write: bool = False) -> Iterator[Any]:
@@ -2774,7 +2836,7 @@ class RedisStore(SharedStore):
             yield self._redis
 
     def _check_format(self) -> None:
-        """Raise StoreError if a newer version wrote there. What format 1 kept expires by itself; its counters stay."""
+        """Raise StoreError if a newer version wrote the data. Data of format 1 expires, and its counters stay valid."""
         version = int(self._redis.get(REDIS_FORMAT) or 0)
         check_format(version)
         if version < STORE_FORMAT:
@@ -2790,7 +2852,7 @@ def open_store(settings: Settings) -> Store:
     try:
         if kind == "sqlite":
             return SQLiteStore(path, ttl, limit)
-        if kind in ("redis", "rediss"):
+        if kind != "memory":
             return RedisStore(settings.session_store, ttl, limit)
     except StoreError as error:
         raise SettingError(f"SESSION_STORE: {error}") from None
@@ -2800,8 +2862,8 @@ def open_store(settings: Settings) -> Store:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sessions
 #
-# What is in the documents of a store. A session is JSON lines: a head, then one line for each turn. System messages are
-# not remembered, because every request carries them itself.
+# The content of documents. A session is JSON lines: a head, then one line for each turn. It has no system messages,
+# because every request has its own.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
@@ -2814,17 +2876,9 @@ class Session:
     """A user's conversation, or a stored response and the conversation up to its end."""
 
     id: str
-    created: float  # seconds since the epoch, as is `used`
-    used: float
-    system: Turn = ()  # of a stored response: system messages among its input and that of those before it
+    document: Document = NO_DOCUMENT  # in which the session is stored
+    system: Turn = ()  # of a stored response: the system messages in its input and in the inputs that it continues
     response: JSONObject | None = None
-    document: Document = NO_DOCUMENT  # in which all of it is stored
-
-    @classmethod
-    def read(cls, document: Document) -> Session:
-        head = json.loads(split_lines(document)[0])
-        system = tuple(head.get("system", ()))
-        return cls(head["id"], document.created, document.used, system, head.get("response"), document)
 
     @cached_property
     def turns(self) -> Turns:
@@ -2843,12 +2897,14 @@ def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
     return [dump_json(list(map(stored_message, turn))) for turn in turns]
 
 
-def session_document(created: float, head: bytes, lines: list[bytes]) -> Document:
-    return Document(created, time.time(), len(lines), b"\n".join((head, *lines)))
+def new_document(head: bytes, lines: Sequence[bytes] = (), created: float = 0.0) -> Document:
+    """Return a document that is used now. created: seconds since the epoch, 0 for now."""
+    now = time.time()
+    return Document(created or now, now, len(lines), b"\n".join((head, *lines)))
 
 
 def stored_message(message: Message) -> Message:
-    """Return the part of a message that is stored: a client may put megabytes into fields that nobody reads."""
+    """Return the part of a message to store. Clients may put megabytes into fields that are never read."""
     stored: Message = {"role": message["role"], "content": text_of(message)}
     if message.get("tool_call_id"):
         stored["tool_call_id"] = message["tool_call_id"]
@@ -2862,14 +2918,14 @@ def stored_message(message: Message) -> Message:
             }
             for call in message["tool_calls"]
         ]
-        # Moonshot and DeepSeek require it in later requests
+        # Moonshot and DeepSeek require the reasoning in later requests
         if isinstance(message.get("reasoning_content"), str):
             stored["reasoning_content"] = message["reasoning_content"]
     return stored
 
 
 def latest_lines(lines: list[bytes]) -> list[bytes]:
-    """Return the latest lines that a session may keep. A line that is too long by itself is left out."""
+    """Return the latest lines that fit into a session, without lines that are too long by themselves."""
     kept = []
     room = MAX_SESSION_BYTES
     for line in reversed(lines):
@@ -2884,73 +2940,70 @@ def latest_lines(lines: list[bytes]) -> list[bytes]:
 
 
 class Sessions:
-    """The sessions and stored responses of all owners, and the reasoning behind their tool calls: Moonshot and DeepSeek
-    require it in later requests, and clients of OpenAI's protocol drop it."""
+    """The sessions and stored responses of all owners, and the reasoning of their tool calls. Moonshot and DeepSeek
+    require this reasoning in later requests, and clients of OpenAI's protocol drop it."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def get(self, owner: str, user: str) -> Session | None:
-        return self._read((owner, SESSION, user))
-
-    def list_sessions(self, owner: str) -> dict[str, Document]:
-        """Return the sessions of an owner by user, the least recently used first, without their turns."""
-        return self.store.list_documents(owner, SESSION)
+    def get(self, owner: str, name: str, kind: str = SESSION) -> Session | None:
+        """Return the session of a user, or the stored response with an id."""
+        document = self.store.load((owner, kind, name))
+        if document is None:
+            return None
+        head = json.loads(split_lines(document)[0])
+        return Session(head["id"], document, tuple(head.get("system", ())), head.get("response"))
 
     def open(self, owner: str, user: str | None) -> Session:
-        """Return the user's session, or a new one, which is kept only when a turn is recorded."""
+        """Return the user's session, or a new session, which is stored when a turn is recorded."""
         session = self.get(owner, user) if user else None
-        now = time.time()
-        return session or Session(random_hex(), now, now)
+        return session or Session(random_hex())
 
     def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
-        """Add turns, all or none, to the user's session; replace_turns: in place of what was remembered."""
+        """Add turns, all or none, to the user's session. replace_turns: replace the turns of the opened session."""
         added = dump_turns(turns)
         continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
             lines = split_lines(document)
             head = lines.pop(0) or dump_json({"id": opened.id})
-            if replace_turns:  # but for turns that others have recorded meanwhile
+            if replace_turns:  # except turns that were recorded in the meantime
                 recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
                 lines = added + list(recorded.elements())
             elif continues_turn:
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
-            return session_document(document.created or opened.created, head, latest_lines(lines))
+            return new_document(head, latest_lines(lines), document.created)
 
         self.store.update((owner, SESSION, user), opened.document, change)
 
-    def forget(self, owner: str, user: str) -> bool:
-        """Delete a session. Return False if there was none."""
-        return self.store.delete((owner, SESSION, user))
-
-    def response(self, owner: str, id: str) -> Session | None:
-        """Return a stored response and the conversation up to its end."""
-        return self._read((owner, RESPONSE, id))
+    def forget(self, owner: str, name: str, kind: str = SESSION) -> bool:
+        """Delete the session of a user, or the stored response with an id. Return False if there was none."""
+        return self.store.delete((owner, kind, name))
 
     def record_response(
-        self, owner: str, opened: Session, response: JSONObject, system: Iterable[Message], turns: Iterable[Turn],
+        self,
+        owner: str,
+        opened: Session,
+        response: JSONObject,
+        system: Iterable[Message],
+        turns: Iterable[Turn],
     ) -> None:
-        """Store a response, and the conversation up to its end for responses that continue it."""
+        """Store a response with its conversation, which later responses may continue."""
         head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
-        document = session_document(time.time(), dump_json(head), dump_turns(turns))
+        document = new_document(dump_json(head), dump_turns(turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
             log.warning("a response is not stored: with its conversation it has %d bytes", size)
         else:
             self.store.put((owner, RESPONSE, response["id"]), document)
 
-    def forget_response(self, owner: str, id: str) -> bool:
-        return self.store.delete((owner, RESPONSE, id))
-
     def keep_reasoning(self, owner: str, name: str, text: str) -> None:
-        data = text.encode()
-        now = time.time()
-        if len(data) <= MAX_REASONING_BYTES:
+        document = new_document(text.encode())
+        if len(document.data) <= MAX_REASONING_BYTES:
             with suppress(APIError):  # without it, the upstream gets empty reasoning
-                self.store.put((owner, REASONING, name), Document(now, now, 0, data))
+                self.store.put((owner, REASONING, name), document)
 
     def find_reasoning(self, owner: str, name: str) -> str | None:
         document = None
@@ -2958,27 +3011,22 @@ class Sessions:
             document = self.store.load((owner, REASONING, name))
         return document.data.decode() if document else None
 
-    def _read(self, key: DocumentKey) -> Session | None:
-        document = self.store.load(key)
-        return Session.read(document) if document else None
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Limits and usage
 #
-# The usage of each key and its limits, counted in the store: so a restart or a second process refills no limit. While
-# the store is unavailable, this process counts by itself.
+# The store counts the usage of each key, so a restart or a second process refills no limit. While the store is
+# unavailable, this process counts by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MINUTE = 60
 DAY = 86400
 USAGE_DAYS = 31
-USAGE_MAX_AGE = (USAGE_DAYS + 1) * DAY
 
 
 def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
-    """Return the limit of a key: by its name, else the one for all keys. 0 means no limit."""
-    return limits.get(client.name or "", limits.get("", 0))
+    """Return the limit of a key by its name, else the limit for all keys. 0 means no limit."""
+    return limits.get(client.name or "", limits[""])
 
 
 def utc_date(now: float) -> str:
@@ -2986,7 +3034,8 @@ def utc_date(now: float) -> str:
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {utc_date(now)}", now - now % DAY + USAGE_MAX_AGE)
+    expires = now - now % DAY + (USAGE_DAYS + 1) * DAY
+    return CounterKey(client.owner, f"day {utc_date(now)}", expires)
 
 
 def duration(seconds: float) -> str:
@@ -3011,20 +3060,20 @@ NOTHING: Counter[str] = Counter()
 
 
 class Counters:
-    """Counters in a store that may fail. While it fails, added amounts are pending, and totals are the known ones plus
-    the pending amounts. The next addition that succeeds sends all pending amounts, whoever their owner is."""
+    """Counters in a store that may fail. While the store fails, added amounts are pending, and totals are the known
+    totals plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
-        # Amounts that the store does not have; replaced, never changed
+        # Amounts that the store lacks; each Counter is replaced, never changed
         self._pending: dict[CounterKey, Counter[str]] = {}
         self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
     def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add amounts to the counters of a period, and return the totals of these."""
-        # Taken before the call: if another thread sends them meanwhile they count twice for a moment, but never not
+        """Add amounts to the counters of a period, and return the totals of these counters."""
+        # Read before the call: amounts that another thread sends meanwhile briefly count twice, but are never missing
         pending = self._pending.get(key)
         try:
             totals = self._store.add_counters(key, amounts)
@@ -3043,7 +3092,6 @@ class Counters:
     def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
         """Return the totals of each period."""
         pending = self._pending.copy()
-        found: list[Amounts]
         try:
             found = self._store.read_counters(keys)
         except APIError:
@@ -3070,24 +3118,21 @@ class Counters:
                 self._pending = without_expired(self._pending)
             known = self._known.setdefault(key, {})
             for name, total in totals.items():
-                known[name] = max(total, known.get(name, 0))  # answers may come in any order
+                known[name] = max(total, known.get(name, 0))  # replies may arrive in any order
 
 
 class UsageLimits:
-    """The usage of every key, and its limits."""
+    """The usage and limits of every key."""
 
-    def __init__(self, store: Store, requests_per_minute: Mapping[str, int], tokens_per_day: Mapping[str, int]) -> None:
-        self.requests_per_minute = requests_per_minute
-        self.tokens_per_day = tokens_per_day
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._settings = settings
         self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a chat that begins, and return headers for its response. Raises APIError 429 if it is over a limit."""
+        """Count a new chat, and return headers for its response. Raises APIError 429 if it exceeds a limit."""
         headers: dict[str, str] = {}
-        tokens_limit = key_limit(self.tokens_per_day, client)
-        requests_limit = key_limit(self.requests_per_minute, client)
-        if not tokens_limit and not requests_limit:
-            return headers
+        tokens_limit = key_limit(self._settings.tokens_per_day, client)
+        requests_limit = key_limit(self._settings.requests_per_minute, client)
         now = time.time()
         minute_reset = MINUTE - now % MINUTE
         day_reset = DAY - now % DAY
@@ -3098,25 +3143,36 @@ class UsageLimits:
             headers.update(limit_headers("tokens", tokens_limit, used_tokens, day_reset))
         has_quota = not tokens_limit or used_tokens < tokens_limit
         if requests_limit:
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now - now % MINUTE + 2 * MINUTE)
+            expires = now + minute_reset + MINUTE
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", expires)
             counters = self._counters.add(minute, {"requests": int(has_quota)})
             used_requests = counters["requests"]
             headers.update(limit_headers("requests", requests_limit, used_requests, minute_reset))
         if not has_quota:
             raise APIError(
-                429, f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
-                "insufficient_quota", "insufficient_quota",
+                429,
+                f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
+                "insufficient_quota",
+                "insufficient_quota",
                 headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
         if used_requests > requests_limit:
             raise APIError(
-                429, f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).", "rate_limit_error",
-                "rate_limit_exceeded", headers={**headers, "Retry-After": str(ceil(minute_reset))})
+                429,
+                f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+                headers={**headers, "Retry-After": str(ceil(minute_reset))})
         return headers
 
     def record(
-        self, client: ClientKey, model: str, prompt_tokens: int, completion_tokens: int, is_answered: bool,
+        self,
+        client: ClientKey,
+        model: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        is_answered: bool,
     ) -> None:
-        """Count the tokens of an answer. model: one of a bounded number of ids; is_answered: it was not cut off."""
+        """Count the tokens of an answer. model: of a bounded set of ids; is_answered: the answer did not fail."""
         amounts = {
             f"requests {model}": int(is_answered),
             f"prompt_tokens {model}": prompt_tokens,
@@ -3139,8 +3195,8 @@ class UsageLimits:
             "object": "usage",
             "key": client.name,
             "limits": {
-                "requests_per_minute": key_limit(self.requests_per_minute, client),
-                "tokens_per_day": key_limit(self.tokens_per_day, client),
+                "requests_per_minute": key_limit(self._settings.requests_per_minute, client),
+                "tokens_per_day": key_limit(self._settings.tokens_per_day, client),
             },
             "today": today,
             "days": days,
@@ -3187,27 +3243,27 @@ Labels = tuple[tuple[str, str], ...]
 Series = tuple[str, Labels]  # the metric's name, and its labels
 
 MAX_MODEL_LABELS = 100
-MAX_LABEL = 128  # characters of one
+MAX_LABEL = 128  # characters
 
 
 class Metrics:
-    """Everything that is counted while the process runs."""
+    """Counters and histograms of this process."""
 
     def __init__(self, models: Iterable[str] = ()) -> None:
-        """models: the ids that are labels from the start."""
+        """models: the ids that are always labels."""
         self._models = set(models)
-        self._api_models: set[str] = set()  # of APIs, that have answered
+        self._api_models: set[str] = set()  # ids of APIs' models that have answered
         self._lock = threading.Lock()  # guards both
         self._counters: dict[Series, float] = {}
-        # Of each the counts by bucket, the last of them for all above, and the sum
+        # Counts by bucket, the count above the last bucket, and the sum
         self._histograms: dict[Series, list[float]] = {}
 
     def count(self, metric: str, labels: Mapping[str, str]) -> None:
         self.record({(metric, tuple(labels.items())): 1}, {})
 
     def record(self, amounts: Mapping[Series, float], durations: Mapping[Series, float]) -> None:
-        """Add to counters, and to histograms (seconds). All at once, because at 64 chats at a time a lock costs more
-        than what it guards."""
+        """Add to counters, and to histograms (seconds). One call for all: with 64 concurrent chats, the lock costs more
+        than the additions."""
         with self._lock:
             for series, amount in amounts.items():
                 self._counters[series] = self._counters.get(series, 0) + amount
@@ -3217,26 +3273,25 @@ class Metrics:
                 histogram[-1] += seconds
 
     def model_label(self, provider: str, model: str, has_answered: bool) -> str:
-        """The model's id if it is one of a bounded number, else "other": an entry `*` of MODELS accepts any id."""
+        """Return the model's id, or "other" to bound the number of labels: an entry `*` in MODELS accepts any id."""
         if model in self._models:
             return model
-        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/") and len(model) <= MAX_LABEL
-        if is_of_api and has_answered and len(self._api_models) < MAX_MODEL_LABELS:
+        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/")
+        has_room = len(self._api_models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
+        if is_of_api and has_room and has_answered:
             self._api_models.add(model)
         return model if model in self._api_models else "other"
 
-    def render(self, gauges: Iterable[tuple[str, Mapping[str, str], float]]) -> str:
-        """All of them, and these gauges: name, labels and value."""
+    def render(self, gauges: Mapping[Series, float]) -> str:
+        """Return all metrics, with the values of the gauges."""
         with self._lock:
-            counters = list(self._counters.items())
-            histograms = [(key, list(histogram)) for key, histogram in self._histograms.items()]
+            values = {**gauges, **self._counters}
+            histograms = {series: histogram.copy() for series, histogram in self._histograms.items()}
         samples: dict[str, list[str]] = {name: [] for name in METRICS}
-        for name, labels, value in gauges:
-            samples[name].append(sample(name, tuple(labels.items()), value))
-        for (name, label_set), value in counters:
-            samples[name].append(sample(name, label_set, value))
-        for (name, label_set), histogram in histograms:
-            samples[name].extend(histogram_samples(name, label_set, histogram))
+        for (name, labels), value in values.items():
+            samples[name].append(sample(name, labels, value))
+        for (name, labels), histogram in histograms.items():
+            samples[name].extend(histogram_samples(name, labels, histogram))
         lines = []
         for name, (kind, about) in METRICS.items():
             lines.append(f"# HELP {name} {about}")
@@ -3256,11 +3311,8 @@ def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iter
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
-    escaped = []
-    for label, text in labels:
-        text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        escaped.append(f'{label}="{text}"')
-    shown = f"{{{','.join(escaped)}}}" if escaped else ""
+    pairs = [f"{label}={COMPACT_JSON.encode(text)}" for label, text in labels]  # JSON's escapes are Prometheus's
+    shown = f"{{{','.join(pairs)}}}" if pairs else ""
     return f"{name}{shown} {value:.17g}"
 
 
@@ -3281,8 +3333,6 @@ def sample(name: str, labels: Labels, value: float) -> str:
 
 CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
 MAX_INTERIM_RESPONSES = 16
-MAX_CHUNK_LINE = 4096
-CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 # Behind the text of the chunk before
 NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
 TIMEOUT_PRECISION = 0.1  # seconds
@@ -3375,7 +3425,6 @@ class SocketReader(io.RawIOBase):
         self.deadline = deadline
         # Reads return nothing, so that a peek shows only what is buffered
         self.is_paused = False
-        self.at_end = False  # the upstream has closed the connection
 
     def readable(self) -> bool:
         return True
@@ -3388,12 +3437,8 @@ class SocketReader(io.RawIOBase):
             deadline.limit(deadline.timeout)
         while True:
             set_timeout(self._sock, deadline.next_wait())
-            try:
-                count = self._sock.recv_into(buffer)
-            except TimeoutError:
-                continue  # one slice has passed
-            self.at_end = not count
-            return count
+            with suppress(TimeoutError):  # one slice has passed
+                return self._sock.recv_into(buffer)
 
     def close(self) -> None:
         self._file.close()
@@ -3430,8 +3475,8 @@ class ResponseReader(io.BufferedReader):
 class StrictHTTPResponse(HTTPResponse):
     """http.client's response, read within a deadline, past interim responses, and more strictly.
 
-    Overrides _read_status, _read1_chunked and _read_next_chunk_size and reads chunk_left, which are private to
-    http.client; so they are in Python 3.10 to 3.14.
+    Overrides _read_status and _read1_chunked and reads chunk_left, which are private to http.client; so they are in
+    Python 3.10 to 3.14.
     """
 
     fp: Any
@@ -3440,30 +3485,14 @@ class StrictHTTPResponse(HTTPResponse):
         super().__init__(sock, *args, **kwargs)
         self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), sock)
 
-    def begin(self) -> None:
-        reader = self.fp.raw
-        super().begin()
-        if reader.at_end:
-            raise HTTPException("its answer is cut off in the head")
-
     def _read_status(self) -> tuple[str, int, str]:
         """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
         for _ in range(MAX_INTERIM_RESPONSES):
             version, status, reason = super()._read_status()  # type: ignore[misc]
-            if status == 101:
-                raise HTTPException("unexpected 101 Switching Protocols")
             if status >= 200:
                 return version, status, reason
             parse_headers(self.fp)
         raise HTTPException("too many interim responses")
-
-    def _read_next_chunk_size(self) -> int:
-        """http.client's takes what int() does, such as -5. What it makes of a ValueError is an incomplete read."""
-        line = self.fp.readline(MAX_CHUNK_LINE)
-        size = line.partition(b";")[0].strip()
-        if not (line.endswith(b"\n") and CHUNK_SIZE.fullmatch(size)):
-            raise ValueError("invalid chunk size")
-        return int(size, 16)
 
     def _read1_chunked(self, size: int) -> bytes:
         """Read one chunk, and all whole ones that are buffered behind it, but for the last: APIs send each event as a
@@ -3964,12 +3993,6 @@ class ProviderRequest:
     waiter: Waiter = field(default_factory=Waiter)
 
 
-UPSTREAM_CODES = frozenset({
-    "upstream_auth", "upstream_blocked", "upstream_changed", "upstream_invalid_response", "upstream_rate_limited",
-    "upstream_refused", "upstream_timeout", "upstream_unavailable", "invalid_json_answer", "context_length_exceeded",
-})
-
-
 class Provider:
     """An upstream: subclasses know its protocol.
 
@@ -4026,7 +4049,7 @@ class Provider:
             if not isinstance(error, Abandoned):
                 self.breaker.ended(error, is_probe)
                 # An API's own codes are unbounded
-                code = error.code if error.code in UPSTREAM_CODES else f"http_{error.status}"
+                code = error.code if (error.code or "").startswith("upstream_") else f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
             raise
         self.breaker.ended(None, is_probe)
@@ -4116,7 +4139,7 @@ def write_prompt(
     last_round = rounds.pop() if rounds else ()
     prompt = Prompt(
         limit,
-        system=join_lines(map(text_of, request.system)),
+        system=join_lines(map(text_of, filter(is_system, request.messages))),
         how_to_call=how_to_call(request),
         tools=list(map(describe_tool, request.tools)),
         rules=join_lines([form_instruction(request), remark]),
@@ -4677,12 +4700,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     # WordPress's own words for a stale nonce and an unknown action
     if body in (b"-1", b"0"):
         raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
-    try:
-        answer = parse_upstream_json(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        answer = {}
+    answer = parse_upstream_object(body) or {}
     data = answer.get("data")
     if answer.get("success") is False:
         raise StaleNonce(upstream_error(
@@ -4896,12 +4914,9 @@ class APIAnswer:
 
     def _parse_chunk(self, data: bytes) -> JSONObject:
         """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        try:
-            chunk = parse_upstream_json(data)
-        except ValueError:
-            raise self._malformed("something that is not JSON") from None
-        if not isinstance(chunk, dict):
-            raise self._malformed()
+        chunk = parse_upstream_object(data)
+        if chunk is None:
+            raise self._malformed("something that is not a JSON object")
         if chunk.get("error"):
             raise api_error(self._api, 500, chunk, {})
         choices = chunk.get("choices")
@@ -5026,7 +5041,8 @@ class OpenAIProvider(Provider):
         messages = request.messages
         if asked.history:
             turns = append_turns(asked.history, request.turns)
-            messages = [*request.system, *itertools.chain.from_iterable(turns)]
+            system = filter(is_system, request.messages)
+            messages = [*system, *itertools.chain.from_iterable(turns)]
         body = {
             **request.body,
             "model": asked.model,
@@ -5138,10 +5154,8 @@ class OpenAIProvider(Provider):
         self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
     ) -> JSONObject:
         """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
-        answer = None
-        with suppress(ValueError):
-            answer = parse_upstream_json(response.read(limit), max_values)
-        if not isinstance(answer, dict):
+        answer = parse_upstream_object(response.read(limit), max_values)
+        if answer is None:
             raise invalid_response(self._api.name, "no JSON object")
         if answer.get("error"):
             raise api_error(self._api, response.status, answer, response.headers)
@@ -5616,7 +5630,9 @@ def record_response(
     if turns:
         *older, newest = turns
         turns = (*older, (*newest, *answer))
-    sessions.record_response(owner, previous, response, [*previous.system, *asked.system_items], turns)
+    # Later responses inherit system messages of the input, unlike the instructions
+    system = [*previous.system, *filter(is_system, asked.messages)]
+    sessions.record_response(owner, previous, response, system, turns)
 
 
 def pace(
@@ -5661,13 +5677,13 @@ def set_headers(headers: Headers) -> None:
         bottle.response.set_header(name, value)
 
 
-def session_object(user: str, session: Session | Document) -> JSONObject:
+def session_object(user: str, document: Document) -> JSONObject:
     return {
         "object": "session",
         "user": user,
-        "created": int(session.created),
-        "last_used": int(session.used),
-        "turns": session.turns,
+        "created": int(document.created),
+        "last_used": int(document.used),
+        "turns": document.turns,
     }
 
 
@@ -5689,7 +5705,7 @@ class App:
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
-        self.limits = UsageLimits(self.store, settings.requests_per_minute, settings.tokens_per_day)
+        self.limits = UsageLimits(self.store, settings)
         self.chats = Slots(settings.max_concurrent_chats)
         self.started = time.time()
 
@@ -5709,7 +5725,8 @@ class App:
         try:
             request = asked.to_chat_request(previous.system)
             record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
-            writer = ResponseWriter(asked, record if asked.is_stored else None)
+            is_stored = asked.body.get("store") is not False
+            writer = ResponseWriter(asked, record if is_stored else None)
             return self._complete(request, writer, previous)
         except APIError as error:
             raise translate_error(error) from None
@@ -5718,7 +5735,7 @@ class App:
         """What a response goes on from: a new session where it names none."""
         if not id:
             return self.sessions.open(current_owner(), None)
-        found = self.sessions.response(current_owner(), id)
+        found = self.sessions.get(current_owner(), id, RESPONSE)
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
@@ -5835,22 +5852,22 @@ class App:
         session = self.sessions.get(current_owner(), user)
         if session is None:
             raise session_not_found()
-        expires_at = int(session.used + self.store.ttl)
-        return {**session_object(user, session), "expires_at": expires_at}
+        expires_at = int(session.document.used + self.store.ttl)
+        return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
 
     def get_response(self, id: str) -> JSONObject:
-        session = self.sessions.response(current_owner(), id)
+        session = self.sessions.get(current_owner(), id, RESPONSE)
         if session is None or session.response is None:
             raise response_not_found(id)
         return session.response
 
     def _stored_item(self, id: str) -> JSONObject | None:
-        session = self.sessions.response(current_owner(), response_of(id))
+        session = self.sessions.get(current_owner(), response_of(id), RESPONSE)
         items = session.response["output"] if session and session.response else []
         return next((item for item in items if item["id"] == id), None)
 
     def delete_response(self, id: str) -> JSONObject:
-        if not self.sessions.forget_response(current_owner(), id):
+        if not self.sessions.forget(current_owner(), id, RESPONSE):
             raise response_not_found(id)
         return {"id": id, "object": "response", "deleted": True}
 
@@ -5861,24 +5878,24 @@ class App:
 
     def list_sessions(self) -> JSONObject:
         """The caller's sessions, without what was said in them."""
-        sessions = self.sessions.list_sessions(current_owner())
-        return {"object": "list", "data": [session_object(user, session) for user, session in sessions.items()]}
+        documents = self.store.list_documents(current_owner(), SESSION)
+        return {"object": "list", "data": [session_object(user, document) for user, document in documents.items()]}
 
     def get_usage(self) -> JSONObject:
         return self.limits.usage(current_client())
 
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        gauges: list[tuple[str, Headers, float]] = [
-            ("kimi2api_chats_running", {}, self.chats.used),
-            ("kimi2api_chats_limit", {}, self.chats.limit),
-            ("kimi2api_build_info", {"version": __version__}, 1),
-            ("process_start_time_seconds", {}, self.started),
-        ]
+        gauges: dict[Series, float] = {
+            ("kimi2api_chats_running", ()): self.chats.used,
+            ("kimi2api_chats_limit", ()): self.chats.limit,
+            ("kimi2api_build_info", (("version", __version__),)): 1,
+            ("process_start_time_seconds", ()): self.started,
+        }
         for name, provider in self.providers.by_name.items():
-            gauges.append(("kimi2api_upstream_healthy", {"provider": name}, not provider.breaker.failing))
+            gauges["kimi2api_upstream_healthy", (("provider", name),)] = not provider.breaker.failing
         with suppress(APIError):  # a store that cannot be reached is told by /health
-            gauges.append(("kimi2api_sessions", {}, self.store.count()))
+            gauges["kimi2api_sessions", ()] = self.store.count()
         return self.metrics.render(gauges)
 
     def health(self) -> JSONObject:
@@ -6567,21 +6584,19 @@ def serve(settings: Settings, demo: bool) -> int:
 ########################################################################################################################
 # Appendices
 #
-# The application serves the description and the page, and the command line starts the demo upstream: the only uses of
-# what stands below.
+# The application serves the description and the page. The command line starts the demo upstream.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Demo upstream
 #
-# A small stand-in for the web chat: the page with its nonce, the form, the JSON. It speaks the same HTTP as the site,
-# so `--demo` runs the real code path without internet.
+# A small stand-in for the web chat, with its page, nonce, form and JSON. `--demo` runs the real code without internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """A web chat without a model: its answers say so, and repeat what reached it."""
+    """A web chat without a model, whose answers say so and repeat the messages that it received."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -6589,14 +6604,15 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     @classmethod
     def start(cls) -> str:
-        """Serve on a free loopback port from a thread of its own; the address, without a path."""
+        """Serve on a free loopback port in a new thread. Return the address without a path."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
         threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
         return f"http://127.0.0.1:{server.server_address[1]}"
 
     def do_GET(self) -> None:
         config = json.dumps({"ajax_url": "/wp-admin/admin-ajax.php", "nonce": self.nonce})
-        self.reply(200, "text/html", f"<html><script>var kimi_ajax = {config};</script></html>".encode())
+        page = f"<html><script>var kimi_ajax = {config};</script></html>"
+        self.reply(200, "text/html", page.encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -6631,7 +6647,7 @@ def demo_answer(prompt: str, model: str) -> str:
     if name and not has_result:
         return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
     if JSON_ONLY in prompt:
-        return "[] {}"  # the reader takes the one of the right type
+        return "[] {}"  # the parser takes the document of the right type
     lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
         f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
@@ -6646,7 +6662,7 @@ def demo_answer(prompt: str, model: str) -> str:
 
 
 def named_object(name: str, fields: Schema) -> Schema:
-    """Return the schema of an object that says in `object` what it is, as all of OpenAI's do."""
+    """Return the schema of an object whose field `object` names its type."""
     return object_of({"object": {"type": "string", "const": name}, **fields})
 
 
@@ -6657,11 +6673,9 @@ def openai_object(name: str, page: str) -> Schema:
 
 
 OR_NULL_STRING = any_of(STRING, NULL)
-ERROR = object_of({"message": STRING, "type": STRING, "param": OR_NULL_STRING, "code": OR_NULL_STRING})
-FAILING = object_of({}, {"failing_since": INTEGER, "reason": STRING})
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
-SCHEMAS: dict[str, Schema] = {
+SCHEMAS = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
     "Completion": openai_object("chat.completion", "chat/object"),
@@ -6698,10 +6712,20 @@ SCHEMAS: dict[str, Schema] = {
         "chats": object_of({"running": COUNT, "limit": COUNT}),
         "sessions": object_of({"kept": any_of(COUNT, NULL), "limit": COUNT}),
         "store": object_of({"kind": choice_of("memory", "sqlite", "redis"), "ok": BOOLEAN}),
-        "upstreams": {"type": "object", "additionalProperties": FAILING},
+        "upstreams": {
+            "type": "object",
+            "additionalProperties": object_of({}, {"failing_since": INTEGER, "reason": STRING}),
+        },
     }),
     "OpenAPI": OBJECT,
-    "Error": object_of({"error": ERROR}),
+    "Error": object_of({
+        "error": object_of({
+            "message": STRING,
+            "type": STRING,
+            "param": OR_NULL_STRING,
+            "code": OR_NULL_STRING,
+        }),
+    }),
 }
 
 
@@ -6716,7 +6740,8 @@ def operation(route: Route) -> JSONObject:
     """Describe a route."""
     answer = content_of(route.answer)
     if route.event:
-        event = object_of({"data": {**STRING, "description": route.event}}, description="each event of the stream")
+        data = {**STRING, "description": route.event}
+        event = object_of({"data": data}, description="each event of the stream")
         answer["text/event-stream"] = {"schema": event}
     described: JSONObject = {
         "summary": route.summary,
@@ -6725,9 +6750,10 @@ def operation(route: Route) -> JSONObject:
             "default": {"description": "an error", "content": content_of("Error")},
         },
     }
-    parameter = re.search(r"<(\w+)", route.rule)
-    if parameter:
-        described["parameters"] = [{"name": parameter[1], "in": "path", "required": True, "schema": STRING}]
+    name = re.search(r"<(\w+)", route.rule)
+    if name:
+        parameter = {"name": name[1], "in": "path", "required": True, "schema": STRING}
+        described["parameters"] = [parameter]
     if route.request:
         described["requestBody"] = {"required": True, "content": content_of(route.request)}
     if route.is_public:
@@ -6743,9 +6769,16 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "kimi2api", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "info": {
+            "title": "kimi2api",
+            "version": __version__,
+            "license": {"name": "Apache-2.0"},
+        },
         "security": [{"key": []}] if key_required else [],
-        "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
         "paths": paths,
     }
 
@@ -6753,7 +6786,7 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Page
 #
-# The page at / and /docs, which needs nothing from the internet.
+# The page at / and /docs. It loads nothing from the internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
@@ -7030,15 +7063,20 @@ key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps 
 
 
 def page_headers() -> dict[str, str]:
-    """A content security policy: only the page's own script and style, and requests to this server."""
-    hashes = {}
+    """Return headers of the page. Its policy allows only its own script and style, and requests to this server."""
+    policy = (
+        "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
     for tag in ("style", "script"):
-        text = re.search(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
-        hashes[tag] = b64encode(sha256(text[1].encode()).digest()).decode() if text else ""
-    policy = (f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
-              "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    return {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": policy}
+        [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
+        digest = b64encode(sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return {
+        "Content-Type": "text/html; charset=utf-8",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": policy,
+    }
 
 
 if __name__ == "__main__":
