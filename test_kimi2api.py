@@ -492,7 +492,7 @@ Make = Callable[..., Client]
 def make(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> Make:
     """make(SETTING="text", …): the program's WSGI application in front of the stand-in, with short pauses."""
     monkeypatch.setattr(kimi2api, "FIRST_BACK_OFF", 0.01)
-    monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.2)
     monkeypatch.setattr(kimi2api, "FINISHED_SILENCE", 0.3)
 
     def build(**settings: str) -> Client:
@@ -706,6 +706,7 @@ class Program:
 
 
 Run = Callable[..., Program]
+CHECKS_OFTEN = "kimi2api.CLIENT_CHECK_INTERVAL = 0.05"  # for Program's `before`
 
 
 @pytest.fixture
@@ -730,8 +731,8 @@ def demo() -> Iterator[Program]:
 def command(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The program run to its end."""
     return subprocess.run(
-        [sys.executable, str(HERE / "kimi2api.py"), *flags],
-        env={**os.environ, **settings},
+        [sys.executable, "-m", "kimi2api", *flags],
+        env={**os.environ, **COMPILED_ONCE, **settings},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -1402,7 +1403,7 @@ def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[s
             api.hung_up.set()
 
     api.always = waits
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     body = b'{"model": "local/e1", "input": "x"}'
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     link = program.open(head + body)
@@ -2602,15 +2603,15 @@ for number in range(int(sys.argv[4])):
 
 def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
     command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
-    workers = [subprocess.Popen([*command, str(number), "25"]) for number in range(3)]
+    workers = [subprocess.Popen([*command, str(number), "12"]) for number in range(3)]
     assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
     store = open_store(lasting)
     asked = asked_in(store, "ada")
-    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(25))
+    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(12))
     for worker in range(3):
         of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
         assert of_worker == sorted(of_worker), "those of one are in their order"
-    assert store.read_counters([counter("day")]) == [{"requests": 75}]
+    assert store.read_counters([counter("day")]) == [{"requests": 36}]
 
 
 def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
@@ -2806,6 +2807,12 @@ def test_documents_in_redis_expire_by_themselves_and_a_turn_costs_few_commands(r
 # A store that fails, and is well again
 
 
+@pytest.fixture
+def short_store_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"STORE_TIMEOUT": 0.4, "REDIS_TIMEOUT": 0.3, "MAX_STORE_PAUSE": 0.3}.items():
+        monkeypatch.setattr(kimi2api, name, seconds)
+
+
 def answers_while_the_store_fails(app: Client, is_readable: bool = False) -> None:
     """What needs the store is 503 within 5 seconds, for many at once, and what needs none is answered."""
     began = time.monotonic()
@@ -2901,9 +2908,8 @@ def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: l
 
 
 def test_redis_stopped_stuck_full_or_a_replica(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, short_store_timeouts: None
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.5)
     server = RedisServer(tmp_path)
     try:
         app = make(SESSION_STORE=server.url)
@@ -2959,7 +2965,9 @@ def relay_to(server: RedisServer, change: Callable[[bytes], bytes]) -> Iterator[
 
 
 @pytest.mark.parametrize("reply", [b":abc\r\n", b"+OK\r\n"])
-def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_server: RedisServer, reply: bytes) -> None:
+def test_answers_that_make_no_sense_are_a_store_that_fails(
+    make: Make, redis_server: RedisServer, reply: bytes, short_store_timeouts: None
+) -> None:
     makes_sense = True
     with relay_to(redis_server, lambda answer: answer if makes_sense else reply) as address:
         app = make(SESSION_STORE=address)
@@ -2974,7 +2982,7 @@ def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_ser
 
 def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
     def late(answer: bytes) -> bytes:
-        time.sleep(0.2)
+        time.sleep(0.05)
         return answer
 
     with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
@@ -2998,9 +3006,8 @@ def test_a_document_that_makes_no_sense_is_a_store_that_fails_and_can_be_deleted
 
 
 def test_a_database_locked_damaged_or_gone(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, short_store_timeouts: None
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.5)
     directory = tmp_path / "kept"
     directory.mkdir()
     file = directory / "sessions.db"
@@ -3028,12 +3035,12 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_database_that_is_locked_for_a_second_costs_no_turn(tmp_path: Path, make: Make) -> None:
+def test_a_database_that_is_locked_for_a_moment_costs_no_turn(tmp_path: Path, make: Make) -> None:
     file = tmp_path / "sessions.db"
     app = make(SESSION_STORE=f"sqlite:{file}", REQUESTS_PER_MINUTE="9")
     with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as db:
         db.execute("BEGIN IMMEDIATE")
-        end = threading.Timer(1, db.execute, ["ROLLBACK"])
+        end = threading.Timer(0.3, db.execute, ["ROLLBACK"])
         end.start()
         assert said(chat(app, user="ada"))
         end.join()
@@ -3043,7 +3050,7 @@ def test_a_database_that_is_locked_for_a_second_costs_no_turn(tmp_path: Path, ma
 def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.2)
+    monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.1)
     store = open_store(f"sqlite:{tmp_path}/sessions.db")
 
     def seconds_of_a_failure() -> float:
@@ -3055,9 +3062,9 @@ def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
 
     with closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        assert seconds_of_a_failure() >= 0.2
+        assert seconds_of_a_failure() >= 0.1
         failed = time.monotonic()
-        assert seconds_of_a_failure() < 0.1
+        assert seconds_of_a_failure() < 0.08
         db.execute("ROLLBACK")
 
     def is_written() -> bool:
@@ -3066,7 +3073,7 @@ def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
         return False
 
     wait_for(is_written, "it recovers by itself")
-    assert 0.9 < time.monotonic() - failed < 5
+    assert 0.45 < time.monotonic() - failed < 5
 
 
 def test_a_store_that_this_programs_own_threads_keep_busy_has_not_failed(
@@ -3388,7 +3395,7 @@ def test_usage_counts_an_answer_whose_client_has_left(
     run: Run, both: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = steady
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     link = program.open_chat("four words of prompt", model="local/k2", stream=stream)
     if stream:
         read_until(link, b"word", 5)
@@ -3857,8 +3864,8 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
         return status == 200 and question in text
 
     with ThreadPoolExecutor(12) as pool:
-        whole = sum(pool.map(ask, range(240)))
-    assert whole > 60
+        whole = sum(pool.map(ask, range(160)))
+    assert whole > 40
     wait_for(lambda: program.running() == 0)
 
 
@@ -3866,7 +3873,7 @@ def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
     run: Run, both: dict[str, str], api: Api
 ) -> None:
     api.always = api_sends(429, {"error": {"message": "slow down"}}, Retry_After="1")
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     link = program.open_chat(model="local/k2")
     wait_for(lambda: api.asked)
     link.close()
@@ -3877,7 +3884,7 @@ def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
 
 def test_a_question_is_not_sent_for_a_client_that_left_while_it_was_prepared(run: Run, kimi: WebChat) -> None:
     kimi.page_script.append(late(page))
-    program = run()
+    program = run(before=CHECKS_OFTEN)
     with program.open_chat("given up"):
         wait_for(lambda: kimi.pages)
     wait_for(lambda: program.running() == 0)
@@ -3927,7 +3934,7 @@ def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
         handler.close_connection = True
 
     api.always = act
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     with program.open_chat(model="local/k2", stream=stream):
         wait_for(lambda: api.asked)
         if begun and stream:
@@ -3992,7 +3999,7 @@ def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(
     wait_for(lambda: chat(app) and len(kimi.posts) == 6, "a trial call after the pause")
     began = time.monotonic()
     wait_for(lambda: chat(app) and len(kimi.posts) == 7, "another one")
-    assert time.monotonic() - began > 0.5, "the pause has grown from 0.3 s to 0.6 s"
+    assert time.monotonic() - began > 0.35, "the pause has grown from 0.2 s to 0.4 s"
     kimi.always = at_the_gate
     with ThreadPoolExecutor(1) as pool:
 
@@ -4727,19 +4734,18 @@ FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
 ]
 
 
-@json_and_stream
 @pytest.mark.parametrize(("fault", "error", "posts"), [pytest.param(*row[1:], id=row[0]) for row in FAULTS])
 def test_a_fault_of_upstream_is_an_honest_error(
-    make: Make, kimi: WebChat, fault: Act, error: tuple[int, str], posts: int, stream: bool
+    make: Make, kimi: WebChat, fault: Act, error: tuple[int, str], posts: int
 ) -> None:
     status, code = error
-    app = make(REQUEST_TIMEOUT="0.5" if error == TIMEOUT else "20")
+    app = make(REQUEST_TIMEOUT="0.3" if error == TIMEOUT else "20")
     assert said(chat(app, "before"))
     kimi.always = fault
     began = time.monotonic()
-    for session in ({"user": "ada"}, {}):
+    for body in ({"user": "ada"}, {"stream": True}):
         kimi.posts.clear()
-        response = chat(app, **session, stream=stream)
+        response = chat(app, **body)
         assert time.monotonic() - began < PATIENCE
         assert is_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
         assert len(kimi.posts) == posts
@@ -4778,7 +4784,7 @@ def test_a_fault_of_upstream_is_an_honest_error(
 def test_a_fault_of_the_chat_page_is_an_honest_error(
     make: Make, kimi: WebChat, fault: Act, error: tuple[int, str]
 ) -> None:
-    app = make(REQUEST_TIMEOUT="0.5" if error == TIMEOUT else "20")
+    app = make(REQUEST_TIMEOUT="0.3" if error == TIMEOUT else "20")
     kimi.page_script.append(fault)
     assert is_error(chat(app), *error)
     assert not kimi.posts and len(kimi.pages) == 1
@@ -5224,15 +5230,17 @@ def api_fails(status: int, message: str, **fields: str) -> Act:
         pytest.param(resets, (502, "upstream_unavailable", "upstream_error"), 2, id="reset"),
     ],
 )
-@json_and_stream
 def test_errors_of_an_api_pass_through(
-    make: Make, both: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int, stream: bool
+    make: Make, both: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int
 ) -> None:
     api.always = act
-    response = chat(make(**both, REQUEST_TIMEOUT="0.5"), model="local/k2", stream=stream)
-    assert is_error(response, *error)
-    assert len(api.asked) == asked
-    assert "sk-theirs" not in response.text and "<" not in response.json["error"]["message"]
+    app = make(**both, REQUEST_TIMEOUT="0.3")
+    for stream in (False, True):
+        api.asked.clear()
+        response = chat(app, model="local/k2", stream=stream)
+        assert is_error(response, *error)
+        assert len(api.asked) == asked
+        assert "sk-theirs" not in response.text and "<" not in response.json["error"]["message"]
 
 
 @json_and_stream
@@ -5265,7 +5273,7 @@ def test_what_comes_before_the_first_event_has_a_deadline(
     make: Make, both: dict[str, str], api: Api, dripped: bytes
 ) -> None:
     api.always = drips(dripped)
-    app = make(**both, REQUEST_TIMEOUT="0.6")
+    app = make(**both, REQUEST_TIMEOUT="0.3")
     assert is_error(chat(app, model="local/k2"), 504, "upstream_timeout")
 
 
@@ -5273,7 +5281,7 @@ def test_a_list_of_models_and_trailers_have_a_deadline(
     make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.list_act = drips(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-    app = make(**both, REQUEST_TIMEOUT="0.6")
+    app = make(**both, REQUEST_TIMEOUT="0.3")
     assert app.get("/v1/models").status_int == 200
     wait_for(lambda: "cannot be listed" in caplog.text)
     chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (as_events(HALF, REST), b"data: [DONE]\n\n")]
@@ -5449,7 +5457,7 @@ def test_chunks_without_choices_neither_pile_up_nor_lift_the_deadline(
             handler.send(b": wait\n\n")
 
     api.always = empty_then_drips
-    assert is_error(chat(make(**both, REQUEST_TIMEOUT="0.6"), model="local/k2"), 504, "upstream_timeout")
+    assert is_error(chat(make(**both, REQUEST_TIMEOUT="0.3"), model="local/k2"), 504, "upstream_timeout")
 
     def empties(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -5862,7 +5870,7 @@ def test_a_client_that_leaves_a_steady_answer_is_noticed(
     run: Run, both: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = steady
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     with program.open_chat(model="local/k2", stream=stream):
         wait_for(lambda: api.asked)
     assert api.hung_up.wait(PATIENCE)
@@ -5871,10 +5879,10 @@ def test_a_client_that_leaves_a_steady_answer_is_noticed(
 
 def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="2")
+    program = run(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="2")
     with program.open_chat(user="ada"), program.open_chat(user="bob"):
         wait_for(lambda: len(kimi.posts) == 2)
-    time.sleep(1.2)  # by now both have been found gone
+    time.sleep(0.3)  # by now both have been found gone
     assert program.chat()[0] == 429 and len(kimi.posts) == 2
     refused = 'kimi2api_chats_total{provider="none",model="other",status="429"} 1'
     assert refused in program.ask("GET", "/metrics")[1].decode().splitlines()
@@ -5884,7 +5892,7 @@ def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, k
 
 def test_a_chat_that_nobody_waits_for_is_ended(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="1")
+    program = run(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="1")
     for count in range(1, 4):
         with program.open_chat():
             wait_for(lambda count=count: len(kimi.posts) == count)
@@ -5928,10 +5936,10 @@ def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
         handler.end()
 
     api.always = act
-    program = run(**both, REQUEST_TIMEOUT="0.5")
+    program = run(**both, REQUEST_TIMEOUT="0.3")
     with program.open_chat(model="local/k2", stream=True, stream_options={"include_usage": True}) as link:
         wait_for(lambda: api.asked)
-        time.sleep(1.5)
+        time.sleep(0.8)
         body = read_all(link)
     assert body.count(text.encode()) == 60 and b"[DONE]" in body and b'"completion_tokens":3' in body
 
@@ -5953,7 +5961,7 @@ def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory
     before = program.memory()
     with program.open_chat(model="local/k2", stream=True):
         wait_for(lambda: sent > 10)
-        wait_for(lambda: sent == (time.sleep(0.5), sent)[1], "the upstream is read no more")
+        wait_for(lambda: sent == (time.sleep(0.2), sent)[1], "the upstream is read no more")
         assert program.memory() - before < 60
     wait_for(lambda: program.running() == 0)
     assert program.chat()[0] == 200
@@ -5961,10 +5969,10 @@ def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory
 
 def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> None:
     kimi.answer = "word " * 600_000  # 3 MB: more than the system takes for a client that does not read
-    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 1")
+    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 0.3")
     before = program.memory()
     links = []
-    for stream in (True, False, True, True):
+    for stream in (True, False):
         links.append(program.open_chat(stream=stream))
         wait_for(lambda: len(kimi.posts) == len(links))
         wait_for(lambda: program.running() == 0)
@@ -5985,11 +5993,10 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
         pytest.param(hangs, id="timed out"),
     ],
 )
-@json_and_stream
 def test_nothing_of_a_request_stays_once_it_has_ended(
-    make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act, stream: bool
+    make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act
 ) -> None:
-    app = make(**both, REQUEST_TIMEOUT="0.3", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
+    app = make(**both, REQUEST_TIMEOUT="0.2", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
     kimi.always = api.always = act
     kimi.page_script.extend([page, act])
     chat(app)
@@ -5997,7 +6004,7 @@ def test_nothing_of_a_request_stays_once_it_has_ended(
     gc.freeze()  # what was there before is not looked at each time
     gc.disable()  # what only it could free would stay for thousands of chats
     try:
-        for model in ("kimi", "local/k2") * 2:
+        for model, stream in itertools.product(("kimi", "local/k2"), (False, True)):
             chat(app, model=model, stream=stream, tools=[WEATHER], tool_choice="required")
         wait_for(lambda: not requests_in_memory(), "every request is freed")
     finally:
@@ -6386,7 +6393,7 @@ def test_fifty_streams_end_with_done_at_a_stop(run: Run, both: dict[str, str], a
 
 def test_fifty_streams_end_with_an_error_when_grace_is_over(run: Run, both: dict[str, str], api: Api) -> None:
     api.always = steady
-    program, links = fifty_streams(run(**both, SHUTDOWN_GRACE="0.3"))
+    program, links = fifty_streams(run(before=CHECKS_OFTEN, **both, SHUTDOWN_GRACE="0.3"))
     bodies = [read_all(link) for link in links]
     assert all(b"server_stopping" in body and b"[DONE]" not in body for body in bodies)
     assert program.wait() == 0
@@ -6403,7 +6410,7 @@ def fifty_streams(program: Program) -> tuple[Program, list[socket.socket]]:
 
 def test_when_grace_is_over_streams_get_an_error_event_and_the_exit_is_prompt(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
-    program = run(SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
+    program = run(before=CHECKS_OFTEN, SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
     stream, plain = program.open_chat(stream=True), program.open_chat()
     wait_for(lambda: len(kimi.posts) == 2)
     assert stream.recv(65536)
@@ -6438,8 +6445,8 @@ def test_a_byte_out_of_band_keeps_no_core_busy(run: Run) -> None:
         link.send(b"!", socket.MSG_OOB)
         program.health()
         before = seconds_of_cpu()
-        time.sleep(1)
-        assert seconds_of_cpu() - before < 0.5
+        time.sleep(0.4)
+        assert seconds_of_cpu() - before < 0.2
         program.health()
 
 
@@ -6521,7 +6528,7 @@ def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
 
 @pytest.mark.parametrize("drip", [False, True], ids=["silent", "a byte now and then"])
 def test_a_connection_that_does_not_send_its_request_is_closed(run: Run, drip: bool) -> None:
-    program = run(before="kimi2api.CONNECTION_TIMEOUT = 0.7; kimi2api.MIN_BODY_RATE = 100")
+    program = run(before="kimi2api.CONNECTION_TIMEOUT = 0.4; kimi2api.MIN_BODY_RATE = 300")
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     links = [program.open(start) for start in (b"GET", head, head + b"\r\n{") + (() if drip else (b"",))]
     end = time.monotonic() + PATIENCE
@@ -6540,13 +6547,12 @@ def test_a_connection_that_does_not_send_its_request_is_closed(run: Run, drip: b
     with program.open(head + b"\r\n") as link:
         for start in range(0, 1000, 100):
             link.send(content.ljust(1000)[start : start + 100])
-            time.sleep(0.15)
+            time.sleep(0.1)
         assert read_response(link)[0].status == 200, "slow, but faster than MIN_BODY_RATE"
 
 
 # An application in place of the program's: /write writes without end, /ended shows how that ended
 WRITER = """
-import time
 ended = []
 def application(environ, start_response):
     write = start_response("200 OK", [("Content-Type", "text/plain")])
@@ -6560,7 +6566,6 @@ def application(environ, start_response):
             raise
     return [repr(ended).encode()]
 kimi2api.create_app = lambda *_: application
-kimi2api.CONNECTION_TIMEOUT = 1
 """
 
 
@@ -6570,11 +6575,11 @@ def ended(program: Program) -> bytes:
 
 @pytest.mark.parametrize("way", ["RST", "FIN", "reads nothing"])
 def test_a_thread_that_writes_ends_with_its_client(run: Run, way: str) -> None:
-    program = run(before=WRITER)
+    program = run(before=WRITER + f"kimi2api.CONNECTION_TIMEOUT = {0.5 if way == 'reads nothing' else 60}")
     before = program.memory()
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         link.recv(100)
-        time.sleep(0.5)
+        time.sleep(0.2)
         assert ended(program) == b"[]"
         if way == "RST":
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -6585,7 +6590,7 @@ def test_a_thread_that_writes_ends_with_its_client(run: Run, way: str) -> None:
 
 
 def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
-    program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 60", SHUTDOWN_GRACE="0.1")
+    program = run(before=WRITER, SHUTDOWN_GRACE="0.1")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         link.recv(100)
         program.signal(signal.SIGTERM)
@@ -6594,11 +6599,12 @@ def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
 
 
 def test_a_client_that_reads_slowly_is_not_closed(run: Run) -> None:
-    program = run(before=WRITER)
+    program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 0.5")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
-        for _ in range(40):
-            assert read_exactly(link, 30_000)
-            time.sleep(0.1)
+        for _ in range(30):
+            assert read_exactly(link, 15_000)
+            time.sleep(0.05)
+        assert ended(program) == b"[]"
     wait_for(lambda: ended(program) == b"['ClientDisconnected']")
 
 
@@ -6650,12 +6656,12 @@ BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-L
 )
 def test_connections_that_ask_nothing_leave_room_for_others(run: Run, start: bytes) -> None:
     pytest.importorskip("resource")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))"
     program = run(before=limit, MAX_CONCURRENT_CHATS="4")
     with ExitStack() as links:
-        for _ in range(150):
+        for _ in range(70):
             links.enter_context(program.open(start))
-            time.sleep(0.01)  # so that one has been read before the next is there
+            time.sleep(0.004)  # so that one has been read before the next is there
         assert program.health()["status"] == "ok"
         assert program.chat()[0] == 200
 
@@ -6891,7 +6897,7 @@ def client(run: Run) -> Any:
     openai = pytest.importorskip("openai")
     program = run(
         API_MASTER_KEY="sk-test",
-        REQUEST_TIMEOUT="1",
+        REQUEST_TIMEOUT="0.4",
         MAX_CONCURRENT_CHATS="2",
         CONTEXT_MAX_LENGTH="50",
         MAX_BODY_BYTES="5000",
@@ -7513,7 +7519,7 @@ def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, 
     tried = 0
 
     @hypothesis.settings(
-        max_examples=400, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=200, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(request | anything)
     def holds(body: Any) -> None:
@@ -7526,7 +7532,7 @@ def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, 
             assert response.status_int != 502 or response.json["error"]["code"] == "invalid_json_answer", response.text
 
     holds()
-    assert tried >= 400
+    assert tried >= 200
 
 
 def test_paths_and_headers_of_any_bytes_are_answered_in_openais_shape(demo: Program) -> None:
@@ -7588,41 +7594,42 @@ def many(text: str, size: int) -> str:
 
 
 MB = 1 << 20
+LONG = 300_000  # characters: what takes the square of it takes much longer than STALL
 HOSTILE_ANSWERS = {
-    "fence, spaces": "```" + " " * (3 * MB) + "x",
-    "fences": many("``` ", 3 * MB),
-    "tool call marks": many("<tool_call>", 3 * MB),
-    "K2's marks": many("<|tool_call_begin|>a", 3 * MB),
-    "K2's mark, a long name": "<|tool_call_begin|>" + "a" * (3 * MB),
-    "K2's mark, digits": "<|tool_call_begin|>a:" + "1" * (3 * MB),
-    "braces and letters": many("{x", 3 * MB),
-    "lists and numbers": many("[1,", 3 * MB),
-    "lists, empty": many("[],", 3 * MB),
-    "open strings": many('{"', 3 * MB),
-    "escapes": '{"' + many("\\\\\"", MB) + "x",
-    "angle brackets": many("<", 3 * MB),
-    "braces that are none": many("{x}", 3 * MB),
-    "ordinals": many("[1st]", 3 * MB),
-    "joined emoji": many("\U0001f468\u200d", MB),
-    "combining marks": "a" + many("\u0301", MB),
-    "spaces": many(" ", 3 * MB) + "x",
+    "fence, spaces": "```" + " " * LONG + "x",
+    "fences": many("``` ", LONG),
+    "tool call marks": many("<tool_call>", LONG),
+    "K2's marks": many("<|tool_call_begin|>a", LONG),
+    "K2's mark, a long name": "<|tool_call_begin|>" + "a" * LONG,
+    "K2's mark, digits": "<|tool_call_begin|>a:" + "1" * LONG,
+    "braces and letters": many("{x", LONG),
+    "lists and numbers": many("[1,", LONG),
+    "lists, empty": many("[],", LONG),
+    "open strings": many('{"', LONG),
+    "escapes": '{"' + many("\\\\\"", LONG) + "x",
+    "angle brackets": many("<", LONG),
+    "braces that are none": many("{x}", LONG),
+    "ordinals": many("[1st]", LONG),
+    "joined emoji": many("\U0001f468\u200d", LONG),
+    "combining marks": "a" + many("\u0301", LONG),
+    "spaces": many(" ", LONG) + "x",
 }
 
 
 def hostile_web_chats() -> Iterator[Any]:
     for name, text in HOSTILE_ANSWERS.items():
         yield pytest.param("post", says(text), id=f"answer: {name}")
-    refusals = {"<": "<" * (3 * MB), "&": "&" * (3 * MB), "objects": many('{"a":', 3 * MB)}
+    refusals = {"<": "<" * LONG, "&": "&" * LONG, "objects": many('{"a":', LONG)}
     for name, text in refusals.items():
         refusal = json.dumps({"success": False, "data": text})
         yield pytest.param("post", sends(200, refusal, "application/json"), id=f"refusal of {name}")
     for text in ("kimi_ajax ", "</script>", "kimi_ajax nonce: ", "kimi_ajax 'nonce' "):
-        yield pytest.param("page", sends(200, many(text, 3 * MB)), id=f"page of {text}")
+        yield pytest.param("page", sends(200, many(text, LONG)), id=f"page of {text}")
     for text in ("<form ", "cf-", " "):
-        yield pytest.param("page", sends(503, "<html>" + many(text, 3 * MB), **CLOUDFLARE), id=f"503 page of {text!r}")
-    yield pytest.param("post", sends(403, "{" + many(" cloudflar", 3 * MB)), id="403 of half a problem")
+        yield pytest.param("page", sends(503, "<html>" + many(text, LONG), **CLOUDFLARE), id=f"503 page of {text!r}")
+    yield pytest.param("post", sends(403, "{" + many(" cloudflar", LONG)), id="403 of half a problem")
     yield pytest.param("post", raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
-    yield pytest.param("post", raw(b"<" * MB), id="no HTTP")
+    yield pytest.param("post", raw(b"<" * LONG), id="no HTTP")
     cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
     yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
 
@@ -7631,13 +7638,13 @@ def hostile_requests() -> Iterator[Any]:
     def offering(parameters: Any) -> dict[str, Any]:
         return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
 
-    names = [str(number) for number in range(100_000)]
+    names = [str(number) for number in range(50_000)]
     yield pytest.param(offering({"properties": {name: {} for name in names}, "required": names}), id="required")
     yield pytest.param(offering({"enum": names}), id="enum")
-    yield pytest.param({"tools": [tool(name) for name in names[:20_000]]}, id="tools")
-    yield pytest.param({"messages": [{"role": "user", "content": "x"}] * 40_000}, id="messages")
-    yield pytest.param({"messages": [{"role": "tool", "content": "x"}] * 40_000, "user": "ada"}, id="tool results")
-    parts = [{"type": "text", "text": "x"}] * 60_000
+    yield pytest.param({"tools": [tool(name) for name in names[:10_000]]}, id="tools")
+    yield pytest.param({"messages": [{"role": "user", "content": "x"}] * 20_000}, id="messages")
+    yield pytest.param({"messages": [{"role": "tool", "content": "x"}] * 20_000, "user": "ada"}, id="tool results")
+    parts = [{"type": "text", "text": "x"}] * 30_000
     yield pytest.param({"messages": [{"role": "user", "content": parts}]}, id="parts")
     yield pytest.param({"stop": ["\u0301" * 1000] * 4, "max_tokens": 1}, id="stop")
 
@@ -7656,6 +7663,7 @@ def beside() -> Iterator[tuple[Program, WebChat]]:
 def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
     """The status of a chat, and the longest that a neighbour's /health took meanwhile, in seconds."""
     longest = 0.0
+    asked_at = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(program.chat, **body)
         while not asked.done():
@@ -7663,6 +7671,7 @@ def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
             program.health()
             longest = max(longest, time.monotonic() - began)
             time.sleep(0.01)
+    assert time.monotonic() - asked_at < STALL * 2
     return asked.result()[0], longest
 
 
@@ -7690,15 +7699,8 @@ def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebC
 def test_no_request_holds_up_a_neighbour(beside: tuple[Program, WebChat], request_: dict[str, Any]) -> None:
     program, kimi = beside
     kimi.always = answer
-    body = {"messages": [{"role": "user", "content": "x"}], **request_}
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(program.ask, "POST", "/v1/chat/completions", body)
-        longest = 0.0
-        while not asked.done():
-            began = time.monotonic()
-            program.health()
-            longest = max(longest, time.monotonic() - began)
-    assert asked.result()[0] in (200, 400) and longest < STALL, asked.result()
+    status, longest = answers_beside(program, **request_)
+    assert status in (200, 400) and longest < STALL
 
 
 def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: dict[str, str], api: Api) -> None:
@@ -7706,12 +7708,12 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
 
     def pieces_of_a_line(handler: ApiHandler) -> None:
         handler.begin_stream()
-        handler.wfile.write((b"40\r\n" + b"x" * 64 + b"\r\n") * 80_000)
+        handler.wfile.write((b"40\r\n" + b"x" * 64 + b"\r\n") * 40_000)
         handler.end()
 
     def lines_without_end(handler: ApiHandler) -> None:
         handler.begin_stream()
-        for _ in range(3000):
+        for _ in range(1500):
             handler.send(b"data:\n" * 1000)
         handler.end()
 
@@ -7719,7 +7721,7 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
         handler.begin_stream()
         piece = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "x" * 20}}
         event = b"data: " + json.dumps(api_chunk({"content": "x" * 20, "tool_calls": [piece]})).encode() + b"\n\n"
-        handler.send(event * 20_000)
+        handler.send(event * 10_000)
         handler.event(api_chunk({}, "stop"))
         handler.end()
 
