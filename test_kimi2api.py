@@ -403,6 +403,10 @@ def api_plays(*chunks: Any) -> Act:
     return act
 
 
+def as_events(*chunks: Any) -> bytes:
+    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
+
+
 def half_then(*chunks: Any, ends: bool = True) -> Act:
     """Half an answer; once the gate is open, these chunks, and the end of the body unless it is cut off."""
 
@@ -566,6 +570,13 @@ WEATHER = tool(
 CLOCK = tool("clock")
 
 
+JSON_OBJECT = {"type": "json_object"}
+
+
+def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
+
+
 def called(response: Any) -> list[tuple[str, Any]]:
     """The names and arguments of an answer's tool calls."""
     assert response.status_int == 200, response.text
@@ -575,6 +586,16 @@ def called(response: Any) -> list[tuple[str, Any]]:
     for call in calls:
         assert set(call) == {"id", "type", "function"} and call["type"] == "function" and call["id"].startswith("call_")
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def tokens_today(app: Client) -> tuple[int, int]:
+    """Tokens of prompts and of answers, by /v1/usage."""
+    used = app.get("/v1/usage").json["today"]
+    return used["prompt_tokens"], used["completion_tokens"]
 
 
 def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
@@ -963,7 +984,7 @@ def test_a_crash_is_a_500_in_openais_shape_with_its_traceback_in_the_log(
     assert said(chat(app)), "the next request is answered"
 
 
-def test_compressed_answers_and_half_surrogates_and_line_separators_arrive_whole(app: Client, kimi: WebChat) -> None:
+def test_compressed_answers_lone_surrogates_and_line_separators_arrive_whole(app: Client, kimi: WebChat) -> None:
     text = "\ud83d\ude00 \ud83d end \u2028 \x85"
     body = gzip.compress(json.dumps({"success": True, "data": {"message": text}}).encode())
     kimi.always = sends(200, body, "application/json", Content_Encoding="gzip")
@@ -2198,7 +2219,7 @@ def test_sessions_belong_to_a_key_and_can_be_forgotten(make: Make) -> None:
     assert is_error(app.delete(path, headers=one), 404, "session_not_found")
 
 
-def test_a_session_expires_after_its_last_turn_and_the_least_recently_used_goes_first(
+def test_a_session_expires_after_its_last_turn_and_the_oldest_goes_first(
     clock: Clock, make: Make
 ) -> None:
     app = make(SESSION_CACHE_TTL="60", MAX_SESSION_SIZE="2")
@@ -2999,7 +3020,7 @@ def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("head", ["x", "5", "[]"])
-def test_a_document_that_makes_no_sense_is_a_store_that_fails_and_can_be_deleted(
+def test_a_malformed_document_is_a_store_failure_and_can_be_deleted(
     make: Make, redis_server: RedisServer, head: str
 ) -> None:
     app, client = make(SESSION_STORE=redis_server.url), redis_server.client
@@ -3137,10 +3158,6 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> No
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
-
-
 NAMED_KEYS = {"API_MASTER_KEY": "ann:sk-1, bob:sk-2, sk-3"}
 
 
@@ -3215,7 +3232,7 @@ def test_a_chat_over_its_quota_tells_both_limits_and_does_not_count_as_a_chat(ma
             assert [refused.headers.get(name) for name in names] == told
 
 
-def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answered(
+def test_tokens_per_day_are_limited_and_the_chat_that_exceeds_them_is_answered(
     make: Make, clock: Clock, kimi: WebChat
 ) -> None:
     app = make(TOKENS_PER_DAY="30")
@@ -3233,7 +3250,7 @@ def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answer
     assert said(chat(app))
 
 
-def test_limits_hold_while_the_store_is_gone_and_what_was_counted_meanwhile_is_added_later(
+def test_limits_hold_while_the_store_is_gone_and_counts_are_added_later(
     tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 20
@@ -3322,7 +3339,7 @@ def test_totals_are_right_while_a_store_fails_and_recovers_under_many_threads() 
     assert store.read_counters([key]) == [{"requests": 2000}] and counters.read([key]) == [{"requests": 2000}]
 
 
-def test_a_key_that_never_chats_again_has_its_usage_sent_and_old_periods_are_forgotten(clock: Clock) -> None:
+def test_usage_of_an_idle_key_is_stored_and_old_periods_are_forgotten(clock: Clock) -> None:
     store = FlakyStore()
     store.is_down = True
     counters = kimi2api.Counters(store)
@@ -3472,12 +3489,6 @@ def test_no_usage_of_an_api_breaks_the_counters(make: Make, both: dict[str, str]
         assert chat(app, model="local/k2").status_int == 200
     today = app.get("/v1/usage").json["today"]
     assert metrics(app) and today["requests"] == 2 and 0 < today["total_tokens"] < 100
-
-
-def tokens_today(app: Client) -> tuple[int, int]:
-    """Tokens of prompts and of answers, by /v1/usage."""
-    used = app.get("/v1/usage").json["today"]
-    return used["prompt_tokens"], used["completion_tokens"]
 
 
 @pytest.mark.parametrize("usage, counted", [
@@ -4057,7 +4068,7 @@ def test_refusals_and_rate_limits_are_no_reason_to_stop_asking(make: Make, kimi:
             assert chat(app, **request).json["error"]["code"] == code and len(kimi.posts) > posts
 
 
-def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_prompt(
+def test_a_bug_of_ours_is_no_upstream_failure_and_does_not_show_the_prompt(
     app: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lookup(*_: Any, **__: Any) -> Any:
@@ -4445,12 +4456,7 @@ def test_schemas_that_are_nested_deep_are_no_crash(make: Make, depth: int) -> No
     assert response.status_int in ((200,) if depth == 100 else (200, 400)), response.text
 
 
-JSON_OBJECT = {"type": "json_object"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-
-
-def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
 
 
 @pytest.mark.parametrize("format_", [JSON_OBJECT, json_schema(SCHEMA, name="r")], ids=["object", "schema"])
@@ -4574,7 +4580,7 @@ def test_what_would_change_the_shape_of_the_answer_is_a_clear_400(
     assert not kimi.posts
 
 
-def test_what_cannot_be_honoured_is_ignored_and_safety_identifier_opens_no_session(app: Client, kimi: WebChat) -> None:
+def test_unsupported_settings_are_ignored_and_safety_identifier_is_no_session(app: Client, kimi: WebChat) -> None:
     ignored = {
         "temperature": 0,
         "top_p": 0.5,
@@ -4877,6 +4883,12 @@ def thinks(*steps: Any, knows: str = "moonshot") -> Act:
 STEPS = ([("get_weather", '{"city": "Paris"}')], [("clock", "{}"), ("get_weather", '{"city": "Rome"}')])
 
 
+def reasoning_sent(api: Api) -> list[str]:
+    """The reasoning of the assistant's messages in the last request."""
+    messages = api.asked[-1][2]["messages"]
+    return [message["reasoning_content"] for message in messages if message["role"] == "assistant"]
+
+
 def agent_loop(app: Client, stream: bool = False, **body: Any) -> list[Any]:
     """What a client does that keeps nothing but what OpenAI's protocol has: the messages at the end."""
     messages: list[Any] = [{"role": "user", "content": "Find out."}]
@@ -5177,7 +5189,7 @@ def test_our_key_for_an_api_is_never_told(make: Make, both: dict[str, str], api:
         assert "sk-th" not in chat(make(**both), model="local/k2").text
 
 
-def test_a_prompt_in_the_code_of_an_apis_error_gets_neither_into_the_log_nor_into_health(
+def test_a_prompt_in_an_apis_error_code_is_neither_in_the_log_nor_in_health(
     make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -5359,10 +5371,6 @@ def then_is_cut(*chunks: Any) -> Act:
         handler.close_connection = True
 
     return act
-
-
-def as_events(*chunks: Any) -> bytes:
-    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
 
 
 @json_and_stream
@@ -5603,7 +5611,7 @@ def test_a_star_accepts_any_model_and_the_answer_names_the_one_asked_for(make: M
     assert [model["id"] for model in app.get("/v1/models").json["data"]] == ["kimi"]
 
 
-def test_models_are_resolved_by_the_table_then_by_provider_then_as_the_web_chats_own(
+def test_models_are_resolved_by_the_table_then_by_provider_then_by_the_web_chat(
     make: Make, both: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
     app = make(**both, MODELS="kimi=moonshotai/K2,gpt-4o=local/k2,mini=gpt-4o,far=mini,*=kimi")
@@ -5815,7 +5823,7 @@ def test_silence_is_filled_with_keep_alive_comments(run: Run, kimi: WebChat) -> 
     assert b"data: [DONE]" in body and b"Hello" in body
 
 
-def test_an_error_after_the_first_byte_is_an_event_and_the_stream_ends_without_done(run: Run, kimi: WebChat) -> None:
+def test_an_error_after_the_first_byte_is_an_event_and_there_is_no_done(run: Run, kimi: WebChat) -> None:
     kimi.always = late(sends(500))
     program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0")
     with program.open_chat(stream=True) as link:
@@ -5951,7 +5959,7 @@ def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
     assert body.count(text.encode()) == 60 and b"[DONE]" in body and b'"completion_tokens":3' in body
 
 
-def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory(
+def test_an_endless_upstream_and_a_client_that_reads_nothing_cost_no_memory(
     run: Run, both: dict[str, str], api: Api
 ) -> None:
     sent = 0
@@ -6550,7 +6558,7 @@ def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None
         for link in dripping:
             with suppress(OSError):  # closed
                 link.send(b"x")
-        time.sleep(0.1)
+        time.sleep(0.15)  # the loop looks once a second
         for link in select.select(waiting, [], [], 0)[0]:
             with suppress(ConnectionResetError):
                 assert link.recv(100) == b"", "closed without an answer"
@@ -6687,7 +6695,7 @@ def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
         assert program.chat()[0] == 200
 
 
-def test_a_client_that_leaves_while_its_bad_request_is_refused_leaves_no_traceback(run: Run) -> None:
+def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(run: Run) -> None:
     program = run()
     for _ in range(50):
         link = program.open(b"GET /\x00 bad\r\n\r\n" * 20)
@@ -7222,12 +7230,6 @@ def strict_client(program: Program) -> Any:
         base_url=program.base_url, api_key="none", max_retries=0, _strict_response_validation=True)
 
 
-def reasoning_sent(api: Api) -> list[str]:
-    """The reasoning of the assistant's messages in the last request."""
-    messages = api.asked[-1][2]["messages"]
-    return [message["reasoning_content"] for message in messages if message["role"] == "assistant"]
-
-
 @pytest.mark.parametrize("model", ["kimi", "local/k2"])
 def test_openai_python_has_responses_goes_on_from_them_and_forgets_them(
     run: Run, kimi: WebChat, both: dict[str, str], api: Api, model: str
@@ -7273,7 +7275,7 @@ def test_openai_python_streams_and_parses_a_response_into_a_model(
 
 
 @json_and_stream
-def test_openai_python_without_a_state_carries_reasoning_through_rounds_of_tools(
+def test_openai_python_without_a_state_carries_reasoning_through_tool_calls(
     run: Run, both: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = thinks(*TRAVEL)
