@@ -2629,7 +2629,8 @@ for number in range(int(sys.argv[4])):
 
 def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
     command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
-    workers = [subprocess.Popen([*command, str(number), "12"]) for number in range(3)]
+    env = {**os.environ, **COMPILED_ONCE}
+    workers = [subprocess.Popen([*command, str(number), "12"], env=env) for number in range(3)]
     assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
     store = open_store(lasting)
     asked = asked_in(store, "ada")
@@ -2765,7 +2766,8 @@ def test_who_sets_nothing_imports_neither() -> None:
         "import sys, kimi2api; kimi2api.create_app(kimi2api.Settings.load({}));"
         "sys.exit('sqlite3' in sys.modules or 'redis' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=HERE, timeout=PATIENCE).returncode == 0
+    env = {**os.environ, **COMPILED_ONCE}
+    assert subprocess.run([sys.executable, "-c", script], env=env, timeout=PATIENCE).returncode == 0
 
 
 def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Path, clock: Clock) -> None:
