@@ -22,6 +22,7 @@ import logging
 import os
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -402,6 +403,10 @@ def api_plays(*chunks: Any) -> Act:
     return act
 
 
+def as_events(*chunks: Any) -> bytes:
+    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
+
+
 def half_then(*chunks: Any, ends: bool = True) -> Act:
     """Half an answer; once the gate is open, these chunks, and the end of the body unless it is cut off."""
 
@@ -492,7 +497,7 @@ Make = Callable[..., Client]
 def make(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> Make:
     """make(SETTING="text", …): the program's WSGI application in front of the stand-in, with short pauses."""
     monkeypatch.setattr(kimi2api, "FIRST_BACK_OFF", 0.01)
-    monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.2)
     monkeypatch.setattr(kimi2api, "FINISHED_SILENCE", 0.3)
 
     def build(**settings: str) -> Client:
@@ -565,6 +570,13 @@ WEATHER = tool(
 CLOCK = tool("clock")
 
 
+JSON_OBJECT = {"type": "json_object"}
+
+
+def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
+
+
 def called(response: Any) -> list[tuple[str, Any]]:
     """The names and arguments of an answer's tool calls."""
     assert response.status_int == 200, response.text
@@ -574,6 +586,16 @@ def called(response: Any) -> list[tuple[str, Any]]:
     for call in calls:
         assert set(call) == {"id", "type", "function"} and call["type"] == "function" and call["id"].startswith("call_")
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def tokens_today(app: Client) -> tuple[int, int]:
+    """Tokens of prompts and of answers, by /v1/usage."""
+    used = app.get("/v1/usage").json["today"]
+    return used["prompt_tokens"], used["completion_tokens"]
 
 
 def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
@@ -699,13 +721,14 @@ class Program:
         self.process.stdout.close()
         self.process.stderr.close()
 
-    def memory(self) -> float:
-        """Resident memory in MB."""
+    def memory(self, peak: bool = False) -> float:
+        """Resident memory in MB, now or the most that it ever was."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+        return int(re.search(r"%s:\s+(\d+)" % ("VmHWM" if peak else "VmRSS"), status)[1]) / 1024
 
 
 Run = Callable[..., Program]
+CHECKS_OFTEN = "kimi2api.CLIENT_CHECK_INTERVAL = 0.05"  # for Program's `before`
 
 
 @pytest.fixture
@@ -730,8 +753,8 @@ def demo() -> Iterator[Program]:
 def command(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """The program run to its end."""
     return subprocess.run(
-        [sys.executable, str(HERE / "kimi2api.py"), *flags],
-        env={**os.environ, **settings},
+        [sys.executable, "-m", "kimi2api", *flags],
+        env={**os.environ, **COMPILED_ONCE, **settings},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -776,6 +799,11 @@ def read_response(link: socket.socket, method: str = "GET") -> tuple[http.client
 ########################################################################################################################
 
 
+@pytest.fixture(scope="module")
+def syntax_tree() -> ast.Module:
+    return ast.parse(Path(kimi2api.__file__).read_text())
+
+
 def parts_of(module: Path) -> dict[int, str]:
     """The titles of the parts, by the lines of their banners; the appendices come last."""
     lines = module.read_text().splitlines()
@@ -783,7 +811,7 @@ def parts_of(module: Path) -> dict[int, str]:
     return {number + 1: lines[number + 1].removeprefix("# Part ").removeprefix("# ") for number in banners[::2]}
 
 
-def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all() -> None:
+def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all(syntax_tree: ast.Module) -> None:
     parts = parts_of(Path(kimi2api.__file__))
     listed = re.findall(r"^ {4}(?:(\d) )?([A-Z].+?)  +\S", kimi2api.__doc__ or "", re.M)
     assert [f"{number}: {title}" if number else title for number, title in listed] == list(parts.values())
@@ -792,16 +820,15 @@ def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all() -> None:
     def part_of(line: int) -> int:
         return sum(begin <= line for begin in lines)
 
-    module = ast.parse(Path(kimi2api.__file__).read_text())
     defined = {}
-    for node in module.body:
+    for node in syntax_tree.body:
         targets = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else getattr(node, "targets", [])
         for target in [*targets, getattr(node, "target", None)]:
             name = getattr(target, "name", None) or getattr(target, "id", None)
             if name:
                 defined[name] = part_of(node.lineno)
     appendices = len(parts)
-    used = [node for node in ast.walk(module) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    used = [node for node in ast.walk(syntax_tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     assert len(used) > 1000, "it looks at something"
     for node in used:
         part, later = part_of(node.lineno), defined.get(node.id, 0)
@@ -818,9 +845,9 @@ def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all() -> None:
         (7, {"bottle"}),
     ],
 )
-def test_each_library_is_known_to_one_part(part: int, names: set[str]) -> None:
+def test_each_library_is_known_to_one_part(syntax_tree: ast.Module, part: int, names: set[str]) -> None:
     lines = sorted(parts_of(Path(kimi2api.__file__)))
-    for node in ast.walk(ast.parse(Path(kimi2api.__file__).read_text())):
+    for node in ast.walk(syntax_tree):
         if isinstance(node, ast.Name) and node.id in names:
             found = sum(begin <= node.lineno for begin in lines)
             assert found == part or (node.id == "bottle" and found == 8), f"{node.id} in line {node.lineno}"
@@ -957,7 +984,7 @@ def test_a_crash_is_a_500_in_openais_shape_with_its_traceback_in_the_log(
     assert said(chat(app)), "the next request is answered"
 
 
-def test_compressed_answers_and_half_surrogates_and_line_separators_arrive_whole(app: Client, kimi: WebChat) -> None:
+def test_compressed_answers_lone_surrogates_and_line_separators_arrive_whole(app: Client, kimi: WebChat) -> None:
     text = "\ud83d\ude00 \ud83d end \u2028 \x85"
     body = gzip.compress(json.dumps({"success": True, "data": {"message": text}}).encode())
     kimi.always = sends(200, body, "application/json", Content_Encoding="gzip")
@@ -1402,7 +1429,7 @@ def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[s
             api.hung_up.set()
 
     api.always = waits
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     body = b'{"model": "local/e1", "input": "x"}'
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     link = program.open(head + body)
@@ -2197,7 +2224,7 @@ def test_sessions_belong_to_a_key_and_can_be_forgotten(make: Make) -> None:
     assert is_error(app.delete(path, headers=one), 404, "session_not_found")
 
 
-def test_a_session_expires_after_its_last_turn_and_the_least_recently_used_goes_first(
+def test_a_session_expires_and_the_least_recently_used_goes_first(
     clock: Clock, make: Make
 ) -> None:
     app = make(SESSION_CACHE_TTL="60", MAX_SESSION_SIZE="2")
@@ -2607,15 +2634,16 @@ for number in range(int(sys.argv[4])):
 
 def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
     command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
-    workers = [subprocess.Popen([*command, str(number), "25"]) for number in range(3)]
+    env = {**os.environ, **COMPILED_ONCE}
+    workers = [subprocess.Popen([*command, str(number), "12"], env=env) for number in range(3)]
     assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
     store = open_store(lasting)
     asked = asked_in(store, "ada")
-    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(25))
+    assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(12))
     for worker in range(3):
         of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
         assert of_worker == sorted(of_worker), "those of one are in their order"
-    assert store.read_counters([counter("day")]) == [{"requests": 75}]
+    assert store.read_counters([counter("day")]) == [{"requests": 36}]
 
 
 def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
@@ -2743,7 +2771,8 @@ def test_who_sets_nothing_imports_neither() -> None:
         "import sys, kimi2api; kimi2api.create_app(kimi2api.Settings.load({}));"
         "sys.exit('sqlite3' in sys.modules or 'redis' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=HERE, timeout=PATIENCE).returncode == 0
+    env = {**os.environ, **COMPILED_ONCE}
+    assert subprocess.run([sys.executable, "-c", script], env=env, timeout=PATIENCE).returncode == 0
 
 
 def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Path, clock: Clock) -> None:
@@ -2811,6 +2840,12 @@ def test_documents_in_redis_expire_by_themselves_and_a_turn_costs_few_commands(r
 # A store that fails, and is well again
 
 
+@pytest.fixture
+def short_store_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"STORE_TIMEOUT": 0.4, "REDIS_TIMEOUT": 0.3, "MAX_STORE_PAUSE": 0.1}.items():
+        monkeypatch.setattr(kimi2api, name, seconds)
+
+
 def answers_while_the_store_fails(app: Client, is_readable: bool = False) -> None:
     """What needs the store is 503 within 5 seconds, for many at once, and what needs none is answered."""
     began = time.monotonic()
@@ -2842,7 +2877,8 @@ def three(run: Run, redis_server: RedisServer) -> list[Program]:
         "REQUESTS_PER_MINUTE": "ann=10",
         "STREAM_INTERVAL_MS": "0",
     }
-    return [run(**settings) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda _: run(**settings), range(3)))
 
 
 def test_three_processes_share_sessions_responses_usage_and_limits(three: list[Program], kimi: WebChat) -> None:
@@ -2906,9 +2942,8 @@ def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: l
 
 
 def test_redis_stopped_stuck_full_or_a_replica(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, short_store_timeouts: None
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.5)
     server = RedisServer(tmp_path)
     try:
         app = make(SESSION_STORE=server.url)
@@ -2964,7 +2999,9 @@ def relay_to(server: RedisServer, change: Callable[[bytes], bytes]) -> Iterator[
 
 
 @pytest.mark.parametrize("reply", [b":abc\r\n", b"+OK\r\n"])
-def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_server: RedisServer, reply: bytes) -> None:
+def test_answers_that_make_no_sense_are_a_store_that_fails(
+    make: Make, redis_server: RedisServer, reply: bytes, short_store_timeouts: None
+) -> None:
     makes_sense = True
     with relay_to(redis_server, lambda answer: answer if makes_sense else reply) as address:
         app = make(SESSION_STORE=address)
@@ -2979,7 +3016,7 @@ def test_answers_that_make_no_sense_are_a_store_that_fails(make: Make, redis_ser
 
 def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
     def late(answer: bytes) -> bytes:
-        time.sleep(0.2)
+        time.sleep(0.1)
         return answer
 
     with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
@@ -2990,7 +3027,7 @@ def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("head", ["x", "5", "[]"])
-def test_a_document_that_makes_no_sense_is_a_store_that_fails_and_can_be_deleted(
+def test_a_malformed_document_is_a_store_failure_and_can_be_deleted(
     make: Make, redis_server: RedisServer, head: str
 ) -> None:
     app, client = make(SESSION_STORE=redis_server.url), redis_server.client
@@ -3003,9 +3040,8 @@ def test_a_document_that_makes_no_sense_is_a_store_that_fails_and_can_be_deleted
 
 
 def test_a_database_locked_damaged_or_gone(
-    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, short_store_timeouts: None
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.5)
     directory = tmp_path / "kept"
     directory.mkdir()
     file = directory / "sessions.db"
@@ -3033,12 +3069,12 @@ def test_a_database_locked_damaged_or_gone(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_database_that_is_locked_for_a_second_costs_no_turn(tmp_path: Path, make: Make) -> None:
+def test_a_database_that_is_locked_for_a_moment_costs_no_turn(tmp_path: Path, make: Make) -> None:
     file = tmp_path / "sessions.db"
     app = make(SESSION_STORE=f"sqlite:{file}", REQUESTS_PER_MINUTE="9")
     with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as db:
         db.execute("BEGIN IMMEDIATE")
-        end = threading.Timer(1, db.execute, ["ROLLBACK"])
+        end = threading.Timer(0.3, db.execute, ["ROLLBACK"])
         end.start()
         assert said(chat(app, user="ada"))
         end.join()
@@ -3048,7 +3084,7 @@ def test_a_database_that_is_locked_for_a_second_costs_no_turn(tmp_path: Path, ma
 def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.2)
+    monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.1)
     store = open_store(f"sqlite:{tmp_path}/sessions.db")
 
     def seconds_of_a_failure() -> float:
@@ -3060,9 +3096,9 @@ def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
 
     with closing(sqlite3.connect(tmp_path / "sessions.db", isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        assert seconds_of_a_failure() >= 0.2
+        assert seconds_of_a_failure() >= 0.1
         failed = time.monotonic()
-        assert seconds_of_a_failure() < 0.1
+        assert seconds_of_a_failure() < 0.08
         db.execute("ROLLBACK")
 
     def is_written() -> bool:
@@ -3071,7 +3107,7 @@ def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
         return False
 
     wait_for(is_written, "it recovers by itself")
-    assert 0.9 < time.monotonic() - failed < 5
+    assert 0.45 < time.monotonic() - failed < 5
 
 
 def test_a_store_that_this_programs_own_threads_keep_busy_has_not_failed(
@@ -3127,10 +3163,6 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> No
 # ----------------------------------------------------------------------------------------------------------------------
 # Limits and usage, metrics
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 NAMED_KEYS = {"API_MASTER_KEY": "ann:sk-1, bob:sk-2, sk-3"}
@@ -3207,7 +3239,7 @@ def test_a_chat_over_its_quota_tells_both_limits_and_does_not_count_as_a_chat(ma
             assert [refused.headers.get(name) for name in names] == told
 
 
-def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answered(
+def test_tokens_per_day_are_limited_and_the_chat_that_exceeds_them_is_answered(
     make: Make, clock: Clock, kimi: WebChat
 ) -> None:
     app = make(TOKENS_PER_DAY="30")
@@ -3225,7 +3257,7 @@ def test_tokens_per_day_are_limited_and_the_chat_that_crosses_the_line_is_answer
     assert said(chat(app))
 
 
-def test_limits_hold_while_the_store_is_gone_and_what_was_counted_meanwhile_is_added_later(
+def test_limits_hold_while_the_store_is_gone_and_counts_are_added_later(
     tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 20
@@ -3314,7 +3346,7 @@ def test_totals_are_right_while_a_store_fails_and_recovers_under_many_threads() 
     assert store.read_counters([key]) == [{"requests": 2000}] and counters.read([key]) == [{"requests": 2000}]
 
 
-def test_a_key_that_never_chats_again_has_its_usage_sent_and_old_periods_are_forgotten(clock: Clock) -> None:
+def test_usage_of_an_idle_key_is_stored_and_old_periods_are_forgotten(clock: Clock) -> None:
     store = FlakyStore()
     store.is_down = True
     counters = kimi2api.Counters(store)
@@ -3393,7 +3425,7 @@ def test_usage_counts_an_answer_whose_client_has_left(
     run: Run, both: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = steady
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     link = program.open_chat("four words of prompt", model="local/k2", stream=stream)
     if stream:
         read_until(link, b"word", 5)
@@ -3464,12 +3496,6 @@ def test_no_usage_of_an_api_breaks_the_counters(make: Make, both: dict[str, str]
         assert chat(app, model="local/k2").status_int == 200
     today = app.get("/v1/usage").json["today"]
     assert metrics(app) and today["requests"] == 2 and 0 < today["total_tokens"] < 100
-
-
-def tokens_today(app: Client) -> tuple[int, int]:
-    """Tokens of prompts and of answers, by /v1/usage."""
-    used = app.get("/v1/usage").json["today"]
-    return used["prompt_tokens"], used["completion_tokens"]
 
 
 @pytest.mark.parametrize("usage, counted", [
@@ -3899,8 +3925,8 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
         return status == 200 and question in text
 
     with ThreadPoolExecutor(12) as pool:
-        whole = sum(pool.map(ask, range(240)))
-    assert whole > 60
+        whole = sum(pool.map(ask, range(160)))
+    assert whole > 40
     wait_for(lambda: program.running() == 0)
 
 
@@ -3934,7 +3960,7 @@ def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
     run: Run, both: dict[str, str], api: Api
 ) -> None:
     api.always = api_sends(429, {"error": {"message": "slow down"}}, Retry_After="1")
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     link = program.open_chat(model="local/k2")
     wait_for(lambda: api.asked)
     link.close()
@@ -3945,7 +3971,7 @@ def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
 
 def test_a_question_is_not_sent_for_a_client_that_left_while_it_was_prepared(run: Run, kimi: WebChat) -> None:
     kimi.page_script.append(late(page))
-    program = run()
+    program = run(before=CHECKS_OFTEN)
     with program.open_chat("given up"):
         wait_for(lambda: kimi.pages)
     wait_for(lambda: program.running() == 0)
@@ -3980,11 +4006,11 @@ def test_https_upstreams_are_verified(
     assert said(chat(make(**urls)))
 
 
-@json_and_stream
-@pytest.mark.parametrize("begun", [False, True], ids=["before its head", "in its stream"])
 def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
-    run: Run, both: dict[str, str], api: Api, stream: bool, begun: bool
+    run: Run, both: dict[str, str], api: Api
 ) -> None:
+    begun = False
+
     def act(handler: ApiHandler) -> None:
         if begun:
             handler.begin_stream()
@@ -3994,17 +4020,20 @@ def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
             api.hung_up.set()
         handler.close_connection = True
 
-    api.always = act
-    program = run(**both)
-    with program.open_chat(model="local/k2", stream=stream):
-        wait_for(lambda: api.asked)
-        if begun and stream:
-            wait_for(lambda: program.running() == 1)
-    assert api.hung_up.wait(PATIENCE)
-    wait_for(lambda: program.running() == 0)
-    assert len(api.asked) == 1, "a call that nobody waits for is not retried"
-    api.always = api_answers("fine")
-    assert b"fine" in program.chat(model="local/k2")[1]
+    program = run(before=CHECKS_OFTEN, **both)
+    for begun, stream in itertools.product((False, True), (False, True)):
+        api.always = act
+        api.asked.clear()
+        api.hung_up.clear()
+        with program.open_chat(model="local/k2", stream=stream) as link:
+            wait_for(lambda: api.asked)
+            if begun and stream:
+                read_until(link, b"one")
+        assert api.hung_up.wait(PATIENCE)
+        wait_for(lambda: program.running() == 0)
+        assert len(api.asked) == 1, "a call that nobody waits for is not retried"
+        api.always = api_answers("fine")
+        assert b"fine" in program.chat(model="local/k2")[1]
 
 
 def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(make: Make, kimi: WebChat) -> None:
@@ -4060,7 +4089,7 @@ def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(
     wait_for(lambda: chat(app) and len(kimi.posts) == 6, "a trial call after the pause")
     began = time.monotonic()
     wait_for(lambda: chat(app) and len(kimi.posts) == 7, "another one")
-    assert time.monotonic() - began > 0.5, "the pause has grown from 0.3 s to 0.6 s"
+    assert time.monotonic() - began > 0.35, "the pause has grown from 0.2 s to 0.4 s"
     kimi.always = at_the_gate
     with ThreadPoolExecutor(1) as pool:
 
@@ -4112,7 +4141,7 @@ def test_refusals_and_rate_limits_are_no_reason_to_stop_asking(make: Make, kimi:
             assert chat(app, **request).json["error"]["code"] == code and len(kimi.posts) > posts
 
 
-def test_a_mistake_of_ours_is_no_failure_of_upstream_and_tells_nobody_of_the_prompt(
+def test_a_bug_of_ours_is_no_upstream_failure_and_does_not_show_the_prompt(
     app: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lookup(*_: Any, **__: Any) -> Any:
@@ -4500,12 +4529,7 @@ def test_schemas_that_are_nested_deep_are_no_crash(make: Make, depth: int) -> No
     assert response.status_int in ((200,) if depth == 100 else (200, 400)), response.text
 
 
-JSON_OBJECT = {"type": "json_object"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-
-
-def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
 
 
 @pytest.mark.parametrize("format_", [JSON_OBJECT, json_schema(SCHEMA, name="r")], ids=["object", "schema"])
@@ -4629,7 +4653,7 @@ def test_what_would_change_the_shape_of_the_answer_is_a_clear_400(
     assert not kimi.posts
 
 
-def test_what_cannot_be_honoured_is_ignored_and_safety_identifier_opens_no_session(app: Client, kimi: WebChat) -> None:
+def test_unsupported_settings_are_ignored_and_safety_identifier_is_no_session(app: Client, kimi: WebChat) -> None:
     ignored = {
         "temperature": 0,
         "top_p": 0.5,
@@ -4795,19 +4819,18 @@ FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
 ]
 
 
-@json_and_stream
 @pytest.mark.parametrize(("fault", "error", "posts"), [pytest.param(*row[1:], id=row[0]) for row in FAULTS])
 def test_a_fault_of_upstream_is_an_honest_error(
-    make: Make, kimi: WebChat, fault: Act, error: tuple[int, str], posts: int, stream: bool
+    make: Make, kimi: WebChat, fault: Act, error: tuple[int, str], posts: int
 ) -> None:
     status, code = error
-    app = make(REQUEST_TIMEOUT="0.5" if error == TIMEOUT else "20")
+    app = make(REQUEST_TIMEOUT="0.3" if error == TIMEOUT else "20")
     assert said(chat(app, "before"))
     kimi.always = fault
     began = time.monotonic()
-    for session in ({"user": "ada"}, {}):
+    for body in ({"user": "ada"}, {"stream": True}):
         kimi.posts.clear()
-        response = chat(app, **session, stream=stream)
+        response = chat(app, **body)
         assert time.monotonic() - began < PATIENCE
         assert is_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
         assert len(kimi.posts) == posts
@@ -4846,7 +4869,7 @@ def test_a_fault_of_upstream_is_an_honest_error(
 def test_a_fault_of_the_chat_page_is_an_honest_error(
     make: Make, kimi: WebChat, fault: Act, error: tuple[int, str]
 ) -> None:
-    app = make(REQUEST_TIMEOUT="0.5" if error == TIMEOUT else "20")
+    app = make(REQUEST_TIMEOUT="0.3" if error == TIMEOUT else "20")
     kimi.page_script.append(fault)
     assert is_error(chat(app), *error)
     assert not kimi.posts and len(kimi.pages) == 1
@@ -4931,6 +4954,12 @@ def thinks(*steps: Any, knows: str = "moonshot") -> Act:
 
 
 STEPS = ([("get_weather", '{"city": "Paris"}')], [("clock", "{}"), ("get_weather", '{"city": "Rome"}')])
+
+
+def reasoning_sent(api: Api) -> list[str]:
+    """The reasoning of the assistant's messages in the last request."""
+    messages = api.asked[-1][2]["messages"]
+    return [message["reasoning_content"] for message in messages if message["role"] == "assistant"]
 
 
 def agent_loop(app: Client, stream: bool = False, **body: Any) -> list[Any]:
@@ -5201,30 +5230,23 @@ def test_chunks_of_an_api_pass_through_untouched(make: Make, both: dict[str, str
     }
 
 
-@pytest.mark.parametrize(
-    ("act", "code"),
-    [
-        pytest.param(half_then(ends=False), "upstream_unavailable", id="cut short"),
-        pytest.param(half_then(), "upstream_unavailable", id="ends early"),
-        pytest.param(
-            half_then({"error": {"message": "overloaded", "type": "engine_error", "code": "busy"}}),
-            "busy",
-            id="fails midway",
-        ),
-        pytest.param(half_then(b'{"choices": [7]}'), "upstream_invalid_response", id="sends rubbish"),
-    ],
-)
-def test_a_stream_that_an_api_breaks_off_is_an_error_event(
-    run: Run, both: dict[str, str], api: Api, act: Act, code: str
-) -> None:
-    api.always = act
+def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Run, both: dict[str, str], api: Api) -> None:
+    busy = {"error": {"message": "overloaded", "type": "engine_error", "code": "busy"}}
     program = run(**both, FALLBACK_MODELS="kimi")
-    with program.open_chat(model="local/k2", stream=True, user="ada") as link:
-        body = read_until(link, b"half")
-        api.gate.set()
-        body += read_all(link)
-    assert events(body)[-1]["error"]["code"] == code and b"[DONE]" not in body
-    assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
+    for act, code in (
+        (half_then(ends=False), "upstream_unavailable"),
+        (half_then(), "upstream_unavailable"),
+        (half_then(busy), "busy"),
+        (half_then(b'{"choices": [7]}'), "upstream_invalid_response"),
+    ):
+        api.always = act
+        api.gate.clear()
+        with program.open_chat(model="local/k2", stream=True, user="ada") as link:
+            body = read_until(link, b"half")
+            api.gate.set()
+            body += read_all(link)
+        assert events(body)[-1]["error"]["code"] == code and b"[DONE]" not in body
+        assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
 
 
 def test_our_key_for_an_api_is_never_told(make: Make, both: dict[str, str], api: Api) -> None:
@@ -5233,7 +5255,7 @@ def test_our_key_for_an_api_is_never_told(make: Make, both: dict[str, str], api:
         assert "sk-th" not in chat(make(**both), model="local/k2").text
 
 
-def test_a_prompt_in_the_code_of_an_apis_error_gets_neither_into_the_log_nor_into_health(
+def test_a_prompt_in_an_apis_error_code_is_neither_in_the_log_nor_in_health(
     make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -5292,15 +5314,17 @@ def api_fails(status: int, message: str, **fields: str) -> Act:
         pytest.param(resets, (502, "upstream_unavailable", "upstream_error"), 2, id="reset"),
     ],
 )
-@json_and_stream
 def test_errors_of_an_api_pass_through(
-    make: Make, both: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int, stream: bool
+    make: Make, both: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int
 ) -> None:
     api.always = act
-    response = chat(make(**both, REQUEST_TIMEOUT="0.5"), model="local/k2", stream=stream)
-    assert is_error(response, *error)
-    assert len(api.asked) == asked
-    assert "sk-theirs" not in response.text and "<" not in response.json["error"]["message"]
+    app = make(**both, REQUEST_TIMEOUT="0.3")
+    for stream in (False, True):
+        api.asked.clear()
+        response = chat(app, model="local/k2", stream=stream)
+        assert is_error(response, *error)
+        assert len(api.asked) == asked
+        assert "sk-theirs" not in response.text and "<" not in response.json["error"]["message"]
 
 
 @json_and_stream
@@ -5333,7 +5357,7 @@ def test_what_comes_before_the_first_event_has_a_deadline(
     make: Make, both: dict[str, str], api: Api, dripped: bytes
 ) -> None:
     api.always = drips(dripped)
-    app = make(**both, REQUEST_TIMEOUT="0.6")
+    app = make(**both, REQUEST_TIMEOUT="0.3")
     assert is_error(chat(app, model="local/k2"), 504, "upstream_timeout")
 
 
@@ -5341,7 +5365,7 @@ def test_a_list_of_models_and_trailers_have_a_deadline(
     make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.list_act = drips(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-    app = make(**both, REQUEST_TIMEOUT="0.6")
+    app = make(**both, REQUEST_TIMEOUT="0.3")
     assert app.get("/v1/models").status_int == 200
     wait_for(lambda: "cannot be listed" in caplog.text)
     chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (as_events(HALF, REST), b"data: [DONE]\n\n")]
@@ -5397,10 +5421,6 @@ def then_is_cut(*chunks: Any) -> Act:
         handler.close_connection = True
 
     return act
-
-
-def as_events(*chunks: Any) -> bytes:
-    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
 
 
 @json_and_stream
@@ -5501,20 +5521,21 @@ def test_chunks_without_choices_neither_pile_up_nor_lift_the_deadline(
             handler.send(b": wait\n\n")
 
     api.always = empty_then_drips
-    assert is_error(chat(make(**both, REQUEST_TIMEOUT="0.6"), model="local/k2"), 504, "upstream_timeout")
+    assert is_error(chat(make(**both, REQUEST_TIMEOUT="0.3"), model="local/k2"), 504, "upstream_timeout")
 
     def empties(handler: ApiHandler) -> None:
         handler.begin_stream()
-        for _ in range(250):
+        for _ in range(100):
             handler.send(b'data: {"choices": []}\n\n' * 1000)
         handler.event(REST)
         handler.end()
 
     api.always = empties
     program = run(**both)
+    before = program.memory(peak=True)
     for stream in (True, False):
         assert program.chat(model="local/k2", stream=stream)[0] == 200
-    assert program.memory() < 110
+    assert program.memory(peak=True) - before < 15
 
 
 def test_an_answer_nested_deep_is_an_invalid_response(make: Make, both: dict[str, str], api: Api) -> None:
@@ -5640,7 +5661,7 @@ def test_a_star_accepts_any_model_and_the_answer_names_the_one_asked_for(make: M
     assert [model["id"] for model in app.get("/v1/models").json["data"]] == ["kimi"]
 
 
-def test_models_are_resolved_by_the_table_then_by_provider_then_as_the_web_chats_own(
+def test_models_are_resolved_by_the_table_then_by_provider_then_by_the_web_chat(
     make: Make, both: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
     app = make(**both, MODELS="kimi=moonshotai/K2,gpt-4o=local/k2,mini=gpt-4o,far=mini,*=kimi")
@@ -5695,7 +5716,7 @@ def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(
 def test_when_the_web_chat_cannot_answer_the_next_model_does(
     make: Make, both: dict[str, str], api: Api, kimi: WebChat, fault: Any, stream: bool
 ) -> None:
-    app = make(**both, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT="0.4", MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20")
+    app = make(**both, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT="0.3", MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20")
     kimi.always = fault or answer
     response = chat(app, "Hello" if fault else "x" * 30, stream=stream)
     assert response.status_int == 200 and response.headers["X-Kimi2api-Provider"] == "local"
@@ -5852,7 +5873,7 @@ def test_silence_is_filled_with_keep_alive_comments(run: Run, kimi: WebChat) -> 
     assert b"data: [DONE]" in body and b"Hello" in body
 
 
-def test_an_error_after_the_first_byte_is_an_event_and_the_stream_ends_without_done(run: Run, kimi: WebChat) -> None:
+def test_an_error_after_the_first_byte_is_an_event_and_there_is_no_done(run: Run, kimi: WebChat) -> None:
     kimi.always = late(sends(500))
     program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0")
     with program.open_chat(stream=True) as link:
@@ -5914,7 +5935,7 @@ def test_a_client_that_leaves_a_steady_answer_is_noticed(
     run: Run, both: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = steady
-    program = run(**both)
+    program = run(before=CHECKS_OFTEN, **both)
     with program.open_chat(model="local/k2", stream=stream):
         wait_for(lambda: api.asked)
     assert api.hung_up.wait(PATIENCE)
@@ -5923,10 +5944,10 @@ def test_a_client_that_leaves_a_steady_answer_is_noticed(
 
 def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="2")
+    program = run(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="2")
     with program.open_chat(user="ada"), program.open_chat(user="bob"):
         wait_for(lambda: len(kimi.posts) == 2)
-    time.sleep(1.2)  # by now both have been found gone
+    time.sleep(0.3)  # by now both have been found gone
     assert program.chat()[0] == 429 and len(kimi.posts) == 2
     refused = 'kimi2api_chats_total{provider="none",model="other",status="429"} 1'
     assert refused in program.ask("GET", "/metrics")[1].decode().splitlines()
@@ -5936,7 +5957,7 @@ def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, k
 
 def test_a_chat_that_nobody_waits_for_is_ended(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="1")
+    program = run(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="1")
     for count in range(1, 4):
         with program.open_chat():
             wait_for(lambda count=count: len(kimi.posts) == count)
@@ -5980,15 +6001,15 @@ def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
         handler.end()
 
     api.always = act
-    program = run(**both, REQUEST_TIMEOUT="0.5")
+    program = run(**both, REQUEST_TIMEOUT="0.3")
     with program.open_chat(model="local/k2", stream=True, stream_options={"include_usage": True}) as link:
         wait_for(lambda: api.asked)
-        time.sleep(1.5)
+        time.sleep(0.6)
         body = read_all(link)
     assert body.count(text.encode()) == 60 and b"[DONE]" in body and b'"completion_tokens":3' in body
 
 
-def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory(
+def test_an_endless_upstream_and_a_client_that_reads_nothing_cost_no_memory(
     run: Run, both: dict[str, str], api: Api
 ) -> None:
     sent = 0
@@ -6005,7 +6026,7 @@ def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory
     before = program.memory()
     with program.open_chat(model="local/k2", stream=True):
         wait_for(lambda: sent > 10)
-        wait_for(lambda: sent == (time.sleep(0.5), sent)[1], "the upstream is read no more")
+        wait_for(lambda: sent == (time.sleep(0.2), sent)[1], "the upstream is read no more")
         assert program.memory() - before < 60
     wait_for(lambda: program.running() == 0)
     assert program.chat()[0] == 200
@@ -6013,10 +6034,10 @@ def test_an_upstream_that_never_ends_costs_a_client_that_reads_nothing_no_memory
 
 def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> None:
     kimi.answer = "word " * 600_000  # 3 MB: more than the system takes for a client that does not read
-    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 1")
+    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 0.3")
     before = program.memory()
     links = []
-    for stream in (True, False, True, True):
+    for stream in (True, False):
         links.append(program.open_chat(stream=stream))
         wait_for(lambda: len(kimi.posts) == len(links))
         wait_for(lambda: program.running() == 0)
@@ -6037,11 +6058,10 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
         pytest.param(hangs, id="timed out"),
     ],
 )
-@json_and_stream
 def test_nothing_of_a_request_stays_once_it_has_ended(
-    make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act, stream: bool
+    make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act
 ) -> None:
-    app = make(**both, REQUEST_TIMEOUT="0.3", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
+    app = make(**both, REQUEST_TIMEOUT="0.2", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
     kimi.always = api.always = act
     kimi.page_script.extend([page, act])
     chat(app)
@@ -6049,7 +6069,7 @@ def test_nothing_of_a_request_stays_once_it_has_ended(
     gc.freeze()  # what was there before is not looked at each time
     gc.disable()  # what only it could free would stay for thousands of chats
     try:
-        for model in ("kimi", "local/k2") * 2:
+        for model, stream in itertools.product(("kimi", "local/k2"), (False, True)):
             chat(app, model=model, stream=stream, tools=[WEATHER], tool_choice="required")
         wait_for(lambda: not requests_in_memory(), "every request is freed")
     finally:
@@ -6265,9 +6285,9 @@ def test_an_env_file_in_another_encoding_is_refused_in_one_line(tmp_path: Path) 
 @pytest.mark.parametrize("value", ['"sk-1', "'sk-1", '"sk-1"x', '"'])
 def test_an_env_file_whose_quotes_do_not_match_is_refused_in_one_line(tmp_path: Path, value: str) -> None:
     (tmp_path / "quotes").write_text(f"API_PORT=0\nAPI_MASTER_KEY={value}\n")
-    done = command("--env-file", str(tmp_path / "quotes"), "--api-host", "0.0.0.0")
-    assert_refused(done, "line 2: the quotes of API_MASTER_KEY")
-    assert "sk-1" not in done.stderr
+    with pytest.raises(kimi2api.SettingError, match="line 2: the quotes of API_MASTER_KEY") as refused:
+        kimi2api.read_env_file(str(tmp_path / "quotes"), required=True)
+    assert "sk-1" not in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_check_listens_nowhere_and_asks_for_no_key(kimi: WebChat) -> None:
@@ -6438,7 +6458,7 @@ def test_fifty_streams_end_with_done_at_a_stop(run: Run, both: dict[str, str], a
 
 def test_fifty_streams_end_with_an_error_when_grace_is_over(run: Run, both: dict[str, str], api: Api) -> None:
     api.always = steady
-    program, links = fifty_streams(run(**both, SHUTDOWN_GRACE="0.3"))
+    program, links = fifty_streams(run(before=CHECKS_OFTEN, **both, SHUTDOWN_GRACE="0.3"))
     bodies = [read_all(link) for link in links]
     assert all(b"server_stopping" in body and b"[DONE]" not in body for body in bodies)
     assert program.wait() == 0
@@ -6455,7 +6475,7 @@ def fifty_streams(program: Program) -> tuple[Program, list[socket.socket]]:
 
 def test_when_grace_is_over_streams_get_an_error_event_and_the_exit_is_prompt(run: Run, kimi: WebChat) -> None:
     kimi.always = at_the_gate
-    program = run(SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
+    program = run(before=CHECKS_OFTEN, SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
     stream, plain = program.open_chat(stream=True), program.open_chat()
     wait_for(lambda: len(kimi.posts) == 2)
     assert stream.recv(65536)
@@ -6490,8 +6510,8 @@ def test_a_byte_out_of_band_keeps_no_core_busy(run: Run) -> None:
         link.send(b"!", socket.MSG_OOB)
         program.health()
         before = seconds_of_cpu()
-        time.sleep(1)
-        assert seconds_of_cpu() - before < 0.5
+        time.sleep(0.4)
+        assert seconds_of_cpu() - before < 0.2
         program.health()
 
 
@@ -6571,34 +6591,35 @@ def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
     link.close()
 
 
-@pytest.mark.parametrize("drip", [False, True], ids=["silent", "a byte now and then"])
-def test_a_connection_that_does_not_send_its_request_is_closed(run: Run, drip: bool) -> None:
-    program = run(before="kimi2api.CONNECTION_TIMEOUT = 0.7; kimi2api.MIN_BODY_RATE = 100")
+def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None:
+    program = run(before="kimi2api.CONNECTION_TIMEOUT = 0.4; kimi2api.MIN_BODY_RATE = 300")
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
-    links = [program.open(start) for start in (b"GET", head, head + b"\r\n{") + (() if drip else (b"",))]
+    silent = [program.open(start) for start in (b"", b"GET", head, head + b"\r\n{")]
+    dripping = [program.open(start) for start in (b"GET", head, head + b"\r\n{")]
+    waiting = [*silent, *dripping]
+    body = b'{"messages": [{"role": "user", "content": "x"}]}'.ljust(1000)
+    parts = [body[start : start + 100] for start in range(0, 1000, 100)]
+    slow = program.open(head + b"\r\n")
     end = time.monotonic() + PATIENCE
-    for link in links:
-        with link, suppress(ConnectionResetError):
-            link.settimeout(0.1 if drip else PATIENCE)
-            while time.monotonic() < end:
-                with suppress(TimeoutError):
-                    assert link.recv(100) == b"", "closed without an answer"
-                    break
-                with suppress(BrokenPipeError):
-                    link.send(b"x")
-            else:
-                raise AssertionError("never closed")
-    content = b'{"messages": [{"role": "user", "content": "x"}]}'
-    with program.open(head + b"\r\n") as link:
-        for start in range(0, 1000, 100):
-            link.send(content.ljust(1000)[start : start + 100])
-            time.sleep(0.15)
-        assert read_response(link)[0].status == 200, "slow, but faster than MIN_BODY_RATE"
+    while waiting or parts:
+        assert time.monotonic() < end, f"not closed: {waiting}"
+        if parts:
+            slow.send(parts.pop(0))
+        for link in dripping:
+            with suppress(OSError):  # closed
+                link.send(b"x")
+        time.sleep(0.15)  # the loop looks once a second
+        for link in select.select(waiting, [], [], 0)[0]:
+            with suppress(ConnectionResetError):
+                assert link.recv(100) == b"", "closed without an answer"
+            waiting.remove(link)
+    assert read_response(slow)[0].status == 200, "slow, but faster than MIN_BODY_RATE"
+    for link in (slow, *silent, *dripping):
+        link.close()
 
 
 # An application in place of the program's: /write writes without end, /ended shows how that ended
 WRITER = """
-import time
 ended = []
 def application(environ, start_response):
     write = start_response("200 OK", [("Content-Type", "text/plain")])
@@ -6612,7 +6633,6 @@ def application(environ, start_response):
             raise
     return [repr(ended).encode()]
 kimi2api.create_app = lambda *_: application
-kimi2api.CONNECTION_TIMEOUT = 1
 """
 
 
@@ -6622,11 +6642,11 @@ def ended(program: Program) -> bytes:
 
 @pytest.mark.parametrize("way", ["RST", "FIN", "reads nothing"])
 def test_a_thread_that_writes_ends_with_its_client(run: Run, way: str) -> None:
-    program = run(before=WRITER)
+    program = run(before=WRITER + f"kimi2api.CONNECTION_TIMEOUT = {0.5 if way == 'reads nothing' else 60}")
     before = program.memory()
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         link.recv(100)
-        time.sleep(0.5)
+        time.sleep(0.2)
         assert ended(program) == b"[]"
         if way == "RST":
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -6637,7 +6657,7 @@ def test_a_thread_that_writes_ends_with_its_client(run: Run, way: str) -> None:
 
 
 def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
-    program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 60", SHUTDOWN_GRACE="0.1")
+    program = run(before=WRITER, SHUTDOWN_GRACE="0.1")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         link.recv(100)
         program.signal(signal.SIGTERM)
@@ -6646,11 +6666,12 @@ def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
 
 
 def test_a_client_that_reads_slowly_is_not_closed(run: Run) -> None:
-    program = run(before=WRITER)
+    program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 0.5")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
-        for _ in range(40):
-            assert read_exactly(link, 30_000)
-            time.sleep(0.1)
+        for _ in range(30):
+            assert read_exactly(link, 15_000)
+            time.sleep(0.05)
+        assert ended(program) == b"[]"
     wait_for(lambda: ended(program) == b"['ClientDisconnected']")
 
 
@@ -6691,25 +6712,22 @@ def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run
 BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="idle"),
-        pytest.param(BODY_HEAD + b"{", id="in a body"),
-        pytest.param(BODY_HEAD + b"{" * 600_000, id="in a body that is kept in a file"),
-        pytest.param(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8, id="reading no answers"),
-    ],
-)
-def test_connections_that_ask_nothing_leave_room_for_others(run: Run, start: bytes) -> None:
+def test_connections_that_ask_nothing_leave_room_for_others(run: Run) -> None:
     pytest.importorskip("resource")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))"
     program = run(before=limit, MAX_CONCURRENT_CHATS="4")
-    with ExitStack() as links:
-        for _ in range(150):
-            links.enter_context(program.open(start))
-            time.sleep(0.01)  # so that one has been read before the next is there
-        assert program.health()["status"] == "ok"
-        assert program.chat()[0] == 200
+    for start in (
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        BODY_HEAD + b"{",
+        BODY_HEAD + b"{" * 600_000,  # which is kept in a file
+        b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8,  # whose answers are not read
+    ):
+        with ExitStack() as links:
+            for _ in range(70):
+                links.enter_context(program.open(start))
+                time.sleep(0.004)  # so that one has been read before the next is there
+            assert program.health()["status"] == "ok"
+            assert program.chat()[0] == 200
 
 
 def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
@@ -6724,7 +6742,7 @@ def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
         assert program.chat()[0] == 200
 
 
-def test_a_client_that_leaves_while_its_bad_request_is_refused_leaves_no_traceback(run: Run) -> None:
+def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(run: Run) -> None:
     program = run()
     for _ in range(50):
         link = program.open(b"GET /\x00 bad\r\n\r\n" * 20)
@@ -6740,10 +6758,9 @@ def test_a_client_that_leaves_while_its_bad_request_is_refused_leaves_no_traceba
 def test_nobody_has_to_read_what_the_program_prints(kimi: WebChat, where: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    line = f"{sys.executable} {HERE / 'kimi2api.py'} --api-port {port} {where}"
-    process = subprocess.Popen(
-        ["sh", "-c", line], env={**os.environ, **kimi.settings}, stderr=subprocess.PIPE, start_new_session=True
-    )
+    line = f"{shlex.quote(sys.executable)} -m kimi2api --api-port {port} {where}"
+    env = {**os.environ, **COMPILED_ONCE, **kimi.settings}
+    process = subprocess.Popen(["sh", "-c", line], env=env, stderr=subprocess.PIPE, start_new_session=True)
 
     def answers() -> bool:
         with suppress(OSError), closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
@@ -6943,7 +6960,7 @@ def client(run: Run) -> Any:
     openai = pytest.importorskip("openai")
     program = run(
         API_MASTER_KEY="sk-test",
-        REQUEST_TIMEOUT="1",
+        REQUEST_TIMEOUT="0.4",
         MAX_CONCURRENT_CHATS="2",
         CONTEXT_MAX_LENGTH="50",
         MAX_BODY_BYTES="5000",
@@ -7065,17 +7082,20 @@ def test_openai_python_calls_tools_and_parses_into_a_model(run: Run, kimi: WebCh
 chats_and_responses = pytest.mark.parametrize("responses", [False, True], ids=["chats", "responses"])
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["json", "stream"])
-@chats_and_responses
-def test_langchain_runs_an_agent_loop_of_several_steps(
-    run: Run, kimi: WebChat, responses: bool, streaming: bool
-) -> None:
-    langchain = pytest.importorskip("langchain_openai")
+def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat) -> None:
+    pytest.importorskip("langchain_openai")
+    kimi.always = plays_travel_agent
+    program = run()
+    for responses, streaming in itertools.product((False, True), (False, True)):
+        assert_langchain_books(program, responses, streaming)
+
+
+def assert_langchain_books(program: Program, responses: bool, streaming: bool) -> None:
+    import langchain_openai
     from langchain_core.messages import HumanMessage, ToolMessage
 
-    kimi.always = plays_travel_agent
-    model = langchain.ChatOpenAI(
-        base_url=run().base_url,
+    model = langchain_openai.ChatOpenAI(
+        base_url=program.base_url,
         api_key="none",
         model="kimi",
         max_retries=0,
@@ -7110,10 +7130,9 @@ def assert_thinking_was_served(api: Api) -> None:
     assert [message["reasoning_content"] for message in calls] == ["I think of step 0.", "I think of step 1."]
 
 
-@json_and_stream
 @chats_and_responses
 def test_langchains_agent_works_with_a_thinking_model(
-    run: Run, both: dict[str, str], api: Api, responses: bool, stream: bool
+    run: Run, both: dict[str, str], api: Api, responses: bool
 ) -> None:
     agents, langchain = pytest.importorskip("langchain.agents"), pytest.importorskip("langchain_openai")
     used = []
@@ -7135,7 +7154,6 @@ def test_langchains_agent_works_with_a_thinking_model(
         model="local/k3",
         temperature=0.7,
         max_retries=0,
-        streaming=stream,
         use_responses_api=responses,
     )
     agent = agents.create_agent(model, [get_weather, book])
@@ -7144,10 +7162,9 @@ def test_langchains_agent_works_with_a_thinking_model(
     assert_thinking_was_served(api)
 
 
-@json_and_stream
 @chats_and_responses
-def test_the_agents_sdk_works_with_a_thinking_model(
-    run: Run, both: dict[str, str], api: Api, responses: bool, stream: bool
+def test_the_agents_sdk_streams_from_a_thinking_model(
+    run: Run, both: dict[str, str], api: Api, responses: bool
 ) -> None:
     agents, openai = pytest.importorskip("agents"), pytest.importorskip("openai")
     agents.set_tracing_disabled(True)
@@ -7173,8 +7190,6 @@ def test_the_agents_sdk_works_with_a_thinking_model(
             model="thinker",  # it takes what stands before a slash for a prefix of its own
             model_settings=agents.ModelSettings(temperature=0.7),
         )
-        if not stream:
-            return (await agents.Runner.run(agent, "Find out how Paris is and book it.")).final_output
         result = agents.Runner.run_streamed(agent, "Find out how Paris is and book it.")
         async for _ in result.stream_events():
             pass
@@ -7262,12 +7277,6 @@ def strict_client(program: Program) -> Any:
         base_url=program.base_url, api_key="none", max_retries=0, _strict_response_validation=True)
 
 
-def reasoning_sent(api: Api) -> list[str]:
-    """The reasoning of the assistant's messages in the last request."""
-    messages = api.asked[-1][2]["messages"]
-    return [message["reasoning_content"] for message in messages if message["role"] == "assistant"]
-
-
 @pytest.mark.parametrize("model", ["kimi", "local/k2"])
 def test_openai_python_has_responses_goes_on_from_them_and_forgets_them(
     run: Run, kimi: WebChat, both: dict[str, str], api: Api, model: str
@@ -7313,7 +7322,7 @@ def test_openai_python_streams_and_parses_a_response_into_a_model(
 
 
 @json_and_stream
-def test_openai_python_without_a_state_carries_reasoning_through_rounds_of_tools(
+def test_openai_python_without_a_state_carries_reasoning_through_tool_calls(
     run: Run, both: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = thinks(*TRAVEL)
@@ -7443,22 +7452,19 @@ def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi
     assert kimi.posts[-1]["message"] == "Hello <b>browser</b>"
 
 
-clients_of_node = pytest.mark.parametrize("client_name", ["openai", "openai-responses", "ai", "ai-responses"])
-
-
 def run_client(client_name: str, program: Program, model: str) -> Any:
     needs = {"ai-responses": "@ai-sdk/openai"}.get(client_name, client_name.removesuffix("-responses"))
     return node("clients.mjs", client_name, program.base_url, "sk-1", model, needs=needs)
 
 
-@clients_of_node
+@pytest.mark.parametrize("client_name", ["openai", "ai"])
 def test_clients_of_node_chat_stream_and_call_tools(run: Run, kimi: WebChat, client_name: str) -> None:
     kimi.always = plays_travel_agent
     result = run_client(client_name, run(API_MASTER_KEY="sk-1"), "kimi")
     assert result == {"calls": ["get_weather", "book"], "text": "Booked Paris: 21 degrees, order 7.", "status": 401}
 
 
-@clients_of_node
+@pytest.mark.parametrize("client_name", ["openai", "openai-responses", "ai", "ai-responses"])
 def test_clients_of_node_work_with_a_thinking_model(
     run: Run, both: dict[str, str], api: Api, client_name: str
 ) -> None:
@@ -7565,7 +7571,7 @@ def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, 
     tried = 0
 
     @hypothesis.settings(
-        max_examples=400, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=200, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(request | anything)
     def holds(body: Any) -> None:
@@ -7578,7 +7584,7 @@ def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, 
             assert response.status_int != 502 or response.json["error"]["code"] == "invalid_json_answer", response.text
 
     holds()
-    assert tried >= 400
+    assert tried >= 200
 
 
 def test_paths_and_headers_of_any_bytes_are_answered_in_openais_shape(demo: Program) -> None:
@@ -7640,41 +7646,42 @@ def many(text: str, size: int) -> str:
 
 
 MB = 1 << 20
+LONG = 300_000  # characters: what takes the square of it takes much longer than STALL
 HOSTILE_ANSWERS = {
-    "fence, spaces": "```" + " " * (3 * MB) + "x",
-    "fences": many("``` ", 3 * MB),
-    "tool call marks": many("<tool_call>", 3 * MB),
-    "K2's marks": many("<|tool_call_begin|>a", 3 * MB),
-    "K2's mark, a long name": "<|tool_call_begin|>" + "a" * (3 * MB),
-    "K2's mark, digits": "<|tool_call_begin|>a:" + "1" * (3 * MB),
-    "braces and letters": many("{x", 3 * MB),
-    "lists and numbers": many("[1,", 3 * MB),
-    "lists, empty": many("[],", 3 * MB),
-    "open strings": many('{"', 3 * MB),
-    "escapes": '{"' + many("\\\\\"", MB) + "x",
-    "angle brackets": many("<", 3 * MB),
-    "braces that are none": many("{x}", 3 * MB),
-    "ordinals": many("[1st]", 3 * MB),
-    "joined emoji": many("\U0001f468\u200d", MB),
-    "combining marks": "a" + many("\u0301", MB),
-    "spaces": many(" ", 3 * MB) + "x",
+    "fence, spaces": "```" + " " * LONG + "x",
+    "fences": many("``` ", LONG),
+    "tool call marks": many("<tool_call>", LONG),
+    "K2's marks": many("<|tool_call_begin|>a", LONG),
+    "K2's mark, a long name": "<|tool_call_begin|>" + "a" * LONG,
+    "K2's mark, digits": "<|tool_call_begin|>a:" + "1" * LONG,
+    "braces and letters": many("{x", LONG),
+    "lists and numbers": many("[1,", LONG),
+    "lists, empty": many("[],", LONG),
+    "open strings": many('{"', LONG),
+    "escapes": '{"' + many("\\\\\"", LONG) + "x",
+    "angle brackets": many("<", LONG),
+    "braces that are none": many("{x}", LONG),
+    "ordinals": many("[1st]", LONG),
+    "joined emoji": many("\U0001f468\u200d", LONG),
+    "combining marks": "a" + many("\u0301", LONG),
+    "spaces": many(" ", LONG) + "x",
 }
 
 
 def hostile_web_chats() -> Iterator[Any]:
     for name, text in HOSTILE_ANSWERS.items():
         yield pytest.param("post", says(text), id=f"answer: {name}")
-    refusals = {"<": "<" * (3 * MB), "&": "&" * (3 * MB), "objects": many('{"a":', 3 * MB)}
+    refusals = {"<": "<" * LONG, "&": "&" * LONG, "objects": many('{"a":', LONG)}
     for name, text in refusals.items():
         refusal = json.dumps({"success": False, "data": text})
         yield pytest.param("post", sends(200, refusal, "application/json"), id=f"refusal of {name}")
     for text in ("kimi_ajax ", "</script>", "kimi_ajax nonce: ", "kimi_ajax 'nonce' "):
-        yield pytest.param("page", sends(200, many(text, 3 * MB)), id=f"page of {text}")
+        yield pytest.param("page", sends(200, many(text, LONG)), id=f"page of {text}")
     for text in ("<form ", "cf-", " "):
-        yield pytest.param("page", sends(503, "<html>" + many(text, 3 * MB), **CLOUDFLARE), id=f"503 page of {text!r}")
-    yield pytest.param("post", sends(403, "{" + many(" cloudflar", 3 * MB)), id="403 of half a problem")
+        yield pytest.param("page", sends(503, "<html>" + many(text, LONG), **CLOUDFLARE), id=f"503 page of {text!r}")
+    yield pytest.param("post", sends(403, "{" + many(" cloudflar", LONG)), id="403 of half a problem")
     yield pytest.param("post", raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
-    yield pytest.param("post", raw(b"<" * MB), id="no HTTP")
+    yield pytest.param("post", raw(b"<" * LONG), id="no HTTP")
     cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
     yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
 
@@ -7683,13 +7690,13 @@ def hostile_requests() -> Iterator[Any]:
     def offering(parameters: Any) -> dict[str, Any]:
         return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
 
-    names = [str(number) for number in range(100_000)]
+    names = [str(number) for number in range(50_000)]
     yield pytest.param(offering({"properties": {name: {} for name in names}, "required": names}), id="required")
     yield pytest.param(offering({"enum": names}), id="enum")
-    yield pytest.param({"tools": [tool(name) for name in names[:20_000]]}, id="tools")
-    yield pytest.param({"messages": [{"role": "user", "content": "x"}] * 40_000}, id="messages")
-    yield pytest.param({"messages": [{"role": "tool", "content": "x"}] * 40_000, "user": "ada"}, id="tool results")
-    parts = [{"type": "text", "text": "x"}] * 60_000
+    yield pytest.param({"tools": [tool(name) for name in names[:10_000]]}, id="tools")
+    yield pytest.param({"messages": [{"role": "user", "content": "x"}] * 20_000}, id="messages")
+    yield pytest.param({"messages": [{"role": "tool", "content": "x"}] * 20_000, "user": "ada"}, id="tool results")
+    parts = [{"type": "text", "text": "x"}] * 30_000
     yield pytest.param({"messages": [{"role": "user", "content": parts}]}, id="parts")
     yield pytest.param({"stop": ["\u0301" * 1000] * 4, "max_tokens": 1}, id="stop")
 
@@ -7698,7 +7705,7 @@ def hostile_requests() -> Iterator[Any]:
 def beside() -> Iterator[tuple[Program, WebChat]]:
     """One program for all hostile texts, which none of them may hold up."""
     kimi = WebChat()
-    settings = {**kimi.settings, "MAX_RETRIES": "0", "CONTEXT_MAX_LENGTH": "99999999", "STREAM_INTERVAL_MS": "1"}
+    settings = {**kimi.settings, "MAX_RETRIES": "0", "CONTEXT_MAX_LENGTH": "99999999", "STREAM_MAX_SECONDS": "0.1"}
     before = "kimi2api.FAILURES_TO_OPEN = 10**9"
     with closing(Program(**settings, before=before, LOG_LEVEL="ERROR")) as program:
         yield program, kimi
@@ -7708,6 +7715,7 @@ def beside() -> Iterator[tuple[Program, WebChat]]:
 def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
     """The status of a chat, and the longest that a neighbour's /health took meanwhile, in seconds."""
     longest = 0.0
+    asked_at = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(program.chat, **body)
         while not asked.done():
@@ -7715,6 +7723,7 @@ def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
             program.health()
             longest = max(longest, time.monotonic() - began)
             time.sleep(0.01)
+    assert time.monotonic() - asked_at < STALL * 2
     return asked.result()[0], longest
 
 
@@ -7742,15 +7751,8 @@ def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebC
 def test_no_request_holds_up_a_neighbour(beside: tuple[Program, WebChat], request_: dict[str, Any]) -> None:
     program, kimi = beside
     kimi.always = answer
-    body = {"messages": [{"role": "user", "content": "x"}], **request_}
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(program.ask, "POST", "/v1/chat/completions", body)
-        longest = 0.0
-        while not asked.done():
-            began = time.monotonic()
-            program.health()
-            longest = max(longest, time.monotonic() - began)
-    assert asked.result()[0] in (200, 400) and longest < STALL, asked.result()
+    status, longest = answers_beside(program, **request_)
+    assert status in (200, 400) and longest < STALL
 
 
 def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: dict[str, str], api: Api) -> None:
@@ -7758,12 +7760,12 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
 
     def pieces_of_a_line(handler: ApiHandler) -> None:
         handler.begin_stream()
-        handler.wfile.write((b"40\r\n" + b"x" * 64 + b"\r\n") * 80_000)
+        handler.wfile.write((b"40\r\n" + b"x" * 64 + b"\r\n") * 40_000)
         handler.end()
 
     def lines_without_end(handler: ApiHandler) -> None:
         handler.begin_stream()
-        for _ in range(3000):
+        for _ in range(1500):
             handler.send(b"data:\n" * 1000)
         handler.end()
 
@@ -7771,7 +7773,7 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
         handler.begin_stream()
         piece = {"index": 0, "id": "c", "function": {"name": "f", "arguments": "x" * 20}}
         event = b"data: " + json.dumps(api_chunk({"content": "x" * 20, "tool_calls": [piece]})).encode() + b"\n\n"
-        handler.send(event * 20_000)
+        handler.send(event * 10_000)
         handler.event(api_chunk({}, "stop"))
         handler.end()
 
@@ -7811,8 +7813,7 @@ def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api
     for act in (one_chunk, lists, choices):
         api.always = act
         assert program.chat(model="local/k2")[0] == 502
-    status = Path(f"/proc/{program.process.pid}/status").read_text()
-    assert int(re.search(r"VmHWM:\s+(\d+)", status)[1]) < 400 * 1024
+    assert program.memory(peak=True) < 400
 
 
 ########################################################################################################################
