@@ -5989,11 +5989,11 @@ def test_all_that_one_read_brings_is_one_write(make: Make, both: dict[str, str],
 def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
     run: Run, both: dict[str, str], api: Api
 ) -> None:
-    text = "word " * 20_000
+    text = "word " * 2_000  # less than SEND_SIZE: it is sent before the next wait
 
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
-        for _ in range(60):
+        for _ in range(600):
             handler.event(api_chunk({"content": text}))
         handler.event(api_chunk({}, "stop"))
         handler.event({**api_chunk(), "choices": [], "usage": USAGE})
@@ -6006,7 +6006,7 @@ def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
         wait_for(lambda: api.asked)
         time.sleep(0.6)
         body = read_all(link)
-    assert body.count(text.encode()) == 60 and b"[DONE]" in body and b'"completion_tokens":3' in body
+    assert body.count(text.encode()) == 600 and b"[DONE]" in body and b'"completion_tokens":3' in body
 
 
 def test_an_endless_upstream_and_a_client_that_reads_nothing_cost_no_memory(
@@ -7986,13 +7986,17 @@ class TimedApi(FastUpstream):
         self.chunks, self.pause = int(chunks), float(pause)
 
     async def respond(self, writer: asyncio.StreamWriter) -> None:
-        writer.write(STREAM_HEAD + b"Connection: close\r\n\r\n")
+        def send(data: str) -> None:
+            event = f"data: {data}\n\n".encode()
+            writer.write(b"%x\r\n%s\r\n" % (len(event), event))
+
+        writer.write(STREAM_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(self.chunks):
-            chunk = api_chunk({"content": f"@{time.monotonic():.6f}@"})
-            writer.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+            send(json.dumps(api_chunk({"content": f"@{time.monotonic():.6f}@"})))
             await asyncio.sleep(self.pause)
-        writer.write(b"data: " + json.dumps(api_chunk({}, "stop")).encode() + b"\n\ndata: [DONE]\n\n")
-        writer.close()
+        send(json.dumps(api_chunk({}, "stop")))
+        send("[DONE]")
+        writer.write(b"0\r\n\r\n")
 
 
 def chat_request(**body: Any) -> bytes:
