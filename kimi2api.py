@@ -3997,7 +3997,7 @@ class Provider:
     """An upstream: subclasses know its protocol.
 
     One more OpenAI-style API is two settings, NAME_API_KEY and NAME_BASE_URL. Anything else is a subclass with
-    `stream` and `check`, an entry in Providers, and in Settings.resolve the ids of its models.
+    `stream` and `reach`, an entry in Providers, and in Settings.resolve the ids of its models.
     """
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
@@ -4018,12 +4018,19 @@ class Provider:
         """What the upstream lists, by its own names, as far as is known after so many seconds."""
         return {}
 
-    def check(self) -> Iterator[tuple[str, APIError | None]]:
-        """Go through the upstream step by step: (what was tried, the error that ended it)."""
+    def reach(self) -> tuple[str, str]:
+        """Reach the upstream without a chat. Return what that shows, and a model to ask. Raises APIError."""
         raise NotImplementedError
 
-    def _check_answer(self, model: str) -> Iterator[tuple[str, APIError | None]]:
-        """Ask for one answer, of a model that the settings name, or else of this one."""
+    def check(self) -> Iterator[tuple[str, APIError | None]]:
+        """Test the upstream step by step: yield each step, and the error that ended it."""
+        try:
+            step, model = self.reach()
+        except APIError as error:
+            yield "reached", error
+            return
+        yield step, None
+        # Rather a model that the settings name
         for configured in (*self._settings.fallback_models, *self._settings.models):
             provider, own_name = self._settings.resolve(configured) or ("", "")
             if provider == self.name:
@@ -4031,9 +4038,8 @@ class Provider:
                 break
         began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        asked = ProviderRequest(question, model, session_id=random_hex())
         try:
-            deque(self.stream(asked), maxlen=0)
+            deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
         except APIError as error:
             yield "one question answered", error
         else:
@@ -4464,12 +4470,8 @@ CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:
 CLOUDFLARE_ERROR = re.compile(rb"\s*(?:<|error code: 1\d\d\d|{[^{}]*cloudflare)", re.I)
 
 
-class StaleNonce(Exception):
-    """Upstream answered something that a new nonce may mend. `error` is for the caller if it does not."""
-
-    def __init__(self, error: APIError) -> None:
-        super().__init__(error.message)
-        self.error = error
+class StaleNonce(APIError):
+    """The web chat refused, and a new nonce may help."""
 
 
 # As the chat page has it: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; where it is sent, see KimiProvider._post
@@ -4549,20 +4551,9 @@ class KimiProvider(Provider):
         except UnusableAnswer:
             return prompt, text, []
 
-    def check(self) -> Iterator[tuple[str, APIError | None]]:
-        steps = [f"{self._settings.chat_page_url} reached", "not blocked by Cloudflare", "nonce found"]
-        failed: APIError | None = None
-        try:
-            self._nonce.wait(Waiter())
-        except APIError as error:
-            failed = error
-            reached = {"upstream_blocked": 1, "upstream_changed": 2}.get(error.code or "", 0)
-            steps = steps[:reached + 1]
-        for step in steps[:-1]:
-            yield step, None
-        yield steps[-1], failed
-        if not failed:
-            yield from self._check_answer("moonshotai/Kimi-K2-Instruct-0905")
+    def reach(self) -> tuple[str, str]:
+        self._nonce.wait(Waiter())
+        return f"{self._settings.chat_page_url} reached, nonce found", "moonshotai/Kimi-K2-Instruct-0905"
 
     # Asking
 
@@ -4576,11 +4567,11 @@ class KimiProvider(Provider):
         try:
             return self._post(prompt, asked)
         except StaleNonce as stale:
-            log.info("refused (%s); trying once more with a new nonce", stale.error.code)
+            log.info("refused (%s); trying once more with a new nonce", stale.code)
         try:
             return self._post(prompt, asked)
         except StaleNonce as stale:
-            raise stale.error.with_headers(NO_SDK_RETRY) from None
+            raise stale.with_headers(NO_SDK_RETRY) from None
 
     def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
@@ -4699,12 +4690,17 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     body = page.body.strip()
     # WordPress's own words for a stale nonce and an unknown action
     if body in (b"-1", b"0"):
-        raise StaleNonce(upstream_error(502, "upstream_refused", f"The web chat refused: {body.decode()}."))
+        raise StaleNonce(502, f"The web chat refused: {body.decode()}.", "upstream_error", "upstream_refused")
     answer = parse_upstream_object(body) or {}
     data = answer.get("data")
     if answer.get("success") is False:
-        raise StaleNonce(upstream_error(
-            502, "upstream_refused", f"The web chat refused: {plain_line(data, nonce)}", quotes_upstream=True))
+        raise StaleNonce(
+            502,
+            f"The web chat refused: {plain_line(data, nonce)}",
+            "upstream_error",
+            "upstream_refused",
+            quotes_upstream=True,
+        )
     if page.status != 200:
         raise invalid_response("The web chat", f"HTTP {page.status}")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
@@ -5204,15 +5200,9 @@ class OpenAIProvider(Provider):
                 models[model["id"]] = model
         return models
 
-    def check(self) -> Iterator[tuple[str, APIError | None]]:
-        step = f"{self._base_url} reached, key accepted"
-        try:
-            listed = self._list_models()
-        except APIError as error:
-            yield step, error
-            return
-        yield step, None
-        yield from self._check_answer(next(iter(listed), "default"))
+    def reach(self) -> tuple[str, str]:
+        listed = self._list_models()
+        return f"{self._base_url} reached, key accepted", next(iter(listed), "default")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

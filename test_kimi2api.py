@@ -6292,7 +6292,7 @@ def test_an_env_file_whose_quotes_do_not_match_is_refused_in_one_line(tmp_path: 
 
 def test_a_check_listens_nowhere_and_asks_for_no_key(kimi: WebChat) -> None:
     done = command("--check", "--api-host", "0.0.0.0", **kimi.settings)
-    assert done.returncode == 0 and done.stdout.count("✓") == 4
+    assert done.returncode == 0 and done.stdout.count("✓") == 2
 
 
 def test_an_unknown_flag_is_refused() -> None:
@@ -6323,19 +6323,19 @@ def test_check_goes_through_the_upstream_step_by_step(kimi: WebChat) -> None:
     def check(*pages: Act) -> tuple[int, str]:
         kimi.page_script.extend(pages)
         done = command("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
-        return done.returncode, re.sub(r"\n    .*", "", done.stdout)
+        return done.returncode, done.stdout
 
     code, printed = check()
-    assert code == 0 and printed.count("✓") == 4 and "✗" not in printed
+    assert code == 0 and printed.count("✓") == 2 and "✗" not in printed
     assert re.search(r"one question answered in \d+\.\d s", printed)
     assert check(sends(500))[1].startswith("kimi:\n  ✗")
     code, printed = check(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"))
-    assert code == 1 and printed.count("✓") == 1 and "✗ not blocked" in printed
+    assert code == 1 and "✓" not in printed and "✗ reached" in printed and "upstream_blocked" in printed
     code, printed = check(sends(200, "<html>nothing</html>"))
-    assert code == 1 and printed.count("✓") == 2 and "✗ nonce found" in printed
+    assert code == 1 and "✓" not in printed and "carries no nonce" in printed
     kimi.always = sends(500)
     code, printed = check()
-    assert code == 1 and printed.count("✓") == 3 and "✗ one question" in printed
+    assert code == 1 and printed.count("✓") == 1 and "✗ one question" in printed
 
 
 @pytest.mark.parametrize("where", [pytest.param(">/dev/full", id="full"), pytest.param("| true", id="closed pipe")])
@@ -6348,7 +6348,7 @@ def test_a_check_that_nobody_reads_ends_without_a_traceback(kimi: WebChat, where
 
 def test_check_covers_every_provider(kimi: WebChat, api: Api, both: dict[str, str]) -> None:
     done = command("--check", **kimi.settings, **both)
-    assert done.returncode == 0 and done.stdout.count("✓") == 6 and "local:" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("✓") == 4 and "local:" in done.stdout
     assert api.asked[0][2]["model"] == "k2"
     api.list_act = api_sends(401, b"no")
     done = command("--check", **kimi.settings, **both)
