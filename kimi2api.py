@@ -6128,9 +6128,11 @@ class Task(WSGITask):  # type: ignore[misc]
         return environ
 
     def finish(self) -> None:
-        super().finish()
-        for function in self._deferred:
-            function()
+        try:
+            super().finish()
+        finally:
+            for function in self._deferred:
+                function()
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
