@@ -1221,8 +1221,7 @@ class Fold:
 
     @property
     def choices(self) -> IndexedList:
-        choices: IndexedList = self._whole.get("choices") or IndexedList()
-        return choices
+        return self._whole.get("choices") or IndexedList()
 
     @property
     def usage(self) -> Any:
@@ -1230,8 +1229,7 @@ class Fold:
 
     def completion(self) -> JSONObject:
         """Return all chunks as one."""
-        completion: JSONObject = plain_value(self._whole)
-        return completion
+        return plain_value(self._whole)
 
     def message(self) -> Message:
         """Return the message of the first choice."""
@@ -2546,7 +2544,7 @@ class SQLiteStore(SharedStore):
         [(count,)] = self._select(
             "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
             self.expiry_cutoff(), REASONING)
-        return int(count)
+        return count
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
@@ -3497,7 +3495,7 @@ class StrictHTTPResponse(HTTPResponse):
     def _read1_chunked(self, size: int) -> bytes:
         """Read one chunk, and all whole ones that are buffered behind it, but for the last: APIs send each event as a
         chunk, and the caller may find the answer complete before the connection's end is read."""
-        parts: list[bytes] = [super()._read1_chunked(size)]  # type: ignore[misc]
+        parts = [super()._read1_chunked(size)]  # type: ignore[misc]
         if self.chunk_left == 0:
             buffered = self.fp.received()
             begin = 0
@@ -3519,7 +3517,7 @@ class UpstreamConnection:
     response_class = StrictHTTPResponse
     sock: Any
     timeout: float  # seconds for the connection, and as many for the TLS handshake
-    _unsent: list[bytes] | None = None  # of the request that is being written
+    _unsent: bytearray | None = None  # of the request that is being written
 
     def _tunnel(self) -> None:
         super()._tunnel()  # type: ignore[misc]
@@ -3527,17 +3525,16 @@ class UpstreamConnection:
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
-        unsent: list[bytes] = []
-        self._unsent = unsent
+        unsent = self._unsent = bytearray()
         try:
             super().request(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._unsent = None
-        self.send(b"".join(unsent))
+        self.send(unsent)
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | bytearray) -> None:
         if self._unsent is not None:
-            self._unsent.append(data)
+            self._unsent += data
             return
         deadline = CURRENT_DEADLINE.get()
         if self.sock is None:
@@ -3603,6 +3600,7 @@ class UpstreamResponse:
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
+        self.deadline.waiter = Waiter()  # the client's response has ended: no keep-alive comment may follow
         self.deadline.is_per_read = False
         self.deadline.limit(DRAIN_SECONDS)
         with suppress(APIError):
@@ -3644,10 +3642,8 @@ class Transport:
             raw = pool.urlopen(
                 method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
                 assert_same_host=False, timeout=timeout)
-        except TimeoutError:
-            raise self.timed_out(deadline) from None
         # RequestException: for a proxy's URL that is invalid
-        except (HTTPError, requests.RequestException) as error:
+        except (TimeoutError, HTTPError, requests.RequestException) as error:
             raise self.failure(error, deadline) from None
         finally:
             CURRENT_DEADLINE.reset(previous)
@@ -3691,16 +3687,13 @@ class Transport:
         # urllib3's functions hold the error that holds them, and so the request
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
-            return self.timed_out(deadline)
+            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
+            # No other attempt: the prompt was taken
+            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(
             502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
-
-    def timed_out(self, deadline: Deadline) -> APIError:
-        message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
-        # No other attempt: the prompt was taken
-        return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -3718,11 +3711,11 @@ def root_cause(error: BaseException) -> str:
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
     """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
     wait = parse_retry_after(headers.get("Retry-After"))
+    error = APIError(429, message, type, code)
     if wait is None:
-        return APIError(429, message, type, code)
-    passed_on = {"Retry-After": str(ceil(wait))}
-    is_short = wait <= MAX_RETRY_AFTER
-    return APIError(429, message, type, code, headers=passed_on, retryable=is_short, retry_after=wait)
+        return error
+    return error.copy(
+        headers={"Retry-After": str(ceil(wait))}, retryable=wait <= MAX_RETRY_AFTER, retry_after=wait)
 
 
 def parse_retry_after(value: str | None) -> float | None:
@@ -3819,12 +3812,14 @@ class Cached(Generic[T]):
             fetch = self._latest
             if fetch and fetch.done():
                 max_age = self._retry_after if fetch.exception() else self._max_age
-                if time.time() - self._began >= max_age:
+                if not 0 <= time.time() - self._began < max_age:  # or the clock was set back
                     fetch = None
             if fetch is None:
                 self._began = time.time()
-                fetch = self._latest = Future()
+                fetch = Future()
+                # Raises RuntimeError if there are too many threads; nobody may wait for that fetch
                 threading.Thread(target=self._run, args=(fetch,), name=self._name, daemon=True).start()
+                self._latest = fetch
             return fetch
 
     def _run(self, fetch: Future[T]) -> None:
@@ -3875,7 +3870,8 @@ class CircuitBreaker:
     """Spares an upstream that keeps failing.
 
     Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
-    a pause that doubles with each failure. Half-open, when it is over: one call in each further pause is a probe.
+    a pause that doubles with each failure. Half-open, when it is over: a call is a probe, and so is another after each
+    further pause, twice as long as the one before.
     """
 
     def __init__(self, name: str) -> None:
@@ -3896,6 +3892,8 @@ class CircuitBreaker:
                 return False
             wait = self._open_until - time.monotonic()
             if wait <= 0:
+                # Calls that hang must not all become probes
+                self._pause = min(2 * self._pause, MAX_PAUSE)
                 self._open_until += self._pause - wait
                 return True
             raise self._error.copy(
@@ -3914,15 +3912,13 @@ class CircuitBreaker:
                 self._error = None
             elif is_probe or self._error is None:  # else the call began before the circuit opened
                 self._failures += 1
-                if self._failures >= FAILURES_TO_OPEN:
-                    self._open(error.copy())
-
-    def _open(self, error: APIError) -> None:
-        """Open the circuit. The caller holds the lock."""
-        self._pause = min(FIRST_PAUSE * 2 ** min(self._failures - FAILURES_TO_OPEN, 9), MAX_PAUSE)
-        self._error = error
-        self._open_until = time.monotonic() + self._pause
-        log.warning("%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
+                surplus = self._failures - FAILURES_TO_OPEN
+                if surplus >= 0:
+                    self._error = error.copy()
+                    self._pause = min(FIRST_PAUSE * 2 ** min(surplus, 9), MAX_PAUSE)
+                    self._open_until = time.monotonic() + self._pause
+                    log.warning(
+                        "%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3940,19 +3936,15 @@ class AnswerStats:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.provider = ""  # the one that was asked last
-        self.model = ""  # by the id that clients know
-        self.first_chunk: float | None = None  # seconds after the beginning
-        self.fold = Fold()  # the provider adds each chunk before it yields it
-        self.messages: list[Message] = []  # of the prompt
+        self.start("", "", [])
 
     def start(self, provider: str, model: str, messages: list[Message]) -> None:
         """A provider is asked, the first or one to fall back to."""
-        self.provider = provider
-        self.model = model
-        self.messages = messages
-        self.first_chunk = None
-        self.fold = Fold()
+        self.provider = provider  # the one that was asked last
+        self.model = model  # by the id that clients know
+        self.messages = messages  # of the prompt
+        self.first_chunk: float | None = None  # seconds after the beginning
+        self.fold = Fold()  # the provider adds each chunk before it yields it
 
     def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         """The deltas of the provider's answer, and its usage, by estimate, if the provider reports none."""
@@ -3993,6 +3985,9 @@ class ProviderRequest:
     waiter: Waiter = field(default_factory=Waiter)
 
 
+Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for it
+
+
 class Provider:
     """An upstream: subclasses know its protocol.
 
@@ -4010,7 +4005,7 @@ class Provider:
         """The answer. Raises APIError, also in the middle when the upstream breaks off."""
         raise NotImplementedError
 
-    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
+    def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
         """The answer to a request for embeddings, and headers for it. Raises APIError."""
         raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
 
@@ -4054,9 +4049,10 @@ class Provider:
         except APIError as error:
             if not isinstance(error, Abandoned):
                 self.breaker.ended(error, is_probe)
-                # An API's own codes are unbounded
-                code = error.code if (error.code or "").startswith("upstream_") else f"http_{error.status}"
-                self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": str(code)})
+                code = error.code or ""
+                if not code.startswith("upstream_"):  # an API's own codes are unbounded
+                    code = f"http_{error.status}"
+                self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
         self.breaker.ended(None, is_probe)
 
@@ -4726,6 +4722,7 @@ OPTIONAL_PARAMETERS = (
 )
 ADAPTATION_MAX_AGE = 3600.0  # seconds
 MAX_ADAPTATIONS = 50  # of one model
+MAX_ADAPTED_MODELS = 1000  # of one API: a client may make up any number of ids
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
@@ -4785,6 +4782,11 @@ def disable_thinking(body: JSONObject) -> JSONObject:
 
 def forces_tool(choice: Any) -> bool:
     return choice == "required" or names_function(choice)
+
+
+def latest(entries: dict[str, T], count: int) -> dict[str, T]:
+    """Return the last `count` entries."""
+    return dict(list(entries.items())[-count:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5095,7 +5097,9 @@ class OpenAIProvider(Provider):
                 log.info("%s/%s: %s; sending the request in another form", self.name, asked.model, error.reason)
                 adaptations[reason] = now + ADAPTATION_MAX_AGE, change
             else:
-                self._adaptations[asked.model] = dict(list(adaptations.items())[-MAX_ADAPTATIONS:])
+                if adaptations != known:
+                    learned = {**self._adaptations, asked.model: latest(adaptations, MAX_ADAPTATIONS)}
+                    self._adaptations = latest(learned, MAX_ADAPTED_MODELS)
                 return response, sent
 
     def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
@@ -5127,8 +5131,8 @@ class OpenAIProvider(Provider):
             restored.append(message)
         return restored
 
-    def embed(self, body: JSONObject, waiter: Waiter) -> tuple[JSONObject, Headers]:
-        def attempt() -> tuple[JSONObject, Headers]:
+    def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
+        def attempt() -> Embeddings:
             response = self._send("POST", "/embeddings", body, waiter)
             answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
             if not isinstance(answer.get("data"), list):
@@ -5178,17 +5182,17 @@ class OpenAIProvider(Provider):
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
         """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
-        with suppress(FutureTimeout, APIError):
-            return self._models.latest().result(wait)
+        with suppress(FutureTimeout):
+            # result() would lengthen the traceback of the same error with each call
+            self._models.latest().exception(wait)
         return self._last_models
 
-    def _fetch_models(self) -> dict[str, JSONObject]:
+    def _fetch_models(self) -> None:
         try:
             self._last_models = self._list_models()
         except APIError as error:
             log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
             raise
-        return self._last_models
 
     def _list_models(self) -> dict[str, JSONObject]:
         listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
@@ -5306,7 +5310,7 @@ class Providers:
 
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
-    ) -> tuple[JSONObject, Headers]:
+    ) -> Embeddings:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
         stats.start(provider.name, model, [])
@@ -5419,8 +5423,7 @@ def request_id(given: str) -> str:
 
 def current_client() -> ClientKey:
     """The key that the current request was sent with."""
-    found: ClientKey = bottle.request.environ["kimi2api.client"]
-    return found
+    return bottle.request.environ["kimi2api.client"]
 
 
 def current_owner() -> str:
@@ -5488,8 +5491,7 @@ class Client(Waiter):
         self._begin = begin
         self._keepalive_interval = keepalive_interval
         self._write: Write | None = None
-        self._pending: list[bytes] = []
-        self._pending_size = 0
+        self._pending = bytearray()
         self._last_write = time.monotonic()
         self._blocked = 0.0  # seconds that sending has taken
 
@@ -5525,15 +5527,13 @@ class Client(Waiter):
     def send(self, data: bytes) -> None:
         """Hand over an event. A client that has left is sent nothing."""
         self.has_begun = True
-        self._pending.append(data)
-        self._pending_size += len(data)
-        if self._pending_size >= SEND_SIZE:
+        self._pending += data
+        if len(self._pending) >= SEND_SIZE:
             self.flush()
 
     def flush(self) -> None:
-        data = b"".join(self._pending)
+        data = bytes(self._pending)
         self._pending.clear()
-        self._pending_size = 0
         if not data or self.has_left or not self._begin:
             return
         if self._write is None:
@@ -5677,12 +5677,9 @@ def session_object(user: str, document: Document) -> JSONObject:
     }
 
 
-def session_not_found() -> APIError:
-    return APIError(404, "There is no session for this user, or it has expired.", code="session_not_found")
-
-
-def response_not_found(id: str) -> APIError:
-    return APIError(404, f"Response with id {id[:100]!r} not found.", code="response_not_found")
+def not_found(kind: str, name: str) -> APIError:
+    """Return the error for a session or response that is not stored."""
+    return APIError(404, f"There is no {kind} {name[:100]!r}, or it has expired.", code=f"{kind}_not_found")
 
 
 class App:
@@ -5724,7 +5721,7 @@ class App:
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
         if not id:
-            return self.sessions.open(current_owner(), None)
+            return Session(random_hex())
         found = self.sessions.get(current_owner(), id, RESPONSE)
         if found is None:
             raise bad_request(
@@ -5782,8 +5779,7 @@ class App:
         length = bottle.request.content_length
         if length > limit:
             raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
-        body: bytes = bottle.request.environ["wsgi.input"].read(max(0, length))
-        return body
+        return bottle.request.environ["wsgi.input"].read(max(0, length))
 
     @contextmanager
     def _admitted(self, model: str, begin: Callable[[], Write] | None = None) -> Iterator[Client]:
@@ -5829,7 +5825,7 @@ class App:
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
         self._set_common_headers()
-        start: Callable[[str, Any], Write] = bottle.request.environ["kimi2api.start_response"]
+        start = bottle.request.environ["kimi2api.start_response"]
         return start(bottle.response.status_line, bottle.response.headerlist)
 
     def list_models(self) -> JSONObject:
@@ -5841,14 +5837,14 @@ class App:
     def get_session(self, user: str) -> JSONObject:
         session = self.sessions.get(current_owner(), user)
         if session is None:
-            raise session_not_found()
+            raise not_found(SESSION, user)
         expires_at = int(session.document.used + self.store.ttl)
         return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
 
     def get_response(self, id: str) -> JSONObject:
         session = self.sessions.get(current_owner(), id, RESPONSE)
         if session is None or session.response is None:
-            raise response_not_found(id)
+            raise not_found(RESPONSE, id)
         return session.response
 
     def _stored_item(self, id: str) -> JSONObject | None:
@@ -5858,12 +5854,12 @@ class App:
 
     def delete_response(self, id: str) -> JSONObject:
         if not self.sessions.forget(current_owner(), id, RESPONSE):
-            raise response_not_found(id)
+            raise not_found(RESPONSE, id)
         return {"id": id, "object": "response", "deleted": True}
 
     def delete_session(self, user: str) -> JSONObject:
         if not self.sessions.forget(current_owner(), user):
-            raise session_not_found()
+            raise not_found(SESSION, user)
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def list_sessions(self) -> JSONObject:
@@ -6118,28 +6114,21 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 class Task(WSGITask):  # type: ignore[misc]
     """One request, answered by the application."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._deferred: list[Callable[[], None]] = []  # to call when the response is written
-
-    def get_environment(self) -> dict[str, Any]:
-        environ: dict[str, Any] = super().get_environment()
-        environ["kimi2api.defer"] = self._deferred.append
-        return environ
-
-    def finish(self) -> None:
+    def service(self) -> None:
+        # To call when the response is written, or its client has disconnected
+        deferred: list[Callable[[], None]] = []
+        self.get_environment()["kimi2api.defer"] = deferred.append  # waitress keeps it
         try:
-            super().finish()
+            super().service()
         finally:
-            for function in self._deferred:
+            for function in deferred:
                 function()
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
             # A client that keeps sending requests over one connection must not delay the stop
             self.set_close_on_finish()
-        head: bytes = super().build_response_header()
-        return head
+        return super().build_response_header()
 
 
 class Discarded(OverflowableBuffer):  # type: ignore[misc]
@@ -6161,7 +6150,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         self._began = time.monotonic()  # with the request's first byte
 
     def is_overdue(self) -> bool:
-        allowed: float = CONNECTION_TIMEOUT + self.body_bytes_received / MIN_BODY_RATE
+        allowed = CONNECTION_TIMEOUT + self.body_bytes_received / MIN_BODY_RATE
         return time.monotonic() - self._began > allowed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -6200,7 +6189,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = JSONErrorTask
 
     def received(self, data: bytes) -> bool:
-        received: bool = super().received(data)
+        received = super().received(data)
         with self.requests_lock:
             # 64 KB hold 2,400 requests: a thread that writes their answers would wait for a client that reads none
             if len(self.requests) > MAX_PIPELINED:
@@ -6222,8 +6211,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return False
         if self.request and self.request.is_overdue():
             return True
-        idle_for: float = time.time() - self.last_activity
-        return idle_for > CONNECTION_TIMEOUT
+        return time.time() - self.last_activity > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
         # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
@@ -6236,8 +6224,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.socket is None:
             return 0
         # Only the loop, which is the main thread's, closes connections and changes the map of sockets
-        sent: int = super().send(data, do_close and threading.current_thread() is threading.main_thread())
-        return sent
+        return super().send(data, do_close and threading.current_thread() is threading.main_thread())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6349,7 +6336,7 @@ class Server:
             listener.adj.max_wanted_body = settings.max_body_bytes
             # Its connections inherit it
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.port = int(self._listeners[0].effective_port)
+        self.port = self._listeners[0].effective_port
 
     def handle_signals(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)

@@ -4107,6 +4107,20 @@ def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(
     assert said(chat(app)) and app.get("/health").json["status"] == "ok"
 
 
+def test_calls_that_hang_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(kimi2api.time, "monotonic", lambda: now)
+    breaker = kimi2api.CircuitBreaker("kimi")
+    for _ in range(5):
+        breaker.ended(kimi2api.upstream_error(504, "upstream_timeout", "hangs"), breaker.allow())
+    probes = 0
+    for _ in range(600):
+        now += 0.1
+        with suppress(kimi2api.APIError):
+            probes += breaker.allow()
+    assert 3 <= probes <= 6, "in the minute until the first of them times out"
+
+
 def test_a_probe_whose_answer_takes_long_holds_nobody_back(run: Run, both: dict[str, str], api: Api) -> None:
     program = run("--max-retries", "0", before="kimi2api.FIRST_PAUSE = 0.05", **both)
     api.always = api_sends(500, {"error": {"message": "down"}})
@@ -4718,6 +4732,26 @@ def test_a_failed_fetch_of_the_page_is_shared_by_all_who_wait(make: Make, kimi: 
         kimi.gate.set()
         assert all(is_error(done.result(), 502, "upstream_unavailable") for done in chats)
     assert len(kimi.pages) == 1
+
+
+def test_a_fetch_whose_thread_cannot_start_is_waited_for_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = kimi2api.Cached("nonce", lambda: "1234", 100)
+
+    def refuses(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuses)
+        with pytest.raises(RuntimeError):
+            cached.latest()
+    assert cached.latest().result(PATIENCE) == "1234"
+
+
+def test_a_failure_does_not_last_when_the_clock_is_set_back(clock: Clock, app: Client, kimi: WebChat) -> None:
+    kimi.page_script.append(sends(200, "no nonce"))
+    assert is_error(chat(app), 502, "upstream_changed")
+    clock.now -= 3600
+    assert said(chat(app))
 
 
 def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(clock: Clock, kimi: WebChat, app: Client) -> None:
@@ -5446,6 +5480,59 @@ def test_an_answer_with_its_finish_reason_is_whole(
         assert streamed(events(response)) == "half and half" and events(response)[-1] == "[DONE]"
     else:
         assert said(response) == "half and half"
+
+
+def test_nothing_is_sent_behind_the_end_of_a_stream(run: Run, both: dict[str, str], api: Api) -> None:
+    def act(handler: ApiHandler) -> None:
+        api_plays_open(HALF, REST, b"[DONE]")(handler)
+        handler.server.gate.wait(1)
+
+    api.always = act
+    with run(**both, SSE_KEEPALIVE="0.05").open_chat(model="local/k2", stream=True) as link:
+        assert read_all(link).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), "no keep-alive comment either"
+
+
+@json_and_stream
+def test_a_client_that_leaves_before_the_end_leaves_no_upstream_connection(
+    run: Run, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    received: list[bytes] = []
+
+    def act(handler: ApiHandler) -> None:
+        api_plays_open(HALF, REST)(handler)
+        handler.server.gate.wait(0.3)
+        handler.event(b"[DONE]")
+        handler.connection.settimeout(PATIENCE)
+        received.append(handler.connection.recv(1))
+        handler.close_connection = True
+
+    api.always = act
+    program = run(before="kimi2api.CLIENT_CHECK_INTERVAL = 5", **both)
+    with program.open_chat(model="local/k2", stream=stream) as link:
+        wait_for(lambda: api.asked)
+        if stream:
+            read_until(link, b"half")
+    wait_for(lambda: received == [b""])
+
+
+def test_the_adaptations_of_a_bounded_number_of_models_are_kept(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_ADAPTED_MODELS", 2)
+
+    def act(handler: ApiHandler) -> None:
+        refused = b'"temperature"' in handler.body
+        (api_sends(400, {"error": {"message": "invalid temperature"}}) if refused else api_answers("Hi"))(handler)
+
+    api.always = act
+    app = make(**both)
+    for name in "abcd":
+        assert said(chat(app, model=f"local/{name}")) == "Hi"
+        assert said(chat(app, model=f"local/{name}", temperature=0)) == "Hi"
+    assert len(api.asked) == 12, "a refusal each"
+    for name in "dca":
+        chat(app, model=f"local/{name}", temperature=0)
+    assert len(api.asked) == 16, "of these three, only the last is not known any more"
 
 
 def test_an_api_that_goes_on_after_done_does_not_hold_the_end_back(run: Run, both: dict[str, str], api: Api) -> None:
