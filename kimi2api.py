@@ -2517,8 +2517,8 @@ class SQLiteStore(SharedStore):
                 (cutoff,))
             db.execute(
                 "DELETE FROM documents WHERE number IN "
-                "(SELECT number FROM documents WHERE owner = ? AND kind = ? "
-                "ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                "(SELECT number FROM documents WHERE owner = ?1 AND kind = ?2 ORDER BY number LIMIT max(0, min(2, "
+                "(SELECT count(*) FROM documents WHERE owner = ?1 AND kind = ?2) - ?3)))",
                 (owner, kind, self.max_documents(kind)))
             [free] = db.execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
