@@ -2470,6 +2470,8 @@ class SQLiteStore(SharedStore):
         self._path = os.path.abspath(os.path.expanduser(path))
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
+        # Held around a large put, which takes 0.1 s: many at once would not let small calls of other keys through
+        self._large_put = threading.Lock()
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
         try:
@@ -2494,6 +2496,16 @@ class SQLiteStore(SharedStore):
         return Document(*rows[0]) if rows else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
+        if len(document.data) <= MAX_SESSION_BYTES:
+            return self._put(key, document, expected)
+        if not self._large_put.acquire(timeout=STORE_TIMEOUT):
+            raise store_unavailable()
+        try:
+            return self._put(key, document, expected)
+        finally:
+            self._large_put.release()
+
+    def _put(self, key: DocumentKey, document: Document, expected: int) -> bool:
         owner, kind, _ = key
         now = time.time()
         cutoff = self.expiry_cutoff()
