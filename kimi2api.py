@@ -2454,6 +2454,17 @@ SQLITE_PRAGMAS = (
 )
 
 
+@contextmanager
+def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
+    """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise store_unavailable()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class SQLiteStore(SharedStore):
     """A file of sqlite3. One connection serves all threads: a call takes a fraction of a millisecond."""
 
@@ -2470,8 +2481,9 @@ class SQLiteStore(SharedStore):
         self._path = os.path.abspath(os.path.expanduser(path))
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
-        # Held around a large put, which takes 0.1 s: many at once would not let small calls of other keys through
-        self._large_put = threading.Lock()
+        # By owner. Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many
+        # would not let other owners through
+        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
         try:
@@ -2484,7 +2496,7 @@ class SQLiteStore(SharedStore):
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
-        with self._transaction() as db:
+        with self._transaction("") as db:
             # A full disk refuses this write
             db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
 
@@ -2492,24 +2504,14 @@ class SQLiteStore(SharedStore):
         rows = self._select(
             "SELECT created, used, turns, data, number FROM documents "
             "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
-            *key, self.expiry_cutoff())
+            (*key, self.expiry_cutoff()), owner=key[0])
         return Document(*rows[0]) if rows else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
-        if len(document.data) <= MAX_SESSION_BYTES:
-            return self._put(key, document, expected)
-        if not self._large_put.acquire(timeout=STORE_TIMEOUT):
-            raise store_unavailable()
-        try:
-            return self._put(key, document, expected)
-        finally:
-            self._large_put.release()
-
-    def _put(self, key: DocumentKey, document: Document, expected: int) -> bool:
         owner, kind, _ = key
         now = time.time()
         cutoff = self.expiry_cutoff()
-        with self._transaction() as db:
+        with self._transaction(owner) as db:
             [version] = db.execute(
                 "SELECT ifnull(max(number), 0) FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
@@ -2539,7 +2541,7 @@ class SQLiteStore(SharedStore):
         return True
 
     def delete(self, key: DocumentKey) -> bool:
-        with self._transaction() as db:
+        with self._transaction(key[0]) as db:
             deleted = db.execute(
                 "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff()))
@@ -2549,18 +2551,18 @@ class SQLiteStore(SharedStore):
         rows = self._select(
             "SELECT name, created, used, turns FROM documents "
             "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
-            owner, kind, self.expiry_cutoff())
+            (owner, kind, self.expiry_cutoff()), owner)
         return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
         [(count,)] = self._select(
             "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
-            self.expiry_cutoff(), REASONING)
+            (self.expiry_cutoff(), REASONING))
         return count
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
-        with self._transaction() as db:
+        with self._transaction(owner) as db:
             db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
             db.executemany(
                 "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
@@ -2571,27 +2573,27 @@ class SQLiteStore(SharedStore):
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
-        return [dict(self._select(query, key.owner, key.period, time.time())) for key in keys]
+        return [dict(self._select(query, (key.owner, key.period, time.time()), key.owner)) for key in keys]
 
-    def _select(self, query: str, *values: Any) -> list[Any]:
-        with self._executed(query, values, is_write=False) as rows:
+    def _select(self, query: str, values: tuple[Any, ...], owner: str = "") -> list[Any]:
+        with self._executed(query, values, owner, is_write=False) as rows:
             return list(rows)
 
     @contextmanager
-    def _transaction(self) -> Iterator[Any]:
+    def _transaction(self, owner: str) -> Iterator[Any]:
         """Yield the connection in a transaction, which is committed completely or not at all."""
-        with self._executed("BEGIN IMMEDIATE", (), is_write=True):
+        with self._executed("BEGIN IMMEDIATE", (), owner, is_write=True):
             yield self._db
             self._db.execute("COMMIT")
 
     @contextmanager
-    def _executed(self, statement: str, values: tuple[Any, ...], is_write: bool) -> Iterator[Any]:
+    def _executed(
+        self, statement: str, values: tuple[Any, ...], owner: str, is_write: bool,
+    ) -> Iterator[Any]:
         """Yield the result of a statement, after waiting for locks of other processes. Any failure closes the
         connection, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
-        with self._calling(is_write):
-            if not self._lock.acquire(timeout=STORE_TIMEOUT):
-                raise store_unavailable()  # other threads keep the store busy, so it has not failed
+        with self._calling(is_write), held(self._turns[owner], deadline), held(self._lock, deadline):
             try:
                 self._check_pause()  # another call may have failed meanwhile
                 self._connect()
@@ -2599,8 +2601,6 @@ class SQLiteStore(SharedStore):
             except BaseException:
                 self._close()
                 raise
-            finally:
-                self._lock.release()
 
     # Callers of the methods below hold the lock
 
