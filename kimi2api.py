@@ -45,6 +45,7 @@ import re
 import selectors
 import socket
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -526,19 +527,21 @@ class APIError(Exception):
         return self.copy(headers={**self.headers, **headers})
 
     @property
+    def reason_code(self) -> str:
+        """Return the code, unless it may quote the prompt."""
+        code = self.code or self.type
+        return code if not self.quotes_upstream or re.fullmatch(r"[\w.-]{1,64}", code) else "error"
+
+    @property
     def reason(self) -> str:
         """Describe the error for the log and /health, without the prompt."""
-        code = self.code or self.type
-        # A code of the upstream may also quote the prompt
-        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
-            code = "error"
-        kind = f"{code} ({self.status})"
+        kind = f"{self.reason_code} ({self.status})"
         return kind if self.quotes_upstream else f"{kind}: {self.message}"
 
     @property
     def may_fall_back(self) -> bool:
-        """Return whether another upstream may succeed: this upstream failed, or the prompt is too long for it."""
-        return self.status >= 500 or self.status == 429 or self.code == "context_length_exceeded"
+        """Return whether another upstream may succeed: this upstream failed, wants money, or has too little room."""
+        return self.status >= 500 or self.status in (402, 403, 429) or self.code == "context_length_exceeded"
 
     def body(self) -> JSONObject:
         return {"error": {
@@ -586,6 +589,8 @@ LINE_SEPARATORS = {  # some clients split events at these characters
     "\u2029": "\\u2029",
 }
 
+Halves = dict[tuple[Any, ...], str]  # the first halves of surrogate pairs, by the path of their text
+
 MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
 # In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
 MAX_VALUES = 350_000
@@ -618,19 +623,40 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
             check_depth(inner, max_depth - 1)
 
 
-def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
-    """Parse an upstream's JSON, and replace what cannot be encoded as UTF-8 by U+FFFD. Raises ValueError."""
+def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None) -> Any:
+    """Parse an upstream's JSON, and replace what cannot be encoded as UTF-8 by U+FFFD. Raises ValueError.
+
+    halves: of surrogate pairs that the documents of a stream divide.
+    """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     value = parse_json(source, max_values)
-    if SURROGATE_ESCAPE.search(source):
+    if halves or SURROGATE_ESCAPE.search(source):
+        if halves is not None:
+            value = join_halves(value, (), halves)
         value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
     return value
 
 
-def parse_upstream_object(data: bytes, max_values: int = MAX_VALUES) -> JSONObject | None:
+def join_halves(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
+    """Move the first half of a surrogate pair from the end of a text to the next text with the same path."""
+    if isinstance(value, dict):
+        return {name: join_halves(inner, (*path, name), halves) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [join_halves(inner, (*path, index), halves) for index, inner in enumerate(value)]
+    if isinstance(value, str) and value:
+        value = halves.pop(path, "") + value
+        if "\ud800" <= value[-1] <= "\udbff":
+            halves[path] = value[-1]
+            value = value[:-1]
+    return value
+
+
+def parse_upstream_object(
+    data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None,
+) -> JSONObject | None:
     """Parse an upstream's JSON object. Return None for anything else."""
     try:
-        value = parse_upstream_json(data, max_values)
+        value = parse_upstream_json(data, max_values, halves)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -869,10 +895,10 @@ MESSAGE = request_object(
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
-    # An assistant's message may have tool calls instead
+    # An assistant's message may have tool calls instead, and a system message of Kimi tools
     **if_field(
         "role",
-        [role for role in ROLES if role != "assistant"],
+        [role for role in ROLES if role not in ("assistant", "system")],
         request_object({"content": any_of(STRING, array(OBJECT))}),
     ),
 )
@@ -1149,6 +1175,7 @@ GROWING = {
     "": {"choices"},
     "delta": {
         "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "reasoning_details", "annotations",
+        "content_parts",
     },
     "function": {"arguments"},
     "custom": {"input"},
@@ -1238,14 +1265,37 @@ class Fold:
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
         for choice in self.choices.values():
-            for value in choice["delta"].values():
-                if isinstance(value, JoinedText):
-                    yield from value
-            calls = choice["delta"].get("tool_calls") or {}
+            delta = choice["delta"]
+            for name in ("content", "refusal"):
+                yield from delta.get(name) or ()
+            yield reasoning_text(reasoning_fields(delta))
+            calls = delta.get("tool_calls") or {}
             for call in calls.values():
                 function = call.get("function") or {}
                 yield function.get("name") or ""
                 yield from function.get("arguments") or ()
+
+
+# Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
+REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
+
+
+def reasoning_fields(message: JSONObject) -> JSONObject:
+    """Return the fields of a message or a merged delta that contain reasoning."""
+    fields = {name: plain_value(message[name]) for name in REASONING_FIELDS if message.get(name)}
+    return {name: value for name, value in fields.items() if isinstance(value, (str, list))}
+
+
+def reasoning_text(message: JSONObject) -> str:
+    """Return the reasoning in a message or a delta. If several fields contain it, return the first."""
+    for name in REASONING_FIELDS:
+        value = message.get(name)
+        if isinstance(value, list):
+            details = [entry for entry in value if isinstance(entry, dict)]
+            value = "".join(str(entry.get("text") or entry.get("summary") or "") for entry in details)
+        if value and isinstance(value, str):
+            return value
+    return ""
 
 
 def message_of(choice: JSONObject) -> Message:
@@ -1300,11 +1350,6 @@ def estimate_input(given: Any) -> int:
     if isinstance(given, list):
         return sum(map(estimate_input, given))
     return estimate_tokens(given) if isinstance(given, str) else 1
-
-
-def estimate_usage(prompt: str, completion: str) -> dict[str, int]:
-    usage = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(completion)}
-    return {**usage, "total_tokens": sum(usage.values())}
 
 
 def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
@@ -1489,7 +1534,7 @@ INPUT_ITEM = request_object_by_type(
     },
     default="message",
 )
-ENCODED_REASONING = "kimi2api:"  # prefix of base64 reasoning; the client may read it
+ENCODED_REASONING = "kimi2api:"  # prefix of the fields of reasoning, as base64 of JSON; the client may read them
 
 
 @dataclass(frozen=True)
@@ -1536,7 +1581,7 @@ def as_message(item: JSONObject) -> Message:
             role = "system"
         return {"role": role, "content": as_content(parts)}
     if kind == "reasoning":
-        return {"role": "assistant", "reasoning_content": [read_reasoning(item)]}
+        return {"role": "assistant", **read_reasoning(item)}
     if kind.endswith("_output"):
         content = as_content(read_parts(item["output"]))
         return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
@@ -1550,19 +1595,13 @@ def as_message(item: JSONObject) -> Message:
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
     """Join consecutive messages of an assistant. Yield no message for reasoning without text or calls."""
-    answer: Message = {
-        "role": "assistant",
-        "content": [],
-        "reasoning_content": [],
-        "tool_calls": [],
-    }
+    answer: Message = {}
     for message in messages:
-        for name in message.keys() - {"role"}:
-            answer[name] += message[name]
-    answer["content"] = as_content(answer["content"]) or None
-    answer["reasoning_content"] = "".join(answer["reasoning_content"])
-    if answer["content"] or answer["tool_calls"]:
-        yield {name: value for name, value in answer.items() if value or name == "content"}
+        merge(answer, message, "delta")
+    answer = plain_value(answer)
+    answer["content"] = as_content(answer.get("content") or []) or None
+    if answer["content"] or answer.get("tool_calls"):
+        yield answer
 
 
 def move_results(messages: list[Message], continues_previous: bool) -> list[Message]:
@@ -1612,15 +1651,15 @@ def joined_text(parts: list[JSONObject]) -> str:
     return "\n".join(part["text"] for part in parts)
 
 
-def read_reasoning(item: JSONObject) -> str:
-    """Return the reasoning in an item as an API sent it, else the summary."""
+def read_reasoning(item: JSONObject) -> JSONObject:
+    """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
     encoded = item.get("encrypted_content") or ""
-    if item.get("content"):
-        return joined_text(item["content"])
     if encoded.startswith(ENCODED_REASONING):  # otherwise another server encoded it
         with suppress(ValueError):
-            return b64decode(encoded[len(ENCODED_REASONING):], validate=True).decode()
-    return joined_text(item.get("summary") or [])
+            fields = parse_upstream_object(b64decode(encoded[len(ENCODED_REASONING):], validate=True))
+            return reasoning_fields(fields or {})
+    text = joined_text(item.get("content") or item.get("summary") or [])
+    return {"reasoning_content": text} if text else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1859,10 +1898,11 @@ class ItemKind:
 
 
 MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
+REASONING_KIND = ItemKind(
+    "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
+    {"type": "reasoning_text", "text": ""})
 TEXT_KINDS = {  # by the field of a delta
-    "reasoning_content": ItemKind(
-        "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
-        {"type": "reasoning_text", "text": ""}),
+    "reasoning_content": REASONING_KIND,
     "content": ItemKind(
         "msg", MESSAGE_FIELDS, "output_text", "text",
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
@@ -1881,6 +1921,7 @@ class OutputItem:
 
     def __init__(self, kind: ItemKind, id: str, index: int, fields: JSONObject) -> None:
         self.kind = kind
+        self.reasoning: JSONObject = {}  # the fields of deltas that contain it, merged
         self.item = {"id": id, "status": "in_progress", **kind.fields, **fields}
         self.events: list[JSONObject] = []  # not yet sent, without sequence numbers
         self.is_done = False
@@ -1915,7 +1956,8 @@ class OutputItem:
             self._emit_text("content_part.done", part=part)
             written = {"content": [part]}
         if "encrypted_content" in self.item:
-            written["encrypted_content"] = ENCODED_REASONING + b64encode(text.encode()).decode()
+            fields = dump_json(reasoning_fields(self.reasoning))
+            written["encrypted_content"] = ENCODED_REASONING + b64encode(fields).decode()
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
 
@@ -1932,10 +1974,12 @@ class OutputItem:
         self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
-INCOMPLETE_REASONS = {  # by finish reason
-    "length": "max_output_tokens",
-    "content_filter": "content_filter",
-}
+# By words in the finish reason: why an answer is incomplete, or that it has failed
+UNFINISHED = (
+    ("length|max_tokens|context_window", "max_output_tokens"),
+    ("filter|sensitive|safety|blocklist|prohibited|recitation", "content_filter"),
+    ("error|resource|abort|overload|timeout|cancel|fail", "failed"),
+)
 ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "instructions": None,
@@ -1990,6 +2034,10 @@ class ResponseWriter:
     def failure(self, error: APIError, sent: int) -> bytes:
         """Return the events that end a stream after `sent` events."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        if error.code in ("context_length_exceeded", "insufficient_quota"):  # Codex does not retry these
+            code = error.code
+        elif 400 <= error.status < 429:
+            code = "invalid_prompt"
         response = self._response("failed", error={"code": code, "message": error.message})
         events = [] if sent else self._begin()
         events.append({"type": "response.failed", "response": response})
@@ -2011,14 +2059,21 @@ class ResponseWriter:
                     self._add(choice["delta"])
                     finish_reason = choice.get("finish_reason") or finish_reason
             yield from self._item_events()
-        status, details = "completed", None
-        if finish_reason in INCOMPLETE_REASONS:
-            status, details = "incomplete", {"reason": INCOMPLETE_REASONS[finish_reason]}
+        fields: JSONObject = {}
+        status = "completed"
+        for pattern, reason in UNFINISHED:
+            if re.search(pattern, finish_reason.lower()):
+                status = "incomplete"
+                fields = {"incomplete_details": {"reason": reason}}
+                if reason == "failed":
+                    status = reason
+                    fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
+                break
         for item in self._items:
             if not item.is_done:
                 item.end(status)
         yield from self._item_events()
-        response = self._response(status, incomplete_details=details, usage=response_usage(usage))
+        response = self._response(status, usage=response_usage(usage), **fields)
         if self._record:
             self._record(response)
         yield {"type": f"response.{status}", "response": response}
@@ -2041,10 +2096,13 @@ class ResponseWriter:
 
     def _add(self, delta: JSONObject) -> None:
         for name, kind in TEXT_KINDS.items():
-            if delta.get(name):
+            text = reasoning_text(delta) if kind is REASONING_KIND else delta.get(name)
+            if text:
                 if not self._items or self._items[-1].kind is not kind:
                     self._begin_item(kind, {})
-                self._items[-1].add(delta[name])
+                self._items[-1].add(text)
+            if kind is REASONING_KIND and self._items and self._items[-1].kind is kind:
+                merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] not in self._calls:
@@ -2068,7 +2126,7 @@ class ResponseWriter:
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
         included = self._request.body.get("include") or ()
-        if kind.prefix == "rs" and "reasoning.encrypted_content" in included:
+        if kind is REASONING_KIND and "reasoning.encrypted_content" in included:
             fields["encrypted_content"] = None
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
@@ -2925,12 +2983,12 @@ def stored_message(message: Message) -> Message:
                 "id": call.get("id"),
                 "type": "function",
                 "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
+                **{name: call[name] for name in ("extra_content",) if name in call},
             }
             for call in message["tool_calls"]
         ]
-        # Moonshot and DeepSeek require the reasoning in later requests
-        if isinstance(message.get("reasoning_content"), str):
-            stored["reasoning_content"] = message["reasoning_content"]
+        # APIs require the reasoning in later requests
+        stored.update(reasoning_fields(message))
     return stored
 
 
@@ -3009,17 +3067,17 @@ class Sessions:
         else:
             self.store.put((owner, RESPONSE, response["id"]), document)
 
-    def keep_reasoning(self, owner: str, name: str, text: str) -> None:
-        document = new_document(text.encode())
+    def keep_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
+        document = new_document(dump_json(fields))
         if len(document.data) <= MAX_REASONING_BYTES:
             with suppress(APIError):  # without it, the upstream gets empty reasoning
                 self.store.put((owner, REASONING, name), document)
 
-    def find_reasoning(self, owner: str, name: str) -> str | None:
+    def find_reasoning(self, owner: str, name: str) -> JSONObject:
         document = None
         with suppress(APIError):
             document = self.store.load((owner, REASONING, name))
-        return document.data.decode() if document else None
+        return json.loads(document.data) if document else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3722,7 +3780,7 @@ def root_cause(error: BaseException) -> str:
 
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
     """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
-    wait = parse_retry_after(headers.get("Retry-After"))
+    wait = parse_retry_after(headers)
     error = APIError(429, message, type, code)
     if wait is None:
         return error
@@ -3730,14 +3788,14 @@ def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIErr
         headers={"Retry-After": str(ceil(wait))}, retryable=wait <= MAX_RETRY_AFTER, retry_after=wait)
 
 
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header (RFC 9110: seconds or a date), None if there is none to go by."""
-    if not value:
-        return None
+def parse_retry_after(headers: Headers) -> float | None:
+    """Return the seconds to wait by `retry-after-ms` or Retry-After (RFC 9110: seconds or a date), or None."""
+    value = headers.get("Retry-After", "").strip()[:100]
+    for text, unit in ((headers.get("retry-after-ms", "").strip()[:100], 1000), (value, 1)):
+        if re.fullmatch(r"\d+(?:\.\d+)?", text):
+            return min(float(text) / unit, 1e9)
     try:
-        if value.strip().isdecimal():
-            return min(float(value[:20]), 1e9)
-        return max(0.0, parsedate_to_datetime(value[:100]).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -3908,9 +3966,7 @@ class CircuitBreaker:
                 self._pause = min(2 * self._pause, MAX_PAUSE)
                 self._open_until += self._pause - wait
                 return True
-            raise self._error.copy(
-                message=f"{self._error.message} Not asked again for now, after {self._failures} failures.",
-                headers={"Retry-After": str(max(1, ceil(wait)))})
+            raise self._error.copy(headers={"Retry-After": str(max(1, ceil(wait)))})
 
     def ended(self, error: APIError | None, is_probe: bool) -> None:
         """A call has ended, with this error or well."""
@@ -3926,7 +3982,9 @@ class CircuitBreaker:
                 self._failures += 1
                 surplus = self._failures - FAILURES_TO_OPEN
                 if surplus >= 0:
-                    self._error = error.copy()
+                    # Not the upstream's words: they may quote another caller's prompt
+                    message = f"Not called for now, after {self._failures} failures in a row: {error.reason}."
+                    self._error = upstream_error(error.status, error.reason_code, f"{self._name}: {message}")
                     self._pause = min(FIRST_PAUSE * 2 ** min(surplus, 9), MAX_PAUSE)
                     self._open_until = time.monotonic() + self._pause
                     log.warning(
@@ -3939,8 +3997,14 @@ class CircuitBreaker:
 # What providers have in common: retries, the circuit breaker, statistics of an answer.
 # ----------------------------------------------------------------------------------------------------------------------
 
+MAX_BREAKERS = 1000  # of one provider: a client may make up any number of models
 # Seconds before the first retry, doubled each time, and at most
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
+
+
+def latest(entries: dict[str, T], count: int) -> dict[str, T]:
+    """Return the last `count` entries."""
+    return dict(list(entries.items())[-count:])
 
 
 class AnswerStats:
@@ -3959,27 +4023,31 @@ class AnswerStats:
         self.fold = Fold()  # the provider adds each chunk before it yields it
 
     def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
-        """The deltas of the provider's answer, and its usage, by estimate, if the provider reports none."""
+        """Yield the deltas of the provider's answer, then its usage."""
         for delta in deltas:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
             yield delta
-        if not self.fold.usage:
-            delta = Delta({"choices": [], "usage": self._estimate()})
-            self.fold.add(delta.chunk)
-            yield delta
+        delta = Delta({"choices": [], "usage": self.usage()})
+        self.fold.add(delta.chunk)
+        yield delta
+
+    def usage(self) -> JSONObject:
+        """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
+        reported = self.fold.usage if isinstance(self.fold.usage, dict) else {}
+        prompt = count_of(reported, "prompt_tokens")
+        completion = count_of(reported, "completion_tokens")
+        prompt = prompt or estimate_tokens("\n".join(map(text_of, self.messages)))
+        completion = completion or estimate_tokens("".join(self.fold.texts()))
+        # xAI counts reasoning only in the total
+        total = max(prompt + completion, count_of(reported, "total_tokens"))
+        return {**reported, "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
     def tokens(self) -> tuple[int, int]:
-        """Tokens of the prompt and of the answer, each as the upstream reports it, else by estimate."""
-        prompt = count_of(self.fold.usage, "prompt_tokens")
-        completion = count_of(self.fold.usage, "completion_tokens")
-        if prompt and completion:
-            return prompt, completion
-        estimate = self._estimate()
-        return prompt or estimate["prompt_tokens"], completion or estimate["completion_tokens"]
-
-    def _estimate(self) -> dict[str, int]:
-        return estimate_usage("\n".join(map(text_of, self.messages)), "".join(self.fold.texts()))
+        """Return the tokens of the prompt, and all other tokens."""
+        usage = self.usage()
+        prompt: int = usage["prompt_tokens"]
+        return prompt, usage["total_tokens"] - prompt
 
 
 @dataclass(frozen=True)
@@ -4009,7 +4077,8 @@ class Provider:
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
         self.name = name
-        self.breaker = CircuitBreaker(name)
+        self._breakers: dict[str, CircuitBreaker] = {}  # by model
+        self._lock = threading.Lock()  # guards _breakers
         self._settings = settings
         self._metrics = metrics
 
@@ -4052,21 +4121,32 @@ class Provider:
         else:
             yield f"one question answered in {time.monotonic() - began:.1f} s", None
 
+    @property
+    def failing(self) -> tuple[float, str] | None:
+        """Return since when (seconds since the epoch) and why a model fails, None if all answer."""
+        with self._lock:
+            return min(filter(None, (breaker.failing for breaker in self._breakers.values())), default=None)
+
     @contextmanager
-    def _through_breaker(self) -> Iterator[None]:
-        """Around a whole call: the circuit breaker may refuse it, and learns how it ends."""
-        is_probe = self.breaker.allow()
+    def _through_breaker(self, model: str) -> Iterator[None]:
+        """Make a call under the circuit breaker of its model, which may refuse it. Raises APIError."""
+        with self._lock:
+            breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
+            self._breakers[model] = breaker  # the last one, and the first one is dropped
+            if len(self._breakers) > MAX_BREAKERS:
+                del self._breakers[next(iter(self._breakers))]
+        is_probe = breaker.allow()
         try:
             yield
         except APIError as error:
             if not isinstance(error, Abandoned):
-                self.breaker.ended(error, is_probe)
+                breaker.ended(error, is_probe)
                 code = error.code or ""
                 if not code.startswith("upstream_"):  # an API's own codes are unbounded
                     code = f"http_{error.status}"
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
-        self.breaker.ended(None, is_probe)
+        breaker.ended(None, is_probe)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -4156,7 +4236,7 @@ def write_prompt(
         system=join_lines(map(text_of, filter(is_system, request.messages))),
         how_to_call=how_to_call(request),
         tools=list(map(describe_tool, request.tools)),
-        rules=join_lines([form_instruction(request), remark]),
+        rules=join_lines([form_instruction(request.body), remark]),
         past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
         rounds=len(rounds),
         question=write_messages(question, functions),
@@ -4264,8 +4344,8 @@ def how_to_call(request: ChatRequest) -> str:
         f"arguments being JSON. {TOOLS_FOLLOW}")
 
 
-def form_instruction(request: ChatRequest) -> str:
-    answer = request.body.get("response_format") or {}
+def form_instruction(body: JSONObject) -> str:
+    answer = body.get("response_format") or {}
     if answer.get("type") not in ("json_object", "json_schema"):
         return ""
     schema = (answer.get("json_schema") or {}).get("schema")
@@ -4567,7 +4647,7 @@ class KimiProvider(Provider):
 
     def _ask(self, prompt: str, asked: ProviderRequest) -> str:
         """The text of the answer."""
-        with self._through_breaker():
+        with self._through_breaker(asked.model):
             return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
 
     def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
@@ -4721,141 +4801,101 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# APIs: adapting requests
+# APIs: errors
 #
-# Models of one API differ in what they accept, and clients know little of it. A refusal changes the model's next
-# requests, so that no table of models is needed.
+# The errors of APIs, wherever they are: with a status of their own, in an answer with status 200, or in a stream.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
-OPTIONAL_PARAMETERS = (
-    "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
-    "logprobs", "stream_options",
+TOO_LONG = re.compile(
+    "(?i)context[ _-](?:length|window|size)|exceed(?:s|ed)? model token limit|range of input length should be|"
+    "(?:prompt|input) (?:is )?too long|length of all messages is too long|maximum (?:prompt|model|input) length|"
+    "input token count .*exceeds|too many input tokens")
+WRONG_KEY = re.compile("(?i)(?:incorrect|invalid|wrong) api.?key|api.?key (?:is )?(?:not valid|invalid|incorrect)")
+MINIMAX_STATUSES = {
+    "1002": 429, "1004": 401, "1008": 402, "1026": 400, "1027": 400, "1039": 429, "2013": 400, "2049": 401,
+}
+# By letters in the code, type or status of an error
+STATUSES_OF_ERRORS = (
+    ("ratelimit|toomany|throttl|quota|resourceexhausted", 429),
+    ("balance|billing|payment", 402),
+    ("apikey|authentication|unauthorized", 401),
+    ("permission|forbidden|accessdenied", 403),
+    ("notfound", 404),
+    ("overload|unavailable", 503),
+    ("timeout", 504),
+    ("contextlength|invalid|badrequest|validation|toolong|filter|unsupported|inspection", 400),
 )
-ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 50  # of one model
-MAX_ADAPTED_MODELS = 1000  # of one API: a client may make up any number of ids
-
-Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 
-def find_adaptation(refusal: APIError, sent: JSONObject) -> tuple[str, Change] | None:
-    """Return a change to a request that a model has refused, and what it is about: a later change for the same reason
-    replaces it. None: there is nothing to try.
-
-    Moonshot: "invalid temperature: only 1 is allowed for this model"; "thinking is enabled but reasoning_content is
-    missing …"; "tool_choice 'specified' is incompatible with thinking enabled". DeepSeek: "The reasoning_content in the
-    thinking mode must be passed back to the API."
-    """
-    named = set(re.findall(r"[a-z_]+", f"{refusal.param} {refusal.message}".lower()))
-    for name in OPTIONAL_PARAMETERS:
-        is_essential = name == "logprobs" and sent.get(name)
-        if name in named and name in sent and not is_essential:
-            value = sent[name]
-            return f"{name}={value!r}"[:100], partial(leave_out, name, value)
-    if "reasoning_content" in named and fill_reasoning_gaps(sent) != sent:
-        return "reasoning_content", fill_reasoning_gaps
-    choice = sent.get("tool_choice")
-    if "tool_choice" in named and forces_tool(choice) and "thinking" not in sent:
-        return "tool_choice", offer_forced_tool if names_function(choice) else disable_thinking
-    return None
+def find_error(answer: JSONObject) -> Any:
+    """Return the error in an answer with status 200, or None."""
+    base = answer.get("base_resp")
+    if isinstance(base, dict) and base.get("status_code"):
+        return {"message": base.get("status_msg"), "status": MINIMAX_STATUSES.get(str(base["status_code"]))}
+    if answer.get("error"):
+        return answer["error"]
+    if "choices" in answer or "data" in answer:
+        return None
+    return answer if answer.keys() & {"message", "detail", "msg", "error_msg"} else None
 
 
-def leave_out(name: str, value: Any, body: JSONObject) -> JSONObject:
-    """Leave a parameter out if it has this value: what is refused of one client's value says nothing of another's."""
-    return {key: given for key, given in body.items() if key != name or given != value}
+def error_status(error: JSONObject) -> int:
+    """Return the status of an error in an answer with status 200: its number, or what its code says, else 502."""
+    for name in ("status_code", "code", "status"):
+        if re.fullmatch(r"[45]\d\d", str(error.get(name))):
+            return int(error[name])
+    words = re.sub("[^a-z]+", "", f"{error.get('code')} {error.get('type')} {error.get('status')}".lower())
+    return next((status for pattern, status in STATUSES_OF_ERRORS if re.search(pattern, words)), 502)
 
 
-def fill_reasoning_gaps(body: JSONObject) -> JSONObject:
-    """Give each message of the assistant reasoning_content, if only an empty text."""
-    filled = []
-    for message in body["messages"]:
-        if message["role"] == "assistant" and message.get("reasoning_content") is None:
-            message = {**message, "reasoning_content": ""}
-        filled.append(message)
-    return {**body, "messages": filled}
-
-
-def offer_forced_tool(body: JSONObject) -> JSONObject:
-    """Require any tool, and offer only the forced one."""
-    choice = body.get("tool_choice")
-    if not names_function(choice):
-        return body
-    name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
-    return {**body, "tool_choice": "required", "tools": tools}
-
-
-def disable_thinking(body: JSONObject) -> JSONObject:
-    if not forces_tool(body.get("tool_choice")) or "thinking" in body:
-        return body
-    return {**body, "thinking": {"type": "disabled"}}
-
-
-def forces_tool(choice: Any) -> bool:
-    return choice == "required" or names_function(choice)
-
-
-def latest(entries: dict[str, T], count: int) -> dict[str, T]:
-    """Return the last `count` entries."""
-    return dict(list(entries.items())[-count:])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# APIs: reading answers
-#
-# The events of an API's answer, parsed, checked and completed where an API leaves something out; its errors as ours.
-# ----------------------------------------------------------------------------------------------------------------------
-
-MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
-
-TEXT_FIELDS = ("role", "content", "reasoning_content", "refusal")
-INDEX: Schema = {**COUNT, "maximum": 9999}
-CHUNK_CHOICE = object_of({
-    "index": INDEX,
-    "finish_reason": any_of(STRING, NULL),
-    "delta": request_object({}, {
-        **dict.fromkeys(TEXT_FIELDS, STRING),
-        "tool_calls": array(request_object({}, {
-            "index": INDEX,
-            "id": STRING,
-            "type": STRING,
-            "function": request_object({}, {"name": STRING, "arguments": STRING}),
-        })),
-    }),
-})
-
-TOO_LONG = re.compile("(?i)maximum context length|exceeded model token limit|context_length_exceeded|context window")
+def error_message(error: Any, secret: str) -> str:
+    """Return an API's reason as one line, with the reason of the API behind it."""
+    if not isinstance(error, dict):
+        return plain_line(error, secret)
+    metadata = error.get("metadata")
+    causes = [
+        next(filter(None, map(error.get, ("message", "detail", "msg", "error_msg", "error", "code"))), error),
+        metadata.get("raw") if isinstance(metadata, dict) else None,  # OpenRouter
+        error.get("failed_generation"),  # Groq
+    ]
+    return ": ".join(plain_line(cause, secret) for cause in causes if cause)
 
 
 def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
-    """An API's error as ours, in its name and never with our key for it.
+    """Convert an API's error: in its name and never with our key for it. Type, code and rate-limit headers stay.
 
-    Status, type, code and rate-limit headers stay, except where it is about that key.
+    status: of the response; 200 if the error is in an answer.
     """
-    if status in (401, 403):
-        return upstream_error(
-            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
-            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(answer, list) and answer:  # Gemini
+        answer = answer[0]
+    error = answer.get("error") or answer if isinstance(answer, dict) else answer
     fields = error if isinstance(error, dict) else {}
+    message = f"{api.name}: {error_message(error, api.key)}"
+    if status == 200:
+        status = error_status(fields)
 
     def told(name: str) -> str | None:
         return plain_line(fields[name], api.key) if fields.get(name) else None
 
-    message = f"{api.name}: {plain_line(error, api.key)}"
     type, code, param = told("type"), told("code"), told("param")
-    # Clients, and FALLBACK_MODELS, go by this code
-    if status == 400 and TOO_LONG.search(message):
-        code = "context_length_exceeded"
+    if status == 401 or (status == 400 and WRONG_KEY.search(message)):
+        return upstream_error(
+            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
+            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
+    if status != 429 and TOO_LONG.search(message):
+        # Clients, and FALLBACK_MODELS, go by this code; LangChain searches the message for it
+        status, code = 400, "context_length_exceeded"
+        if code not in message:
+            message = f"{message} ({code})"
     if status == 429:
         ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
+        if re.search("quota|balance|billing", f"{type} {code}"):  # waiting does not help
+            ours = ours.copy(retryable=False).with_headers(NO_SDK_RETRY)
     elif 400 <= status < 500:
         ours = APIError(status, message, type or "invalid_request_error", code, param)
     else:
         is_failure = 500 <= status < 600
-        wait = parse_retry_after(headers.get("Retry-After"))
+        wait = parse_retry_after(headers)
         ours = APIError(
             status if is_failure else 502,
             message,
@@ -4868,14 +4908,353 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
 
-def digests_of_questions(messages: Iterable[Message]) -> Iterator[str]:
-    """For each message, a digest of all that the user had said by then, which tells one conversation from another:
-    ids of calls such as functions.f:0 occur in every one of them."""
-    said = sha256()
+def rate_limits(headers: Headers) -> dict[str, str]:
+    """The rate-limit headers that may be passed on; clients refuse an answer whose head is too long."""
+    limits = {}
+    for name, value in headers.items():
+        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]{1,100}: [ -~]{0,100}", f"{name}: {value}", re.A):
+            limits[name] = value
+    return limits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: adapting requests
+#
+# Requests that every API accepts, as far as OpenAI's protocol allows. Beyond that, models of one API differ in what
+# they accept, and clients know little of it. A refusal changes the model's next requests, so that no table of models is
+# needed.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_FUNCTION_NAME = 64  # characters
+ADAPTATION_MAX_AGE = 3600.0  # seconds
+MAX_ADAPTATIONS = 50  # of one model
+MAX_ADAPTED_MODELS = 1000  # of one API: a client may make up any number of ids
+MAX_CHANGES = 12  # of one request
+
+Change = Callable[[JSONObject], JSONObject]  # of a request's body
+
+
+def portable(body: JSONObject) -> JSONObject:
+    """Return the request without what some APIs refuse and no API needs."""
+    messages = body["messages"]
+    if any(message["role"] == "developer" for message in messages):
+        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    system = list(itertools.takewhile(is_instruction, messages))
+    body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
+    if body.get("tools") == []:
+        for name in ("tools", "tool_choice", "parallel_tool_calls"):
+            body.pop(name, None)
+    return body
+
+
+def is_instruction(message: Message) -> bool:
+    """Return whether a message is a system message with content: Kimi's may have tools instead."""
+    return is_system(message) and bool(message.get("content"))
+
+
+def join_system(messages: list[Message]) -> list[Message]:
+    """Join system messages to one, if there are any."""
+    if len(messages) < 2:
+        return messages
+    contents = [message["content"] for message in messages]
+    if all(isinstance(content, str) for content in contents):
+        return [{**messages[0], "content": "\n\n".join(contents)}]
+    parts = [[{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents]
+    return [{**messages[0], "content": list(itertools.chain.from_iterable(parts))}]
+
+
+def move_system_first(body: JSONObject) -> JSONObject:
+    system = list(filter(is_instruction, body["messages"]))
+    others = [message for message in body["messages"] if not is_instruction(message)]
+    return {**body, "messages": [*join_system(system), *others]}
+
+
+def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
+    """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the names by their short
+    forms. The short form depends only on the name."""
+    functions = [tool.get("function", {}) for tool in body.get("tools") or ()]
+    for message in body["messages"]:
+        functions += [call["function"] for call in message.get("tool_calls") or ()]
+    long_names = {}
+    for function in functions:
+        name = function.get("name", "")
+        if len(name) > MAX_FUNCTION_NAME:
+            long_names[f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"] = name
+    if long_names:
+        source = dump_json(body).decode()
+        for short, name in long_names.items():
+            source = source.replace(f'"name":{COMPACT_JSON.encode(name)}', f'"name":{COMPACT_JSON.encode(short)}')
+        body = json.loads(source)
+    return body, long_names
+
+
+# Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
+OPTIONAL_PARAMETERS = (
+    "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
+    "logprobs", "top_logprobs", "stream_options", "seed", "metadata", "store", "user", "service_tier",
+    "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
+)
+COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only in quotes
+UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """Leave a parameter out if it has this value: what is refused of one client's value says nothing of another's."""
+
+    name: str
+    value: Any
+
+    def __call__(self, body: JSONObject) -> JSONObject:
+        return {name: value for name, value in body.items() if name != self.name or value != self.value}
+
+
+def swap_max_tokens(body: JSONObject) -> JSONObject:
+    names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+    return {names.get(name, name): value for name, value in body.items()}
+
+
+def require_json_object(body: JSONObject) -> JSONObject:
+    """Require a JSON object, and describe its schema in words."""
+    described = describe_format(body)
+    return {**described, "response_format": {"type": "json_object"}} if described != body else body
+
+
+def describe_format(body: JSONObject) -> JSONObject:
+    """Describe the required form of the answer in words."""
+    instruction = form_instruction(body)
+    if not instruction:
+        return body
+    rest = {name: value for name, value in body.items() if name != "response_format"}
+    rest["messages"] = [*body["messages"], {"role": "system", "content": instruction}]
+    return move_system_first(rest)
+
+
+def portable_schemas(body: JSONObject) -> JSONObject:
+    """Give the parameters of functions the form that Moonshot accepts."""
+    tools = []
+    for tool in body.get("tools") or ():
+        if tool["type"] == "function":
+            function = tool["function"]
+            tool = {**tool, "function": {**function, "parameters": root_schema(function.get("parameters"))}}
+        tools.append(tool)
+    return {**body, "tools": tools} if tools else body
+
+
+def root_schema(schema: Any) -> Schema:
+    """Return the schema of an object. Of another schema, keep the properties of all options."""
+    root = portable_schema(schema or {})
+    if root.get("type") != "object":
+        options = [root, *root.pop("anyOf", ())]
+        root["type"] = "object"
+        root["properties"] = {}
+        for option in options:
+            root["properties"].update(option.get("properties") or {})
+    return root
+
+
+def portable_schema(schema: Any) -> Any:
+    """Return a schema whose references have no siblings, whose `type` is inside of `anyOf`, and that has no null among
+    its options."""
+    if isinstance(schema, list):
+        return list(map(portable_schema, schema))
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(schema.get("$ref"), str):
+        return {"$ref": schema["$ref"]}
+    schema = {name: portable_schema(value) for name, value in schema.items()}
+    if isinstance(schema.get("anyOf"), list):
+        kind = schema.pop("type", None)
+        options = []
+        for option in schema["anyOf"]:
+            if kind and "$ref" not in option:
+                option = {"type": kind, **option}
+            if option.get("type") != "null":
+                options.append(option)
+        schema["anyOf"] = options
+    return schema
+
+
+def fill_reasoning_gaps(body: JSONObject) -> JSONObject:
+    """Give each message of the assistant reasoning_content, if only an empty text."""
+    filled = []
+    for message in body["messages"]:
+        if message["role"] == "assistant" and message.get("reasoning_content") is None:
+            message = {**message, "reasoning_content": reasoning_text(message)}
+        filled.append(message)
+    return {**body, "messages": filled}
+
+
+def leave_out_reasoning(body: JSONObject) -> JSONObject:
+    messages = [
+        {name: value for name, value in message.items() if name not in REASONING_FIELDS}
+        for message in body["messages"]
+    ]
+    return {**body, "messages": messages}
+
+
+def offer_forced_tool(body: JSONObject) -> JSONObject:
+    """Require any tool, and offer only the forced one."""
+    choice = body.get("tool_choice")
+    if not names_function(choice) or "thinking" in body:
+        return body
+    name = choice["function"]["name"]
+    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
+    return {**body, "tool_choice": "required", "tools": tools}
+
+
+def disable_thinking(body: JSONObject) -> JSONObject:
+    choice = body.get("tool_choice")
+    if (choice != "required" and not names_function(choice)) or "thinking" in body:
+        return body
+    return {**body, "thinking": {"type": "disabled"}}
+
+
+def ask_without_stream(body: JSONObject) -> JSONObject:
+    return {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+
+
+class Adaptation(NamedTuple):
+    """A change to the requests of a model. A later adaptation for the same reason replaces it."""
+
+    reason: str
+    change: Change
+
+
+# In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
+# for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
+# with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
+ADAPTATIONS = [
+    (rf"max_(completion_)?tokens.*({UNKNOWN})|({UNKNOWN}).*max_(completion_)?tokens", "max_tokens", swap_max_tokens),
+    (r"response_format|json_schema|json_object|word 'json'", "response_format", require_json_object),
+    (r"response_format|json_schema|json_object", "response_format", describe_format),
+    (r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content", "reasoning", fill_reasoning_gaps),
+    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", "reasoning", leave_out_reasoning),
+    (r"\bsystem\b", "system", move_system_first),
+    (r"tool_choice", "tool_choice", offer_forced_tool),
+    (r"tool_choice", "tool_choice", disable_thinking),
+    (r"schema", "schema", portable_schemas),
+    (r"\bstream(ing)?\b", "stream", ask_without_stream),
+]
+
+
+def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
+    """Yield what may make a model accept a request that it has refused, one change at a time."""
+    complaint = f"{refusal.param} {refusal.message}".lower()
+    for name, value in sent.items():
+        pattern = rf"(?<!\w){name}(?!\w)"
+        if name in COMMON_WORDS:
+            pattern = rf"""['"`]{name}['"`]|^{name} |invalid {name}\b"""
+        is_essential = name == "logprobs" and value
+        if name in OPTIONAL_PARAMETERS and not is_essential and re.search(pattern, complaint):
+            yield Adaptation(f"{name}={value!r}"[:100], LeaveOut(name, value))
+    for pattern, reason, change in ADAPTATIONS:
+        if re.search(pattern, complaint) and change(sent) != sent:
+            yield Adaptation(reason, change)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# APIs: reading answers
+#
+# The chunks of an API's answer become chunks that every client can read, whatever the API leaves out, repeats or spells
+# otherwise.
+# ----------------------------------------------------------------------------------------------------------------------
+
+MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
+FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
+
+
+def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[str]:
+    """Yield for each message, and for the answer to all of them, a digest of the model and the messages before it.
+
+    Ids of calls such as functions.f:0 occur in every conversation.
+    """
+    digest = sha256(model.encode())
     for message in messages:
-        if message["role"] == "user":
-            said.update(text_of(message).encode() + b"\0")
-        yield said.hexdigest()
+        yield digest.hexdigest()
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        others = [part for part in parts if part["type"] != "text"]
+        calls = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
+        role = "system" if is_system(message) else message["role"]
+        digest.update(dump_json([role, text_of(message).strip(), others, calls, message.get("tool_call_id")]))
+    yield digest.hexdigest()
+
+
+def as_index(value: Any) -> int | None:
+    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError."""
+    if value in (None, ""):
+        return None
+    if not re.fullmatch(r"\d{1,4}", str(value)):
+        raise ValueError
+    return int(value)
+
+
+@dataclass
+class StartedCall:
+    has_id: bool  # that the API gave it
+    fields: JSONObject  # until its name is known
+    arguments: str = ""  # the same
+    name: str = ""
+    end: str = ""  # the last character of its arguments
+
+
+class CallReader:
+    """Gives each piece of a tool call the index and the id of its call, in the order in which the calls begin."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names  # of functions, by their short forms
+        self._calls: list[StartedCall] = []
+        self._by_id: dict[str, int] = {}
+        self._by_index: dict[int, int] = {}  # by the API's index
+
+    def read(self, piece: JSONObject) -> JSONObject | None:
+        """Complete a piece. Return None until the name of the function is known. Raises TypeError and the like for an
+        invalid piece."""
+        kind, field_name = ("custom", "input") if "custom" in piece else ("function", "arguments")
+        function = piece.get(kind) or {}
+        id = str(piece.get("id") or "")
+        api_index = as_index(piece.get("index"))
+        name = str(function.get("name") or "")
+        arguments = function.get(field_name) or ""
+        if not isinstance(arguments, str):
+            arguments = dump_json(arguments).decode()
+        index = self._find(id, api_index, name)
+        if index is None:
+            index = len(self._calls)
+            fields = {"id": id or f"call_{random_hex()[:24]}", "type": piece.get("type") or kind}
+            self._calls.append(StartedCall(bool(id), fields))
+        if id:
+            self._by_id[id] = index
+        if api_index is not None:
+            self._by_index[api_index] = index
+        call = self._calls[index]
+        call.end = arguments.strip()[-1:] or call.end
+        # Clients would join an id or a name that is repeated
+        piece = {name: value for name, value in piece.items() if name not in ("id", "type", kind)}
+        if call.name:
+            return {**piece, "index": index, kind: {field_name: arguments}}
+        call.fields.update(piece)
+        call.arguments += arguments
+        if not name:
+            return None
+        call.name = name
+        function = {"name": self._names.get(name, name), field_name: call.arguments}
+        return {**call.fields, "index": index, kind: function}
+
+    def _find(self, id: str, index: int | None, name: str) -> int | None:
+        """Return our index of the call that a piece continues, or None if it begins a call."""
+        if id in self._by_id:
+            return self._by_id[id]
+        found = len(self._calls) - 1 if index is None else self._by_index.get(index, -1)
+        if found < 0:
+            return None
+        call = self._calls[found]
+        if id:
+            return None if call.has_id or name else found
+        # A name begins a call, unless the piece repeats the name of its call
+        is_repeated = index is not None and name == call.name and call.end != "}"
+        return found if not name or not call.name or is_repeated else None
 
 
 class APIAnswer:
@@ -4883,24 +5262,28 @@ class APIAnswer:
     what fails after that is no failure."""
 
     def __init__(
-        self, api: API, response: UpstreamResponse, fold: Fold, choices: int,
+        self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
     ) -> None:
+        """Read up to the first chunk. Raises APIError, also for an error in its place."""
+        self.response = response
         self.is_done = False  # [DONE] has come
         self.finished: set[int] = set()  # the indexes of choices that have their finish reason
         self._api = api
-        self._response = response
         self._fold = fold
         self._wanted = choices
+        self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
+        self._halves: Halves = {}
+        self._events = self._read_events()
+        self._first = list(itertools.islice(self._events, 1))
 
     def chunks(self) -> Iterator[JSONObject]:
-        deadline = self._response.deadline
+        deadline = self.response.deadline
         is_complete = False
+        passed_on: JSONObject = {}  # fields of chunks without choices
         try:
-            for data in server_sent_data(self._response.stream(), self._api.name):
-                if data == b"[DONE]":
-                    self.is_done = deadline.may_reuse_connection = True
-                    break
-                chunk = self._parse_chunk(data)
+            for event in itertools.chain(self._first, self._events):
+                event["choices"] = self._read_choices(event)
+                chunk = {**passed_on, **event} if passed_on else event
                 self._fold.add(chunk)
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
@@ -4909,7 +5292,9 @@ class APIAnswer:
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
-                yield chunk
+                passed_on = {} if chunk["choices"] else chunk
+                if not passed_on:
+                    yield chunk
         except APIError:
             if not is_complete:
                 raise
@@ -4918,70 +5303,103 @@ class APIAnswer:
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._fold.choices:
             raise self._malformed("an empty answer")
+        unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
+                      for index in self._fold.choices.keys() - self.finished]
+        if unfinished:
+            self._fold.add({"choices": unfinished})
+            yield {"choices": unfinished}
 
     def _malformed(self, what: str = "a malformed chunk") -> APIError:
         return invalid_response(self._api.name, what)
 
-    def _parse_chunk(self, data: bytes) -> JSONObject:
-        """A chunk whose choices all have an index, a delta and a finish reason or null."""
-        chunk = parse_upstream_object(data)
-        if chunk is None:
-            raise self._malformed("something that is not a JSON object")
-        if chunk.get("error"):
-            raise api_error(self._api, 500, chunk, {})
-        choices = chunk.get("choices")
-        if choices is None:
-            choices = chunk["choices"] = []
-        if not isinstance(choices, list):
-            raise self._malformed()
-        for choice in choices:
-            if not is_text(choice):
-                self._check_choice(choice)
-                if choice.get("usage"):  # Moonshot's place for it
-                    chunk["usage"] = chunk.get("usage") or choice["usage"]
-        return chunk
+    def _read_events(self) -> Iterator[JSONObject]:
+        """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
+        if "json" in self.response.headers.get("Content-Type", ""):
+            yield self._parse(self.response.read())
+            self.is_done = True
+            return
+        deadline = self.response.deadline
+        deadline.may_reuse_connection = False  # until the stream's own end
+        for data in server_sent_data(self.response.stream(), self._api.name):
+            if data == b"[DONE]":
+                self.is_done = deadline.may_reuse_connection = True
+                return
+            yield self._parse(data)
 
-    def _check_choice(self, choice: Any) -> None:
-        if not isinstance(choice, dict):
-            raise self._malformed()
-        choice.setdefault("index", 0)
-        choice.setdefault("finish_reason", None)
-        delta = choice["delta"] = choice.get("delta") or choice.pop("message", None) or {}
-        if find_violation(choice, CHUNK_CHOICE):
-            raise self._malformed()
-        index = choice["index"] = int(choice["index"])
+    def _parse(self, data: bytes) -> JSONObject:
+        event = parse_upstream_object(data, halves=self._halves)
+        if event is None:
+            raise self._malformed("something that is not a JSON object")
+        self._note_usage(event)
+        error = find_error(event)
+        if error:
+            raise api_error(self._api, 200, error, self.response.headers)
+        return event
+
+    def _note_usage(self, fields: JSONObject) -> None:
+        """Move the usage from a chunk or a choice to the fold: clients get it once, at the end."""
+        usage = fields.pop("usage", None)
+        if isinstance(usage, dict):
+            self._fold.add({"usage": usage})
+
+    def _read_choices(self, event: JSONObject) -> list[JSONObject]:
+        try:
+            return [choice if is_text(choice) else self._read_choice(choice) for choice in event.get("choices") or ()]
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise self._malformed() from None
+
+    def _read_choice(self, choice: JSONObject) -> JSONObject:
+        """Complete a choice. Raises LookupError, TypeError and the like for a malformed choice."""
+        choice = {"index": 0, **choice}
+        self._note_usage(choice)
+        index = as_index(choice["index"]) or 0
+        before = self._fold.choices.get(index, {}).get("delta", {})
+        delta = dict(choice.get("delta") or {})
+        # MiniMax ends with the whole message; an answer in JSON has nothing else
+        for name, value in (choice.pop("message", None) or {}).items():
+            if not before.get(name) and not delta.get(name):
+                delta[name] = value
+        if isinstance(delta.get("content"), list):
+            split_parts(delta)
+        for name in ("content", "reasoning_content", "refusal"):
+            if not isinstance(delta.get(name) or "", str):
+                raise TypeError
+        if not delta.get("role"):
+            delta.pop("role", None)
         if delta.get("tool_calls"):
-            known = self._fold.choices.get(index, {"delta": {}})["delta"].get("tool_calls")
-            assign_call_indexes(delta["tool_calls"], known or {})
-        if choice["finish_reason"]:
+            delta["tool_calls"] = list(filter(None, map(self._calls[index].read, delta["tool_calls"])))
+        reason = choice.get("finish_reason") or None
+        if reason:
             self.finished.add(index)
+        if reason == "stop" and (before.get("tool_calls") or delta.get("tool_calls")):
+            reason = "tool_calls"
+        return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 
 
 def is_text(choice: Any) -> bool:
-    """Whether a choice of a chunk is as nearly all are, a piece of text and nothing else, which needs no check."""
+    """Return whether a choice is as nearly all are: a piece of text, which needs no completion."""
     if type(choice) is not dict or type(choice.get("index")) is not int or choice.get("finish_reason", "") is not None:
         return False
     delta = choice.get("delta")
     return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
 
 
-def assign_call_indexes(calls: list[JSONObject], known: Mapping[int, Any]) -> None:
-    """Give pieces of tool calls their index, which some APIs leave out: without an id they continue the last call.
-    known: the calls that came before, by index."""
-    last = max(known, default=-1)
-    for call in calls:
-        if not isinstance(call.get("index"), int):
-            call["index"] = last + 1 if last < 0 or call.get("id") else last
-        last = call["index"]
-
-
-def rate_limits(headers: Headers) -> dict[str, str]:
-    """The rate-limit headers that may be passed on; clients refuse an answer whose head is too long."""
-    limits = {}
-    for name, value in headers.items():
-        if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]{1,100}: [ -~]{0,100}", f"{name}: {value}", re.A):
-            limits[name] = value
-    return limits
+def split_parts(delta: JSONObject) -> None:
+    """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
+    texts: dict[str, str] = {"content": "", "reasoning_content": ""}
+    others = []
+    for part in delta.pop("content"):
+        kind = part["type"]
+        if kind == "text":
+            texts["content"] += part["text"]
+        elif kind == "thinking":
+            thinking = part["thinking"]
+            texts["reasoning_content"] += thinking if isinstance(thinking, str) else text_of({"content": thinking})
+        else:
+            others.append(part)
+    delta.update({name: text for name, text in texts.items() if text})
+    if others:
+        delta["content_parts"] = others
 
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
@@ -5030,6 +5448,27 @@ MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
+# What is ours, or is sent under another name
+NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens", "encoding_format"}
+
+
+def ignored_header(body: JSONObject, sent: JSONObject) -> dict[str, str]:
+    """Return a header that lists the parameters that were left out."""
+    ignored = [name for name in body if name not in sent and name not in NOT_IGNORED and body[name] != []]
+    return {"X-Kimi2api-Ignored": ", ".join(ignored)} if ignored else {}
+
+
+def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
+    """Return an embedding as the client wants it: numbers, or base64 of their 32-bit little-endian form."""
+    embedding = entry["embedding"]
+    if encoding == "base64" and not isinstance(embedding, str):
+        embedding = b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()
+    elif encoding != "base64" and isinstance(embedding, str):
+        data = b64decode(embedding)
+        embedding = list(struct.unpack(f"<{len(data) // 4}f", data))
+    return {**entry, "embedding": embedding}
+
+
 class OpenAIProvider(Provider):
     """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
 
@@ -5053,114 +5492,124 @@ class OpenAIProvider(Provider):
             turns = append_turns(asked.history, request.turns)
             system = filter(is_system, request.messages)
             messages = [*system, *itertools.chain.from_iterable(turns)]
-        body = {
+        body, names = shorten_names(portable({
             **request.body,
             "model": asked.model,
             "messages": self._with_reasoning(messages, asked),
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
-        }
+        }))
         asked.waiter.must_finish = False
-        with self._through_breaker():
-            response, sent = self._ask(body, asked)
-            headers = rate_limits(response.headers)
-            ignored = [name for name in request.body if name not in sent]
-            if ignored:
-                headers["X-Kimi2api-Ignored"] = ", ".join(ignored)
-            answer = APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1)
+
+        def send(sent: JSONObject) -> APIAnswer:
+            response = self._send("POST", "/chat/completions", sent, asked.waiter)
+            try:
+                return APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1, names)
+            except APIError:
+                response.close()
+                raise
+
+        with self._through_breaker(asked.model):
+            answer, sent = self._ask(body, send, asked.waiter)
+            headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
             finished = 0
             try:
                 for chunk in answer.chunks():
                     # Before the client can ask with the results of its calls
                     if len(answer.finished) > finished:
                         finished = len(answer.finished)
-                        self._keep_reasoning(asked, sent["messages"])
+                        self._keep_reasoning(messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
                 if answer.is_done:
-                    asked.waiter.defer(response.drain)
+                    asked.waiter.defer(answer.response.drain)
                 else:
-                    response.close()
+                    answer.response.close()
 
     def _ask(
-        self, body: JSONObject, asked: ProviderRequest,
-    ) -> tuple[UpstreamResponse, JSONObject]:
-        """Return the response to a request, and the request as it was sent. What the model refuses is changed and sent
-        again, one change at a time; the changes are remembered if they help. Raises the first refusal of a forced tool,
+        self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
+    ) -> tuple[T, JSONObject]:
+        """Send a request, and return the answer and the request as it was sent. What the model refuses is changed and
+        sent again, one change at a time; changes that helped are remembered. Raises the first refusal of a forced tool,
         else the last refusal."""
+        model = body["model"]
         now = time.time()
-        known = self._adaptations.get(asked.model, {})
-        adaptations = {reason: entry for reason, entry in known.items() if entry[0] > now}
-        refused: APIError | None = None
+        known = self._adaptations.get(model, {})
+        trial = helpful = {reason: entry for reason, entry in known.items() if entry[0] > now}
+        tried: list[Adaptation] = []
+        refusal: APIError | None = None
+        refusal_of_tool: APIError | None = None
+        refused: JSONObject = {}
         while True:
             sent = body
-            for _, change in adaptations.values():
+            for _, change in trial.values():
                 sent = change(sent)
             try:
-                response = self._retry(partial(self._open_stream, sent, asked.waiter), asked.waiter)
+                answer = self._retry(partial(send, sent), waiter)
             except APIError as error:
-                found = find_adaptation(error, sent) if error.status == 400 else None
-                if found is None:
-                    raise refused or error from None
-                reason, change = found
-                if reason == "tool_choice":
-                    refused = refused or error.copy()
-                log.info("%s/%s: %s; sending the request in another form", self.name, asked.model, error.reason)
-                adaptations[reason] = now + ADAPTATION_MAX_AGE, change
+                if error.status not in (400, 422) or error.code == "context_length_exceeded":
+                    raise
+                if refusal is None or error.message != refusal.message:  # the change before has helped
+                    helpful, refusal, refused = trial, error.copy(), sent
+                found = next((a for a in find_adaptations(refusal, refused) if a not in tried), None)
+                if found is None or len(tried) == MAX_CHANGES:
+                    raise refusal_of_tool or error from None
+                if found.reason == "tool_choice":
+                    refusal_of_tool = refusal_of_tool or refusal
+                log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
+                tried.append(found)
+                trial = {**helpful, found.reason: (now + ADAPTATION_MAX_AGE, found.change)}
             else:
-                if adaptations != known:
-                    learned = {**self._adaptations, asked.model: latest(adaptations, MAX_ADAPTATIONS)}
+                if trial != known:
+                    learned = {**self._adaptations, model: latest(trial, MAX_ADAPTATIONS)}
                     self._adaptations = latest(learned, MAX_ADAPTED_MODELS)
-                return response, sent
+                return answer, sent
 
-    def _keep_reasoning(self, asked: ProviderRequest, messages: list[Message]) -> None:
-        """Keep the reasoning behind the tool calls of each choice. messages: that the answer is to."""
+    def _keep_reasoning(self, messages: list[Message], asked: ProviderRequest) -> None:
+        """Store what this API wants back with the tool calls of its answer: reasoning, and Google's signatures of
+        calls. messages: that the answer is to."""
         for choice in asked.stats.fold.choices.values():
-            text = "".join(choice["delta"].get("reasoning_content") or ())
-            calls = choice["delta"].get("tool_calls") or {}
-            if text and calls:
-                question = list(digests_of_questions(messages))[-1]
-                first = next(iter(calls.values())).get("id")
-                asked.sessions.keep_reasoning(asked.owner, f"{self.name} {question} {first}", text)
+            kept = reasoning_fields(choice["delta"])
+            calls = (choice["delta"].get("tool_calls") or {}).values()
+            extra = {call["id"]: call["extra_content"] for call in calls if call.get("extra_content")}
+            if extra:
+                kept["extra_content"] = extra
+            if kept and calls:
+                *_, digest = conversation_digests(asked.model, messages)
+                name = f"{self.name} {digest} {next(iter(calls))['id']}"
+                asked.sessions.keep_reasoning(asked.owner, name, kept)
 
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
     ) -> list[Message]:
-        """Messages with the reasoning that this API gave with their tool calls, where the client has left it out."""
-        if not any("tool_calls" in message for message in messages):
+        """Return messages with what this API gave with their tool calls, where the client has left it out."""
+        if not any(message.get("tool_calls") for message in messages):
             return messages
-        ids = Counter(call.get("id") for message in messages for call in message.get("tool_calls") or ())
         restored = []
-        for message, question in zip(messages, digests_of_questions(messages), strict=True):
-            if message.get("reasoning_content") is None and message.get("tool_calls"):
-                call_id = message["tool_calls"][0].get("id")
-                # One that occurs twice could be another answer's
-                if call_id and ids[call_id] == 1:
-                    text = asked.sessions.find_reasoning(asked.owner, f"{self.name} {question} {call_id}")
-                    if text:
-                        message = {**message, "reasoning_content": text}
+        for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=False):
+            calls = message.get("tool_calls")
+            if calls and all(message.get(name) is None for name in REASONING_FIELDS):
+                kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
+                extra = kept.pop("extra_content", {})
+                calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
+                message = {**message, **kept, "tool_calls": calls}
             restored.append(message)
         return restored
 
     def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
-        def attempt() -> Embeddings:
-            response = self._send("POST", "/embeddings", body, waiter)
+        def send(sent: JSONObject) -> Embeddings:
+            response = self._send("POST", "/embeddings", sent, waiter)
             answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
-            if not isinstance(answer.get("data"), list):
-                raise invalid_response(self._api.name, "no embeddings")
-            return answer, rate_limits(response.headers)
+            try:
+                data = [encoded_embedding(entry, body.get("encoding_format")) for entry in answer["data"]]
+            except (AttributeError, LookupError, TypeError, ValueError, struct.error):
+                raise invalid_response(self._api.name, "no embeddings") from None
+            return {**answer, "data": data}, rate_limits(response.headers)
 
-        with self._through_breaker():
-            return self._retry(attempt, waiter)
-
-    def _open_stream(self, body: JSONObject, waiter: Waiter) -> UpstreamResponse:
-        response = self._send("POST", "/chat/completions", body, waiter)
-        if "json" in response.headers.get("Content-Type", ""):
-            self._read_json(response)  # for an error in it
-            raise invalid_response(self._api.name, "a complete answer instead of a stream")
-        response.deadline.may_reuse_connection = False  # until the stream's own end
-        return response
+        with self._through_breaker(body["model"]):
+            (answer, headers), sent = self._ask(body, send, waiter)
+            return answer, {**headers, **ignored_header(body, sent)}
 
     def _read_json(
         self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
@@ -5169,8 +5618,9 @@ class OpenAIProvider(Provider):
         answer = parse_upstream_object(response.read(limit), max_values)
         if answer is None:
             raise invalid_response(self._api.name, "no JSON object")
-        if answer.get("error"):
-            raise api_error(self._api, response.status, answer, response.headers)
+        error = find_error(answer)
+        if error:
+            raise api_error(self._api, response.status, error, response.headers)
         return answer
 
     def _send(
@@ -5611,8 +6061,9 @@ def record_turn(
 ) -> None:
     """Record what the user has said and the answer in the user's session."""
     message = stats.fold.message()
-    if not message.get("tool_calls"):
-        message["content"] = message["content"] or ""  # APIs refuse null without tool calls
+    if not (message["content"] or message.get("tool_calls")):
+        log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
+        return
     violation = find_violation(message, MESSAGE)
     if violation:  # every later request would be refused for it
         log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
@@ -5624,10 +6075,11 @@ def record_turn(
 
 def record_response(
     sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
-    response: JSONObject,
+    stats: AnswerStats, response: JSONObject,
 ) -> None:
     """Keep a response, with all that a next one goes on from."""
-    answer = read_items(response["output"])
+    message = stats.fold.message()
+    answer = (message,) if message["content"] or message.get("tool_calls") else ()
     turns = append_turns(previous.turns, request.turns)
     if turns:
         *older, newest = turns
@@ -5712,21 +6164,22 @@ class App:
 
     def create_chat_completion(self) -> bytes:
         request = ChatRequest.parse(self._body())
-        return self._complete(request, ChatCompletion(request.include_usage))
+        return self._complete(request, ChatCompletion(request.include_usage), AnswerStats())
 
     def create_completion(self) -> bytes:
         request = ChatRequest.parse_completion(self._body())
-        return self._complete(request, TextCompletion(request.include_usage))
+        return self._complete(request, TextCompletion(request.include_usage), AnswerStats())
 
     def create_response(self) -> bytes:
         asked = ResponsesRequest.parse(self._body(), self._stored_item)
         previous = self._previous_response(asked.body.get("previous_response_id"))
         try:
             request = asked.to_chat_request(previous.system)
-            record = partial(record_response, self.sessions, current_owner(), previous, asked, request)
+            stats = AnswerStats()
+            record = partial(record_response, self.sessions, current_owner(), previous, asked, request, stats)
             is_stored = asked.body.get("store") is not False
             writer = ResponseWriter(asked, record if is_stored else None)
-            return self._complete(request, writer, previous)
+            return self._complete(request, writer, stats, previous)
         except APIError as error:
             raise translate_error(error) from None
 
@@ -5742,12 +6195,15 @@ class App:
         return found
 
     def _complete(
-        self, request: ChatRequest, writer: ChatCompletion | ResponseWriter, previous: Session | None = None,
+        self,
+        request: ChatRequest,
+        writer: ChatCompletion | ResponseWriter,
+        stats: AnswerStats,
+        previous: Session | None = None,
     ) -> bytes:
         """Answer a chat: its stages, in order. previous: what it continues, instead of its user's session."""
         model = request.model or self.settings.default_model
         owner = current_owner()
-        stats = AnswerStats()
         sent = 0
         begin = partial(self._begin_stream, writer) if request.stream else None
         with self._admitted(model, begin) as client:
@@ -5891,7 +6347,7 @@ class App:
             ("process_start_time_seconds", ()): self.started,
         }
         for name, provider in self.providers.by_name.items():
-            gauges["kimi2api_upstream_healthy", (("provider", name),)] = not provider.breaker.failing
+            gauges["kimi2api_upstream_healthy", (("provider", name),)] = not provider.failing
         with suppress(APIError):  # a store that cannot be reached is told by /health
             gauges["kimi2api_sessions", ()] = self.store.count()
         return self.metrics.render(gauges)
@@ -5901,7 +6357,7 @@ class App:
         status = "ok"
         for provider in self.providers.by_name.values():
             upstreams[provider.name] = {}
-            failing = provider.breaker.failing
+            failing = provider.failing
             if failing:
                 status = "degraded"
                 since, reason = failing
