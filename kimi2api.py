@@ -2071,7 +2071,7 @@ class ResponseWriter:
                 break
         for item in self._items:
             if not item.is_done:
-                item.end(status)
+                item.end("incomplete" if fields else "completed")
         yield from self._item_events()
         response = self._response(status, usage=response_usage(usage), **fields)
         if self._record:
@@ -4273,7 +4273,7 @@ def too_long(prompt: Prompt) -> APIError:
     return bad_request(
         f"This model's maximum context length is {prompt.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
         f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
-        "official API.", "messages", "context_length_exceeded")
+        "official API (context_length_exceeded).", "messages", "context_length_exceeded")
 
 
 def join_lines(lines: Iterable[str]) -> str:
@@ -4431,10 +4431,13 @@ def parse_answer(
 
 # The form that how_to_call() asks for, and the form that Kimi K2 was trained on
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
-    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*<\|tool_call_argument_begin\|>\s*
+    |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*
+    (?:<\|tool_call_argument_begin\|>\s*|(?=<\|tool_call_end\|>))
     """, re.X)
+NO_ARGUMENTS = re.compile(r"\s*(?:<\|tool_call_end\|>|\Z)")
+NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # in the same marks
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
-CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
+CALL_LEFTOVERS = re.compile(r"<\|tool_calls?_section_(?:begin|end)\|>|```\w*\s*```")
 
 
 def parse_tool_calls(
@@ -4450,10 +4453,19 @@ def parse_tool_calls(
         if not begin:
             break
         around.append(text[at:begin.start()])
-        value, at = decode_json(text, begin.end())
+        at = begin.end()
+        value: Any = {}
+        if not (begin["name"] and NO_ARGUMENTS.match(text, at)):
+            value, at = decode_json(text, at)
         if begin["name"]:
-            value = {"name": begin["name"], "arguments": value}
-        calls.append(parse_call(value, offered, allow_unknown_tools))
+            values = [{"name": begin["name"], "arguments": value}]
+        else:
+            values = value if isinstance(value, list) else [value]
+            while following := NEXT_CALL.match(text, at):
+                value, at = decode_json(text, following.end())
+                values.append(value)
+        for value in values:
+            calls.append(parse_call(value, offered, allow_unknown_tools))
         end = CALL_END.match(text, at)
         at = end.end() if end else at
     if calls:
@@ -4793,7 +4805,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
         raise invalid_response("The web chat", f"HTTP {page.status}")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
     if isinstance(text, str) and text.strip():
-        return text
+        return text.removesuffix("<|im_end|>")
     what = "something that is not JSON"
     if answer:
         what = "an empty answer" if isinstance(text, str) else "JSON of an unknown shape"

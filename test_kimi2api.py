@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 import unicodedata
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -4417,6 +4417,25 @@ NATIVE = (
     ("text", "content", "calls"),
     [
         pytest.param(
+            '<tool_call>{"name": "clock"}\n{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>',
+            None,
+            [("clock", {}), IN_PARIS],
+            id="two calls in one pair of marks",
+        ),
+        pytest.param(
+            '<tool_call>[{"name": "clock"}, {"name": "get_weather", "arguments": {"city": "Paris"}}]</tool_call>',
+            None,
+            [("clock", {}), IN_PARIS],
+            id="a list of calls",
+        ),
+        pytest.param(
+            "<|tool_call_section_begin|><|tool_call_begin|>functions.clock:0<|tool_call_end|>"
+            "<|tool_call_begin|>clock<|tool_call_argument_begin|><|tool_call_end|><|tool_call_section_end|><|im_end|>",
+            None,
+            [("clock", {}), ("clock", {})],
+            id="K2's marks, singular, without arguments",
+        ),
+        pytest.param(
             '<tool_call>{"name": "get_weather", "arguments": {"city": "北京"}}</tool_call>',
             None,
             [("get_weather", {"city": "北京"})],
@@ -5217,6 +5236,225 @@ def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
     assert len(api.asked) == 4, "what the client says of thinking stays"
 
 
+def refuses(complaint: str, when: Callable[[Any], bool], status: int = 400, **fields: Any) -> Act:
+    """An API that refuses some requests in these words, and answers all others."""
+
+    def act(handler: ApiHandler) -> None:
+        if when(json.loads(handler.body)):
+            api_fails(status, complaint, **fields)(handler)
+        else:
+            api_answers("ok")(handler)
+
+    return act
+
+
+def forbids(name: str) -> Act:
+    """An API whose schema knows no such parameter, and says so as Mistral does."""
+    detail = [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted", "input": 1}]
+    refusal = api_sends(422, {"object": "error", "message": {"detail": detail}, "type": "invalid_request_error"})
+
+    def act(handler: ApiHandler) -> None:
+        (refusal if name in json.loads(handler.body) else api_answers("ok"))(handler)
+
+    return act
+
+
+def roles(body: Any) -> list[str]:
+    return [message["role"] for message in body["messages"]]
+
+
+def has_reasoning(body: Any) -> bool:
+    return any("reasoning_content" in message for message in body["messages"])
+
+
+def is_beyond_moonshot(schema: Any) -> bool:
+    """Whether Moonshot's validator would refuse a schema: siblings of $ref, type beside anyOf, null among options."""
+    if isinstance(schema, list):
+        return any(map(is_beyond_moonshot, schema))
+    if not isinstance(schema, dict):
+        return False
+    options = schema.get("anyOf") or []
+    is_bad = ("$ref" in schema and len(schema) > 1) or (options and "type" in schema) or {"type": "null"} in options
+    return is_bad or any(map(is_beyond_moonshot, schema.values()))
+
+
+MOONSHOTS_WORDS = "tools.function.parameters is not a valid moonshot flavored json schema, details: <At path 'x': …>"
+WANTED_SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+SYSTEM_LATER = [
+    {"role": "system", "content": "A"},
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "y"},
+    {"role": "developer", "content": [{"type": "text", "text": "B"}]},
+    {"role": "user", "content": "z"},
+]
+THOUGHT = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "y", "reasoning_content": "because"},
+    {"role": "user", "content": "z"},
+]
+OBJECT_OF_ANY = {
+    "type": "object",
+    "anyOf": [{"properties": {"a": {"$ref": "#/$defs/A", "description": "d"}}, "required": ["a"]}, {"type": "null"}],
+    "$defs": {"A": {"type": "string", "anyOf": [{"enum": ["x"]}, {"type": "null"}]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("act", "body", "is_kept"),
+    [
+        pytest.param(forbids("stream_options"), {}, lambda sent: sent["stream"], id="stream_options"),
+        pytest.param(forbids("frequency_penalty"), {"frequency_penalty": 0}, bool, id="a penalty of 0"),
+        pytest.param(forbids("metadata"), {"metadata": {"a": "b"}}, bool, id="metadata"),
+        pytest.param(forbids("user"), {"user": "ada"}, bool, id="user"),
+        pytest.param(
+            refuses("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+                    "instead.", lambda body: "max_tokens" in body),
+            {"max_tokens": 9}, lambda sent: sent["max_completion_tokens"] == 9, id="max_tokens",
+        ),
+        pytest.param(
+            forbids("max_completion_tokens"), {"max_completion_tokens": 9}, lambda sent: sent["max_tokens"] == 9,
+            id="max_completion_tokens",
+        ),
+        pytest.param(
+            refuses("cannot specify both 'thinking' and 'reasoning_effort'",
+                    lambda body: "thinking" in body and "reasoning_effort" in body),
+            {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}, lambda sent: sent["thinking"],
+            id="two that exclude each other",
+        ),
+        pytest.param(
+            refuses("The 'metadata' parameter is only allowed when 'store' is enabled.", lambda b: "metadata" in b),
+            {"metadata": {"a": "b"}}, bool, id="one that wants another",
+        ),
+        pytest.param(
+            refuses("This response_format type is unavailable now",
+                    lambda body: body.get("response_format", {}).get("type") == "json_schema"),
+            {"response_format": json_schema(WANTED_SCHEMA)},
+            lambda sent: sent["response_format"] == JSON_OBJECT and '"city"' in sent["messages"][0]["content"],
+            id="json_schema",
+        ),
+        pytest.param(
+            refuses("'response_format.type' must be 'text'", lambda body: "response_format" in body),
+            {"response_format": json_schema(WANTED_SCHEMA)}, lambda sent: '"city"' in sent["messages"][0]["content"],
+            id="JSON of any kind",
+        ),
+        pytest.param(
+            refuses("Prompt must contain the word 'json' in some form to use response_format",
+                    lambda body: "response_format" in body and "JSON" not in json.dumps(body["messages"])),
+            {"response_format": JSON_OBJECT}, lambda sent: sent["response_format"] == JSON_OBJECT, id="the word JSON",
+        ),
+        pytest.param(
+            refuses(MOONSHOTS_WORDS, lambda body: is_beyond_moonshot(body.get("tools"))),
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": OBJECT_OF_ANY}}]},
+            lambda sent: sent["tools"][0]["function"]["parameters"] == {
+                "type": "object",
+                "properties": {"a": {"$ref": "#/$defs/A"}},
+                "$defs": {"A": {"anyOf": [{"type": "string", "enum": ["x"]}]}},
+            },
+            id="Moonshot's schemas",
+        ),
+        pytest.param(
+            refuses("System message must be at the beginning.", lambda body: "system" in roles(body)[1:]),
+            {"messages": SYSTEM_LATER},
+            lambda sent: sent["messages"][0]["content"] == [{"type": "text", "text": text} for text in "AB"],
+            id="a system message later",
+        ),
+        pytest.param(
+            refuses("property 'reasoning_content' is unsupported", has_reasoning),
+            {"messages": THOUGHT}, lambda sent: len(sent["messages"]) == 3, id="reasoning",
+        ),
+        pytest.param(
+            refuses("Your organization must be verified to stream this model.", lambda body: body.get("stream"),
+                    param="stream", code="unsupported_value"),
+            {}, bool, id="streaming",
+        ),
+    ],
+)
+def test_what_an_api_refuses_is_sent_in_another_form(
+    make: Make, both: dict[str, str], api: Api, act: Act, body: dict[str, Any], is_kept: Callable[[Any], bool]
+) -> None:
+    api.always = act
+    app = make(**both)
+    for stream in (False, True, False):
+        response = chat(app, model="local/k2", stream=stream, **body)
+        assert response.status_int == 200, response.text
+    sent = api.asked[-1][2]
+    assert is_kept(sent)
+    assert len(api.asked) <= 5, "what was refused once is not sent again"
+    assert chat(app, model="local/other").status_int == 200
+    changes = {name for name in body if name not in sent and name != "max_completion_tokens" and name != "max_tokens"}
+    assert set(response.headers.get("X-Kimi2api-Ignored", "").split(", ")) - {""} == changes
+
+
+def test_one_clients_refused_value_costs_another_nothing(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = refuses(
+        "cannot specify both temperature and top_p", lambda body: "temperature" in body and "top_p" in body)
+    app = make(**both)
+    assert chat(app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "temperature"
+    assert chat(app, model="local/k2", temperature=0.7).status_int == 200
+    assert api.asked[-1][2]["temperature"] == 0.7 and len(api.asked) == 3
+
+
+def test_only_a_change_that_helped_is_remembered(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = refuses("temperature or top_p is wrong", lambda body: "top_p" in body)
+    app = make(**both)
+    for asked in (3, 4):
+        assert chat(app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "top_p"
+        assert len(api.asked) == asked and api.asked[-1][2]["temperature"] == 0.5
+
+
+def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], api: Api) -> None:
+    messages = [
+        {"role": "system", "content": "A"},
+        {"role": "developer", "content": "B"},
+        {"role": "system", "tools": [WEATHER]},
+        {"role": "user", "content": "x"},
+        {"role": "developer", "content": "C"},
+    ]
+    app = make(**both)
+    response = chat(app, messages=messages, model="local/k2", tools=[], tool_choice="auto", stop=list("abcd"))
+    assert response.status_int == 200
+    sent = api.asked[-1][2]
+    assert sent["messages"] == [
+        {"role": "system", "content": "A\n\nB"},
+        {"role": "system", "tools": [WEATHER]},
+        {"role": "user", "content": "x"},
+        {"role": "system", "content": "C"},
+    ]
+    assert not {"tools", "tool_choice"} & sent.keys() and sent["stop"] == list("abcd")
+
+
+@json_and_stream
+def test_long_names_of_functions_are_shortened_and_come_back(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    names = [f"mcp__{'enterprise_' * 6}{end}" for end in ("read", "write")]
+    tools = [tool(name) for name in names]
+    app = make(**both)
+    api.always = echoes_calls
+    response = chat(app, model="local/k2", tools=tools, stream=stream, user="ada")
+    if stream:
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(response)[:-1]]
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    else:
+        calls = response.json["choices"][0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == names
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "fine"} for call in calls]
+    chat(app, messages=results, model="local/k2", tools=tools, tool_choice={"type": "function", "function": {
+        "name": names[1]}}, user="ada")
+    sent = api.asked[-1][2]
+    short = [tool["function"]["name"] for tool in sent["tools"]]
+    assert len(set(short)) == 2 and max(map(len, short)) <= 64
+    assert [call["function"]["name"] for call in sent["messages"][1]["tool_calls"]] == short
+    assert sent["tool_choice"]["function"]["name"] == short[1]
+
+
+def echoes_calls(handler: ApiHandler) -> None:
+    """An API that calls all its tools."""
+    names = [tool["function"]["name"] for tool in json.loads(handler.body)["tools"]]
+    calls = [{"index": i, "id": f"c{i}", "function": {"name": n, "arguments": "{}"}} for i, n in enumerate(names)]
+    api_answers(deltas=[{"tool_calls": [call]} for call in calls], finish="tool_calls")(handler)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: reading answers, and the provider
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5725,6 +5963,431 @@ def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str,
     api.always = api_sends(418, {"error": {"message": "key 1 of 11", "code": "c1"}})
     response = chat(make(**{**both, "LOCAL_API_KEY": "1"}), model="local/k2")
     assert is_error(response, 418, "c…") and "key … of ……" in response.text
+
+
+def piece(index: Any = 0, id: Any = None, name: Any = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
+    """A delta with a piece of a tool call, without what is None."""
+    function = {"name": name, "arguments": arguments}
+    function = {key: value for key, value in function.items() if value is not None}
+    call = {"index": index, "id": id, "function": function or None, **more}
+    return {"tool_calls": [{key: value for key, value in call.items() if value is not None}]}
+
+
+def message_of_stream(chunks: list[Any]) -> dict[str, Any]:
+    """The message as a client builds it that joins all texts of a delta, ids and names too."""
+    message: dict[str, Any] = {"tool_calls": {}, "finish": []}
+    for chunk in chunks:
+        for choice in chunk["choices"] if chunk != "[DONE]" else ():
+            for name, value in choice["delta"].items():
+                if isinstance(value, str):
+                    message[name] = message.get(name, "") + value
+            for call in choice["delta"].get("tool_calls") or ():
+                known = message["tool_calls"].setdefault(call["index"], {"id": "", "name": "", "arguments": ""})
+                known["id"] += call.get("id") or ""
+                for name, value in call["function"].items():
+                    known[name] += value
+            message["finish"] += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return {**message, "tool_calls": list(message["tool_calls"].values())}
+
+
+def message_of_json(completion: Any) -> dict[str, Any]:
+    [choice] = completion["choices"]
+    message = {**choice["message"], "finish": [choice["finish_reason"]]}
+    calls = message.get("tool_calls") or []
+    return {**message, "tool_calls": [{"id": call["id"], **call["function"]} for call in calls]}
+
+
+CALLED = {"c1": ("a", '{"x":1}'), "c2": ("b", '{"y":2}')}
+WHOLE_CALL = {"id": "c1", "type": "function", "function": {"name": "a", "arguments": '{"x":1}'}}
+THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Yes."}]
+
+
+@pytest.mark.parametrize("form", ["json", "stream", "session"])
+@pytest.mark.parametrize(
+    ("deltas", "expected"),
+    [
+        pytest.param([piece(0, "c1", "a", ""), piece(0, "", "", '{"x":1}')], ["c1"], id="id and name repeated empty"),
+        pytest.param([piece(0, "c1", "a", '{"x"'), piece(0, "c1", "a", ":1}")], ["c1"], id="id and name repeated"),
+        pytest.param([piece(0, "c1", "", ""), piece(0, None, "a", '{"x":1}')], ["c1"], id="name comes second"),
+        pytest.param(
+            [piece(0, "c1", "a", '{"x":1}'), piece(0, "c2", "b", '{"y":2}')], ["c1", "c2"], id="all have index 0"),
+        pytest.param(
+            [piece(None, "c1", "a", '{"x"'), piece(None, "c1", None, ":1}")], ["c1"], id="the same id, no index"),
+        pytest.param(
+            [piece(None, "c1", "a", '{"x"'), piece(None, "c2", "b", ""), piece(None, "c1", None, ":1}"),
+             piece(None, "c2", None, '{"y":2}')], ["c1", "c2"], id="by turns, no index"),
+        pytest.param(
+            [piece(0, "c1", "a", '{"x"'), piece(1, "c2", "b", ""), piece(0, None, None, ":1}"),
+             piece(1, None, None, '{"y":2}')], ["c1", "c2"], id="by turns"),
+        pytest.param([piece("0", "c1", "a", ""), piece("0", None, None, '{"x":1}')], ["c1"], id="index as text"),
+        pytest.param([piece(0, "c1", "a", {"x": 1})], ["c1"], id="arguments as an object"),
+        pytest.param(
+            [piece(0, "c1", "a", None), {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":1}'}}]}], ["c1"],
+            id="no arguments at first"),
+        pytest.param(
+            [piece(None, "", "a", '{"x":1}'), piece(None, "", "b", '{"y":2}')], [None, None], id="no ids, no indexes"),
+        pytest.param([piece(0, "", "a", '{"x":1}'), piece(0, "", "b", '{"y":2}')], [None, None], id="no ids, index 0"),
+        pytest.param(
+            [{"tool_calls": [{"function": {"name": "a", "arguments": '{"x":1}'}},
+                             {"function": {"name": "b", "arguments": '{"y":2}'}}]}], [None, None], id="in one chunk"),
+    ],
+)
+def test_tool_calls_arrive_whole_however_an_api_sends_them(
+    make: Make, both: dict[str, str], api: Api, form: str, deltas: list[Any], expected: list[str | None]
+) -> None:
+    api.always = api_answers(deltas=deltas)
+    app = make(**both)
+    if form == "stream":
+        message = message_of_stream(events(chat(app, model="local/k2", stream=True)))
+    else:
+        message = message_of_json(chat(app, model="local/k2", user="ada").json)
+    calls = message["tool_calls"]
+    assert [(call["name"], call["arguments"]) for call in calls] == list(CALLED.values())[:len(expected)]
+    assert message["finish"] == ["tool_calls"], "also where the API says stop"
+    ids = [call["id"] for call in calls]
+    assert all(ids) and len(set(ids)) == len(ids)
+    assert [known and id for id, known in zip(ids, expected, strict=True)] == expected
+    if form == "session":
+        api.always = api_answers("ok")
+        results = [{"role": "tool", "tool_call_id": id, "content": "r"} for id in ids]
+        assert said(chat(app, messages=results, model="local/k2", user="ada")) == "ok"
+        sent = api.asked[-1][2]["messages"][1]["tool_calls"]
+        assert [(call["id"], call["function"]["name"]) for call in sent] == [(c["id"], c["name"]) for c in calls]
+
+
+def test_fields_of_a_call_are_kept_and_go_back(make: Make, both: dict[str, str], api: Api) -> None:
+    signature = {"google": {"thought_signature": "AY89"}}
+    app = make(**both)
+
+    def sent_back(**more: Any) -> Any:
+        result = {"role": "tool", "tool_call_id": "c1", "content": "r"}
+        chat(app, messages=[*more.pop("messages", []), result], model="local/k2", **more)
+        return api.asked[-1][2]["messages"][1]["tool_calls"][0].get("extra_content")
+
+    api.always = api_answers(deltas=[piece(0, "c1", "a", "{}", extra_content=signature)])
+    message = chat(app, "x", model="local/k2", user="ada").json["choices"][0]["message"]
+    assert message["tool_calls"][0]["extra_content"] == signature
+    assert sent_back(user="ada") == signature
+    del message["tool_calls"][0]["extra_content"]  # a client that knows no such field
+    assert sent_back(messages=[{"role": "user", "content": "x"}, message]) == signature
+
+
+@json_and_stream
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        pytest.param(
+            [api_chunk({"content": "x"}), api_chunk({"role": "", "content": "y"}), api_chunk({"role": ""}, "stop")],
+            {"content": "xy"}, id="empty roles"),
+        pytest.param(
+            [api_chunk({"content": "x"}), api_chunk({"content": "y"}),
+             {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "xy"}}]}],
+            {"content": "xy"}, id="the whole message at the end"),
+        pytest.param(
+            [api_chunk(piece(0, "c1", "a", '{"x":1}')),
+             {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": {"tool_calls": [WHOLE_CALL]}}]}],
+            {"tool_calls": [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]}, id="the whole call at the end"),
+        pytest.param(
+            [api_chunk({"content": THINKING}, "stop")], {"content": "Yes.", "reasoning_content": "Hm."},
+            id="parts of content"),
+        pytest.param([api_chunk({"content": "x"}), api_chunk({}, "")], {"content": "x"}, id="an empty finish reason"),
+        pytest.param([api_chunk({"content": "x"})], {"content": "x"}, id="no finish reason"),
+        pytest.param(
+            [{"choices": [], "prompt_filter_results": []}, api_chunk({"content": "x"}, "stop")], {"content": "x"},
+            id="no choices at first"),
+    ],
+)
+def test_answers_arrive_whole_however_an_api_sends_them(
+    make: Make, both: dict[str, str], api: Api, chunks: list[Any], expected: dict[str, Any], stream: bool
+) -> None:
+    api.always = api_plays(*chunks, b"[DONE]")
+    response = chat(make(**both), model="local/k2", stream=stream)
+    message = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    assert {name: message.get(name) for name in expected} == expected
+    assert message["finish"] == ["tool_calls" if "tool_calls" in expected else "stop"]
+    if stream:
+        assert all(chunk == "[DONE]" or chunk["choices"] for chunk in events(response)), "no usage was asked for"
+
+
+def test_parts_that_are_neither_text_nor_thinking_are_kept(make: Make, both: dict[str, str], api: Api) -> None:
+    reference = {"type": "reference", "reference_ids": [1]}
+    api.always = api_answers(deltas=[{"content": [{"type": "text", "text": "x"}, reference]}, {"content": "y"}])
+    message = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    assert message["content"] == "xy" and message["content_parts"] == [reference]
+
+
+def test_fields_that_do_not_grow_keep_their_last_value(make: Make, both: dict[str, str], api: Api) -> None:
+    details = [{"type": "reasoning.text", "format": "f1", "index": 0, **more}
+               for more in ({"text": "Let"}, {"text": " me"}, {"signature": "Et8B"})]
+    deltas = [{"channel": "final", "reasoning_details": [detail]} for detail in details]
+    chunks = [api_chunk(delta, citations=["u"]) for delta in deltas]
+    api.always = api_plays(*chunks, api_chunk({"content": "x"}, "stop"), b"[DONE]")
+    answer = chat(make(**both), model="local/k2").json
+    message = answer["choices"][0]["message"]
+    assert answer["citations"] == ["u"] and message["channel"] == "final"
+    joined = {"type": "reasoning.text", "format": "f1", "index": 0, "text": "Let me", "signature": "Et8B"}
+    assert message["reasoning_details"] == [joined]
+
+
+@json_and_stream
+def test_a_complete_answer_in_place_of_a_stream_is_an_answer(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    message = {"role": "assistant", "content": "ok", "tool_calls": [WHOLE_CALL]}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    api.always = api_sends(200, {"id": "x", "choices": [choice], "usage": USAGE})
+    response = chat(make(**both), model="local/k2", stream=stream)
+    whole = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    assert (whole["content"], whole["finish"]) == ("ok", ["tool_calls"])
+    assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]
+
+
+@pytest.mark.parametrize("place", ["choice", "chunk", "both"])
+def test_usage_is_told_once(make: Make, both: dict[str, str], api: Api, place: str) -> None:
+    finish = api_chunk({}, "stop")
+    if place != "chunk":
+        finish["choices"][0]["usage"] = USAGE
+    last = [] if place == "choice" else [{**api_chunk(), "choices": [], "usage": USAGE}]
+    api.always = api_plays(api_chunk({"content": "x"}), finish, *last, b"[DONE]")
+    chunks = events(chat(make(**both), model="local/k2", stream=True, stream_options={"include_usage": True}))[:-1]
+    assert [chunk["usage"] for chunk in chunks if chunk.get("usage")] == [USAGE]
+    assert chunks[-1]["choices"] == [] and not any("usage" in chunk["choices"][0] for chunk in chunks[:-1])
+
+
+def test_a_total_above_the_sum_is_counted(make: Make, both: dict[str, str], api: Api) -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 40}
+    api.always = api_plays(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
+    app = make(**both)
+    assert chat(app, model="local/k2").json["usage"] == usage
+    assert tokens_today(app) == (10, 30)
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_details"])
+def test_reasoning_by_any_name_is_an_item_and_goes_back_under_its_name(
+    make: Make, both: dict[str, str], api: Api, field: str
+) -> None:
+    value: Any = "why" if field == "reasoning" else [{"type": "reasoning.text", "text": "why", "index": 0}]
+    app = make(**both)
+    api.always = api_answers(deltas=[{field: value}, piece(0, "c1", "a", "{}")])
+    tools = [{"type": "function", "name": "a"}]
+    include = ["reasoning.encrypted_content"]
+    response = respond(app, "x", model="local/k2", tools=tools, include=include).json
+    reasoning, call = response["output"]
+    assert (reasoning["type"], reasoning["content"][0]["text"], call["type"]) == ("reasoning", "why", "function_call")
+    result = {"type": "function_call_output", "call_id": "c1", "output": "r"}
+    items = [{"role": "user", "content": "x"}, {**reasoning, "content": None}, call, result]
+    api.always = api_answers("ok")
+    for request in ({"input": items, "store": False}, {"input": [result], "previous_response_id": response["id"]}):
+        assert respond(app, model="local/k2", tools=tools, **request).status_int == 200
+        assert api.asked[-1][2]["messages"][1][field] == value
+    # of a client that drops it
+    api.always = api_answers(deltas=[{field: value}, piece(0, "c2", "a", "{}")])
+    message = chat(app, "y", model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
+    assert message.pop(field) == value
+    result = {"role": "tool", "tool_call_id": "c2", "content": "r"}
+    chat(app, messages=[{"role": "user", "content": "y"}, message, result], model="local/k2", tools=[tool("a")])
+    assert api.asked[-1][2]["messages"][1][field] == value
+
+
+@pytest.mark.parametrize(
+    ("event", "status", "code"),
+    [
+        ({"error": {"message": "m", "code": "rate_limit_exceeded"}}, 429, "rate_limit_exceeded"),
+        ({"error": {"message": "m", "type": "insufficient_quota"}}, 429, "upstream_rate_limited"),
+        ({"error": {"message": "m", "code": 402}}, 402, "402"),
+        ({"error": {"message": "m", "status_code": 400, "type": "invalid_request_error"}}, 400, None),
+        ({"error": {"message": "m", "code": "context_length_exceeded"}}, 400, "context_length_exceeded"),
+        ({"error": {"message": "m", "status": "INVALID_ARGUMENT"}}, 400, None),
+        ({"error": "m"}, 502, "upstream_unavailable"),
+        ({"object": "error", "message": "m", "code": 503}, 503, "503"),
+        ({"base_resp": {"status_code": 2013, "status_msg": "m"}}, 400, None),
+        ({"base_resp": {"status_code": 1000, "status_msg": "m"}}, 502, "upstream_unavailable"),
+        ({"code": "Throttling.RateQuota", "message": "m", "request_id": "r"}, 429, "Throttling.RateQuota"),
+    ],
+)
+def test_an_error_inside_a_stream_is_an_error_with_its_status(
+    make: Make, both: dict[str, str], api: Api, event: Any, status: int, code: str | None
+) -> None:
+    app = make(**both, MAX_RETRIES="0")
+    api.always = api_plays(event)
+    assert is_error(chat(app, model="local/k2"), status, code)
+    assert is_error(chat(app, model="local/k2", stream=True), status, code)
+    api.always = api_sends(200, event)
+    assert is_error(chat(app, model="local/k2"), status, code)
+    api.always = api_plays(api_chunk({"content": "half"}), event)
+    assert is_error(chat(app, model="local/k2"), status, code)
+    *_, last = events(chat(app, model="local/k2", stream=True))
+    assert last["error"]["code"] == code, "no [DONE] follows"
+    api.always = api_answers("ok")
+    if status < 500:
+        assert said(chat(app, model="local/k2")) == "ok", "the circuit breaker has not opened"
+
+
+def test_an_error_behind_the_finish_reason_may_carry_the_usage(make: Make, both: dict[str, str], api: Api) -> None:
+    late = {"error": {"message": "m", "code": 502}, "usage": USAGE}
+    api.always = api_plays(api_chunk({"content": "x"}, "stop"), late)
+    answer = chat(make(**both), model="local/k2").json
+    assert answer["choices"][0]["message"]["content"] == "x" and answer["usage"] == USAGE
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        ("stop", "completed"),
+        ("length", "incomplete"),
+        ("model_context_window_exceeded", "incomplete"),
+        ("sensitive", "incomplete"),
+        ("insufficient_system_resource", "failed"),
+        ("network_error", "failed"),
+    ],
+)
+@json_and_stream
+def test_half_an_answer_is_never_a_completed_response(
+    make: Make, both: dict[str, str], api: Api, reason: str, status: str, stream: bool
+) -> None:
+    api.always = api_answers("half", finish=reason)
+    response = respond(make(**both), model="local/k2", stream=stream)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    assert final["status"] == status and bool(final["error"]) == (status == "failed")
+
+
+def test_reasoning_alone_is_not_remembered_as_an_empty_message(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.always = api_answers(deltas=[{"reasoning_content": "long"}], finish="length")
+    chat(app, "x", model="local/k2", user="ada")
+    previous = respond(app, "x", model="local/k2").json["id"]
+    api.always = api_answers("ok")
+    chat(app, "y", model="local/k2", user="ada")
+    assert [message["content"] for message in api.asked[-1][2]["messages"]] == ["y"]
+    respond(app, "y", model="local/k2", previous_response_id=previous)
+    assert [message["content"] for message in api.asked[-1][2]["messages"]] == ["x", "y"]
+
+
+OVERFLOWS = [
+    "request (4267 tokens) exceeds the available context size (4096 tokens), try increasing it",
+    "Range of input length should be [1, 129024]",
+    "The input (300000 tokens) is longer than the model's context length (262144 tokens).",
+    "prompt is too long: 210000 tokens > 200000 maximum",
+    "prompt too long; exceeded max context length by 7 tokens",
+    "total length of all messages is too long",
+    "Your request exceeded model token limit: 262144 (requested: 265537)",
+    "This model's maximum prompt length is 131072 but the request contains 140000 tokens.",
+    "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+]
+
+
+@pytest.mark.parametrize("words", OVERFLOWS)
+def test_an_overflow_in_any_words_has_openais_code(make: Make, both: dict[str, str], api: Api, words: str) -> None:
+    app = make(**both, FALLBACK_MODELS="kimi")
+    api.always = api_fails(400, words)
+    assert chat(app, model="local/k2").headers["X-Kimi2api-Provider"] == "kimi"
+    app = make(**both)
+    response = chat(app, model="local/k2")
+    assert is_error(response, 400, "context_length_exceeded")
+    assert "context_length_exceeded" in response.json["error"]["message"], "LangChain looks for it there"
+    api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": words, "code": 500}})
+    failed = events(respond(app, model="local/k2", stream=True))[-1]
+    assert failed["response"]["error"]["code"] == "context_length_exceeded", "Codex would ask five times more"
+
+
+def test_a_bound_that_is_too_large_is_no_overflow(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_fails(400, "max_tokens is too large: 999999. This model supports at most 16384 completion tokens")
+    assert is_error(chat(make(**both), model="local/k2", max_tokens=999999), 400, None)
+    assert len(api.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"error": {"message": "Provider returned error", "metadata": {"raw": '{"m":"the reason"}'}}}, "the reason"),
+        ({"error": {"message": "Failed to call a function", "failed_generation": "<f>the reason"}}, "the reason"),
+        ({"base_resp": {"status_code": 2013, "status_msg": "the reason"}}, "the reason"),
+        ({"detail": "the reason"}, "the reason"),
+        ({"detail": [{"loc": ["body", "x"], "msg": "the reason"}]}, "the reason"),
+        ({"code": "InvalidParameter", "message": "the reason"}, "the reason"),
+        ([{"error": {"code": 400, "message": "the reason", "status": "INVALID_ARGUMENT"}}], "the reason"),
+    ],
+)
+def test_the_reason_of_an_error_is_told_wherever_it_stands(
+    make: Make, both: dict[str, str], api: Api, body: Any, words: str
+) -> None:
+    api.always = api_sends(400, body)
+    assert words in chat(make(**both), model="local/k2").json["error"]["message"]
+
+
+@pytest.mark.parametrize("status", [402, 403])
+def test_what_an_account_cannot_have_another_model_may_answer(
+    make: Make, both: dict[str, str], api: Api, status: int
+) -> None:
+    api.always = api_fails(status, "Insufficient Balance", type="unknown_error")
+    response = chat(make(**both), model="local/k2")
+    assert is_error(response, status, None, "unknown_error") and "Insufficient" in response.json["error"]["message"]
+    assert chat(make(**both, FALLBACK_MODELS="kimi"), model="local/k2").headers["X-Kimi2api-Provider"] == "kimi"
+
+
+def test_a_wrong_key_is_the_servers_whatever_its_status(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_fails(400, "Incorrect API key provided: xai-…")
+    assert is_error(chat(make(**both), model="local/k2"), 502, "upstream_auth")
+
+
+@pytest.mark.parametrize(("headers", "seconds"), [({"retry_after_ms": "1500"}, "2"), ({"Retry_After": "7.5"}, "8")])
+def test_the_time_to_wait_is_passed_on_in_whole_seconds(
+    make: Make, both: dict[str, str], api: Api, headers: dict[str, str], seconds: str
+) -> None:
+    api.always = api_sends(429, {"error": {"message": "slow"}}, **headers)
+    assert chat(make(**both, MAX_RETRIES="0"), model="local/k2").headers["Retry-After"] == seconds
+
+
+def test_a_spent_quota_is_no_wait(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_sends(429, {"error": {"message": "m", "type": "exceeded_current_quota_error"}}, Retry_After="1")
+    response = chat(make(**both), model="local/k2")
+    assert is_error(response, 429, "upstream_rate_limited") and response.headers["x-should-retry"] == "false"
+    assert len(api.asked) == 1
+
+
+def test_the_circuit_breaker_of_a_model_stops_no_other_and_quotes_nobody(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    def act(handler: ApiHandler) -> None:
+        body = json.loads(handler.body)
+        asked = body["messages"][0]["content"]
+        (api_fails(500, f"cannot read {asked}") if body["model"] == "bad" else api_answers("ok"))(handler)
+
+    api.always = act
+    app = make(**both, MAX_RETRIES="0")
+    for _ in range(5):
+        assert "my secret" in chat(app, "my secret", model="local/bad").json["error"]["message"]
+    response = chat(app, "another's", model="local/bad")
+    assert is_error(response, 500, "upstream_unavailable") and "Retry-After" in response.headers
+    assert "secret" not in response.text and len(api.asked) == 5
+    assert said(chat(app, model="local/good")) == "ok"
+
+
+@pytest.mark.parametrize("sends_base64", [False, True])
+@pytest.mark.parametrize("wanted", [None, "float", "base64"])
+def test_embeddings_come_in_the_encoding_that_was_asked_for(
+    make: Make, both: dict[str, str], api: Api, wanted: str | None, sends_base64: bool
+) -> None:
+    numbers = [0.5, -0.25]
+    encoded = b64encode(struct.pack("<2f", *numbers)).decode()
+    api.always = api_sends(200, {"data": [{"index": 0, "embedding": encoded if sends_base64 else numbers}]})
+    body = {"encoding_format": wanted} if wanted else {}
+    [entry] = embed(make(**both), model="local/e1", **body).json["data"]
+    assert entry["embedding"] == (encoded if wanted == "base64" else numbers)
+
+
+def test_an_api_that_refuses_base64_is_asked_for_numbers(make: Make, both: dict[str, str], api: Api) -> None:
+    def act(handler: ApiHandler) -> None:
+        refusal = api_fails(400, "encoding_format only supports float", param="encoding_format")
+        is_refused = json.loads(handler.body).get("encoding_format") == "base64"
+        (refusal if is_refused else api_sends(200, {"data": [{"index": 0, "embedding": [0.5] * 8}]}))(handler)
+
+    api.always = act
+    app = make(**both)
+    for asked in (2, 3):
+        response = embed(app, model="local/e1", encoding_format="base64")
+        assert len(b64decode(response.json["data"][0]["embedding"])) == 32
+        assert "X-Kimi2api-Ignored" not in response.headers and len(api.asked) == asked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
