@@ -527,15 +527,13 @@ class APIError(Exception):
         return self.copy(headers={**self.headers, **headers})
 
     @property
-    def reason_code(self) -> str:
-        """Return the code, unless it may quote the prompt."""
-        code = self.code or self.type
-        return code if not self.quotes_upstream or re.fullmatch(r"[\w.-]{1,64}", code) else "error"
-
-    @property
     def reason(self) -> str:
         """Describe the error for the log and /health, without the prompt."""
-        kind = f"{self.reason_code} ({self.status})"
+        code = self.code or self.type
+        # A code of the upstream may also quote the prompt
+        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
+            code = "error"
+        kind = f"{code} ({self.status})"
         return kind if self.quotes_upstream else f"{kind}: {self.message}"
 
     @property
@@ -642,7 +640,11 @@ def join_halves(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
     if isinstance(value, dict):
         return {name: join_halves(inner, (*path, name), halves) for name, inner in value.items()}
     if isinstance(value, list):
-        return [join_halves(inner, (*path, index), halves) for index, inner in enumerate(value)]
+        joined = []
+        for position, inner in enumerate(value):
+            index = inner.get("index") if isinstance(inner, dict) else None  # of a choice or a call
+            joined.append(join_halves(inner, (*path, position if index is None else str(index)), halves))
+        return joined
     if isinstance(value, str) and value:
         value = halves.pop(path, "") + value
         if "\ud800" <= value[-1] <= "\udbff":
@@ -654,11 +656,13 @@ def join_halves(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
 def parse_upstream_object(
     data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None,
 ) -> JSONObject | None:
-    """Parse an upstream's JSON object. Return None for anything else."""
+    """Parse an upstream's JSON object, or a list of one. Return None for anything else."""
     try:
         value = parse_upstream_json(data, max_values, halves)
     except ValueError:
         return None
+    if isinstance(value, list) and len(value) == 1:  # Gemini's errors
+        value = value[0]
     return value if isinstance(value, dict) else None
 
 
@@ -670,12 +674,17 @@ def dump_json(value: Any) -> bytes:
     return text.encode()
 
 
+def without(fields: JSONObject, *names: str) -> JSONObject:
+    """Return an object without these fields."""
+    return {name: value for name, value in fields.items() if name not in names}
+
+
 def replace_lone_surrogates(text: str) -> str:
     """Replace lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-MARKUP = re.compile(r"<[^<>]*>")
+MARKUP = re.compile(r"<[!/]?[a-zA-Z][\w-]*(?:\s[^<>]*)?/?>")
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
@@ -858,8 +867,8 @@ def describe(schema: Schema) -> str:
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
     if "enum" in schema:
-        values = [value or json.dumps(value) for value in schema["enum"]]
-        return f"one of {', '.join(values)}" if len(values) > 1 else str(values[0])
+        values = [str(value or json.dumps(value)) for value in schema["enum"]]
+        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
     words = TYPES[schema["type"]][1]
     if "minLength" in schema:
         words += " that is not empty"
@@ -926,9 +935,9 @@ SHARED_PARAMETERS = {
     "user": USER,
     "stream": BOOLEAN,
     "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-    "stop": any_of(STRING, array(STRING, maxItems=4)),
-    "max_tokens": POSITIVE,
-    "n": POSITIVE,
+    "stop": any_of(STRING, array(STRING)),
+    "max_tokens": INTEGER,
+    "n": INTEGER,
     "temperature": NUMBER,
     "top_p": NUMBER,
     "presence_penalty": NUMBER,
@@ -940,7 +949,7 @@ CHAT_REQUEST = request_object(
     {"messages": array(MESSAGE, minItems=1)},
     {
         **SHARED_PARAMETERS,
-        "max_completion_tokens": POSITIVE,
+        "max_completion_tokens": INTEGER,
         "tools": array(TOOL),
         "tool_choice": any_of(choice_of("none", "auto", "required"), TOOL_CHOICE),
         "parallel_tool_calls": BOOLEAN,
@@ -1178,6 +1187,7 @@ GROWING = {
         "content_parts",
     },
     "function": {"arguments"},
+    "function_call": {"arguments"},
     "custom": {"input"},
     "audio": {"data", "transcript"},
     "reasoning_details": {"text", "summary", "data"},
@@ -3975,7 +3985,8 @@ class CircuitBreaker:
                 self.failing = None
             else:
                 self.failing = self.failing or (time.time(), error.reason)
-            if error is None or error.status < 500 or error.code == "upstream_refused":  # the upstream answers
+            answers = ("upstream_refused", "upstream_auth")  # the upstream is well
+            if error is None or error.status < 500 or error.code in answers:
                 self._failures = 0
                 self._error = None
             elif is_probe or self._error is None:  # else the call began before the circuit opened
@@ -3983,8 +3994,9 @@ class CircuitBreaker:
                 surplus = self._failures - FAILURES_TO_OPEN
                 if surplus >= 0:
                     # Not the upstream's words: they may quote another caller's prompt
-                    message = f"Not called for now, after {self._failures} failures in a row: {error.reason}."
-                    self._error = upstream_error(error.status, error.reason_code, f"{self._name}: {message}")
+                    code = "upstream_unavailable" if error.quotes_upstream else error.code or error.type
+                    message = f"after {self._failures} failures in a row it is not called for now: HTTP {error.status}."
+                    self._error = upstream_error(error.status, code, f"{self._name}: {message}")
                     self._pause = min(FIRST_PAUSE * 2 ** min(surplus, 9), MAX_PAUSE)
                     self._open_until = time.monotonic() + self._pause
                     log.warning(
@@ -4486,6 +4498,8 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
         value = {}
     name = value.get("name")
     arguments = value.get("arguments", value.get("parameters", {}))
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
         try:
             arguments = parse_json(arguments.strip() or "{}")
@@ -4767,6 +4781,9 @@ WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
 # What the web chat supports; the rest would change the shape of the answer
 WEB_CHAT_REQUEST = request_object({}, {
     "n": {"enum": [1]},
+    "stop": any_of(STRING, array(STRING, maxItems=4)),
+    "max_tokens": POSITIVE,
+    "max_completion_tokens": POSITIVE,
     "logprobs": {"enum": [False]},
     "audio": {"enum": [{}]},
     "modalities": {"enum": [[], ["text"]]},
@@ -4780,9 +4797,10 @@ def reject_unsupported(request: ChatRequest) -> None:
     """Raises APIError 400 for what the web chat cannot do."""
     violation = find_violation(request.body, WEB_CHAT_REQUEST)
     if violation:
+        path, schema = violation
         raise bad_request(
-            f"'{violation.path}' is not supported by the web chat, which takes text and answers with one text.",
-            violation.path, "unsupported_value")
+            f"'{path}' must be {describe(schema)}: the web chat takes text and answers with one text.",
+            path, "unsupported_value")
 
 
 def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
@@ -4804,8 +4822,12 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     if page.status != 200:
         raise invalid_response("The web chat", f"HTTP {page.status}")
     text = data.get("message") if answer.get("success") and isinstance(data, dict) else None
-    if isinstance(text, str) and text.strip():
-        return text.removesuffix("<|im_end|>")
+    if isinstance(text, str):
+        stripped = text.rstrip()
+        if stripped.endswith("<|im_end|>"):
+            text = stripped.removesuffix("<|im_end|>").rstrip()
+        if text.strip():
+            return text
     what = "something that is not JSON"
     if answer:
         what = "an empty answer" if isinstance(text, str) else "JSON of an unknown shape"
@@ -4844,11 +4866,12 @@ def find_error(answer: JSONObject) -> Any:
     base = answer.get("base_resp")
     if isinstance(base, dict) and base.get("status_code"):
         return {"message": base.get("status_msg"), "status": MINIMAX_STATUSES.get(str(base["status_code"]))}
-    if answer.get("error"):
-        return answer["error"]
-    if "choices" in answer or "data" in answer:
-        return None
-    return answer if answer.keys() & {"message", "detail", "msg", "error_msg"} else None
+    error = answer.pop("error", None)
+    if isinstance(error, dict) and error:
+        return {"status": answer.get("status_code"), **error}
+    if error or answer.get("choices") or answer.get("data"):
+        return error
+    return answer if any(map(answer.get, ("message", "detail", "msg", "error_msg"))) else None
 
 
 def error_status(error: JSONObject) -> int:
@@ -4894,11 +4917,12 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
         return upstream_error(
             502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
             f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
-    if status != 429 and TOO_LONG.search(message):
+    if status != 429 and (code == "context_length_exceeded" or TOO_LONG.search(message)):
         # Clients, and FALLBACK_MODELS, go by this code; LangChain searches the message for it
-        status, code = 400, "context_length_exceeded"
+        status = 400
+        code = "context_length_exceeded"
         if code not in message:
-            message = f"{message} ({code})"
+            message += f" ({code})"
     if status == 429:
         ours = rate_limited(message, type or "rate_limit_error", code or "upstream_rate_limited", headers)
         if re.search("quota|balance|billing", f"{type} {code}"):  # waiting does not help
@@ -5006,40 +5030,51 @@ OPTIONAL_PARAMETERS = (
     "logprobs", "top_logprobs", "stream_options", "seed", "metadata", "store", "user", "service_tier",
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
-COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only in quotes
+COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """Leave a parameter out if it has this value: what is refused of one client's value says nothing of another's."""
+    """Leave a parameter out if it has this value, beside the same other parameters: a refusal of one client's value or
+    combination says nothing of another's."""
 
     name: str
     value: Any
+    others: tuple[str, ...]
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        return {name: value for name, value in body.items() if name != self.name or value != self.value}
+        applies = body.get(self.name) == self.value and body.keys() >= {*self.others}
+        return without(body, self.name) if applies else body
 
 
 def swap_max_tokens(body: JSONObject) -> JSONObject:
+    """Use the other name of the bound, or only the newer of both."""
     names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+    if names.keys() <= body.keys():
+        return without(body, "max_tokens")
     return {names.get(name, name): value for name, value in body.items()}
 
 
 def require_json_object(body: JSONObject) -> JSONObject:
-    """Require a JSON object, and describe its schema in words."""
-    described = describe_format(body)
-    return {**described, "response_format": {"type": "json_object"}} if described != body else body
+    """Require a JSON object in place of a schema, and describe the schema in words."""
+    if (body.get("response_format") or {}).get("type") != "json_schema":
+        return body
+    return {**describe_format(body), "response_format": {"type": "json_object"}}
+
+
+def ask_for_json(body: JSONObject) -> JSONObject:
+    """Describe the required form also in words."""
+    return {**describe_format(body), "response_format": body.get("response_format")}
 
 
 def describe_format(body: JSONObject) -> JSONObject:
-    """Describe the required form of the answer in words."""
+    """Describe the required form of the answer in words alone."""
     instruction = form_instruction(body)
     if not instruction:
         return body
-    rest = {name: value for name, value in body.items() if name != "response_format"}
-    rest["messages"] = [*body["messages"], {"role": "system", "content": instruction}]
-    return move_system_first(rest)
+    messages = [*body["messages"], {"role": "system", "content": instruction}]
+    return move_system_first({**without(body, "response_format"), "messages": messages})
 
 
 def portable_schemas(body: JSONObject) -> JSONObject:
@@ -5055,14 +5090,23 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 
 def root_schema(schema: Any) -> Schema:
     """Return the schema of an object. Of another schema, keep the properties of all options."""
-    root = portable_schema(schema or {})
+    schema = schema or {}
+    root = portable_schema(schema)
     if root.get("type") != "object":
-        options = [root, *root.pop("anyOf", ())]
+        options = [schema, *root.pop("anyOf", ())]
         root["type"] = "object"
         root["properties"] = {}
         for option in options:
-            root["properties"].update(option.get("properties") or {})
-    return root
+            root["properties"].update(resolved(option, schema).get("properties") or {})
+    return without(root, "$ref")
+
+
+def resolved(schema: Schema, root: Schema) -> Schema:
+    """Return the schema that a local reference names, or the schema itself."""
+    target: Any = root if "$ref" in schema else schema
+    for name in str(schema.get("$ref", "")).split("/")[1:]:
+        target = target.get(name) if isinstance(target, dict) else None
+    return target if isinstance(target, dict) else {}
 
 
 def portable_schema(schema: Any) -> Any:
@@ -5073,7 +5117,8 @@ def portable_schema(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if isinstance(schema.get("$ref"), str):
-        return {"$ref": schema["$ref"]}
+        siblings = ("$ref", "$defs", "definitions")
+        return {name: portable_schema(schema[name]) for name in siblings if name in schema}
     schema = {name: portable_schema(value) for name, value in schema.items()}
     if isinstance(schema.get("anyOf"), list):
         kind = schema.pop("type", None)
@@ -5098,11 +5143,7 @@ def fill_reasoning_gaps(body: JSONObject) -> JSONObject:
 
 
 def leave_out_reasoning(body: JSONObject) -> JSONObject:
-    messages = [
-        {name: value for name, value in message.items() if name not in REASONING_FIELDS}
-        for message in body["messages"]
-    ]
-    return {**body, "messages": messages}
+    return {**body, "messages": [without(message, *REASONING_FIELDS) for message in body["messages"]]}
 
 
 def offer_forced_tool(body: JSONObject) -> JSONObject:
@@ -5123,7 +5164,7 @@ def disable_thinking(body: JSONObject) -> JSONObject:
 
 
 def ask_without_stream(body: JSONObject) -> JSONObject:
-    return {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    return without(body, "stream", "stream_options")
 
 
 class Adaptation(NamedTuple):
@@ -5137,29 +5178,38 @@ class Adaptation(NamedTuple):
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
 ADAPTATIONS = [
-    (rf"max_(completion_)?tokens.*({UNKNOWN})|({UNKNOWN}).*max_(completion_)?tokens", "max_tokens", swap_max_tokens),
-    (r"response_format|json_schema|json_object|word 'json'", "response_format", require_json_object),
-    (r"response_format|json_schema|json_object", "response_format", describe_format),
+    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens",
+     "max_tokens", swap_max_tokens),
+    (r"\bstream(ing)?\b", "stream", ask_without_stream),
+    (r"word .?json", "response_format", ask_for_json),
+    (r"response.format|json_schema|json_object", "response_format", require_json_object),
+    (r"response.format|json_schema|json_object", "response_format", describe_format),
     (r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content", "reasoning", fill_reasoning_gaps),
     (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", "reasoning", leave_out_reasoning),
-    (r"\bsystem\b", "system", move_system_first),
+    (r"\bsystem\b|chat setting", "system", move_system_first),
     (r"tool_choice", "tool_choice", offer_forced_tool),
     (r"tool_choice", "tool_choice", disable_thinking),
-    (r"schema", "schema", portable_schemas),
-    (r"\bstream(ing)?\b", "stream", ask_without_stream),
+    (r"schema|tools.function.parameters", "schema", portable_schemas),
 ]
 
 
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
     """Yield what may make a model accept a request that it has refused, one change at a time."""
-    complaint = f"{refusal.param} {refusal.message}".lower()
-    for name, value in sent.items():
-        pattern = rf"(?<!\w){name}(?!\w)"
+    # xAI writes presencePenalty
+    complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
+    named = []
+    for name in sent:
+        pattern = rf"\b{name}\b"
         if name in COMMON_WORDS:
-            pattern = rf"""['"`]{name}['"`]|^{name} |invalid {name}\b"""
+            pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
+        if re.search(pattern, complaint):
+            named.append(name)
+    for name in named:
+        value = sent[name]
         is_essential = name == "logprobs" and value
-        if name in OPTIONAL_PARAMETERS and not is_essential and re.search(pattern, complaint):
-            yield Adaptation(f"{name}={value!r}"[:100], LeaveOut(name, value))
+        if name in OPTIONAL_PARAMETERS and not is_essential:
+            others = tuple(other for other in named if other != name)
+            yield Adaptation(f"{name}={value!r} {others}"[:100], LeaveOut(name, value, others))
     for pattern, reason, change in ADAPTATIONS:
         if re.search(pattern, complaint) and change(sent) != sent:
             yield Adaptation(reason, change)
@@ -5177,29 +5227,36 @@ FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is
 
 
 def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[str]:
-    """Yield for each message, and for the answer to all of them, a digest of the model and the messages before it.
+    """Yield for each message a digest of the model and of all messages up to this one, without reasoning.
 
-    Ids of calls such as functions.f:0 occur in every conversation.
+    Ids of calls such as functions.f:0 occur in every conversation, and so may questions.
     """
     digest = sha256(model.encode())
     for message in messages:
-        yield digest.hexdigest()
         content = message.get("content")
         parts = content if isinstance(content, list) else []
         others = [part for part in parts if part["type"] != "text"]
-        calls = [(call.get("id"), call["function"]) for call in message.get("tool_calls") or ()]
+        calls = [canonical_call(call) for call in message.get("tool_calls") or ()]
         role = "system" if is_system(message) else message["role"]
         digest.update(dump_json([role, text_of(message).strip(), others, calls, message.get("tool_call_id")]))
-    yield digest.hexdigest()
+        yield digest.hexdigest()
+
+
+def canonical_call(call: JSONObject) -> list[Any]:
+    """Return what identifies a call. Some clients parse the arguments and write them in another form."""
+    arguments = call["function"]["arguments"]
+    with suppress(ValueError):
+        arguments = parse_json(arguments)
+    return [call.get("id"), call["function"]["name"], arguments]
 
 
 def as_index(value: Any) -> int | None:
     """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError."""
     if value in (None, ""):
         return None
-    if not re.fullmatch(r"\d{1,4}", str(value)):
+    if not re.fullmatch(r"\d{1,4}(?:\.0)?", str(value)):
         raise ValueError
-    return int(value)
+    return int(float(value))
 
 
 @dataclass
@@ -5243,7 +5300,7 @@ class CallReader:
         call = self._calls[index]
         call.end = arguments.strip()[-1:] or call.end
         # Clients would join an id or a name that is repeated
-        piece = {name: value for name, value in piece.items() if name not in ("id", "type", kind)}
+        piece = without(piece, "id", "type", kind)
         if call.name:
             return {**piece, "index": index, kind: {field_name: arguments}}
         call.fields.update(piece)
@@ -5326,17 +5383,21 @@ class APIAnswer:
 
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
-        if "json" in self.response.headers.get("Content-Type", ""):
-            yield self._parse(self.response.read())
-            self.is_done = True
-            return
         deadline = self.response.deadline
         deadline.may_reuse_connection = False  # until the stream's own end
-        for data in server_sent_data(self.response.stream(), self._api.name):
+        chunks = self.response.stream()
+        first = next(chunks, b"")
+        chunks = itertools.chain([first], chunks)
+        if first.lstrip()[:1] in (b"{", b"["):
+            yield self._parse(joined_bytes(chunks, self._api.name))
+            self.is_done = deadline.may_reuse_connection = True
+            return
+        for data in server_sent_data(chunks, self._api.name):
             if data == b"[DONE]":
                 self.is_done = deadline.may_reuse_connection = True
                 return
-            yield self._parse(data)
+            if data not in (b"", b"null"):
+                yield self._parse(data)
 
     def _parse(self, data: bytes) -> JSONObject:
         event = parse_upstream_object(data, halves=self._halves)
@@ -5368,12 +5429,15 @@ class APIAnswer:
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = dict(choice.get("delta") or {})
         # MiniMax ends with the whole message; an answer in JSON has nothing else
-        for name, value in (choice.pop("message", None) or {}).items():
+        message = choice.pop("message", None) or {}
+        if any(map(before.get, REASONING_FIELDS)):
+            message = without(message, *REASONING_FIELDS)
+        for name, value in message.items():
             if not before.get(name) and not delta.get(name):
                 delta[name] = value
         if isinstance(delta.get("content"), list):
             split_parts(delta)
-        for name in ("content", "reasoning_content", "refusal"):
+        for name in ("role", "content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name) or "", str):
                 raise TypeError
         if not delta.get("role"):
@@ -5381,6 +5445,10 @@ class APIAnswer:
         if delta.get("tool_calls"):
             delta["tool_calls"] = list(filter(None, map(self._calls[index].read, delta["tool_calls"])))
         reason = choice.get("finish_reason") or None
+        if not isinstance(reason or "", str):
+            raise TypeError
+        if index in self.finished:
+            reason = None
         if reason:
             self.finished.add(index)
         if reason == "stop" and (before.get("tool_calls") or delta.get("tool_calls")):
@@ -5390,7 +5458,7 @@ class APIAnswer:
 
 def is_text(choice: Any) -> bool:
     """Return whether a choice is as nearly all are: a piece of text, which needs no completion."""
-    if type(choice) is not dict or type(choice.get("index")) is not int or choice.get("finish_reason", "") is not None:
+    if type(choice) is not dict or choice.get("index") != 0 or choice.get("finish_reason", "") is not None:
         return False
     delta = choice.get("delta")
     return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
@@ -5414,6 +5482,15 @@ def split_parts(delta: JSONObject) -> None:
         delta["content_parts"] = others
 
 
+def joined_bytes(chunks: Iterable[bytes], upstream: str) -> bytes:
+    whole = bytearray()
+    for chunk in chunks:
+        whole += chunk
+        if len(whole) > MAX_UPSTREAM_BYTES:
+            raise invalid_response(upstream, f"an answer of more than {MAX_UPSTREAM_BYTES} bytes")
+    return bytes(whole)
+
+
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line = bytearray()  # whose end has not come
@@ -5433,6 +5510,8 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                 is_first = False
             for text in lines:
                 text = text.rstrip(b"\r")
+                if text.startswith(b"error:"):  # llama.cpp
+                    text = b'data:{"error":%s}' % text[6:]
                 if text.startswith(b"data:"):
                     data.append(text[5:].removeprefix(b" "))
                     data_size += len(text)
@@ -5588,7 +5667,7 @@ class OpenAIProvider(Provider):
             if extra:
                 kept["extra_content"] = extra
             if kept and calls:
-                *_, digest = conversation_digests(asked.model, messages)
+                *_, digest = conversation_digests(asked.model, [*messages, message_of(plain_value(choice))])
                 name = f"{self.name} {digest} {next(iter(calls))['id']}"
                 asked.sessions.keep_reasoning(asked.owner, name, kept)
 
@@ -5599,7 +5678,7 @@ class OpenAIProvider(Provider):
         if not any(message.get("tool_calls") for message in messages):
             return messages
         restored = []
-        for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=False):
+        for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=True):
             calls = message.get("tool_calls")
             if calls and all(message.get(name) is None for name in REASONING_FIELDS):
                 kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
@@ -5615,7 +5694,7 @@ class OpenAIProvider(Provider):
             answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
             try:
                 data = [encoded_embedding(entry, body.get("encoding_format")) for entry in answer["data"]]
-            except (AttributeError, LookupError, TypeError, ValueError, struct.error):
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
                 raise invalid_response(self._api.name, "no embeddings") from None
             return {**answer, "data": data}, rate_limits(response.headers)
 

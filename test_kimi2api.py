@@ -1081,9 +1081,7 @@ def says_call(**call: Any) -> list[Any]:
     ("request_", "param"),
     [
         pytest.param({"stop": 5}, "stop", id="stop as number"),
-        pytest.param({"stop": ["a"] * 5}, "stop", id="five stops"),
         pytest.param({"stop": [1]}, "stop[0]", id="stops as numbers"),
-        pytest.param({"max_tokens": 0}, "max_tokens", id="max_tokens of 0"),
         pytest.param({"max_tokens": True}, "max_tokens", id="max_tokens as true"),
         pytest.param({"max_completion_tokens": "9"}, "max_completion_tokens", id="max_completion_tokens as text"),
         pytest.param({"temperature": "hot"}, "temperature", id="temperature as text"),
@@ -1109,7 +1107,6 @@ def says_call(**call: Any) -> list[Any]:
         pytest.param(
             {"response_format": {"type": "json_schema"}}, "response_format.json_schema", id="no schema"
         ),
-        pytest.param({"n": 0}, "n", id="n of 0"),
         pytest.param({"logit_bias": []}, "logit_bias", id="logit_bias as list"),
         pytest.param({"messages": says_call()}, "messages[0].tool_calls[0].function", id="call without function"),
         pytest.param(
@@ -1351,7 +1348,6 @@ def test_a_completion_passes_what_chats_have_to_an_api(make: Make, both: dict[st
         pytest.param("suffix", "end", id="suffix"),
         pytest.param("best_of", 2, id="best of two"),
         pytest.param("logprobs", 3, id="log probabilities"),
-        pytest.param("max_tokens", 0, id="no tokens"),
     ],
 )
 def test_a_completion_that_no_chat_can_give_is_a_400(app: Client, kimi: WebChat, field: str, value: Any) -> None:
@@ -4673,6 +4669,9 @@ def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat
     ("field", "request_"),
     [
         pytest.param("n", {"n": 2}, id="n"),
+        pytest.param("n", {"n": 0}, id="n of 0"),
+        pytest.param("stop", {"stop": ["a"] * 5}, id="five stops"),
+        pytest.param("max_tokens", {"max_tokens": 0}, id="no tokens"),
         pytest.param("logprobs", {"logprobs": True}, id="logprobs"),
         pytest.param("audio", {"audio": {"voice": "x"}}, id="audio"),
         pytest.param("modalities", {"modalities": ["text", "audio"]}, id="modalities"),
@@ -5390,8 +5389,10 @@ def test_one_clients_refused_value_costs_another_nothing(make: Make, both: dict[
         "cannot specify both temperature and top_p", lambda body: "temperature" in body and "top_p" in body)
     app = make(**both)
     assert chat(app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "temperature"
-    assert chat(app, model="local/k2", temperature=0.7).status_int == 200
-    assert api.asked[-1][2]["temperature"] == 0.7 and len(api.asked) == 3
+    for value in (0.5, 0.7):
+        assert chat(app, model="local/k2", temperature=value).status_int == 200
+        assert api.asked[-1][2]["temperature"] == value
+    assert len(api.asked) == 4
 
 
 def test_only_a_change_that_helped_is_remembered(make: Make, both: dict[str, str], api: Api) -> None:
@@ -5965,7 +5966,7 @@ def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str,
     assert is_error(response, 418, "c…") and "key … of ……" in response.text
 
 
-def piece(index: Any = 0, id: Any = None, name: Any = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
+def bit(index: Any = 0, id: Any = None, name: Any = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
     """A delta with a piece of a tool call, without what is None."""
     function = {"name": name, "arguments": arguments}
     function = {key: value for key, value in function.items() if value is not None}
@@ -6006,27 +6007,27 @@ THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
 @pytest.mark.parametrize(
     ("deltas", "expected"),
     [
-        pytest.param([piece(0, "c1", "a", ""), piece(0, "", "", '{"x":1}')], ["c1"], id="id and name repeated empty"),
-        pytest.param([piece(0, "c1", "a", '{"x"'), piece(0, "c1", "a", ":1}")], ["c1"], id="id and name repeated"),
-        pytest.param([piece(0, "c1", "", ""), piece(0, None, "a", '{"x":1}')], ["c1"], id="name comes second"),
+        pytest.param([bit(0, "c1", "a", ""), bit(0, "", "", '{"x":1}')], ["c1"], id="id and name repeated empty"),
+        pytest.param([bit(0, "c1", "a", '{"x"'), bit(0, "c1", "a", ":1}")], ["c1"], id="id and name repeated"),
+        pytest.param([bit(0, "c1", "", ""), bit(0, None, "a", '{"x":1}')], ["c1"], id="name comes second"),
         pytest.param(
-            [piece(0, "c1", "a", '{"x":1}'), piece(0, "c2", "b", '{"y":2}')], ["c1", "c2"], id="all have index 0"),
+            [bit(0, "c1", "a", '{"x":1}'), bit(0, "c2", "b", '{"y":2}')], ["c1", "c2"], id="all have index 0"),
         pytest.param(
-            [piece(None, "c1", "a", '{"x"'), piece(None, "c1", None, ":1}")], ["c1"], id="the same id, no index"),
+            [bit(None, "c1", "a", '{"x"'), bit(None, "c1", None, ":1}")], ["c1"], id="the same id, no index"),
         pytest.param(
-            [piece(None, "c1", "a", '{"x"'), piece(None, "c2", "b", ""), piece(None, "c1", None, ":1}"),
-             piece(None, "c2", None, '{"y":2}')], ["c1", "c2"], id="by turns, no index"),
+            [bit(None, "c1", "a", '{"x"'), bit(None, "c2", "b", ""), bit(None, "c1", None, ":1}"),
+             bit(None, "c2", None, '{"y":2}')], ["c1", "c2"], id="by turns, no index"),
         pytest.param(
-            [piece(0, "c1", "a", '{"x"'), piece(1, "c2", "b", ""), piece(0, None, None, ":1}"),
-             piece(1, None, None, '{"y":2}')], ["c1", "c2"], id="by turns"),
-        pytest.param([piece("0", "c1", "a", ""), piece("0", None, None, '{"x":1}')], ["c1"], id="index as text"),
-        pytest.param([piece(0, "c1", "a", {"x": 1})], ["c1"], id="arguments as an object"),
+            [bit(0, "c1", "a", '{"x"'), bit(1, "c2", "b", ""), bit(0, None, None, ":1}"),
+             bit(1, None, None, '{"y":2}')], ["c1", "c2"], id="by turns"),
+        pytest.param([bit("0", "c1", "a", ""), bit("0", None, None, '{"x":1}')], ["c1"], id="index as text"),
+        pytest.param([bit(0, "c1", "a", {"x": 1})], ["c1"], id="arguments as an object"),
         pytest.param(
-            [piece(0, "c1", "a", None), {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":1}'}}]}], ["c1"],
+            [bit(0, "c1", "a", None), {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":1}'}}]}], ["c1"],
             id="no arguments at first"),
         pytest.param(
-            [piece(None, "", "a", '{"x":1}'), piece(None, "", "b", '{"y":2}')], [None, None], id="no ids, no indexes"),
-        pytest.param([piece(0, "", "a", '{"x":1}'), piece(0, "", "b", '{"y":2}')], [None, None], id="no ids, index 0"),
+            [bit(None, "", "a", '{"x":1}'), bit(None, "", "b", '{"y":2}')], [None, None], id="no ids, no indexes"),
+        pytest.param([bit(0, "", "a", '{"x":1}'), bit(0, "", "b", '{"y":2}')], [None, None], id="no ids, index 0"),
         pytest.param(
             [{"tool_calls": [{"function": {"name": "a", "arguments": '{"x":1}'}},
                              {"function": {"name": "b", "arguments": '{"y":2}'}}]}], [None, None], id="in one chunk"),
@@ -6064,7 +6065,7 @@ def test_fields_of_a_call_are_kept_and_go_back(make: Make, both: dict[str, str],
         chat(app, messages=[*more.pop("messages", []), result], model="local/k2", **more)
         return api.asked[-1][2]["messages"][1]["tool_calls"][0].get("extra_content")
 
-    api.always = api_answers(deltas=[piece(0, "c1", "a", "{}", extra_content=signature)])
+    api.always = api_answers(deltas=[bit(0, "c1", "a", "{}", extra_content=signature)])
     message = chat(app, "x", model="local/k2", user="ada").json["choices"][0]["message"]
     assert message["tool_calls"][0]["extra_content"] == signature
     assert sent_back(user="ada") == signature
@@ -6084,7 +6085,7 @@ def test_fields_of_a_call_are_kept_and_go_back(make: Make, both: dict[str, str],
              {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "xy"}}]}],
             {"content": "xy"}, id="the whole message at the end"),
         pytest.param(
-            [api_chunk(piece(0, "c1", "a", '{"x":1}')),
+            [api_chunk(bit(0, "c1", "a", '{"x":1}')),
              {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": {"tool_calls": [WHOLE_CALL]}}]}],
             {"tool_calls": [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]}, id="the whole call at the end"),
         pytest.param(
@@ -6168,7 +6169,7 @@ def test_reasoning_by_any_name_is_an_item_and_goes_back_under_its_name(
 ) -> None:
     value: Any = "why" if field == "reasoning" else [{"type": "reasoning.text", "text": "why", "index": 0}]
     app = make(**both)
-    api.always = api_answers(deltas=[{field: value}, piece(0, "c1", "a", "{}")])
+    api.always = api_answers(deltas=[{field: value}, bit(0, "c1", "a", "{}")])
     tools = [{"type": "function", "name": "a"}]
     include = ["reasoning.encrypted_content"]
     response = respond(app, "x", model="local/k2", tools=tools, include=include).json
@@ -6181,7 +6182,7 @@ def test_reasoning_by_any_name_is_an_item_and_goes_back_under_its_name(
         assert respond(app, model="local/k2", tools=tools, **request).status_int == 200
         assert api.asked[-1][2]["messages"][1][field] == value
     # of a client that drops it
-    api.always = api_answers(deltas=[{field: value}, piece(0, "c2", "a", "{}")])
+    api.always = api_answers(deltas=[{field: value}, bit(0, "c2", "a", "{}")])
     message = chat(app, "y", model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
     assert message.pop(field) == value
     result = {"role": "tool", "tool_call_id": "c2", "content": "r"}
