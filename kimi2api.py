@@ -1375,6 +1375,14 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
     return text, "stop"
 
 
+def strip_code_fence(text: str) -> str:
+    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
+    text = text.strip()
+    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
+        return text
+    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
+
+
 PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
 
 
@@ -1513,18 +1521,33 @@ class TextCompletion(ChatCompletion):
 
 TEXT_PART = request_object({"text": STRING})
 FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
-INPUT_PART = request_object_by_type({
-    "input_text": TEXT_PART,
-    "output_text": TEXT_PART,
-    "refusal": request_object({"refusal": STRING}),
-    "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
-    "input_file": any_of(
-        request_object({"file_data": NON_EMPTY}, FILE_FIELDS),
-        request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
-})
+INPUT_PART = request_object_by_type(
+    {
+        "input_text": TEXT_PART,
+        "output_text": TEXT_PART,
+        "text": TEXT_PART,
+        "refusal": request_object({"refusal": STRING}),
+        "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
+        "input_file": any_of(
+            request_object({"file_data": NON_EMPTY}, FILE_FIELDS),
+            request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
+    },
+    allow_others=True,
+)
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
+FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": OBJECT}
+TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
+NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
+RESPONSES_TOOLS = array(request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True))
 CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
-CALL_OUTPUT = request_object({"call_id": STRING, "output": INPUT_CONTENT})
+CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, {"call_id": STRING})
+# Calls of tools that clients run, by the field that contains the arguments
+CLIENT_CALLS = {
+    "local_shell_call": "action",
+    "shell_call": "action",
+    "apply_patch_call": "operation",
+    "tool_search_call": "arguments",
+}
 INPUT_ITEM = request_object_by_type(
     {
         "message": request_object({
@@ -1540,11 +1563,17 @@ INPUT_ITEM = request_object_by_type(
         "function_call_output": CALL_OUTPUT,
         "custom_tool_call": request_object({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
         "custom_tool_call_output": CALL_OUTPUT,
+        **{kind: request_object({name: OBJECT}, {"call_id": STRING}) for kind, name in CLIENT_CALLS.items()},
+        "additional_tools": request_object({"tools": RESPONSES_TOOLS}),
+        "tool_search_output": request_object({"tools": RESPONSES_TOOLS}, {"call_id": STRING}),
+        "compaction": request_object({"encrypted_content": STRING}),
         "item_reference": request_object({"id": STRING}),
     },
     default="message",
+    allow_others=True,
 )
-ENCODED_REASONING = "kimi2api:"  # prefix of the fields of reasoning, as base64 of JSON; the client may read them
+ENCODED = "kimi2api:"  # prefix of base64 of JSON: of reasoning or of a summary; the client may read it
+SUMMARY = "This conversation was compacted. Its summary:\n\n"
 
 
 @dataclass(frozen=True)
@@ -1553,7 +1582,7 @@ class ToolName:
 
     name: str
     namespace: str | None = None
-    is_custom: bool = False  # its input is a text
+    kind: str = "function"
 
     @property
     def function(self) -> str:
@@ -1565,42 +1594,101 @@ def function_name(item: JSONObject) -> str:
     return ToolName(item["name"], item.get("namespace")).function
 
 
-def read_items(items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
-    """Convert items to messages.
+class ItemReader:
+    """Converts the items of a conversation to messages. What other servers made and only they understand is left out,
+    so that a conversation that began elsewhere goes on here."""
 
-    continues_previous: results whose calls are not among the items come first, as they follow the previous response.
-    """
-    messages: list[Message] = []
-    for role, group in itertools.groupby(map(as_message, items), itemgetter("role")):
-        if role == "assistant":
-            messages += join_answer(group)
+    def __init__(self) -> None:
+        self.ignored: set[str] = set()  # types of items, parts and tools
+        self.tools: list[JSONObject] = []  # among the items
+        self.compacts = False  # the conversation is to be summarized
+        self._last_call = ""  # its id
+
+    def read(self, items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
+        """Return the messages.
+
+        continues_previous: results whose calls are not among the items come first, as they follow the previous
+        response.
+        """
+        messages: list[Message] = []
+        converted = itertools.chain.from_iterable(map(self._as_messages, items))
+        for role, group in itertools.groupby(converted, itemgetter("role")):
+            if role == "assistant":
+                messages += join_answer(group)
+            else:
+                messages += group
+        return move_results(messages, continues_previous)
+
+    def ignore(self, kind: str) -> None:
+        if kind.isascii() and kind.isidentifier():  # other names may break the header
+            self.ignored.add(kind)
+
+    def _as_messages(self, item: JSONObject) -> Iterator[Message]:
+        """Convert an item to a message, or to none. The fields of an assistant's message are lists, which `join_answer`
+        joins."""
+        kind = item.get("type") or "message"
+        if kind == "message":
+            parts = self._read_parts(item["content"])
+            role = "system" if item["role"] == "developer" else item["role"]  # not every API knows developers
+            yield {"role": role, "content": parts if role == "assistant" else as_content(parts)}
+        elif kind == "reasoning":
+            yield {"role": "assistant", **read_reasoning(item)}
+        elif kind in ("function_call", "custom_tool_call") or kind in CLIENT_CALLS:
+            yield {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
+        elif kind.removesuffix("_output") in ("function_call", "custom_tool_call", "tool_search", *CLIENT_CALLS):
+            yield self._read_result(item)
+        elif kind == "compaction" and item["encrypted_content"].startswith(ENCODED):
+            yield {"role": "user", "content": SUMMARY + str(decoded(item["encrypted_content"]))}
+        elif kind == "compaction_trigger":
+            self.compacts = True
+        elif kind == "additional_tools":
+            self.tools += item["tools"]
         else:
-            messages += group
-    return move_results(messages, continues_previous)
+            self.ignore(kind)
+
+    def _read_call(self, item: JSONObject, kind: str) -> JSONObject:
+        self._last_call = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
+        arguments = item.get("arguments")
+        name = kind.removesuffix("_call")
+        if kind in CLIENT_CALLS:
+            arguments = dump_json(item[CLIENT_CALLS[kind]]).decode()
+        else:
+            name = function_name(item)
+        if kind == "custom_tool_call":
+            arguments = dump_json({"input": item["input"]}).decode()
+        return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def _read_result(self, item: JSONObject) -> Message:
+        content = item.get("output")
+        if "tools" in item:
+            self.tools += item["tools"]
+            content = "Found: " + ", ".join(str(tool.get("name")) for tool in item["tools"])
+        elif isinstance(content, list) and all("type" in part for part in content):
+            content = as_content(self._read_parts(content))
+        elif not isinstance(content, str):
+            content = dump_json(content).decode()
+        return {"role": "tool", "tool_call_id": item.get("call_id") or self._last_call, "content": content}
+
+    def _read_parts(self, content: Any) -> list[JSONObject]:
+        """Convert content to parts that chats have, without empty texts."""
+        if isinstance(content, str):
+            content = [{"type": "input_text", "text": content}]
+        parts = [as_part(part) for part in content if part.get("text") != ""]
+        for part, given in zip(parts, content, strict=False):
+            if part is None:
+                self.ignore(given["type"])
+        return [part for part in parts if part]
 
 
-def as_message(item: JSONObject) -> Message:
-    """Convert an item to a message. The fields of an assistant's message are lists, which `join_answer` joins."""
-    kind = item.get("type") or "message"
-    if kind == "message":
-        role = item["role"]
-        parts = read_parts(item["content"])
-        if role == "assistant":
-            return {"role": role, "content": parts}
-        if role == "developer":  # not every API knows developers
-            role = "system"
-        return {"role": role, "content": as_content(parts)}
-    if kind == "reasoning":
-        return {"role": "assistant", **read_reasoning(item)}
-    if kind.endswith("_output"):
-        content = as_content(read_parts(item["output"]))
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": content}
-    arguments = item.get("arguments")
-    if kind == "custom_tool_call":
-        arguments = dump_json({"input": item["input"]}).decode()
-    function = {"name": function_name(item), "arguments": arguments}
-    call = {"id": item["call_id"], "type": "function", "function": function}
-    return {"role": "assistant", "tool_calls": [call]}
+def decoded(text: str) -> Any:
+    """Return the value that a text with the prefix ENCODED contains, or None."""
+    with suppress(ValueError):
+        return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
+    return None
+
+
+def encoded(value: Any) -> str:
+    return ENCODED + b64encode(dump_json(value)).decode()
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
@@ -1628,15 +1716,11 @@ def move_results(messages: list[Message], continues_previous: bool) -> list[Mess
     return [message for _, message in placed]
 
 
-def read_parts(content: Any) -> list[JSONObject]:
-    """Convert content to parts that chats have, without empty texts."""
-    if isinstance(content, str):
-        content = [{"type": "input_text", "text": content}]
-    return [read_part(part) for part in content if part.get("text") != ""]
-
-
-def read_part(part: JSONObject) -> JSONObject:
+def as_part(part: JSONObject) -> JSONObject | None:
+    """Convert a part to a chat's, or return None if chats have no such part."""
     kind = part["type"]
+    if kind in ("input_text", "output_text", "text"):
+        return {"type": "text", "text": part["text"]}
     if kind == "refusal":
         return {"type": "refusal", "refusal": part["refusal"]}
     if kind == "input_image":
@@ -1647,7 +1731,7 @@ def read_part(part: JSONObject) -> JSONObject:
     if kind == "input_file":
         file = {name: part[name] for name in FILE_FIELDS if part.get(name)}
         return {"type": "file", "file": file}
-    return {"type": "text", "text": part["text"]}
+    return None
 
 
 def as_content(parts: list[JSONObject]) -> Any:
@@ -1663,11 +1747,11 @@ def joined_text(parts: list[JSONObject]) -> str:
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    encoded = item.get("encrypted_content") or ""
-    if encoded.startswith(ENCODED_REASONING):  # otherwise another server encoded it
-        with suppress(ValueError):
-            fields = parse_upstream_object(b64decode(encoded[len(ENCODED_REASONING):], validate=True))
-            return reasoning_fields(fields or {})
+    source = item.get("encrypted_content") or ""
+    if source.startswith(ENCODED):  # otherwise another server encoded it
+        fields = decoded(source)
+        if isinstance(fields, dict):
+            return reasoning_fields(fields)
     text = joined_text(item.get("content") or item.get("summary") or [])
     return {"reasoning_content": text} if text else {}
 
@@ -1679,10 +1763,6 @@ def read_reasoning(item: JSONObject) -> JSONObject:
 # request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
-FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION}
-TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
-NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
-RESPONSES_TOOL = request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True)
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
 CHOSEN_FUNCTIONS = {"function": CHOSEN_TOOL, "custom": CHOSEN_TOOL}
 CHOSEN_TOOLS = request_object_by_type({
@@ -1723,11 +1803,11 @@ RESPONSES_REQUEST = request_object(
         "instructions": STRING,
         "previous_response_id": STRING,
         "store": BOOLEAN,
-        "tools": array(RESPONSES_TOOL),
+        "tools": RESPONSES_TOOLS,
         "tool_choice": any_of(choice_of("none", "auto", "required"), CHOSEN_TOOLS),
         "parallel_tool_calls": BOOLEAN,
-        "text": request_object({}, {"format": TEXT_FORMAT}),
-        "reasoning": request_object({}, {"effort": STRING}),
+        "text": request_object({}, {"format": TEXT_FORMAT, "verbosity": STRING}),
+        "reasoning": request_object({}, {"effort": STRING, "summary": STRING}),
         "include": array(STRING),
         "max_output_tokens": POSITIVE,
         "truncation": choice_of("auto", "disabled"),
@@ -1747,74 +1827,90 @@ PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
 }
 
 
-@dataclass(frozen=True)
+COMPACT = (
+    "Summarize this conversation so that a model that knows only your summary can continue the work. State what the "
+    "user asked for, each decision and its reason, every change that was made, what was found, and what is still open. "
+    "Keep names, paths, commands and figures exactly as they are. Write only the summary.")
+
+
 class ResponsesRequest:
     """A checked request for a response."""
 
-    body: JSONObject
-    messages: list[Message]  # of the input
-    functions: list[JSONObject]  # the tools in the form of chat requests
-    tools: dict[str, ToolName]  # by function name
-    ignored: set[str]  # types of tools that only OpenAI can run
+    def __init__(self, body: JSONObject) -> None:
+        self.body = body
+        self.reader = ItemReader()
+        self.messages: list[Message] = []  # of the input
+        self.tools: dict[str, ToolName] = {}  # by function name
+        self._functions: dict[str, JSONObject] = {}  # the tools in the form of chat requests, by name
 
     @classmethod
-    def parse(cls, raw: bytes, find_item: Callable[[str], JSONObject | None]) -> ResponsesRequest:
-        """Parse the body of a request. find_item: returns an item of a stored response by its id.
-
-        Raises APIError 400 with `param` naming the field.
-        """
+    def parse(cls, raw: bytes) -> ResponsesRequest:
+        """Parse the body of a request. Raises APIError 400 with `param` naming the field."""
         body = parse_body(raw, RESPONSES_REQUEST)
         for name in ("background", "conversation", "prompt"):
             if body.get(name):
                 raise bad_request(f"'{name}' is not supported.", name, "unsupported_value")
+        return cls(body)
+
+    def to_chat_request(
+        self,
+        system: Iterable[Message],
+        tools: Iterable[JSONObject],
+        find_item: Callable[[str], JSONObject | None],
+    ) -> ChatRequest:
+        """Convert to a chat request without `user`, which opens no session.
+
+        system, tools: of previous responses; find_item: returns an item of a stored response by its id.
+        Raises APIError 400 in the terms of chat requests; see `translate_error`.
+        """
+        body = self.body
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
         continues_previous = bool(body.get("previous_response_id"))
-        messages = read_items(resolve_references(items, find_item), continues_previous)
-        if not messages:
-            raise bad_request("'input' has no message.", "input")
-        request = cls(body, messages, [], {}, set())
-        request._read_tools(body.get("tools") or [], None)
-        return request
-
-    def to_chat_request(self, system: Iterable[Message]) -> ChatRequest:
-        """Convert to a chat request without `user`, which opens no session. system: messages of previous responses.
-
-        Raises APIError 400 in the terms of chat requests; see `translate_error`.
-        """
-        body = self.body
+        self.messages = self.reader.read(resolve_references(items, find_item), continues_previous)
         messages = [*system]
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
-        text = body.get("text") or {}
-        reasoning = body.get("reasoning") or {}
-        choice = body.get("tool_choice")
+        messages += self.messages
+        if self.reader.compacts:
+            messages.append({"role": "user", "content": COMPACT})
+        elif not self.messages:
+            raise bad_request("'input' has no message.", "input")
         fields = {name: body.get(name) for name in SAME_IN_CHATS}
-        fields["messages"] = messages + self.messages
+        fields["messages"] = messages
         fields["max_tokens"] = body.get("max_output_tokens")
-        fields["reasoning_effort"] = reasoning.get("effort") or None
-        fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
-        if self.functions:
-            fields["tools"] = self.functions
-            fields["parallel_tool_calls"] = body.get("parallel_tool_calls")
-        if self.functions or choice not in ("auto", "none"):
-            fields["tool_choice"] = as_tool_choice(choice)
+        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
+        if not self.reader.compacts:
+            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools], None)
+            self._add_form(fields)
         chat = {name: value for name, value in fields.items() if value is not None}
         return replace(ChatRequest.of(chat), user=None)
+
+    def _add_form(self, fields: JSONObject) -> None:
+        """Add the fields for the form of the answer and for tools."""
+        text = self.body.get("text") or {}
+        fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
+        fields["verbosity"] = text.get("verbosity")
+        choice = self.body.get("tool_choice")
+        if self._functions:
+            fields["tools"] = [{"type": "function", "function": function} for function in self._functions.values()]
+            fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
+        if self._functions or choice not in ("auto", "none"):
+            fields["tool_choice"] = as_tool_choice(choice)
 
     def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
         for tool in tools:
             kind = tool["type"]
             if kind == "namespace" and namespace is None:
                 self._read_tools(tool["tools"], tool["name"])
-            elif kind in ("function", "custom"):
-                name = ToolName(tool["name"], namespace, kind == "custom")
+            elif kind in ("function", "custom") or tool.get("execution") == "client":
+                name = ToolName(tool.get("name") or kind, namespace, kind)
                 if self.tools.setdefault(name.function, name) != name:
                     raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-                self.functions.append({"type": "function", "function": as_function(tool, name)})
-            elif kind.isascii() and kind.isidentifier():  # other names may break the header
-                self.ignored.add(kind)
+                self._functions[name.function] = as_function(tool, name)
+            else:
+                self.reader.ignore(kind)
 
 
 def translate_error(error: APIError) -> APIError:
@@ -1863,7 +1959,7 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     """Convert a tool to the function that the upstream gets."""
     function: JSONObject = {"name": name.function}
     description = tool.get("description") or ""
-    if name.is_custom:
+    if name.kind == "custom":
         function["parameters"] = object_of({"input": STRING})
         grammar = tool.get("format")
         if isinstance(grammar, dict) and grammar.get("definition"):
@@ -1889,9 +1985,16 @@ MAX_ITEMS = 1000
 
 
 def custom_input(arguments: str) -> str:
-    """Return the input of a custom tool from the arguments of its function."""
-    value = (parse_upstream_object(arguments.encode()) or {}).get("input")
-    return value if isinstance(value, str) else arguments
+    """Return the input of a custom tool from the arguments of its function. Models give it other names, such as `code`
+    or `patch`, and fence it."""
+    fields = parse_upstream_object(arguments.encode()) or {}
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    value = fields.get("input", texts[0] if len(texts) == 1 else arguments)
+    return strip_code_fence(value if isinstance(value, str) else arguments)
+
+
+def tool_search_arguments(arguments: str) -> JSONObject:
+    return parse_upstream_object(arguments.encode()) or {}
 
 
 @dataclass(frozen=True)
@@ -1900,10 +2003,12 @@ class ItemKind:
 
     prefix: str  # of the ids
     fields: JSONObject  # of a new item
-    events: str  # prefix of the names of the text's events
+    events: str  # prefix of the names of the text's events; empty: it has none
     field: str  # for the complete text
-    part: JSONObject | None = None  # of the content, without the text
-    finish: Callable[[str], str] = str  # converts the upstream's text to the complete text
+    part: JSONObject | None = None  # of the list that contains the text, without the text
+    list_field: str = "content"  # for this list
+    part_events: str = "content_part"  # prefix of the names of the part's events
+    finish: Callable[[str], Any] = str  # converts the upstream's text to the value of the field
     is_streamed: bool = True  # the text is sent as it arrives
 
 
@@ -1911,6 +2016,10 @@ MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
 REASONING_KIND = ItemKind(
     "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
     {"type": "reasoning_text", "text": ""})
+SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing else
+    "rs", {"type": "reasoning", "summary": []}, "reasoning_summary_text", "text",
+    {"type": "summary_text", "text": ""}, "summary", "reasoning_summary_part")
+COMPACTION = ItemKind("cmp", {"type": "compaction"}, "", "encrypted_content", finish=encoded, is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
     "reasoning_content": REASONING_KIND,
     "content": ItemKind(
@@ -1921,9 +2030,15 @@ TEXT_KINDS = {  # by the field of a delta
 FUNCTION_CALL = ItemKind(
     "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
     finish=lambda arguments: arguments or "{}")  # some APIs leave empty arguments out
-CUSTOM_CALL = ItemKind(
-    "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
-    finish=custom_input, is_streamed=False)
+CALL_KINDS = {
+    "function": FUNCTION_CALL,
+    "custom": ItemKind(
+        "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
+        finish=custom_input, is_streamed=False),
+    "tool_search": ItemKind(
+        "tsc", {"type": "tool_search_call", "execution": "client", "arguments": {}}, "", "arguments",
+        finish=tool_search_arguments, is_streamed=False),
+}
 
 
 class OutputItem:
@@ -1937,9 +2052,10 @@ class OutputItem:
         self.is_done = False
         self._index = index
         self._pieces: list[str] = []
+        self._annotations: list[JSONObject] = []
         self._emit("output_item.added", item=self.item)
         if kind.part:
-            self._emit_text("content_part.added", part=kind.part)
+            self._emit_text(f"{kind.part_events}.added", part=kind.part)
 
     def add(self, text: str) -> None:
         self._pieces.append(text)
@@ -1951,30 +2067,38 @@ class OutputItem:
         text = "".join(self._pieces)
         return self.kind.part is not None or parse_upstream_object(text.encode()) is not None
 
+    def annotate(self, annotation: JSONObject) -> None:
+        self._annotations.append(annotation)
+        self._emit_text(
+            "output_text.annotation.added", annotation=annotation, annotation_index=len(self._annotations) - 1)
+
     def end(self, status: str) -> None:
+        kind = self.kind
         self.is_done = True
         text = "".join(self._pieces)
-        was_sent = self.kind.is_streamed and text
-        if status == "completed":
-            text = self.kind.finish(text)
-        if text and not was_sent:
-            self._emit_text(f"{self.kind.events}.delta", delta=text)
-        written: JSONObject = {self.kind.field: text}
-        self._emit_text(f"{self.kind.events}.done", **written)
-        if self.kind.part:
-            part = {**self.kind.part, **written}
-            self._emit_text("content_part.done", part=part)
-            written = {"content": [part]}
+        was_sent = kind.is_streamed and text
+        value = kind.finish(text) if status == "completed" or not kind.events else text
+        written: JSONObject = {kind.field: value}
+        if kind.events:
+            if value and not was_sent:
+                self._emit_text(f"{kind.events}.delta", delta=value)
+            self._emit_text(f"{kind.events}.done", **written)
+        if kind.part:
+            part = {**kind.part, **written}
+            if self._annotations:
+                part["annotations"] = self._annotations
+            self._emit_text(f"{kind.part_events}.done", part=part)
+            written = {kind.list_field: [part]}
         if "encrypted_content" in self.item:
-            fields = dump_json(reasoning_fields(self.reasoning))
-            written["encrypted_content"] = ENCODED_REASONING + b64encode(fields).decode()
+            written["encrypted_content"] = encoded(reasoning_fields(self.reasoning))
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
 
     def _emit_text(self, event: str, **fields: Any) -> None:
         if self.kind.part:
-            fields["content_index"] = 0
-        if event.startswith("output_text"):
+            index = "summary_index" if self.kind is SUMMARY_KIND else "content_index"
+            fields[index] = 0
+        if event in ("output_text.delta", "output_text.done"):
             fields["logprobs"] = []
         if event == "function_call_arguments.done":
             fields["name"] = self.item["name"]
@@ -2008,7 +2132,6 @@ ECHOED: JSONObject = {  # settings of the request that the Response repeats, wit
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
     "tools": [],
-    "top_logprobs": 0,
     "top_p": 1.0,
     "truncation": "disabled",
     "user": None,
@@ -2033,6 +2156,9 @@ class ResponseWriter:
         self._items: list[OutputItem] = []
         self._sent = 0  # number of items whose events are all sent
         self._calls: dict[int, OutputItem] = {}  # by index in deltas
+        self._kinds = TEXT_KINDS
+        if (request.body.get("reasoning") or {}).get("summary"):
+            self._kinds = {**TEXT_KINDS, "reasoning_content": SUMMARY_KIND}
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         *_, last = self._events(deltas)
@@ -2083,6 +2209,8 @@ class ResponseWriter:
             if not item.is_done:
                 item.end("incomplete" if fields else "completed")
         yield from self._item_events()
+        if self._request.reader.compacts and not self._items:
+            raise invalid_response("The upstream", "no summary")
         response = self._response(status, usage=response_usage(usage), **fields)
         if self._record:
             self._record(response)
@@ -2105,14 +2233,20 @@ class ResponseWriter:
             self._sent += 1
 
     def _add(self, delta: JSONObject) -> None:
-        for name, kind in TEXT_KINDS.items():
-            text = reasoning_text(delta) if kind is REASONING_KIND else delta.get(name)
+        if self._request.reader.compacts:
+            if delta.get("content"):
+                self._item(COMPACTION).add(delta["content"])
+            return
+        for name, kind in self._kinds.items():
+            text = reasoning_text(delta) if name == "reasoning_content" else delta.get(name)
             if text:
-                if not self._items or self._items[-1].kind is not kind:
-                    self._begin_item(kind, {})
-                self._items[-1].add(text)
-            if kind is REASONING_KIND and self._items and self._items[-1].kind is kind:
+                self._item(kind).add(text)
+            if name == "reasoning_content" and self._items and self._items[-1].kind is kind:
                 merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
+        for annotation in delta.get("annotations") or ():
+            fields = annotation.get(annotation.get("type")) if isinstance(annotation, dict) else None
+            if isinstance(fields, dict):
+                self._item(TEXT_KINDS["content"]).annotate({"type": annotation["type"], **fields})
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] not in self._calls:
@@ -2122,11 +2256,18 @@ class ResponseWriter:
 
     def _begin_call(self, call: JSONObject, name: str) -> None:
         tool = self._request.tools.get(name) or ToolName(name)
-        fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}", "name": tool.name}
+        fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}"}
+        if tool.kind != "tool_search":
+            fields["name"] = tool.name
         if tool.namespace:
             fields["namespace"] = tool.namespace
-        kind = CUSTOM_CALL if tool.is_custom else FUNCTION_CALL
-        self._calls[call["index"]] = self._begin_item(kind, fields)
+        self._calls[call["index"]] = self._begin_item(CALL_KINDS[tool.kind], fields)
+
+    def _item(self, kind: ItemKind) -> OutputItem:
+        """Return the current item if it is of this kind, else a new item."""
+        if self._items and self._items[-1].kind is kind:
+            return self._items[-1]
+        return self._begin_item(kind, {})
 
     def _begin_item(self, kind: ItemKind, fields: JSONObject) -> OutputItem:
         """Begin an item. End the item before, unless more of it may come."""
@@ -2136,16 +2277,16 @@ class ResponseWriter:
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
         included = self._request.body.get("include") or ()
-        if kind is REASONING_KIND and "reasoning.encrypted_content" in included:
+        if kind.prefix == "rs" and "reasoning.encrypted_content" in included:
             fields["encrypted_content"] = None
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
         return item
 
     def _with_ignored(self, headers: Headers) -> Headers:
-        if not self._request.ignored:
+        names = sorted(self._request.reader.ignored)
+        if not names:
             return headers
-        names = sorted(self._request.ignored)
         if "X-Kimi2api-Ignored" in headers:
             names.append(headers["X-Kimi2api-Ignored"])
         return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
@@ -2164,6 +2305,7 @@ class ResponseWriter:
             "model": self._model,
             "output": [item.item for item in self._items],
             "usage": None,
+            "top_logprobs": 0,  # none are sent
             **fields,
         }
         for name, default in ECHOED.items():
@@ -2955,7 +3097,9 @@ class Session:
 
     id: str
     document: Document = NO_DOCUMENT  # in which the session is stored
-    system: Turn = ()  # of a stored response: the system messages in its input and in the inputs that it continues
+    # Of a stored response: the system messages, and the tools, in its input and in the inputs that it continues
+    system: Turn = ()
+    tools: tuple[JSONObject, ...] = ()
     response: JSONObject | None = None
 
     @cached_property
@@ -3030,7 +3174,8 @@ class Sessions:
         if document is None:
             return None
         head = json.loads(split_lines(document)[0])
-        return Session(head["id"], document, tuple(head.get("system", ())), head.get("response"))
+        return Session(
+            head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())), head.get("response"))
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new session, which is stored when a turn is recorded."""
@@ -3066,10 +3211,13 @@ class Sessions:
         opened: Session,
         response: JSONObject,
         system: Iterable[Message],
+        tools: Sequence[JSONObject],
         turns: Iterable[Turn],
     ) -> None:
         """Store a response with its conversation, which later responses may continue."""
-        head = {"id": opened.id, "system": list(map(stored_message, system)), "response": response}
+        head = {
+            "id": opened.id, "system": list(map(stored_message, system)), "tools": tools, "response": response,
+        }
         document = new_document(dump_json(head), dump_turns(turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
@@ -4510,14 +4658,6 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
     if not isinstance(arguments, dict):
         raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
     return name, replace_lone_surrogates(json.dumps(arguments, ensure_ascii=False))
-
-
-def strip_code_fence(text: str) -> str:
-    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
-    text = text.strip()
-    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
-        return text
-    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
 
 
 BRACKET = re.compile(r"[{}\[\]]")
@@ -6171,13 +6311,18 @@ def record_response(
     """Keep a response, with all that a next one goes on from."""
     message = stats.fold.message()
     answer = (message,) if message["content"] or message.get("tool_calls") else ()
-    turns = append_turns(previous.turns, request.turns)
-    if turns:
-        *older, newest = turns
-        turns = (*older, (*newest, *answer))
+    if asked.reader.compacts:
+        turns = append_turns((), [tuple(ItemReader().read(response["output"]))])
+        previous = replace(previous, document=NO_DOCUMENT)
+    else:
+        turns = append_turns(previous.turns, request.turns)
+        if turns:
+            *older, newest = turns
+            turns = (*older, (*newest, *answer))
     # Later responses inherit system messages of the input, unlike the instructions
     system = [*previous.system, *filter(is_system, asked.messages)]
-    sessions.record_response(owner, previous, response, system, turns)
+    tools = [*previous.tools, *asked.reader.tools]
+    sessions.record_response(owner, previous, response, system, tools, turns)
 
 
 def pace(
@@ -6262,10 +6407,10 @@ class App:
         return self._complete(request, TextCompletion(request.include_usage), AnswerStats())
 
     def create_response(self) -> bytes:
-        asked = ResponsesRequest.parse(self._body(), self._stored_item)
+        asked = ResponsesRequest.parse(self._body())
         previous = self._previous_response(asked.body.get("previous_response_id"))
         try:
-            request = asked.to_chat_request(previous.system)
+            request = asked.to_chat_request(previous.system, previous.tools, self._stored_item)
             stats = AnswerStats()
             record = partial(record_response, self.sessions, current_owner(), previous, asked, request, stats)
             is_stored = asked.body.get("store") is not False

@@ -1698,10 +1698,9 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"input": None}, "input", id="no input"),
         pytest.param({"input": []}, "input", id="no items"),
         pytest.param({"input": [{"type": "item_reference", "id": "x"}]}, "input", id="reference"),
-        pytest.param({"input": [USER, {"type": "web_search_call"}]}, "input[1].type", id="unknown item"),
+        pytest.param({"input": [{"type": "web_search_call"}]}, "input", id="unknown item alone"),
         pytest.param({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", id="role"),
         pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
-        pytest.param(parts({"type": "text", "text": "x"}), "input[0].content[0].type", id="part of chats"),
         pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
         pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
         pytest.param(
@@ -1715,16 +1714,10 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param(
             {"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments", id="half a call"
         ),
-        pytest.param({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", id="no call id"),
         pytest.param(
             {"input": [USER, {"type": "function_call_output", "call_id": "c", "output": [IMAGE]}]},
             "input",
             id="image from a tool for the web chat",
-        ),
-        pytest.param(
-            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "text", "text": "x"}]}]},
-            "input[0].output[0].type",
-            id="part of chats as output",
         ),
         pytest.param({"tools": [{"type": "function"}]}, "tools[0].name", id="tool without a name"),
         pytest.param(
@@ -1844,7 +1837,7 @@ def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
     def seconds(count: int) -> float:
         items = [call, *[item] * count]
         started = time.thread_time()  # of the processor, whatever else the machine does
-        (message,) = kimi2api.read_items(items)
+        (message,) = kimi2api.ItemReader().read(items)
         assert len(message["content"] or message["reasoning_content"]) >= count * 500
         return time.thread_time() - started
 
