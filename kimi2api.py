@@ -2946,7 +2946,7 @@ class Session:
     id: str
     document: Document = NO_DOCUMENT  # in which the session is stored
     system: Turn = ()  # of a stored response: the system messages in its input and in the inputs that it continues
-    response: JSONObject | None = None
+    response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
 
     @cached_property
     def turns(self) -> Turns:
@@ -3020,7 +3020,7 @@ class Sessions:
         if document is None:
             return None
         head = json.loads(split_lines(document)[0])
-        return Session(head["id"], document, tuple(head.get("system", ())), head.get("response"))
+        return Session(head["id"], document, tuple(head.get("system", ())), head.get("response", {}))
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new session, which is stored when a turn is recorded."""
@@ -6031,7 +6031,7 @@ class Slots:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chats
 #
-# What is remembered of an answer before its client can see that it is complete, and the pace of a replay.
+# Stages of a chat between its provider and its format: remember an answer, and replay it at a pace.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -6048,39 +6048,6 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
         yield delta
     save()
     yield from held
-
-
-def record_turn(
-    sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats,
-) -> None:
-    """Record what the user has said and the answer in the user's session."""
-    message = stats.fold.message()
-    if not (message["content"] or message.get("tool_calls")):
-        log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
-        return
-    violation = find_violation(message, MESSAGE)
-    if violation:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
-    elif request.turns and request.user:
-        *older, newest = request.turns
-        turns = [*older, (*newest, message)]
-        sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
-
-
-def record_response(
-    sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
-    stats: AnswerStats, response: JSONObject,
-) -> None:
-    """Keep a response, with all that a next one goes on from."""
-    message = stats.fold.message()
-    answer = (message,) if message["content"] or message.get("tool_calls") else ()
-    turns = append_turns(previous.turns, request.turns)
-    if turns:
-        *older, newest = turns
-        turns = (*older, (*newest, *answer))
-    # Later responses inherit system messages of the input, unlike the instructions
-    system = [*previous.system, *filter(is_system, asked.messages)]
-    sessions.record_response(owner, previous, response, system, turns)
 
 
 def pace(
@@ -6108,11 +6075,11 @@ def pace(
 # The program's state while it runs, and what it does for each route.
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXPOSED_HEADERS = ", ".join([
-    "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
-    "x-should-retry",
-    *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
-])
+EXPOSED_HEADERS = (
+    "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, X-Kimi2api-Tools-Dropped, Retry-After, x-should-retry, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+)
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -6170,7 +6137,7 @@ class App:
         try:
             request = asked.to_chat_request(previous.system)
             stats = AnswerStats()
-            record = partial(record_response, self.sessions, current_owner(), previous, asked, request, stats)
+            record = partial(self._record_response, previous, asked, request, stats)
             is_stored = asked.body.get("store") is not False
             writer = ResponseWriter(asked, record if is_stored else None)
             return self._complete(request, writer, stats, previous)
@@ -6198,39 +6165,72 @@ class App:
         """Answer a chat: its stages, in order. previous: what it continues, instead of its user's session."""
         model = request.model or self.settings.default_model
         owner = current_owner()
-        sent = 0
         begin = partial(self._begin_stream, writer) if request.stream else None
-        with self._admitted(model, begin) as client:
-            try:
-                with self._counted(stats, client):
-                    session = previous or self.sessions.open(owner, request.user)
-                    history = () if request.has_history and not previous else session.turns
-                    asked = ProviderRequest(request, model, history, session.id, owner, self.sessions, stats, client)
-                    deltas = self.providers.answer(model, asked)
-                    if request.user:
-                        save = partial(record_turn, self.sessions, owner, session, request, stats)
-                        deltas = remember(deltas, save)
-                    if not request.stream:
-                        answer = writer.json(deltas)
-                        set_headers({"Content-Type": "application/json", **writer.headers})
-                        return answer
-                    interval = self.settings.stream_interval_ms / 1000
-                    deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
-                    for event in writer.events(deltas):
-                        client.send(event)
-                        sent += 1
-            except Exception as error:
-                if not client.has_begun:
-                    raise
-                client.send(writer.failure(as_api_error(error), sent))
+        client = Client(bottle.request.environ, self.stopping, begin, self.settings.sse_keepalive)
+        sent = 0
+        try:
+            with self._counted(model, stats, client):
+                session = previous or self.sessions.open(owner, request.user)
+                history = () if request.has_history and not previous else session.turns
+                asked = ProviderRequest(request, model, history, session.id, owner, self.sessions, stats, client)
+                deltas = self.providers.answer(model, asked)
+                if request.user:
+                    deltas = remember(deltas, partial(self._record_turn, session, request, stats))
+                if not request.stream:
+                    answer = writer.json(deltas)
+                    set_headers({"Content-Type": "application/json", **writer.headers})
+                    return answer
+                interval = self.settings.stream_interval_ms / 1000
+                deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
+                for event in writer.events(deltas):
+                    client.send(event)
+                    sent += 1
+        except Exception as error:
+            if not client.has_begun:
+                raise
+            client.send(writer.failure(as_api_error(error), sent))
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
+
+    def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
+        """Record what the user has said and the answer in the user's session."""
+        message = stats.fold.message()
+        if not (message["content"] or message.get("tool_calls")):
+            log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
+            return
+        violation = find_violation(message, MESSAGE)
+        if violation:  # every later request would be refused for it
+            log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+        elif request.turns and request.user:
+            *older, newest = request.turns
+            turns = [*older, (*newest, message)]
+            self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
+
+    def _record_response(
+        self,
+        previous: Session,
+        asked: ResponsesRequest,
+        request: ChatRequest,
+        stats: AnswerStats,
+        response: JSONObject,
+    ) -> None:
+        """Store a response with the conversation that a later response continues."""
+        message = stats.fold.message()
+        answer = (message,) if message["content"] or message.get("tool_calls") else ()
+        turns = append_turns(previous.turns, request.turns)
+        if turns:
+            *older, newest = turns
+            turns = (*older, (*newest, *answer))
+        # Later responses inherit system messages of the input, unlike the instructions
+        system = [*previous.system, *filter(is_system, asked.messages)]
+        self.sessions.record_response(current_owner(), previous, response, system, turns)
 
     def create_embeddings(self) -> bytes:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
         stats = AnswerStats()
-        with self._admitted(model) as client, self._counted(stats, client):
+        client = Client(bottle.request.environ, self.stopping)
+        with self._counted(model, stats, client):
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers({"Content-Type": "application/json", **headers})
             return dump_json(answer)
@@ -6244,28 +6244,23 @@ class App:
         return bottle.request.environ["wsgi.input"].read(max(0, length))
 
     @contextmanager
-    def _admitted(self, model: str, begin: Callable[[], Write] | None = None) -> Iterator[Client]:
-        """Around an answer, which takes a slot and counts against its key's limits. Raises APIError 404 for an unknown
-        model, 429 for one chat too many."""
+    def _counted(self, model: str, stats: AnswerStats, client: Client) -> Iterator[None]:
+        """Around an answer, which takes a slot and counts against its key's limits: count the answer when it ends,
+        however it ends. Raises APIError 404 for an unknown model, 429 for one chat too many."""
         self.providers.resolve(model)
         environ = bottle.request.environ
         with self.chats.held():
             environ["kimi2api.limits"] = self.limits.admit(current_client())
             environ["kimi2api.is_counted"] = True
-            yield Client(environ, self.stopping, begin, self.settings.sse_keepalive)
-
-    @contextmanager
-    def _counted(self, stats: AnswerStats, client: Client) -> Iterator[None]:
-        """Around an answer: it is counted when it ends, however it ends."""
-        status = 500
-        try:
-            yield
-            status = 200
-        except APIError as error:
-            status = error.status
-            raise
-        finally:
-            self._count(stats, 499 if client.has_left else status)
+            status = 500
+            try:
+                yield
+                status = 200
+            except APIError as error:
+                status = error.status
+                raise
+            finally:
+                self._count(stats, 499 if client.has_left else status)
 
     def _count(self, stats: AnswerStats, status: int) -> None:
         """Count an answer for its key's usage and for metrics."""
@@ -6303,13 +6298,13 @@ class App:
 
     def get_response(self, id: str) -> JSONObject:
         session = self.sessions.get(current_owner(), id, RESPONSE)
-        if session is None or session.response is None:
+        if session is None:
             raise not_found(RESPONSE, id)
         return session.response
 
     def _stored_item(self, id: str) -> JSONObject | None:
         session = self.sessions.get(current_owner(), response_of(id), RESPONSE)
-        items = session.response["output"] if session and session.response else []
+        items = session.response["output"] if session else []
         return next((item for item in items if item["id"] == id), None)
 
     def delete_response(self, id: str) -> JSONObject:
@@ -6347,22 +6342,19 @@ class App:
 
     def health(self) -> JSONObject:
         upstreams: dict[str, JSONObject] = {}
-        status = "ok"
-        for provider in self.providers.by_name.values():
-            upstreams[provider.name] = {}
+        for name, provider in self.providers.by_name.items():
+            upstreams[name] = {}
             failing = provider.failing
             if failing:
-                status = "degraded"
                 since, reason = failing
-                upstreams[provider.name] = {"failing_since": int(since), "reason": reason}
+                upstreams[name] = {"failing_since": int(since), "reason": reason}
         kept: int | None = None
         with suppress(APIError):
             self.store.check()
             kept = self.store.count()
-        if kept is None:
-            status = "degraded"
+        is_degraded = kept is None or any(upstreams.values())
         return {
-            "status": status,
+            "status": "degraded" if is_degraded else "ok",
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.time() - self.started),
