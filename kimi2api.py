@@ -78,7 +78,6 @@ import requests
 import waitress
 from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
-from requests.utils import get_environ_proxies
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError
 from waitress import wasyncore
@@ -3459,11 +3458,6 @@ class Deadline:
         return min(self.remaining(), self.waiter.interval)
 
 
-def shut_down(sock: Any) -> None:
-    with suppress(OSError):  # it is closed already
-        getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # TLS inside TLS has no shutdown()
-
-
 def set_timeout(sock: socket.socket, seconds: float) -> None:
     """Set a socket's time-out unless it is nearly that: setting is a system call and releases the GIL."""
     if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
@@ -3482,7 +3476,7 @@ class SocketReader(io.RawIOBase):
     """
 
     def __init__(self, sock: socket.socket, file: Any, deadline: Deadline) -> None:
-        self._sock = sock
+        self.sock = sock
         self._file = file
         self.deadline = deadline
         # Reads return nothing, so that a peek shows only what is buffered
@@ -3498,9 +3492,9 @@ class SocketReader(io.RawIOBase):
         if deadline.is_per_read:
             deadline.limit(deadline.timeout)
         while True:
-            set_timeout(self._sock, deadline.next_wait())
+            set_timeout(self.sock, deadline.next_wait())
             with suppress(TimeoutError):  # one slice has passed
-                return self._sock.recv_into(buffer)
+                return self.sock.recv_into(buffer)
 
     def close(self) -> None:
         self._file.close()
@@ -3510,27 +3504,26 @@ class SocketReader(io.RawIOBase):
 class ResponseReader(io.BufferedReader):
     """The file that http.client reads a response from, and closes at its end, before the connection is used again."""
 
-    def __init__(self, raw: SocketReader, sock: socket.socket) -> None:
-        super().__init__(raw, READ_SIZE)
-        self._reader = raw
-        self._sock = sock
+    raw: Any  # SocketReader
 
     def received(self) -> bytes:
-        """What has been received and not read yet."""
-        self._reader.is_paused = True
+        """Return what has been received and not read yet."""
+        self.raw.is_paused = True
         try:
             return self.peek(1)
         finally:
-            self._reader.is_paused = False
+            self.raw.is_paused = False
 
     def close(self) -> None:
         if not self.closed:
+            sock = self.raw.sock
             # TLS inside a proxy's TLS, which is urllib3's own, buffers what nothing shows
-            is_opaque = not isinstance(self._sock, socket.socket)
-            decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
+            is_opaque = not isinstance(sock, socket.socket)
+            decrypted = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
             # Unread bytes, or an answer that may belong to another request: the next request must not read them
-            if is_opaque or self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
-                shut_down(self._sock)
+            if is_opaque or self.received() or decrypted or not self.raw.deadline.may_reuse_connection:
+                with suppress(OSError):  # it is closed already
+                    getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # TLS inside TLS has no shutdown()
         super().close()
 
 
@@ -3545,7 +3538,7 @@ class StrictHTTPResponse(HTTPResponse):
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), sock)
+        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), READ_SIZE)
 
     def _read_status(self) -> tuple[str, int, str]:
         """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
@@ -3714,15 +3707,19 @@ class Transport:
         return UpstreamResponse(self, raw, deadline)
 
     def _pool(self, url: str) -> tuple[Any, bool]:
-        """The connection pool for a URL's host, and whether its requests carry the whole URL, as plain proxies want it.
-
-        Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
-        """
-        parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
+        """Return the connection pool for a URL's host, and whether requests carry the complete URL, as plain proxies
+        require. The environment names proxies and certificates: HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE, …"""
+        origin = urljoin(url, "/")
         with self._lock:
             if origin not in self._pools:
-                self._pools[origin] = self._make_pool(origin)
+                environment = requests.Session().merge_environment_settings(origin, {}, None, None, None)
+                # A proxy's loopback is not ours
+                proxies = {} if is_loopback(urlsplit(origin).hostname) else environment["proxies"]
+                request = requests.Request("GET", origin).prepare()
+                pool: Any = self._adapter.get_connection_with_tls_context(request, environment["verify"], proxies)
+                if not issubclass(pool.ConnectionCls, UpstreamConnection):
+                    pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
+                self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
 
     def close_idle(self, url: str) -> None:
@@ -3733,17 +3730,6 @@ class Transport:
                 connection = pool.pool.get(block=False)
                 if connection:
                     connection.close()
-
-    def _make_pool(self, origin: str) -> tuple[Any, bool]:
-        request = requests.Request("GET", origin).prepare()
-        proxies = {}
-        if not is_loopback(urlsplit(origin).hostname):  # a proxy's loopback is not ours
-            proxies = get_environ_proxies(origin)
-        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
-        if not issubclass(pool.ConnectionCls, UpstreamConnection):
-            pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
-        return pool, self._adapter.request_url(request, proxies) != "/"
 
     # Failures
 
@@ -3784,12 +3770,12 @@ def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIErr
 
 def parse_retry_after(headers: Headers) -> float | None:
     """Return the seconds to wait by `retry-after-ms` or Retry-After (RFC 9110: seconds or a date), or None."""
-    value = headers.get("Retry-After", "").strip()[:100]
-    for text, unit in ((headers.get("retry-after-ms", "").strip()[:100], 1000), (value, 1)):
+    for name, unit in (("retry-after-ms", 1000), ("Retry-After", 1)):
+        text = headers.get(name, "").strip()[:100]
         if re.fullmatch(r"\d+(?:\.\d+)?", text):
             return min(float(text) / unit, 1e9)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -3801,8 +3787,7 @@ def parse_retry_after(headers: Headers) -> float | None:
 # and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of all cookies that one response sets, and of all that are kept
-MAX_COOKIE_BYTES = 8 << 10
+MAX_COOKIE_BYTES = 8 << 10  # of all cookies that are kept; servers refuse longer headers
 
 
 class Scraper:
@@ -3834,21 +3819,12 @@ class Scraper:
             sent["Cookie"] = cookies
         response = self.transport.request(method, url, sent, body, deadline)
         if "Set-Cookie" in response.headers:
-            self._keep_cookies(request, response)
+            with self._lock:
+                extract_cookies_to_jar(self._cookies, request, response.raw)
+                if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
+                    self._cookies.clear()
         response.read()
         return response
-
-    def _keep_cookies(
-        self, request: requests.PreparedRequest, response: UpstreamResponse,
-    ) -> None:
-        """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
-        if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
-            return
-        with self._lock:
-            extract_cookies_to_jar(self._cookies, request, response.raw)
-            size = sum(len(cookie.name) + len(cookie.value or "") for cookie in self._cookies)
-            if size > MAX_COOKIE_BYTES:
-                self._cookies.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
