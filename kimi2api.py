@@ -2412,16 +2412,10 @@ class MemoryStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared stores
 #
-# Common code of stores outside of this process: they fail and recover, and another version may have written them.
+# Common code of stores outside of this process, which fail and recover.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of the data in SQLite and Redis; format 1 had sessions in tables, lists and hashes
-STORE_FORMAT = 2
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
-
-
-class StoreError(Exception):
-    """A store that cannot be used. The message is for the log, or for a SettingError at the start."""
 
 
 class SharedStore(Store):
@@ -2437,7 +2431,7 @@ class SharedStore(Store):
             raise store_unavailable()
 
     @contextmanager
-    def _calling(self, is_write: bool) -> Iterator[None]:
+    def _calling(self, is_write: bool = False) -> Iterator[None]:
         """Raise APIError 503 for a call that fails. Then all calls fail immediately for five times as long as the
         failed call took. Otherwise a request with several calls would wait for each call."""
         self._check_pause()
@@ -2456,12 +2450,6 @@ class SharedStore(Store):
             log.warning("session store (%s) recovered", self.kind)
 
 
-def check_format(version: int) -> None:
-    if version > STORE_FORMAT:
-        raise StoreError(
-            f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # SQLite store
 #
@@ -2470,6 +2458,7 @@ def check_format(version: int) -> None:
 
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
+SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
 SQLITE_TABLES = (
     # Tables of format 1, except its counters
     "DROP TABLE IF EXISTS turns",
@@ -2499,7 +2488,7 @@ SQLITE_TABLES = (
         PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
     f"PRAGMA application_id = {SQLITE_APPLICATION}",
-    f"PRAGMA user_version = {STORE_FORMAT}",
+    f"PRAGMA user_version = {SQLITE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
     # auto_vacuum has an effect only on an empty file
@@ -2528,13 +2517,13 @@ class SQLiteStore(SharedStore):
     kind = "sqlite"
 
     def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Open the file. Raises StoreError if it cannot be opened or is not ours, but not for a locked file."""
+        """Open the file. Raises SettingError if it cannot be opened or is not ours, but not for a locked file."""
         super().__init__(ttl, limit)
         try:
             import sqlite3
         except ImportError:
-            raise StoreError("this Python has no sqlite3") from None
-        self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
+            raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
+        self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
         self._path = os.path.abspath(os.path.expanduser(path))
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
@@ -2549,13 +2538,13 @@ class SQLiteStore(SharedStore):
             self._close()
             # The message of an OSError contains the path
             if isinstance(error, OSError) or "locked" not in str(error):
-                raise StoreError(f"{self._path} cannot be used: {error}") from None
+                raise SettingError(f"SESSION_STORE: {self._path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
         with self._transaction("") as db:
             # A full disk refuses this write
-            db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
+            db.execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
         rows = self._select(
@@ -2699,16 +2688,18 @@ class SQLiteStore(SharedStore):
         self._db = None
 
     def _prepare(self, db: Any) -> None:
-        """Set up the connection, and upgrade the file to our format. Raises StoreError if the file is not ours."""
+        """Set up the connection, and upgrade the file to our format. Raises ValueError if the file is not ours."""
         [application] = db.execute("PRAGMA application_id").fetchone()
         [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != SQLITE_APPLICATION:
-            raise StoreError("it is the database of another program")
+            raise ValueError("it is the database of another program")
         [version] = db.execute("PRAGMA user_version").fetchone()
-        check_format(version)
+        if version > SQLITE_FORMAT:
+            raise ValueError(
+                f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
         for pragma in SQLITE_PRAGMAS:
             db.execute(pragma).fetchall()
-        if version < STORE_FORMAT:
+        if version < SQLITE_FORMAT:
             db.execute("BEGIN IMMEDIATE")
             # Another process may have upgraded it
             if db.execute("PRAGMA user_version").fetchone() == (version,):
@@ -2726,7 +2717,6 @@ class SQLiteStore(SharedStore):
 
 REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
 REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
-REDIS_FORMAT = "kimi2api:format"
 REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
 local index, name, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -2755,13 +2745,13 @@ return 1
 
 
 def connect_redis(url: str) -> Any:
-    """Return a thread-safe Redis client. Raises StoreError for a missing package or an invalid address."""
+    """Return a thread-safe Redis client. Raises SettingError for a missing package or an invalid address."""
     try:
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
     except ImportError:
-        raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
+        raise SettingError("SESSION_STORE: the package redis is missing: pip install 'kimi2api[redis]'") from None
     try:
         pool = redis.BlockingConnectionPool.from_url(
             url,
@@ -2775,7 +2765,7 @@ def connect_redis(url: str) -> Any:
         )
         pool.make_connection()  # parses the options in the address
     except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-        raise StoreError(f"the address of Redis cannot be used: {error}") from None
+        raise SettingError(f"SESSION_STORE: the address of Redis cannot be used: {error}") from None
     return redis.Redis(connection_pool=pool)
 
 
@@ -2797,41 +2787,38 @@ def counters_name(key: CounterKey) -> str:
 
 
 class RedisStore(SharedStore):
-    """A Redis server, or another that implements its protocol; tested with Redis 7."""
+    """A Redis server, or another that implements its protocol; tested with Redis 7.
+
+    A version with another format of data must use other names, so that versions can run side by side.
+    """
 
     kind = "redis"
 
     def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Connect, or retry later if Redis does not answer. Raises StoreError if the package is missing, the address is
-        invalid, or a newer version wrote the data."""
+        """Connect, or retry later if Redis does not answer. Raises SettingError if the package is missing or the
+        address is invalid."""
         super().__init__(ttl, limit)
         self._redis = connect_redis(url)
         import redis
         self.failures = (
-            StoreError, redis.RedisError, OSError,
+            redis.RedisError, OSError,
             # Malformed replies and documents raise these
             AttributeError, LookupError, TypeError, ValueError,
         )
         self._put = self._redis.register_script(PUT_DOCUMENT)
-        self._is_format_known = False
-        try:
-            self._check_format()
-        except StoreError:
-            raise
-        except self.failures as error:
-            self.is_failing = True
-            log.warning("session store (redis) failed: %s: %s", type(error).__name__, error)
+        with suppress(APIError):  # it has been logged
+            self.check()
 
     def check(self) -> None:
-        with self._client(is_write=True) as redis:
+        with self._calling(is_write=True):
             # Redis refuses this write if its memory is full or it is a replica
-            redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
+            self._redis.set("kimi2api:check", "")
 
     def load(self, key: DocumentKey) -> Document | None:
         owner, kind, name = key
-        with self._client() as redis:
+        with self._calling():
             document = f"{index_name(owner, kind)}:{name}"
-            head, data, version = redis.hmget(document, "head", "data", "version")
+            head, data, version = self._redis.hmget(document, "head", "data", "version")
             if version is None:
                 return None
             created, used, turns = json.loads(head)
@@ -2846,13 +2833,13 @@ class RedisStore(SharedStore):
             name, expected, milliseconds, self.max_documents(kind),
             "head", head, "data", document.data,
         ]
-        with self._client(is_write=True):
+        with self._calling(is_write=True):
             return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
 
     def delete(self, key: DocumentKey) -> bool:
         owner, kind, name = key
         index = index_name(owner, kind)
-        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+        with self._calling(is_write=True), self._redis.pipeline() as pipe:
             pipe.delete(f"{index}:{name}")
             pipe.zrem(index, name)
             deleted, _ = pipe.execute()
@@ -2861,25 +2848,25 @@ class RedisStore(SharedStore):
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         index = index_name(owner, kind)
         documents = {}
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            names = [name.decode() for name in redis.zrange(index, 0, -1)]
+        with self._calling(), self._redis.pipeline(transaction=False) as pipe:
+            names = self._redis.zrange(index, 0, -1)
             for name in names:
-                pipe.hget(f"{index}:{name}", "head")
+                pipe.hget(f"{index}:{name.decode()}", "head")
             for name, head in zip(names, pipe.execute(), strict=True):
                 if head:  # otherwise expired
-                    documents[name] = Document(*json.loads(head))
+                    documents[name.decode()] = Document(*json.loads(head))
         return documents
 
     def count(self) -> int:
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for index in redis.smembers(REDIS_INDEXES):
+        with self._calling(), self._redis.pipeline(transaction=False) as pipe:
+            for index in self._redis.smembers(REDIS_INDEXES):
                 if not index.endswith(REASONING.encode()):
                     pipe.zcount(index, self.expiry_cutoff() * 1_000_000, "+inf")
             return sum(pipe.execute())
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         counters = counters_name(key)
-        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+        with self._calling(is_write=True), self._redis.pipeline() as pipe:
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
             pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
@@ -2887,7 +2874,7 @@ class RedisStore(SharedStore):
         return dict(zip(amounts, values, strict=True))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+        with self._calling(), self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
             return [
@@ -2895,35 +2882,17 @@ class RedisStore(SharedStore):
                 for counters in pipe.execute()
             ]
 
-    @contextmanager
-    def _client(self, is_write: bool = False) -> Iterator[Any]:
-        with self._calling(is_write):
-            if not self._is_format_known:
-                self._check_format()
-            yield self._redis
-
-    def _check_format(self) -> None:
-        """Raise StoreError if a newer version wrote the data. Data of format 1 expires, and its counters stay valid."""
-        version = int(self._redis.get(REDIS_FORMAT) or 0)
-        check_format(version)
-        if version < STORE_FORMAT:
-            self._redis.set(REDIS_FORMAT, STORE_FORMAT)
-        self._is_format_known = True
-
 
 def open_store(settings: Settings) -> Store:
     """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
     ttl = settings.session_cache_ttl
     limit = settings.max_session_size
     kind, _, path = settings.session_store.partition(":")
-    try:
-        if kind == "sqlite":
-            return SQLiteStore(path, ttl, limit)
-        if kind != "memory":
-            return RedisStore(settings.session_store, ttl, limit)
-    except StoreError as error:
-        raise SettingError(f"SESSION_STORE: {error}") from None
-    return MemoryStore(ttl, limit)
+    if kind == "memory":
+        return MemoryStore(ttl, limit)
+    if kind == "sqlite":
+        return SQLiteStore(path, ttl, limit)
+    return RedisStore(settings.session_store, ttl, limit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2977,15 +2946,12 @@ def stored_message(message: Message) -> Message:
         stored["tool_call_id"] = message["tool_call_id"]
     if message.get("tool_calls"):
         stored["content"] = stored["content"] or None
-        stored["tool_calls"] = [
-            {
-                "id": call.get("id"),
-                "type": "function",
-                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
-                **{name: call[name] for name in ("extra_content",) if name in call},
-            }
-            for call in message["tool_calls"]
-        ]
+        stored["tool_calls"] = []
+        for call in message["tool_calls"]:
+            function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+            stored["tool_calls"].append({"id": call.get("id"), "type": "function", "function": function})
+            if "extra_content" in call:
+                stored["tool_calls"][-1]["extra_content"] = call["extra_content"]
         # APIs require the reasoning in later requests
         stored.update(reasoning_fields(message))
     return stored
