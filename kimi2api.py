@@ -67,7 +67,6 @@ from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
-from queue import Empty
 from traceback import clear_frames
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
@@ -3649,7 +3648,7 @@ class Transport:
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, tuple[Any, bool]] = {}
-        # Guards the making of pools: urllib3 has one for all spellings of a host
+        # Guards the making of pools (urllib3 has one for all spellings of a host) and the cookies of Scraper
         self._lock = threading.Lock()
 
     def request(
@@ -3688,14 +3687,11 @@ class Transport:
                 self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
 
-    def close_idle(self, url: str) -> None:
-        """Close the connections to a URL's host that no request is using."""
-        pool, _ = self._pool(url)
-        with suppress(Empty):
-            while True:
-                connection = pool.pool.get(block=False)
-                if connection:
-                    connection.close()
+    def forget_connections(self) -> None:
+        """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
+        with self._lock:
+            self._adapter.close()
+            self._pools.clear()
 
     # Failures
 
@@ -3756,8 +3752,8 @@ def parse_retry_after(headers: Headers) -> float | None:
 MAX_COOKIE_BYTES = 8 << 10  # of all cookies that are kept; servers refuse longer headers
 
 
-class Scraper:
-    """A browser for many threads. Redirects are not followed. Raises APIError."""
+class Scraper(Transport):
+    """A browser for many threads."""
 
     # cloudscraper's own list ends with Chrome 76
     USER_AGENT = (
@@ -3766,10 +3762,9 @@ class Scraper:
 
     def __init__(self, name: str, connections: int) -> None:
         browser = cloudscraper.CloudScraper(browser={"browser": "chrome", "platform": "windows", "mobile": False})
-        self.transport = Transport(name, connections, browser.get_adapter("https://"))
+        super().__init__(name, connections, browser.get_adapter("https://"))
         self._headers = {**browser.headers, "User-Agent": self.USER_AGENT}
-        self._cookies = browser.cookies
-        self._lock = threading.Lock()  # guards _cookies: cookie jars are not thread-safe
+        self._cookies = browser.cookies  # cookie jars are not thread-safe
 
     def request(
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
@@ -3783,7 +3778,7 @@ class Scraper:
             cookies = get_cookie_header(self._cookies, request) if self._cookies else None
         if cookies:
             sent["Cookie"] = cookies
-        response = self.transport.request(method, url, sent, body, deadline)
+        response = super().request(method, url, sent, body, deadline)
         if "Set-Cookie" in response.headers:
             with self._lock:
                 extract_cookies_to_jar(self._cookies, request, response.raw)
@@ -4355,14 +4350,14 @@ def parse_answer(
         if request.must_call:
             raise UnusableAnswer("it must contain a tool call.")
     answer = request.body.get("response_format") or {}
-    if answer.get("type") == "json_object":
-        return parse_document(text, dict), []
-    if answer.get("type") == "json_schema":
+    kind = answer.get("type")
+    if kind == "json_schema":
         kind = answer["json_schema"]["schema"].get("type")
-        if kind == "array":
-            return parse_document(text, list), []
-        return parse_document(text, dict if kind == "object" else object), []
-    return text, []
+    elif kind != "json_object":
+        return text, []
+    if kind in ("json_object", "object"):
+        return parse_document(text, dict), []
+    return parse_document(text, list if kind == "array" else object), []
 
 
 # The form that how_to_call() asks for, and the form that Kimi K2 was trained on
@@ -4505,8 +4500,7 @@ NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""
 def find_nonce(html: str) -> str | None:
     """The first nonce after a mention of kimi_ajax in the same script."""
     for script in html.split("</script>"):
-        _, _, config = script.partition("kimi_ajax")
-        found = NONCE.search(config)
+        found = NONCE.search(script.partition("kimi_ajax")[2])
         if found:
             return found[1]
     return None
@@ -4587,15 +4581,12 @@ class KimiProvider(Provider):
             return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
 
     def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
-        """One attempt; a nonce that is rejected is renewed, once."""
+        """Make one attempt. If the nonce is rejected, renew it, once."""
         try:
             return self._post(prompt, asked)
         except StaleNonce as stale:
             log.info("refused (%s); trying once more with a new nonce", stale.code)
-        try:
-            return self._post(prompt, asked)
-        except StaleNonce as stale:
-            raise stale.with_headers(NO_SDK_RETRY) from None
+        return self._post(prompt, asked)
 
     def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
@@ -4626,7 +4617,7 @@ class KimiProvider(Provider):
             raise
         # It may have been the answer to another's question, so that ours is still to come
         except APIError:
-            self._scraper.transport.close_idle(self._settings.upstream_url)
+            self._scraper.forget_connections()
             raise
 
     def _checked_page(
@@ -4635,12 +4626,13 @@ class KimiProvider(Provider):
         """Send a request; sort out what any response of this site can mean, to the page or to the form."""
         page = self._scraper.request(method, url, headers, body, deadline)
         status = page.status
-        if page.headers.get("cf-mitigated") == "challenge":
-            raise self._blocked("a managed challenge")
+        is_managed = page.headers.get("cf-mitigated") == "challenge"
         is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
         is_challenge = status in (429, 503) and CHALLENGE.search(page.body)
-        if is_block or is_challenge:
-            raise self._blocked(f"HTTP {status} with a page of its own")
+        if is_managed or is_block or is_challenge:
+            raise upstream_error(503, "upstream_blocked", (
+                f"Cloudflare blocks this program (HTTP {status}). Open {self._settings.chat_page_url} in a browser on "
+                "this network, wait some minutes, or use another network (HTTPS_PROXY)."))
         if status == 429:
             raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
                                "upstream_rate_limited", page.headers)
@@ -4648,11 +4640,6 @@ class KimiProvider(Provider):
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
         return page
-
-    def _blocked(self, reason: str) -> APIError:
-        return upstream_error(503, "upstream_blocked", (
-            f"Cloudflare blocks this program: {reason}. Open {self._settings.chat_page_url} in a browser on this "
-            "network, wait some minutes, or use another network (HTTPS_PROXY)."))
 
     # The nonce
 
@@ -4712,10 +4699,9 @@ def reject_unsupported(request: ChatRequest) -> None:
 def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
     body = page.body.strip()
-    # WordPress's own words for a stale nonce and an unknown action
-    if body in (b"-1", b"0"):
-        raise StaleNonce(502, f"The web chat refused: {body.decode()}.", "upstream_error", "upstream_refused")
     answer = parse_upstream_object(body) or {}
+    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+        answer = {"success": False, "data": body.decode()}
     data = answer.get("data")
     if answer.get("success") is False:
         raise StaleNonce(
@@ -4723,6 +4709,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
             f"The web chat refused: {plain_line(data, nonce)}",
             "upstream_error",
             "upstream_refused",
+            headers=NO_SDK_RETRY,  # for the second time, with a new nonce
             quotes_upstream=True,
         )
     if page.status != 200:
@@ -6394,7 +6381,7 @@ class Route:
     summary: str
     answer: str
     request: str = ""
-    event: str = ""  # of its stream, where it has one: what its data is
+    event: str = ""  # of its stream, where it has one: what each event is
     is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
 
 
@@ -6403,15 +6390,15 @@ def describe_api(app: App) -> JSONObject:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "Completion", "Request",
-          "a Chunk as JSON, or [DONE]"),
-    Route("POST", "/v1/responses", App.create_response, "a response", "Response", "ResponsesRequest",
-          "an event of the Responses API as JSON"),
-    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "Response"),
-    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "DeletedResponse"),
-    Route("POST", "/v1/completions", App.create_completion, "complete a text", "TextCompletion", "CompletionRequest",
-          "a TextCompletion as JSON, or [DONE]"),
-    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "Embeddings", "EmbeddingsRequest"),
+    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "OpenAIObject", "Request",
+          "data: a chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.create_response, "a response", "OpenAIObject", "ResponsesRequest",
+          "data: an event of the Responses API as JSON"),
+    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "OpenAIObject"),
+    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "OpenAIObject"),
+    Route("POST", "/v1/completions", App.create_completion, "complete a text", "OpenAIObject", "CompletionRequest",
+          "data: a part of the completion as JSON, or [DONE]"),
+    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "OpenAIObject", "EmbeddingsRequest"),
     Route("GET", "/v1/models", App.list_models, "the models", "Models"),
     Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
     Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
@@ -6974,7 +6961,6 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
-    nonce = random_hex()[:10]
 
     @classmethod
     def start(cls) -> str:
@@ -6984,21 +6970,16 @@ class DemoUpstream(BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{server.server_address[1]}"
 
     def do_GET(self) -> None:
-        config = json.dumps({"ajax_url": "/wp-admin/admin-ajax.php", "nonce": self.nonce})
-        page = f"<html><script>var kimi_ajax = {config};</script></html>"
-        self.reply(200, "text/html", page.encode())
+        self.reply("text/html", b'<html><script>var kimi_ajax = {"nonce": "demo"};</script></html>')
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         form = dict(parse_qsl(body.decode()))
-        if form.get("nonce") != self.nonce:
-            self.reply(403, "text/html", b"-1")
-            return
         answer = demo_answer(form["message"], form["model"])
-        self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
+        self.reply("application/json", dump_json({"success": True, "data": {"message": answer}}))
 
-    def reply(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
+    def reply(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -7040,27 +7021,16 @@ def named_object(name: str, fields: Schema) -> Schema:
     return object_of({"object": {"type": "string", "const": name}, **fields})
 
 
-def openai_object(name: str, page: str) -> Schema:
-    """Return the schema of an object that OpenAI documents."""
-    docs = {"url": f"https://platform.openai.com/docs/api-reference/{page}"}
-    return {**named_object(name, {}), "externalDocs": docs}
-
-
 OR_NULL_STRING = any_of(STRING, NULL)
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
-    "Completion": openai_object("chat.completion", "chat/object"),
-    "Chunk": openai_object("chat.completion.chunk", "chat-streaming"),
     "CompletionRequest": COMPLETION_REQUEST,
-    "TextCompletion": openai_object("text_completion", "completions/object"),
     "ResponsesRequest": RESPONSES_REQUEST,
-    "Response": openai_object("response", "responses/object"),
-    "DeletedResponse": openai_object("response", "responses/delete"),
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
-    "Embeddings": openai_object("list", "embeddings/create"),
+    "OpenAIObject": {**OBJECT, "externalDocs": {"url": "https://platform.openai.com/docs/api-reference"}},
     "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
     "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
     "Session": named_object("session", {
@@ -7114,9 +7084,7 @@ def operation(route: Route) -> JSONObject:
     """Describe a route."""
     answer = content_of(route.answer)
     if route.event:
-        data = {**STRING, "description": route.event}
-        event = object_of({"data": data}, description="each event of the stream")
-        answer["text/event-stream"] = {"schema": event}
+        answer["text/event-stream"] = {"schema": {**STRING, "description": route.event}}
     described: JSONObject = {
         "summary": route.summary,
         "responses": {
@@ -7126,8 +7094,7 @@ def operation(route: Route) -> JSONObject:
     }
     name = re.search(r"<(\w+)", route.rule)
     if name:
-        parameter = {"name": name[1], "in": "path", "required": True, "schema": STRING}
-        described["parameters"] = [parameter]
+        described["parameters"] = [{"name": name[1], "in": "path", "required": True, "schema": STRING}]
     if route.request:
         described["requestBody"] = {"required": True, "content": content_of(route.request)}
     if route.is_public:
