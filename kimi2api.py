@@ -54,7 +54,7 @@ from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -380,8 +380,9 @@ class Settings:
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
         def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
-            texts = [(source.get(name) or "").strip() for source in sources]
-            text = next(filter(None, texts), default)
+            text = default
+            for source in reversed(sources):
+                text = (source.get(name) or "").strip() or text
             try:
                 return setting_type.parse(text)
             except ValueError:
@@ -401,9 +402,8 @@ class Settings:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
                 apis[name] = API(name, base_url, key)
         settings = cls(**values, apis=apis)
-        settings._check_model("DEFAULT_MODEL", settings.default_model)
-        for model in settings.fallback_models:
-            settings._check_model("FALLBACK_MODELS", model)
+        settings._check_models("DEFAULT_MODEL", [settings.default_model])
+        settings._check_models("FALLBACK_MODELS", settings.fallback_models)
         settings._check_names("REQUESTS_PER_MINUTE", settings.requests_per_minute)
         settings._check_names("TOKENS_PER_DAY", settings.tokens_per_day)
         return settings
@@ -431,11 +431,12 @@ class Settings:
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
                 "without a key only a loopback host such as 127.0.0.1 is accepted")
 
-    def _check_model(self, name: str, model: str) -> None:
-        if self.resolve(model) is None:
-            raise SettingError(
-                f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
-                f"({', '.join(self.apis) or 'none'})")
+    def _check_models(self, setting_name: str, models: Iterable[str]) -> None:
+        for model in models:
+            if self.resolve(model) is None:
+                raise SettingError(
+                    f"{setting_name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a "
+                    f"configured API ({', '.join(self.apis) or 'none'})")
 
     def _check_names(self, setting_name: str, limits: Mapping[str, int]) -> None:
         names = {client.name for client in self.api_master_key}
@@ -2743,31 +2744,6 @@ return 1
 """
 
 
-def connect_redis(url: str) -> Any:
-    """Return a thread-safe Redis client. Raises SettingError for a missing package or an invalid address."""
-    try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-    except ImportError:
-        raise SettingError("SESSION_STORE: the package redis is missing: pip install 'kimi2api[redis]'") from None
-    try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=REDIS_CONNECTIONS,
-            timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-            socket_timeout=REDIS_TIMEOUT,
-            socket_keepalive=True,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
-        )
-        pool.make_connection()  # parses the options in the address
-    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-        raise SettingError(f"SESSION_STORE: the address of Redis cannot be used: {error}") from None
-    return redis.Redis(connection_pool=pool)
-
-
 def hashed(text: str) -> str:
     """Return the hash of a text for a Redis key."""
     return sha256(text.encode()).hexdigest()[:32]
@@ -2797,13 +2773,32 @@ class RedisStore(SharedStore):
         """Connect, or retry later if Redis does not answer. Raises SettingError if the package is missing or the
         address is invalid."""
         super().__init__(ttl, limit)
-        self._redis = connect_redis(url)
-        import redis
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise SettingError("SESSION_STORE: the package redis is missing: pip install 'kimi2api[redis]'") from None
         self.failures = (
             redis.RedisError, OSError,
-            # Malformed replies and documents raise these
+            # Malformed addresses, replies and documents raise these
             AttributeError, LookupError, TypeError, ValueError,
         )
+        try:
+            pool = redis.BlockingConnectionPool.from_url(
+                url,
+                max_connections=REDIS_CONNECTIONS,
+                timeout=REDIS_TIMEOUT,
+                socket_connect_timeout=REDIS_TIMEOUT,
+                socket_timeout=REDIS_TIMEOUT,
+                socket_keepalive=True,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
+            )
+            pool.make_connection()  # parses the options in the address
+        except self.failures as error:
+            raise SettingError(f"SESSION_STORE: the address of Redis cannot be used: {error}") from None
+        self._redis = redis.Redis(connection_pool=pool)
         self._put = self._redis.register_script(PUT_DOCUMENT)
         with suppress(APIError):  # it has been logged
             self.check()
@@ -3092,65 +3087,62 @@ NOTHING: Counter[str] = Counter()
 
 
 class Counters:
-    """Counters in a store that may fail. While the store fails, added amounts are pending, and totals are the known
-    totals plus pending amounts. The next successful addition sends the pending amounts of all owners."""
+    """Counters in a store that may fail. While the store fails, added amounts are pending. Totals are the known totals
+    plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
+        self._known: dict[CounterKey, Counter[str]] = {}  # totals that the store has returned
         # Amounts that the store lacks; each Counter is replaced, never changed
         self._pending: dict[CounterKey, Counter[str]] = {}
         self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
-    def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add amounts to the counters of a period, and return the totals of these counters."""
-        # Read before the call: amounts that another thread sends meanwhile briefly count twice, but are never missing
-        pending = self._pending.get(key)
+    def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
+        """Add amounts to the counters of a period, and return the totals of the period."""
         try:
-            totals = self._store.add_counters(key, amounts)
+            total = self._total(key, self._store.add_counters(key, amounts))
         except APIError:
-            with self._lock:
-                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
-                return Counter(self._known.get(key)) + self._pending[key]
-        self._learn(key, totals)
+            return self._total(key, pending=amounts)
         if self._pending and self._sending.acquire(blocking=False):
             try:
                 self._send_pending()
             finally:
                 self._sending.release()
-        return Counter(totals) + pending if pending else totals
+        return total
 
-    def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
+    def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
         """Return the totals of each period."""
-        pending = self._pending.copy()
         try:
             found = self._store.read_counters(keys)
         except APIError:
-            found = [self._known.get(key, {}) for key in keys]
-        totals: list[Amounts] = []
-        for key, known in zip(keys, found, strict=True):
-            self._learn(key, known)
-            totals.append(Counter(known) + pending.get(key, NOTHING))
-        return totals
+            return list(map(self._total, keys))
+        return list(map(self._total, keys, found))
 
     def _send_pending(self) -> None:
         with suppress(APIError):
             for key, amounts in self._pending.copy().items():
-                self._learn(key, self._store.add_counters(key, amounts))
+                # Until they are removed below, the amounts briefly count twice; they must never be missing
+                self._total(key, self._store.add_counters(key, amounts))
                 with self._lock:
                     rest = self._pending.pop(key, NOTHING) - amounts
                     if rest:
                         self._pending[key] = rest
 
-    def _learn(self, key: CounterKey, totals: Amounts) -> None:
+    def _total(self, key: CounterKey, known: Amounts = NOTHING, pending: Amounts = NOTHING) -> Counter[str]:
+        """Return the totals of a period, after adding what the store has returned or what it lacks."""
         with self._lock:
             if key not in self._known:
                 self._known = without_expired(self._known)
                 self._pending = without_expired(self._pending)
-            known = self._known.setdefault(key, {})
-            for name, total in totals.items():
-                known[name] = max(total, known.get(name, 0))  # replies may arrive in any order
+            total = self._known.setdefault(key, Counter())
+            for name, value in known.items():
+                total[name] = max(value, total[name])  # replies may arrive in any order
+            if pending:
+                self._pending[key] = self._pending.get(key, NOTHING) + Counter(pending)
+            if key in self._pending:
+                return total + self._pending[key]
+            return total.copy()
 
 
 class UsageLimits:
@@ -3794,7 +3786,7 @@ class Scraper(Transport):
 
 
 class Cached(Generic[T]):
-    """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
+    """A value that all chats share: a separate thread fetches it once for all that wait, and it is kept."""
 
     def __init__(
         self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0,
@@ -3802,7 +3794,7 @@ class Cached(Generic[T]):
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
         self._retry_after = retry_after  # seconds before it is fetched again after a failure
-        self._name = name
+        self._thread = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
         self._began = 0.0  # when the latest fetch began, seconds since the epoch
@@ -3817,17 +3809,8 @@ class Cached(Generic[T]):
                     fetch = None
             if fetch is None:
                 self._began = time.time()
-                fetch = Future()
-                # Raises RuntimeError if there are too many threads; nobody may wait for that fetch
-                threading.Thread(target=self._run, args=(fetch,), name=self._name, daemon=True).start()
-                self._latest = fetch
+                fetch = self._latest = self._thread.submit(self._fetch)
             return fetch
-
-    def _run(self, fetch: Future[T]) -> None:
-        try:
-            fetch.set_result(self._fetch())
-        except Exception as error:  # raised again by those who wait
-            fetch.set_exception(error)
 
     def wait(self, waiter: Waiter) -> Future[T]:
         """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
@@ -6357,11 +6340,10 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
     if error.status_code == 404:
-        advice = "The base URL for clients ends in /v1."
-        if bottle.request.path.startswith("/v1/"):
-            advice = ("This server has chat completions, Responses, completions, embeddings, models and sessions, and "
-                      "nothing else of OpenAI's API.")
-        ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
+        ours = APIError(
+            404, f"Unknown path: {path!r}. The base URL for clients ends in /v1. This server has chat completions, "
+            "Responses, completions, embeddings, models and sessions, and nothing else of OpenAI's API.",
+            code="not_found")
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
@@ -6546,8 +6528,12 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
             # A proxy in front may see another end of the body; what follows is no request (RFC 9112, 6.1)
             self.headers["CONNECTION"] = "close"
-        if self.body_rcv is None or self._is_body_wanted():
+        if self.body_rcv is None:
             return
+        client = matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", ""))
+        if client and self.content_length <= self.adj.max_wanted_body:
+            return
+        # The request will be refused because of its head
         if self.expect_continue:  # the body has not been sent yet
             self.expect_continue = False
             # What comes is the body, and must not be taken for a request
@@ -6555,13 +6541,6 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.body_rcv = None
         else:
             self.body_rcv.buf = Discarded(0)
-
-    def _is_body_wanted(self) -> bool:
-        """Return False for a request that will be refused because of its head."""
-        if self.content_length > self.adj.max_wanted_body:
-            return False
-        return matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", "")) is not None
-
 
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A client's connection."""
@@ -6835,7 +6814,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     keys = settings.api_master_key
     header = ""
     if keys:
-        key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
+        key = "${API_MASTER_KEY%%,*}"
         # A terminal belongs to whoever set the key; a log file must not have the key
         if sys.stdout and sys.stdout.isatty():
             key = keys[0].key
@@ -6918,7 +6897,7 @@ def main(argv: list[str] | None = None) -> int:
     except SettingError as error:
         return refuse_start(str(error))
     except KeyboardInterrupt:
-        return 130
+        os._exit(130)  # a normal exit would wait for a fetch
 
 
 def serve(settings: Settings, demo: bool) -> int:
