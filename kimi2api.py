@@ -3155,37 +3155,36 @@ class UsageLimits:
     def admit(self, client: ClientKey) -> dict[str, str]:
         """Count a new chat, and return headers for its response. Raises APIError 429 if it exceeds a limit."""
         headers: dict[str, str] = {}
-        tokens_limit = key_limit(self._settings.tokens_per_day, client)
-        requests_limit = key_limit(self._settings.requests_per_minute, client)
+        refusal: APIError | None = None
         now = time.time()
-        minute_reset = MINUTE - now % MINUTE
-        day_reset = DAY - now % DAY
-        used_tokens = used_requests = 0
-        if tokens_limit:
+        limit = key_limit(self._settings.tokens_per_day, client)
+        if limit:
+            reset = DAY - now % DAY
             [counters] = self._counters.read([day_key(client, now)])
-            used_tokens = sum_by_model(counters)[0]["total_tokens"]
-            headers.update(limit_headers("tokens", tokens_limit, used_tokens, day_reset))
-        has_quota = not tokens_limit or used_tokens < tokens_limit
-        if requests_limit:
-            expires = now + minute_reset + MINUTE
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", expires)
-            counters = self._counters.add(minute, {"requests": int(has_quota)})
-            used_requests = counters["requests"]
-            headers.update(limit_headers("requests", requests_limit, used_requests, minute_reset))
-        if not has_quota:
-            raise APIError(
-                429,
-                f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
-                "insufficient_quota",
-                "insufficient_quota",
-                headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
-        if used_requests > requests_limit:
-            raise APIError(
-                429,
-                f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).",
-                "rate_limit_error",
-                "rate_limit_exceeded",
-                headers={**headers, "Retry-After": str(ceil(minute_reset))})
+            used = sum_by_model(counters)[0]["total_tokens"]
+            headers.update(limit_headers("tokens", limit, used, reset))
+            if used >= limit:
+                refusal = APIError(
+                    429,
+                    f"You have used {used} of {limit} tokens of today (TOKENS_PER_DAY).",
+                    "insufficient_quota",
+                    "insufficient_quota",
+                    headers={**NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
+        limit = key_limit(self._settings.requests_per_minute, client)
+        if limit:
+            reset = MINUTE - now % MINUTE
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now + reset + MINUTE)
+            used = self._counters.add(minute, {"requests": int(refusal is None)})["requests"]
+            headers.update(limit_headers("requests", limit, used, reset))
+            if used > limit:
+                refusal = refusal or APIError(
+                    429,
+                    f"More than {limit} chats in this minute (REQUESTS_PER_MINUTE).",
+                    "rate_limit_error",
+                    "rate_limit_exceeded",
+                    headers={"Retry-After": str(ceil(reset))})
+        if refusal:
+            raise refusal.with_headers(headers)
         return headers
 
     def record(
@@ -3275,8 +3274,7 @@ class Metrics:
 
     def __init__(self, models: Iterable[str] = ()) -> None:
         """models: the ids that are always labels."""
-        self._models = set(models)
-        self._api_models: set[str] = set()  # ids of APIs' models that have answered
+        self._models = set(models)  # also ids of APIs' models that have answered
         self._lock = threading.Lock()  # guards both below
         self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
         # Counts by bucket, the count above the last bucket, and the sum
@@ -3295,13 +3293,10 @@ class Metrics:
 
     def model_label(self, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels: an entry `*` in MODELS accepts any id."""
-        if model in self._models:
-            return model
-        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/")
-        has_room = len(self._api_models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
-        if is_of_api and has_room and has_answered:
-            self._api_models.add(model)
-        return model if model in self._api_models else "other"
+        has_room = len(self._models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
+        if has_room and has_answered and model.startswith(f"{provider}/"):
+            self._models.add(model)
+        return model if model in self._models else "other"
 
     def render(self, gauges: Values) -> str:
         """Return all metrics, with the values of the gauges."""
@@ -3531,25 +3526,12 @@ class UpstreamConnection:
     response_class = StrictHTTPResponse
     sock: Any
     timeout: float  # seconds for the connection, and as many for the TLS handshake
-    _unsent: bytearray | None = None  # of the request that is being written
 
     def _tunnel(self) -> None:
         super()._tunnel()  # type: ignore[misc]
         self.sock.settimeout(self.timeout)  # the proxy's response was read in slices
 
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
-        unsent = self._unsent = bytearray()
-        try:
-            super().request(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._unsent = None
-        self.send(unsent)
-
-    def send(self, data: bytes | bytearray) -> None:
-        if self._unsent is not None:
-            self._unsent += data
-            return
+    def send(self, data: bytes) -> None:
         deadline = CURRENT_DEADLINE.get()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
@@ -3853,9 +3835,9 @@ FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
 class CircuitBreaker:
     """Spares an upstream that keeps failing.
 
-    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
-    a pause that doubles with each failure. Half-open, when it is over: a call is a probe, and so is another after each
-    further pause, twice as long as the one before.
+    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error.
+    Half-open, after a pause: a call is a probe, and so is another after each further pause, twice as long as the one
+    before, until a probe succeeds.
     """
 
     def __init__(self, name: str) -> None:
@@ -3864,7 +3846,7 @@ class CircuitBreaker:
         self._failures = 0
         # The last one while the circuit is open or half-open
         self._error: APIError | None = None
-        self._pause = 0.0  # seconds
+        self._pause = FIRST_PAUSE  # seconds
         self._open_until = 0.0  # by the monotonic clock
         # Since when (seconds since the epoch) and why
         self.failing: tuple[float, str] | None = None
@@ -3892,14 +3874,13 @@ class CircuitBreaker:
             if error is None or error.status < 500 or error.code == "upstream_refused":  # the upstream answers
                 self._failures = 0
                 self._error = None
+                self._pause = FIRST_PAUSE
             elif is_probe or self._error is None:  # else the call began before the circuit opened
                 self._failures += 1
-                surplus = self._failures - FAILURES_TO_OPEN
-                if surplus >= 0:
+                if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
                     message = f"Not called for now, after {self._failures} failures in a row: {error.reason}."
                     self._error = upstream_error(error.status, error.reason_code, f"{self._name}: {message}")
-                    self._pause = min(FIRST_PAUSE * 2 ** min(surplus, 9), MAX_PAUSE)
                     self._open_until = time.monotonic() + self._pause
                     log.warning(
                         "%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
@@ -6347,8 +6328,7 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
-        message = "Internal server error; see the server's log."
-        ours = APIError(error.status_code, message, "server_error", "internal_error")
+        ours = as_api_error(error)
     bottle.response.content_type = "application/json"
     return dump_json(ours.body())
 
