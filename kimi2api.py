@@ -3385,17 +3385,11 @@ class Deadline:
         self.waiter = waiter
         self.is_per_read = False  # the timeout is for each read alone, not for all of the call
         self.may_reuse_connection = True  # False while an answer may be left unread
-        self._began = waiter.clock()
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
         """From now on so many seconds are left."""
         self._end = self.waiter.clock() + seconds
-
-    @property
-    def waited(self) -> float:
-        """Seconds that were given to the wait that has timed out."""
-        return min(self.waiter.clock() - self._began, self.timeout)
 
     def remaining(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
@@ -3576,7 +3570,7 @@ class UpstreamResponse:
         try:
             self.body = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
+            raise self._transport.failure(error) from None
         finally:
             self.close()
         if len(self.body) > limit:
@@ -3592,7 +3586,7 @@ class UpstreamResponse:
                     return
                 yield data
         except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
+            raise self._transport.failure(error) from None
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
@@ -3640,7 +3634,7 @@ class Transport:
                 assert_same_host=False, timeout=timeout)
         # RequestException: for a proxy's URL that is invalid
         except (TimeoutError, HTTPError, requests.RequestException) as error:
-            raise self.failure(error, deadline) from None
+            raise self.failure(error) from None
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
@@ -3669,13 +3663,12 @@ class Transport:
 
     # Failures
 
-    def failure(self, error: Exception, deadline: Deadline) -> APIError:
+    def failure(self, error: Exception) -> APIError:
         # urllib3's functions hold the error that holds them, and so the request
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
-            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
             # No other attempt: the prompt was taken
-            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
+            return upstream_error(504, "upstream_timeout", f"{self.name} did not answer in time.", headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(
@@ -3705,11 +3698,10 @@ def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIErr
 
 
 def parse_retry_after(headers: Headers) -> float | None:
-    """Return the seconds to wait by `retry-after-ms` or Retry-After (RFC 9110: seconds or a date), or None."""
-    for name, unit in (("retry-after-ms", 1000), ("Retry-After", 1)):
-        text = headers.get(name, "").strip()[:100]
-        if re.fullmatch(r"\d+(?:\.\d+)?", text):
-            return min(float(text) / unit, 1e9)
+    """Return the seconds to wait by Retry-After (RFC 9110: seconds or a date), or None."""
+    text = headers.get("Retry-After", "").strip()[:100]
+    if re.fullmatch(r"\d+(?:\.\d+)?", text):
+        return min(float(text), 1e9)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
@@ -4254,7 +4246,7 @@ def describe_tool(tool: JSONObject) -> str:
     source = dump_json(schema).decode()
     form = source if '"$ref"' in source else signature(schema)
     purpose = " ".join((tool.get("description") or "").split())
-    return f"- {tool['name']}{form}: {purpose}" if purpose else f"- {tool['name']}{form}"
+    return f"- {tool['name']}{form}: {purpose}".removesuffix(": ")
 
 
 def signature(schema: Any) -> str:
@@ -6144,7 +6136,6 @@ class App:
         environ = bottle.request.environ
         with self.chats.held():
             environ["kimi2api.limits"] = self.limits.admit(current_client())
-            environ["kimi2api.is_counted"] = True
             status = 500
             try:
                 yield
@@ -6284,8 +6275,8 @@ class App:
         status = response.status_code
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
-        if route and route.method == "POST" and "kimi2api.is_counted" not in environ:
-            # Refused before an upstream could be asked
+        if route and route.method == "POST" and "kimi2api.limits" not in environ:
+            # Refused before it was counted as an answer
             self._count(AnswerStats(), status)
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
@@ -6491,11 +6482,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
-        self._began = time.monotonic()  # with the request's first byte
-
-    def is_overdue(self) -> bool:
-        allowed = CONNECTION_TIMEOUT + self.body_bytes_received / MIN_BODY_RATE
-        return time.monotonic() - self._began > allowed
+        self.began = time.time()  # with the request's first byte
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
@@ -6550,9 +6537,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Return whether the client takes too long to send a request or to read an answer."""
         if self.requests and not self.total_outbufs_len:
             return False
-        if self.request and self.request.is_overdue():
+        now = time.time()
+        request = self.request
+        if request and now - request.began > CONNECTION_TIMEOUT + request.body_bytes_received / MIN_BODY_RATE:
             return True
-        return time.time() - self.last_activity > CONNECTION_TIMEOUT
+        return now - self.last_activity > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
         # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
@@ -6945,7 +6934,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        log.debug("demo upstream: " + format, *args)
+        """Log nothing."""
 
 
 SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
