@@ -54,20 +54,19 @@ from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
 from http.client import HTTPException, HTTPResponse, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
-from queue import Empty
 from traceback import clear_frames
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
@@ -78,7 +77,6 @@ import requests
 import waitress
 from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
-from requests.utils import get_environ_proxies
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError
 from waitress import wasyncore
@@ -382,8 +380,9 @@ class Settings:
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
         def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
-            texts = [(source.get(name) or "").strip() for source in sources]
-            text = next(filter(None, texts), default)
+            text = default
+            for source in reversed(sources):
+                text = (source.get(name) or "").strip() or text
             try:
                 return setting_type.parse(text)
             except ValueError:
@@ -403,9 +402,8 @@ class Settings:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
                 apis[name] = API(name, base_url, key)
         settings = cls(**values, apis=apis)
-        settings._check_model("DEFAULT_MODEL", settings.default_model)
-        for model in settings.fallback_models:
-            settings._check_model("FALLBACK_MODELS", model)
+        settings._check_models("DEFAULT_MODEL", [settings.default_model])
+        settings._check_models("FALLBACK_MODELS", settings.fallback_models)
         settings._check_names("REQUESTS_PER_MINUTE", settings.requests_per_minute)
         settings._check_names("TOKENS_PER_DAY", settings.tokens_per_day)
         return settings
@@ -433,11 +431,12 @@ class Settings:
                 f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
                 "without a key only a loopback host such as 127.0.0.1 is accepted")
 
-    def _check_model(self, name: str, model: str) -> None:
-        if self.resolve(model) is None:
-            raise SettingError(
-                f"{name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a configured API "
-                f"({', '.join(self.apis) or 'none'})")
+    def _check_models(self, setting_name: str, models: Iterable[str]) -> None:
+        for model in models:
+            if self.resolve(model) is None:
+                raise SettingError(
+                    f"{setting_name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a "
+                    f"configured API ({', '.join(self.apis) or 'none'})")
 
     def _check_names(self, setting_name: str, limits: Mapping[str, int]) -> None:
         names = {client.name for client in self.api_master_key}
@@ -1797,9 +1796,10 @@ SAME_IN_CHATS = {
     "prompt_cache_key": STRING,
 }
 RESPONSES_REQUEST = request_object(
-    {"input": any_of(STRING, array(INPUT_ITEM, minItems=1))},
+    {},
     {
         **SAME_IN_CHATS,
+        "input": any_of(STRING, array(INPUT_ITEM)),
         "instructions": STRING,
         "previous_response_id": STRING,
         "store": BOOLEAN,
@@ -1856,19 +1856,19 @@ class ResponsesRequest:
         self,
         system: Iterable[Message],
         tools: Iterable[JSONObject],
-        find_item: Callable[[str], JSONObject | None],
+        find_items: Callable[[str], Mapping[str, JSONObject]],
     ) -> ChatRequest:
         """Convert to a chat request without `user`, which opens no session.
 
-        system, tools: of previous responses; find_item: returns an item of a stored response by its id.
+        system, tools: of previous responses; find_items: returns the items of a stored response by their ids.
         Raises APIError 400 in the terms of chat requests; see `translate_error`.
         """
         body = self.body
-        items = body["input"]
+        items = body.get("input") or []
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
         continues_previous = bool(body.get("previous_response_id"))
-        self.messages = self.reader.read(resolve_references(items, find_item), continues_previous)
+        self.messages = self.reader.read(resolve_references(items, find_items), continues_previous)
         messages = [*system]
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
@@ -1923,15 +1923,16 @@ def translate_error(error: APIError) -> APIError:
 
 
 def resolve_references(
-    items: list[JSONObject], find_item: Callable[[str], JSONObject | None],
+    items: list[JSONObject], find_items: Callable[[str], Mapping[str, JSONObject]],
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
+    items_of = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
     known: set[str] = set()
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
             # Only once: a small request could repeat a large item many times
-            found = None if id in known else find_item(id)
+            found = None if id in known else items_of(response_of(id)).get(id)
             if found is None:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
             known.add(id)
@@ -2144,12 +2145,10 @@ class ResponseWriter:
     record: is called with the complete response, before the client can see that the response is complete.
     """
 
-    def __init__(
-        self, request: ResponsesRequest, record: Callable[[JSONObject], None] | None,
-    ) -> None:
+    def __init__(self, request: ResponsesRequest) -> None:
         self.headers: Headers = {}
+        self.record: Callable[[JSONObject], None] | None = None
         self._request = request
-        self._record = record
         self._id = random_hex()
         self._created = int(time.time())
         self._model = request.body.get("model") or ""
@@ -2212,8 +2211,8 @@ class ResponseWriter:
         if self._request.reader.compacts and not self._items:
             raise invalid_response("The upstream", "no summary")
         response = self._response(status, usage=response_usage(usage), **fields)
-        if self._record:
-            self._record(response)
+        if self.record:
+            self.record(response)
         yield {"type": f"response.{status}", "response": response}
 
     def _begin(self) -> list[JSONObject]:
@@ -2315,6 +2314,26 @@ class ResponseWriter:
             response[name] = default if value is None else value
         response["tools"] = list(map(echoed_tool, response["tools"]))
         return response
+
+
+class CompactionWriter(ResponseWriter):
+    """A writer of a compacted conversation: the users' messages, and the item with the summary."""
+
+    def json(self, deltas: Iterable[Delta]) -> bytes:
+        *_, last = self._events(deltas)
+        response = last["response"]
+        output = []
+        for message in self._request.messages:
+            if message["role"] == "user":
+                content = [{"type": "input_text", "text": text_of(message)}]
+                output.append({
+                    "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
+                    "content": content,
+                })
+        return dump_json({
+            "id": response["id"], "object": "response.compaction", "created_at": response["created_at"],
+            "output": [*output, *response["output"]], "usage": response["usage"],
+        })
 
 
 def response_usage(usage: Any) -> JSONObject:
@@ -2565,16 +2584,10 @@ class MemoryStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared stores
 #
-# Common code of stores outside of this process: they fail and recover, and another version may have written them.
+# Common code of stores outside of this process, which fail and recover.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of the data in SQLite and Redis; format 1 had sessions in tables, lists and hashes
-STORE_FORMAT = 2
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
-
-
-class StoreError(Exception):
-    """A store that cannot be used. The message is for the log, or for a SettingError at the start."""
 
 
 class SharedStore(Store):
@@ -2590,7 +2603,7 @@ class SharedStore(Store):
             raise store_unavailable()
 
     @contextmanager
-    def _calling(self, is_write: bool) -> Iterator[None]:
+    def _calling(self, is_write: bool = False) -> Iterator[None]:
         """Raise APIError 503 for a call that fails. Then all calls fail immediately for five times as long as the
         failed call took. Otherwise a request with several calls would wait for each call."""
         self._check_pause()
@@ -2609,12 +2622,6 @@ class SharedStore(Store):
             log.warning("session store (%s) recovered", self.kind)
 
 
-def check_format(version: int) -> None:
-    if version > STORE_FORMAT:
-        raise StoreError(
-            f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # SQLite store
 #
@@ -2623,6 +2630,7 @@ def check_format(version: int) -> None:
 
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
+SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
 SQLITE_TABLES = (
     # Tables of format 1, except its counters
     "DROP TABLE IF EXISTS turns",
@@ -2652,7 +2660,7 @@ SQLITE_TABLES = (
         PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
     f"PRAGMA application_id = {SQLITE_APPLICATION}",
-    f"PRAGMA user_version = {STORE_FORMAT}",
+    f"PRAGMA user_version = {SQLITE_FORMAT}",
 )
 SQLITE_PRAGMAS = (
     # auto_vacuum has an effect only on an empty file
@@ -2681,13 +2689,13 @@ class SQLiteStore(SharedStore):
     kind = "sqlite"
 
     def __init__(self, path: str, ttl: float, limit: int) -> None:
-        """Open the file. Raises StoreError if it cannot be opened or is not ours, but not for a locked file."""
+        """Open the file. Raises SettingError if it cannot be opened or is not ours, but not for a locked file."""
         super().__init__(ttl, limit)
         try:
             import sqlite3
         except ImportError:
-            raise StoreError("this Python has no sqlite3") from None
-        self.failures = (StoreError, sqlite3.Error, OSError, OverflowError)
+            raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
+        self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
         self._path = os.path.abspath(os.path.expanduser(path))
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
@@ -2702,13 +2710,13 @@ class SQLiteStore(SharedStore):
             self._close()
             # The message of an OSError contains the path
             if isinstance(error, OSError) or "locked" not in str(error):
-                raise StoreError(f"{self._path} cannot be used: {error}") from None
+                raise SettingError(f"SESSION_STORE: {self._path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
         with self._transaction("") as db:
             # A full disk refuses this write
-            db.execute(f"PRAGMA user_version = {STORE_FORMAT}")
+            db.execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
         rows = self._select(
@@ -2852,16 +2860,18 @@ class SQLiteStore(SharedStore):
         self._db = None
 
     def _prepare(self, db: Any) -> None:
-        """Set up the connection, and upgrade the file to our format. Raises StoreError if the file is not ours."""
+        """Set up the connection, and upgrade the file to our format. Raises ValueError if the file is not ours."""
         [application] = db.execute("PRAGMA application_id").fetchone()
         [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if tables and application != SQLITE_APPLICATION:
-            raise StoreError("it is the database of another program")
+            raise ValueError("it is the database of another program")
         [version] = db.execute("PRAGMA user_version").fetchone()
-        check_format(version)
+        if version > SQLITE_FORMAT:
+            raise ValueError(
+                f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
         for pragma in SQLITE_PRAGMAS:
             db.execute(pragma).fetchall()
-        if version < STORE_FORMAT:
+        if version < SQLITE_FORMAT:
             db.execute("BEGIN IMMEDIATE")
             # Another process may have upgraded it
             if db.execute("PRAGMA user_version").fetchone() == (version,):
@@ -2879,7 +2889,6 @@ class SQLiteStore(SharedStore):
 
 REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
 REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
-REDIS_FORMAT = "kimi2api:format"
 REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
 local index, name, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -2907,31 +2916,6 @@ return 1
 """
 
 
-def connect_redis(url: str) -> Any:
-    """Return a thread-safe Redis client. Raises StoreError for a missing package or an invalid address."""
-    try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-    except ImportError:
-        raise StoreError("the package redis is missing: pip install 'kimi2api[redis]'") from None
-    try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=REDIS_CONNECTIONS,
-            timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-            socket_timeout=REDIS_TIMEOUT,
-            socket_keepalive=True,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
-        )
-        pool.make_connection()  # parses the options in the address
-    except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
-        raise StoreError(f"the address of Redis cannot be used: {error}") from None
-    return redis.Redis(connection_pool=pool)
-
-
 def hashed(text: str) -> str:
     """Return the hash of a text for a Redis key."""
     return sha256(text.encode()).hexdigest()[:32]
@@ -2950,41 +2934,57 @@ def counters_name(key: CounterKey) -> str:
 
 
 class RedisStore(SharedStore):
-    """A Redis server, or another that implements its protocol; tested with Redis 7."""
+    """A Redis server, or another that implements its protocol; tested with Redis 7.
+
+    A version with another format of data must use other names, so that versions can run side by side.
+    """
 
     kind = "redis"
 
     def __init__(self, url: str, ttl: float, limit: int) -> None:
-        """Connect, or retry later if Redis does not answer. Raises StoreError if the package is missing, the address is
-        invalid, or a newer version wrote the data."""
+        """Connect, or retry later if Redis does not answer. Raises SettingError if the package is missing or the
+        address is invalid."""
         super().__init__(ttl, limit)
-        self._redis = connect_redis(url)
-        import redis
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise SettingError("SESSION_STORE: the package redis is missing: pip install 'kimi2api[redis]'") from None
         self.failures = (
-            StoreError, redis.RedisError, OSError,
-            # Malformed replies and documents raise these
+            redis.RedisError, OSError,
+            # Malformed addresses, replies and documents raise these
             AttributeError, LookupError, TypeError, ValueError,
         )
-        self._put = self._redis.register_script(PUT_DOCUMENT)
-        self._is_format_known = False
         try:
-            self._check_format()
-        except StoreError:
-            raise
+            pool = redis.BlockingConnectionPool.from_url(
+                url,
+                max_connections=REDIS_CONNECTIONS,
+                timeout=REDIS_TIMEOUT,
+                socket_connect_timeout=REDIS_TIMEOUT,
+                socket_timeout=REDIS_TIMEOUT,
+                socket_keepalive=True,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
+            )
+            pool.make_connection()  # parses the options in the address
         except self.failures as error:
-            self.is_failing = True
-            log.warning("session store (redis) failed: %s: %s", type(error).__name__, error)
+            raise SettingError(f"SESSION_STORE: the address of Redis cannot be used: {error}") from None
+        self._redis = redis.Redis(connection_pool=pool)
+        self._put = self._redis.register_script(PUT_DOCUMENT)
+        with suppress(APIError):  # it has been logged
+            self.check()
 
     def check(self) -> None:
-        with self._client(is_write=True) as redis:
+        with self._calling(is_write=True):
             # Redis refuses this write if its memory is full or it is a replica
-            redis.set(REDIS_FORMAT, STORE_FORMAT, nx=True)
+            self._redis.set("kimi2api:check", "")
 
     def load(self, key: DocumentKey) -> Document | None:
         owner, kind, name = key
-        with self._client() as redis:
+        with self._calling():
             document = f"{index_name(owner, kind)}:{name}"
-            head, data, version = redis.hmget(document, "head", "data", "version")
+            head, data, version = self._redis.hmget(document, "head", "data", "version")
             if version is None:
                 return None
             created, used, turns = json.loads(head)
@@ -2999,13 +2999,13 @@ class RedisStore(SharedStore):
             name, expected, milliseconds, self.max_documents(kind),
             "head", head, "data", document.data,
         ]
-        with self._client(is_write=True):
+        with self._calling(is_write=True):
             return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
 
     def delete(self, key: DocumentKey) -> bool:
         owner, kind, name = key
         index = index_name(owner, kind)
-        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+        with self._calling(is_write=True), self._redis.pipeline() as pipe:
             pipe.delete(f"{index}:{name}")
             pipe.zrem(index, name)
             deleted, _ = pipe.execute()
@@ -3014,25 +3014,25 @@ class RedisStore(SharedStore):
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
         index = index_name(owner, kind)
         documents = {}
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            names = [name.decode() for name in redis.zrange(index, 0, -1)]
+        with self._calling(), self._redis.pipeline(transaction=False) as pipe:
+            names = self._redis.zrange(index, 0, -1)
             for name in names:
-                pipe.hget(f"{index}:{name}", "head")
+                pipe.hget(f"{index}:{name.decode()}", "head")
             for name, head in zip(names, pipe.execute(), strict=True):
                 if head:  # otherwise expired
-                    documents[name] = Document(*json.loads(head))
+                    documents[name.decode()] = Document(*json.loads(head))
         return documents
 
     def count(self) -> int:
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
-            for index in redis.smembers(REDIS_INDEXES):
+        with self._calling(), self._redis.pipeline(transaction=False) as pipe:
+            for index in self._redis.smembers(REDIS_INDEXES):
                 if not index.endswith(REASONING.encode()):
                     pipe.zcount(index, self.expiry_cutoff() * 1_000_000, "+inf")
             return sum(pipe.execute())
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         counters = counters_name(key)
-        with self._client(is_write=True) as redis, redis.pipeline() as pipe:
+        with self._calling(is_write=True), self._redis.pipeline() as pipe:
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
             pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
@@ -3040,7 +3040,7 @@ class RedisStore(SharedStore):
         return dict(zip(amounts, values, strict=True))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        with self._client() as redis, redis.pipeline(transaction=False) as pipe:
+        with self._calling(), self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
             return [
@@ -3048,35 +3048,17 @@ class RedisStore(SharedStore):
                 for counters in pipe.execute()
             ]
 
-    @contextmanager
-    def _client(self, is_write: bool = False) -> Iterator[Any]:
-        with self._calling(is_write):
-            if not self._is_format_known:
-                self._check_format()
-            yield self._redis
-
-    def _check_format(self) -> None:
-        """Raise StoreError if a newer version wrote the data. Data of format 1 expires, and its counters stay valid."""
-        version = int(self._redis.get(REDIS_FORMAT) or 0)
-        check_format(version)
-        if version < STORE_FORMAT:
-            self._redis.set(REDIS_FORMAT, STORE_FORMAT)
-        self._is_format_known = True
-
 
 def open_store(settings: Settings) -> Store:
     """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
     ttl = settings.session_cache_ttl
     limit = settings.max_session_size
     kind, _, path = settings.session_store.partition(":")
-    try:
-        if kind == "sqlite":
-            return SQLiteStore(path, ttl, limit)
-        if kind != "memory":
-            return RedisStore(settings.session_store, ttl, limit)
-    except StoreError as error:
-        raise SettingError(f"SESSION_STORE: {error}") from None
-    return MemoryStore(ttl, limit)
+    if kind == "memory":
+        return MemoryStore(ttl, limit)
+    if kind == "sqlite":
+        return SQLiteStore(path, ttl, limit)
+    return RedisStore(settings.session_store, ttl, limit)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3100,7 +3082,7 @@ class Session:
     # Of a stored response: the system messages, and the tools, in its input and in the inputs that it continues
     system: Turn = ()
     tools: tuple[JSONObject, ...] = ()
-    response: JSONObject | None = None
+    response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
 
     @cached_property
     def turns(self) -> Turns:
@@ -3132,15 +3114,12 @@ def stored_message(message: Message) -> Message:
         stored["tool_call_id"] = message["tool_call_id"]
     if message.get("tool_calls"):
         stored["content"] = stored["content"] or None
-        stored["tool_calls"] = [
-            {
-                "id": call.get("id"),
-                "type": "function",
-                "function": {"name": call["function"]["name"], "arguments": call["function"]["arguments"]},
-                **{name: call[name] for name in ("extra_content",) if name in call},
-            }
-            for call in message["tool_calls"]
-        ]
+        stored["tool_calls"] = []
+        for call in message["tool_calls"]:
+            function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+            stored["tool_calls"].append({"id": call.get("id"), "type": "function", "function": function})
+            if "extra_content" in call:
+                stored["tool_calls"][-1]["extra_content"] = call["extra_content"]
         # APIs require the reasoning in later requests
         stored.update(reasoning_fields(message))
     return stored
@@ -3175,7 +3154,8 @@ class Sessions:
             return None
         head = json.loads(split_lines(document)[0])
         return Session(
-            head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())), head.get("response"))
+            head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())),
+            head.get("response", {}))
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new session, which is stored when a turn is recorded."""
@@ -3286,65 +3266,62 @@ NOTHING: Counter[str] = Counter()
 
 
 class Counters:
-    """Counters in a store that may fail. While the store fails, added amounts are pending, and totals are the known
-    totals plus pending amounts. The next successful addition sends the pending amounts of all owners."""
+    """Counters in a store that may fail. While the store fails, added amounts are pending. Totals are the known totals
+    plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: dict[CounterKey, dict[str, int]] = {}  # totals that the store has returned
+        self._known: dict[CounterKey, Counter[str]] = {}  # totals that the store has returned
         # Amounts that the store lacks; each Counter is replaced, never changed
         self._pending: dict[CounterKey, Counter[str]] = {}
         self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
-    def add(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add amounts to the counters of a period, and return the totals of these counters."""
-        # Read before the call: amounts that another thread sends meanwhile briefly count twice, but are never missing
-        pending = self._pending.get(key)
+    def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
+        """Add amounts to the counters of a period, and return the totals of the period."""
         try:
-            totals = self._store.add_counters(key, amounts)
+            total = self._total(key, self._store.add_counters(key, amounts))
         except APIError:
-            with self._lock:
-                self._pending[key] = self._pending.get(key, NOTHING) + Counter(amounts)
-                return Counter(self._known.get(key)) + self._pending[key]
-        self._learn(key, totals)
+            return self._total(key, pending=amounts)
         if self._pending and self._sending.acquire(blocking=False):
             try:
                 self._send_pending()
             finally:
                 self._sending.release()
-        return Counter(totals) + pending if pending else totals
+        return total
 
-    def read(self, keys: Sequence[CounterKey]) -> list[Amounts]:
+    def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
         """Return the totals of each period."""
-        pending = self._pending.copy()
         try:
             found = self._store.read_counters(keys)
         except APIError:
-            found = [self._known.get(key, {}) for key in keys]
-        totals: list[Amounts] = []
-        for key, known in zip(keys, found, strict=True):
-            self._learn(key, known)
-            totals.append(Counter(known) + pending.get(key, NOTHING))
-        return totals
+            return list(map(self._total, keys))
+        return list(map(self._total, keys, found))
 
     def _send_pending(self) -> None:
         with suppress(APIError):
             for key, amounts in self._pending.copy().items():
-                self._learn(key, self._store.add_counters(key, amounts))
+                # Until they are removed below, the amounts briefly count twice; they must never be missing
+                self._total(key, self._store.add_counters(key, amounts))
                 with self._lock:
                     rest = self._pending.pop(key, NOTHING) - amounts
                     if rest:
                         self._pending[key] = rest
 
-    def _learn(self, key: CounterKey, totals: Amounts) -> None:
+    def _total(self, key: CounterKey, known: Amounts = NOTHING, pending: Amounts = NOTHING) -> Counter[str]:
+        """Return the totals of a period, after adding what the store has returned or what it lacks."""
         with self._lock:
             if key not in self._known:
                 self._known = without_expired(self._known)
                 self._pending = without_expired(self._pending)
-            known = self._known.setdefault(key, {})
-            for name, total in totals.items():
-                known[name] = max(total, known.get(name, 0))  # replies may arrive in any order
+            total = self._known.setdefault(key, Counter())
+            for name, value in known.items():
+                total[name] = max(value, total[name])  # replies may arrive in any order
+            if pending:
+                self._pending[key] = self._pending.get(key, NOTHING) + Counter(pending)
+            if key in self._pending:
+                return total + self._pending[key]
+            return total.copy()
 
 
 class UsageLimits:
@@ -3357,37 +3334,36 @@ class UsageLimits:
     def admit(self, client: ClientKey) -> dict[str, str]:
         """Count a new chat, and return headers for its response. Raises APIError 429 if it exceeds a limit."""
         headers: dict[str, str] = {}
-        tokens_limit = key_limit(self._settings.tokens_per_day, client)
-        requests_limit = key_limit(self._settings.requests_per_minute, client)
+        refusal: APIError | None = None
         now = time.time()
-        minute_reset = MINUTE - now % MINUTE
-        day_reset = DAY - now % DAY
-        used_tokens = used_requests = 0
-        if tokens_limit:
+        limit = key_limit(self._settings.tokens_per_day, client)
+        if limit:
+            reset = DAY - now % DAY
             [counters] = self._counters.read([day_key(client, now)])
-            used_tokens = sum_by_model(counters)[0]["total_tokens"]
-            headers.update(limit_headers("tokens", tokens_limit, used_tokens, day_reset))
-        has_quota = not tokens_limit or used_tokens < tokens_limit
-        if requests_limit:
-            expires = now + minute_reset + MINUTE
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", expires)
-            counters = self._counters.add(minute, {"requests": int(has_quota)})
-            used_requests = counters["requests"]
-            headers.update(limit_headers("requests", requests_limit, used_requests, minute_reset))
-        if not has_quota:
-            raise APIError(
-                429,
-                f"You have used {used_tokens} of {tokens_limit} tokens of today (TOKENS_PER_DAY).",
-                "insufficient_quota",
-                "insufficient_quota",
-                headers={**headers, **NO_SDK_RETRY, "Retry-After": str(ceil(day_reset))})
-        if used_requests > requests_limit:
-            raise APIError(
-                429,
-                f"More than {requests_limit} chats in this minute (REQUESTS_PER_MINUTE).",
-                "rate_limit_error",
-                "rate_limit_exceeded",
-                headers={**headers, "Retry-After": str(ceil(minute_reset))})
+            used = sum_by_model(counters)[0]["total_tokens"]
+            headers.update(limit_headers("tokens", limit, used, reset))
+            if used >= limit:
+                refusal = APIError(
+                    429,
+                    f"You have used {used} of {limit} tokens of today (TOKENS_PER_DAY).",
+                    "insufficient_quota",
+                    "insufficient_quota",
+                    headers={**NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
+        limit = key_limit(self._settings.requests_per_minute, client)
+        if limit:
+            reset = MINUTE - now % MINUTE
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now + reset + MINUTE)
+            used = self._counters.add(minute, {"requests": int(refusal is None)})["requests"]
+            headers.update(limit_headers("requests", limit, used, reset))
+            if used > limit:
+                refusal = refusal or APIError(
+                    429,
+                    f"More than {limit} chats in this minute (REQUESTS_PER_MINUTE).",
+                    "rate_limit_error",
+                    "rate_limit_exceeded",
+                    headers={"Retry-After": str(ceil(reset))})
+        if refusal:
+            raise refusal.with_headers(headers)
         return headers
 
     def record(
@@ -3466,7 +3442,7 @@ METRICS = {
     "process_start_time_seconds": ("gauge", "Start of the process, in seconds since the epoch."),
 }
 Labels = tuple[tuple[str, str], ...]
-Series = tuple[str, Labels]  # the metric's name, and its labels
+Values = Mapping[str, Mapping[Labels, float]]  # by the metric's name, then by labels
 
 MAX_MODEL_LABELS = 100
 MAX_LABEL = 128  # characters
@@ -3477,52 +3453,42 @@ class Metrics:
 
     def __init__(self, models: Iterable[str] = ()) -> None:
         """models: the ids that are always labels."""
-        self._models = set(models)
-        self._api_models: set[str] = set()  # ids of APIs' models that have answered
-        self._lock = threading.Lock()  # guards both
-        self._counters: dict[Series, float] = {}
+        self._models = set(models)  # also ids of APIs' models that have answered
+        self._lock = threading.Lock()  # guards both below
+        self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
         # Counts by bucket, the count above the last bucket, and the sum
-        self._histograms: dict[Series, list[float]] = {}
+        self._histograms: dict[str, dict[Labels, list[float]]] = defaultdict(dict)
 
-    def count(self, metric: str, labels: Mapping[str, str]) -> None:
-        self.record({(metric, tuple(labels.items())): 1}, {})
-
-    def record(self, amounts: Mapping[Series, float], durations: Mapping[Series, float]) -> None:
-        """Add to counters, and to histograms (seconds). One call for all: with 64 concurrent chats, the lock costs more
-        than the additions."""
+    def count(self, metric: str, labels: Mapping[str, str], amount: int = 1) -> None:
         with self._lock:
-            for series, amount in amounts.items():
-                self._counters[series] = self._counters.get(series, 0) + amount
-            for series, seconds in durations.items():
-                histogram = self._histograms.setdefault(series, [0.0] * (len(BUCKETS) + 2))
-                histogram[bisect_left(BUCKETS, seconds)] += 1
-                histogram[-1] += seconds
+            self._counters[metric][tuple(labels.items())] += amount
+
+    def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
+        """Add a duration to a histogram."""
+        with self._lock:
+            histogram = self._histograms[metric].setdefault(tuple(labels.items()), [0.0] * (len(BUCKETS) + 2))
+            histogram[bisect_left(BUCKETS, seconds)] += 1
+            histogram[-1] += seconds
 
     def model_label(self, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels: an entry `*` in MODELS accepts any id."""
-        if model in self._models:
-            return model
-        is_of_api = provider != WEB_CHAT and model.startswith(f"{provider}/")
-        has_room = len(self._api_models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
-        if is_of_api and has_room and has_answered:
-            self._api_models.add(model)
-        return model if model in self._api_models else "other"
+        has_room = len(self._models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
+        if has_room and has_answered and model.startswith(f"{provider}/"):
+            self._models.add(model)
+        return model if model in self._models else "other"
 
-    def render(self, gauges: Mapping[Series, float]) -> str:
+    def render(self, gauges: Values) -> str:
         """Return all metrics, with the values of the gauges."""
-        with self._lock:
-            values = {**gauges, **self._counters}
-            histograms = {series: histogram.copy() for series, histogram in self._histograms.items()}
-        samples: dict[str, list[str]] = {name: [] for name in METRICS}
-        for (name, labels), value in values.items():
-            samples[name].append(sample(name, labels, value))
-        for (name, labels), histogram in histograms.items():
-            samples[name].extend(histogram_samples(name, labels, histogram))
         lines = []
-        for name, (kind, about) in METRICS.items():
-            lines.append(f"# HELP {name} {about}")
-            lines.append(f"# TYPE {name} {kind}")
-            lines += samples[name]
+        with self._lock:
+            values = {**self._counters, **gauges}
+            for name, (kind, about) in METRICS.items():
+                lines.append(f"# HELP {name} {about}")
+                lines.append(f"# TYPE {name} {kind}")
+                for labels, value in values.get(name, {}).items():
+                    lines.append(sample(name, labels, value))
+                for labels, histogram in self._histograms[name].items():
+                    lines += histogram_samples(name, labels, histogram)
         return "\n".join(lines) + "\n"
 
 
@@ -3598,17 +3564,11 @@ class Deadline:
         self.waiter = waiter
         self.is_per_read = False  # the timeout is for each read alone, not for all of the call
         self.may_reuse_connection = True  # False while an answer may be left unread
-        self._began = waiter.clock()
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
         """From now on so many seconds are left."""
         self._end = self.waiter.clock() + seconds
-
-    @property
-    def waited(self) -> float:
-        """Seconds that were given to the wait that has timed out."""
-        return min(self.waiter.clock() - self._began, self.timeout)
 
     def remaining(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
@@ -3621,11 +3581,6 @@ class Deadline:
         """Attend to the waiter, then return the seconds that the next slice of a wait may take."""
         self.waiter.attend()
         return min(self.remaining(), self.waiter.interval)
-
-
-def shut_down(sock: Any) -> None:
-    with suppress(OSError):  # it is closed already
-        getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # TLS inside TLS has no shutdown()
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
@@ -3646,7 +3601,7 @@ class SocketReader(io.RawIOBase):
     """
 
     def __init__(self, sock: socket.socket, file: Any, deadline: Deadline) -> None:
-        self._sock = sock
+        self.sock = sock
         self._file = file
         self.deadline = deadline
         # Reads return nothing, so that a peek shows only what is buffered
@@ -3662,9 +3617,9 @@ class SocketReader(io.RawIOBase):
         if deadline.is_per_read:
             deadline.limit(deadline.timeout)
         while True:
-            set_timeout(self._sock, deadline.next_wait())
+            set_timeout(self.sock, deadline.next_wait())
             with suppress(TimeoutError):  # one slice has passed
-                return self._sock.recv_into(buffer)
+                return self.sock.recv_into(buffer)
 
     def close(self) -> None:
         self._file.close()
@@ -3674,27 +3629,26 @@ class SocketReader(io.RawIOBase):
 class ResponseReader(io.BufferedReader):
     """The file that http.client reads a response from, and closes at its end, before the connection is used again."""
 
-    def __init__(self, raw: SocketReader, sock: socket.socket) -> None:
-        super().__init__(raw, READ_SIZE)
-        self._reader = raw
-        self._sock = sock
+    raw: Any  # SocketReader
 
     def received(self) -> bytes:
-        """What has been received and not read yet."""
-        self._reader.is_paused = True
+        """Return what has been received and not read yet."""
+        self.raw.is_paused = True
         try:
             return self.peek(1)
         finally:
-            self._reader.is_paused = False
+            self.raw.is_paused = False
 
     def close(self) -> None:
         if not self.closed:
+            sock = self.raw.sock
             # TLS inside a proxy's TLS, which is urllib3's own, buffers what nothing shows
-            is_opaque = not isinstance(self._sock, socket.socket)
-            decrypted = self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0
+            is_opaque = not isinstance(sock, socket.socket)
+            decrypted = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
             # Unread bytes, or an answer that may belong to another request: the next request must not read them
-            if is_opaque or self.received() or decrypted or not self._reader.deadline.may_reuse_connection:
-                shut_down(self._sock)
+            if is_opaque or self.received() or decrypted or not self.raw.deadline.may_reuse_connection:
+                with suppress(OSError):  # it is closed already
+                    getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # TLS inside TLS has no shutdown()
         super().close()
 
 
@@ -3709,7 +3663,7 @@ class StrictHTTPResponse(HTTPResponse):
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), sock)
+        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), READ_SIZE)
 
     def _read_status(self) -> tuple[str, int, str]:
         """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
@@ -3745,25 +3699,12 @@ class UpstreamConnection:
     response_class = StrictHTTPResponse
     sock: Any
     timeout: float  # seconds for the connection, and as many for the TLS handshake
-    _unsent: bytearray | None = None  # of the request that is being written
 
     def _tunnel(self) -> None:
         super()._tunnel()  # type: ignore[misc]
         self.sock.settimeout(self.timeout)  # the proxy's response was read in slices
 
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        """Head and body go out as one; http.client alone sends each by itself, and sets its time-out."""
-        unsent = self._unsent = bytearray()
-        try:
-            super().request(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self._unsent = None
-        self.send(unsent)
-
-    def send(self, data: bytes | bytearray) -> None:
-        if self._unsent is not None:
-            self._unsent += data
-            return
+    def send(self, data: bytes) -> None:
         deadline = CURRENT_DEADLINE.get()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
@@ -3808,7 +3749,7 @@ class UpstreamResponse:
         try:
             self.body = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
+            raise self._transport.failure(error) from None
         finally:
             self.close()
         if len(self.body) > limit:
@@ -3824,7 +3765,7 @@ class UpstreamResponse:
                     return
                 yield data
         except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
+            raise self._transport.failure(error) from None
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
@@ -3854,7 +3795,7 @@ class Transport:
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, tuple[Any, bool]] = {}
-        # Guards the making of pools: urllib3 has one for all spellings of a host
+        # Guards the making of pools (urllib3 has one for all spellings of a host) and the cookies of Scraper
         self._lock = threading.Lock()
 
     def request(
@@ -3872,52 +3813,41 @@ class Transport:
                 assert_same_host=False, timeout=timeout)
         # RequestException: for a proxy's URL that is invalid
         except (TimeoutError, HTTPError, requests.RequestException) as error:
-            raise self.failure(error, deadline) from None
+            raise self.failure(error) from None
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
 
     def _pool(self, url: str) -> tuple[Any, bool]:
-        """The connection pool for a URL's host, and whether its requests carry the whole URL, as plain proxies want it.
-
-        Proxies and certificates are those that HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE and friends name.
-        """
-        parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
+        """Return the connection pool for a URL's host, and whether requests carry the complete URL, as plain proxies
+        require. The environment names proxies and certificates: HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE, …"""
+        origin = urljoin(url, "/")
         with self._lock:
             if origin not in self._pools:
-                self._pools[origin] = self._make_pool(origin)
+                environment = requests.Session().merge_environment_settings(origin, {}, None, None, None)
+                # A proxy's loopback is not ours
+                proxies = {} if is_loopback(urlsplit(origin).hostname) else environment["proxies"]
+                request = requests.Request("GET", origin).prepare()
+                pool: Any = self._adapter.get_connection_with_tls_context(request, environment["verify"], proxies)
+                if not issubclass(pool.ConnectionCls, UpstreamConnection):
+                    pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
+                self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
 
-    def close_idle(self, url: str) -> None:
-        """Close the connections to a URL's host that no request is using."""
-        pool, _ = self._pool(url)
-        with suppress(Empty):
-            while True:
-                connection = pool.pool.get(block=False)
-                if connection:
-                    connection.close()
-
-    def _make_pool(self, origin: str) -> tuple[Any, bool]:
-        request = requests.Request("GET", origin).prepare()
-        proxies = {}
-        if not is_loopback(urlsplit(origin).hostname):  # a proxy's loopback is not ours
-            proxies = get_environ_proxies(origin)
-        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        pool: Any = self._adapter.get_connection_with_tls_context(request, verify, proxies)
-        if not issubclass(pool.ConnectionCls, UpstreamConnection):
-            pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
-        return pool, self._adapter.request_url(request, proxies) != "/"
+    def forget_connections(self) -> None:
+        """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
+        with self._lock:
+            self._adapter.close()
+            self._pools.clear()
 
     # Failures
 
-    def failure(self, error: Exception, deadline: Deadline) -> APIError:
+    def failure(self, error: Exception) -> APIError:
         # urllib3's functions hold the error that holds them, and so the request
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
-            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
             # No other attempt: the prompt was taken
-            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
+            return upstream_error(504, "upstream_timeout", f"{self.name} did not answer in time.", headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(
@@ -3948,12 +3878,14 @@ def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIErr
 
 def parse_retry_after(headers: Headers) -> float | None:
     """Return the seconds to wait by `retry-after-ms` or Retry-After (RFC 9110: seconds or a date), or None."""
-    value = headers.get("Retry-After", "").strip()[:100]
-    for text, unit in ((headers.get("retry-after-ms", "").strip()[:100], 1000), (value, 1)):
-        if re.fullmatch(r"\d+(?:\.\d+)?", text):
-            return min(float(text) / unit, 1e9)
+    milliseconds = headers.get("retry-after-ms", "").strip()
+    text = headers.get("Retry-After", "").strip()[:100]
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", milliseconds):
+        return float(milliseconds) / 1000
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+        return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -3965,12 +3897,11 @@ def parse_retry_after(headers: Headers) -> float | None:
 # and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of all cookies that one response sets, and of all that are kept
-MAX_COOKIE_BYTES = 8 << 10
+MAX_COOKIE_BYTES = 8 << 10  # of all cookies that are kept; servers refuse longer headers
 
 
-class Scraper:
-    """A browser for many threads. Redirects are not followed. Raises APIError."""
+class Scraper(Transport):
+    """A browser for many threads."""
 
     # cloudscraper's own list ends with Chrome 76
     USER_AGENT = (
@@ -3979,10 +3910,9 @@ class Scraper:
 
     def __init__(self, name: str, connections: int) -> None:
         browser = cloudscraper.CloudScraper(browser={"browser": "chrome", "platform": "windows", "mobile": False})
-        self.transport = Transport(name, connections, browser.get_adapter("https://"))
+        super().__init__(name, connections, browser.get_adapter("https://"))
         self._headers = {**browser.headers, "User-Agent": self.USER_AGENT}
-        self._cookies = browser.cookies
-        self._lock = threading.Lock()  # guards _cookies: cookie jars are not thread-safe
+        self._cookies = browser.cookies  # cookie jars are not thread-safe
 
     def request(
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
@@ -3996,23 +3926,14 @@ class Scraper:
             cookies = get_cookie_header(self._cookies, request) if self._cookies else None
         if cookies:
             sent["Cookie"] = cookies
-        response = self.transport.request(method, url, sent, body, deadline)
+        response = super().request(method, url, sent, body, deadline)
         if "Set-Cookie" in response.headers:
-            self._keep_cookies(request, response)
+            with self._lock:
+                extract_cookies_to_jar(self._cookies, request, response.raw)
+                if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
+                    self._cookies.clear()
         response.read()
         return response
-
-    def _keep_cookies(
-        self, request: requests.PreparedRequest, response: UpstreamResponse,
-    ) -> None:
-        """Keep the cookies of a response. More than a browser would send are forgotten, with all that came before."""
-        if sum(map(len, response.raw.headers.getlist("Set-Cookie"))) > MAX_COOKIE_BYTES:
-            return
-        with self._lock:
-            extract_cookies_to_jar(self._cookies, request, response.raw)
-            size = sum(len(cookie.name) + len(cookie.value or "") for cookie in self._cookies)
-            if size > MAX_COOKIE_BYTES:
-                self._cookies.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4021,7 +3942,7 @@ class Scraper:
 
 
 class Cached(Generic[T]):
-    """A value that all chats share: a thread of its own fetches it once for all that wait, and it is kept."""
+    """A value that all chats share: a separate thread fetches it once for all that wait, and it is kept."""
 
     def __init__(
         self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0,
@@ -4029,7 +3950,7 @@ class Cached(Generic[T]):
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
         self._retry_after = retry_after  # seconds before it is fetched again after a failure
-        self._name = name
+        self._thread = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
         self._began = 0.0  # when the latest fetch began, seconds since the epoch
@@ -4044,17 +3965,8 @@ class Cached(Generic[T]):
                     fetch = None
             if fetch is None:
                 self._began = time.time()
-                fetch = Future()
-                # Raises RuntimeError if there are too many threads; nobody may wait for that fetch
-                threading.Thread(target=self._run, args=(fetch,), name=self._name, daemon=True).start()
-                self._latest = fetch
+                fetch = self._latest = self._thread.submit(self._fetch)
             return fetch
-
-    def _run(self, fetch: Future[T]) -> None:
-        try:
-            fetch.set_result(self._fetch())
-        except Exception as error:  # raised again by those who wait
-            fetch.set_exception(error)
 
     def wait(self, waiter: Waiter) -> Future[T]:
         """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
@@ -4097,9 +4009,9 @@ FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
 class CircuitBreaker:
     """Spares an upstream that keeps failing.
 
-    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error, for
-    a pause that doubles with each failure. Half-open, when it is over: a call is a probe, and so is another after each
-    further pause, twice as long as the one before.
+    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error.
+    Half-open, after a pause: a call is a probe, and so is another after each further pause, twice as long as the one
+    before, until a probe succeeds.
     """
 
     def __init__(self, name: str) -> None:
@@ -4108,7 +4020,7 @@ class CircuitBreaker:
         self._failures = 0
         # The last one while the circuit is open or half-open
         self._error: APIError | None = None
-        self._pause = 0.0  # seconds
+        self._pause = FIRST_PAUSE  # seconds
         self._open_until = 0.0  # by the monotonic clock
         # Since when (seconds since the epoch) and why
         self.failing: tuple[float, str] | None = None
@@ -4137,15 +4049,14 @@ class CircuitBreaker:
             if error is None or error.status < 500 or error.code in answers:
                 self._failures = 0
                 self._error = None
+                self._pause = FIRST_PAUSE
             elif is_probe or self._error is None:  # else the call began before the circuit opened
                 self._failures += 1
-                surplus = self._failures - FAILURES_TO_OPEN
-                if surplus >= 0:
+                if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
                     code = "upstream_unavailable" if error.quotes_upstream else error.code or error.type
                     message = f"after {self._failures} failures in a row it is not called for now: HTTP {error.status}."
                     self._error = upstream_error(error.status, code, f"{self._name}: {message}")
-                    self._pause = min(FIRST_PAUSE * 2 ** min(surplus, 9), MAX_PAUSE)
                     self._open_until = time.monotonic() + self._pause
                     log.warning(
                         "%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
@@ -4519,7 +4430,7 @@ def describe_tool(tool: JSONObject) -> str:
     source = dump_json(schema).decode()
     form = source if '"$ref"' in source else signature(schema)
     purpose = " ".join((tool.get("description") or "").split())
-    return f"- {tool['name']}{form}: {purpose}" if purpose else f"- {tool['name']}{form}"
+    return f"- {tool['name']}{form}: {purpose}".removesuffix(": ")
 
 
 def signature(schema: Any) -> str:
@@ -4579,14 +4490,14 @@ def parse_answer(
         if request.must_call:
             raise UnusableAnswer("it must contain a tool call.")
     answer = request.body.get("response_format") or {}
-    if answer.get("type") == "json_object":
-        return parse_document(text, dict), []
-    if answer.get("type") == "json_schema":
+    kind = answer.get("type")
+    if kind == "json_schema":
         kind = answer["json_schema"]["schema"].get("type")
-        if kind == "array":
-            return parse_document(text, list), []
-        return parse_document(text, dict if kind == "object" else object), []
-    return text, []
+    elif kind != "json_object":
+        return text, []
+    if kind in ("json_object", "object"):
+        return parse_document(text, dict), []
+    return parse_document(text, list if kind == "array" else object), []
 
 
 # The form that how_to_call() asks for, and the form that Kimi K2 was trained on
@@ -4735,8 +4646,7 @@ NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""
 def find_nonce(html: str) -> str | None:
     """The first nonce after a mention of kimi_ajax in the same script."""
     for script in html.split("</script>"):
-        _, _, config = script.partition("kimi_ajax")
-        found = NONCE.search(config)
+        found = NONCE.search(script.partition("kimi_ajax")[2])
         if found:
             return found[1]
     return None
@@ -4817,15 +4727,12 @@ class KimiProvider(Provider):
             return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
 
     def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
-        """One attempt; a nonce that is rejected is renewed, once."""
+        """Make one attempt. If the nonce is rejected, renew it, once."""
         try:
             return self._post(prompt, asked)
         except StaleNonce as stale:
             log.info("refused (%s); trying once more with a new nonce", stale.code)
-        try:
-            return self._post(prompt, asked)
-        except StaleNonce as stale:
-            raise stale.with_headers(NO_SDK_RETRY) from None
+        return self._post(prompt, asked)
 
     def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
@@ -4856,7 +4763,7 @@ class KimiProvider(Provider):
             raise
         # It may have been the answer to another's question, so that ours is still to come
         except APIError:
-            self._scraper.transport.close_idle(self._settings.upstream_url)
+            self._scraper.forget_connections()
             raise
 
     def _checked_page(
@@ -4865,12 +4772,13 @@ class KimiProvider(Provider):
         """Send a request; sort out what any response of this site can mean, to the page or to the form."""
         page = self._scraper.request(method, url, headers, body, deadline)
         status = page.status
-        if page.headers.get("cf-mitigated") == "challenge":
-            raise self._blocked("a managed challenge")
+        is_managed = page.headers.get("cf-mitigated") == "challenge"
         is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
         is_challenge = status in (429, 503) and CHALLENGE.search(page.body)
-        if is_block or is_challenge:
-            raise self._blocked(f"HTTP {status} with a page of its own")
+        if is_managed or is_block or is_challenge:
+            raise upstream_error(503, "upstream_blocked", (
+                f"Cloudflare blocks this program (HTTP {status}). Open {self._settings.chat_page_url} in a browser on "
+                "this network, wait some minutes, or use another network (HTTPS_PROXY)."))
         if status == 429:
             raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
                                "upstream_rate_limited", page.headers)
@@ -4878,11 +4786,6 @@ class KimiProvider(Provider):
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
         return page
-
-    def _blocked(self, reason: str) -> APIError:
-        return upstream_error(503, "upstream_blocked", (
-            f"Cloudflare blocks this program: {reason}. Open {self._settings.chat_page_url} in a browser on this "
-            "network, wait some minutes, or use another network (HTTPS_PROXY)."))
 
     # The nonce
 
@@ -4946,10 +4849,9 @@ def reject_unsupported(request: ChatRequest) -> None:
 def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
     body = page.body.strip()
-    # WordPress's own words for a stale nonce and an unknown action
-    if body in (b"-1", b"0"):
-        raise StaleNonce(502, f"The web chat refused: {body.decode()}.", "upstream_error", "upstream_refused")
     answer = parse_upstream_object(body) or {}
+    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+        answer = {"success": False, "data": body.decode()}
     data = answer.get("data")
     if answer.get("success") is False:
         raise StaleNonce(
@@ -4957,6 +4859,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
             f"The web chat refused: {plain_line(data, nonce)}",
             "upstream_error",
             "upstream_refused",
+            headers=NO_SDK_RETRY,  # for the second time, with a new nonce
             quotes_upstream=True,
         )
     if page.status != 200:
@@ -5188,6 +5091,27 @@ class LeaveOut:
         return without(body, self.name) if applies else body
 
 
+EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+@dataclass(frozen=True)
+class ChangeEffort:
+    """Replace an effort that a model refuses by the nearest that it accepts."""
+
+    refused: str
+    accepted: str
+
+    def __call__(self, body: JSONObject) -> JSONObject:
+        return {**body, "reasoning_effort": self.accepted} if body.get("reasoning_effort") == self.refused else body
+
+
+def nearest_effort(refused: str, complaint: str) -> str:
+    """Return the effort nearest to the refused one among those that the complaint names, else a common one."""
+    named = [effort for effort in EFFORTS if effort != refused and re.search(rf"\b{effort}\b", complaint)]
+    position = EFFORTS.index(refused)
+    return min(named or ["low", "high"], key=lambda effort: abs(EFFORTS.index(effort) - position - 0.1))
+
+
 def swap_max_tokens(body: JSONObject) -> JSONObject:
     """Use the other name of the bound, or only the newer of both."""
     names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
@@ -5347,6 +5271,8 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
     for name in named:
         value = sent[name]
         is_essential = name == "logprobs" and value
+        if name == "reasoning_effort" and value in EFFORTS:
+            yield Adaptation(f"effort {value}", ChangeEffort(value, nearest_effort(value, complaint)))
         if name in OPTIONAL_PARAMETERS and not is_essential:
             others = tuple(other for other in named if other != name)
             yield Adaptation(f"{name}={value!r} {others}"[:100], LeaveOut(name, value, others))
@@ -6268,8 +6194,17 @@ class Slots:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chats
 #
-# What is remembered of an answer before its client can see that it is complete, and the pace of a replay.
+# Stages of a chat between its provider and its format: remember an answer, and replay it at a pace.
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class Conversation(NamedTuple):
+    """What a chat is about."""
+
+    request: ChatRequest
+    session_id: str
+    history: Turns  # before the request
+    save: Callable[[], None] | None = None  # records the turn
 
 
 def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
@@ -6285,44 +6220,6 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
         yield delta
     save()
     yield from held
-
-
-def record_turn(
-    sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats,
-) -> None:
-    """Record what the user has said and the answer in the user's session."""
-    message = stats.fold.message()
-    if not (message["content"] or message.get("tool_calls")):
-        log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
-        return
-    violation = find_violation(message, MESSAGE)
-    if violation:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
-    elif request.turns and request.user:
-        *older, newest = request.turns
-        turns = [*older, (*newest, message)]
-        sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
-
-
-def record_response(
-    sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
-    stats: AnswerStats, response: JSONObject,
-) -> None:
-    """Keep a response, with all that a next one goes on from."""
-    message = stats.fold.message()
-    answer = (message,) if message["content"] or message.get("tool_calls") else ()
-    if asked.reader.compacts:
-        turns = append_turns((), [tuple(ItemReader().read(response["output"]))])
-        previous = replace(previous, document=NO_DOCUMENT)
-    else:
-        turns = append_turns(previous.turns, request.turns)
-        if turns:
-            *older, newest = turns
-            turns = (*older, (*newest, *answer))
-    # Later responses inherit system messages of the input, unlike the instructions
-    system = [*previous.system, *filter(is_system, asked.messages)]
-    tools = [*previous.tools, *asked.reader.tools]
-    sessions.record_response(owner, previous, response, system, tools, turns)
 
 
 def pace(
@@ -6350,11 +6247,11 @@ def pace(
 # The program's state while it runs, and what it does for each route.
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXPOSED_HEADERS = ", ".join([
-    "X-Request-Id", "X-Kimi2api-Provider", "X-Kimi2api-Ignored", "X-Kimi2api-Tools-Dropped", "Retry-After",
-    "x-should-retry",
-    *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
-])
+EXPOSED_HEADERS = (
+    "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, X-Kimi2api-Tools-Dropped, Retry-After, x-should-retry, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+)
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -6400,24 +6297,47 @@ class App:
 
     def create_chat_completion(self) -> bytes:
         request = ChatRequest.parse(self._body())
-        return self._complete(request, ChatCompletion(request.include_usage), AnswerStats())
+        return self._complete_in_session(request, ChatCompletion(request.include_usage))
 
     def create_completion(self) -> bytes:
         request = ChatRequest.parse_completion(self._body())
-        return self._complete(request, TextCompletion(request.include_usage), AnswerStats())
+        return self._complete_in_session(request, TextCompletion(request.include_usage))
 
     def create_response(self) -> bytes:
+        return self._respond(ResponsesRequest.parse(self._body()), ResponseWriter)
+
+    def compact_response(self) -> bytes:
         asked = ResponsesRequest.parse(self._body())
-        previous = self._previous_response(asked.body.get("previous_response_id"))
+        asked.reader.compacts = True
+        asked.body["stream"] = asked.body["store"] = False
+        return self._respond(asked, CompactionWriter)
+
+    def _respond(self, asked: ResponsesRequest, make_writer: type[ResponseWriter]) -> bytes:
+        stats = AnswerStats()
+        writer = make_writer(asked)
+
+        def open_conversation() -> Conversation:
+            previous = self._previous_response(asked.body.get("previous_response_id"))
+            request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
+            if asked.body.get("store") is not False:
+                writer.record = partial(self._record_response, previous, asked, request, stats)
+            return Conversation(request, previous.id, previous.turns)
+
         try:
-            request = asked.to_chat_request(previous.system, previous.tools, self._stored_item)
-            stats = AnswerStats()
-            record = partial(record_response, self.sessions, current_owner(), previous, asked, request, stats)
-            is_stored = asked.body.get("store") is not False
-            writer = ResponseWriter(asked, record if is_stored else None)
-            return self._complete(request, writer, stats, previous)
+            return self._complete(asked.body, writer, stats, open_conversation)
         except APIError as error:
             raise translate_error(error) from None
+
+    def _complete_in_session(self, request: ChatRequest, writer: ChatCompletion) -> bytes:
+        stats = AnswerStats()
+
+        def open_conversation() -> Conversation:
+            session = self.sessions.open(current_owner(), request.user)
+            history = () if request.has_history else session.turns
+            save = partial(self._record_turn, session, request, stats) if request.user else None
+            return Conversation(request, session.id, history, save)
+
+        return self._complete(request.body, writer, stats, open_conversation)
 
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
@@ -6432,47 +6352,81 @@ class App:
 
     def _complete(
         self,
-        request: ChatRequest,
+        body: JSONObject,
         writer: ChatCompletion | ResponseWriter,
         stats: AnswerStats,
-        previous: Session | None = None,
+        open_conversation: Callable[[], Conversation],
     ) -> bytes:
-        """Answer a chat: its stages, in order. previous: what it continues, instead of its user's session."""
-        model = request.model or self.settings.default_model
-        owner = current_owner()
+        """Answer a chat: its stages, in order."""
+        model = body.get("model") or self.settings.default_model
+        begin = partial(self._begin_stream, writer) if body.get("stream") else None
+        client = Client(bottle.request.environ, self.stopping, begin, self.settings.sse_keepalive)
         sent = 0
-        begin = partial(self._begin_stream, writer) if request.stream else None
-        with self._admitted(model, begin) as client:
-            try:
-                with self._counted(stats, client):
-                    session = previous or self.sessions.open(owner, request.user)
-                    history = () if request.has_history and not previous else session.turns
-                    asked = ProviderRequest(request, model, history, session.id, owner, self.sessions, stats, client)
-                    deltas = self.providers.answer(model, asked)
-                    if request.user:
-                        save = partial(record_turn, self.sessions, owner, session, request, stats)
-                        deltas = remember(deltas, save)
-                    if not request.stream:
-                        answer = writer.json(deltas)
-                        set_headers({"Content-Type": "application/json", **writer.headers})
-                        return answer
-                    interval = self.settings.stream_interval_ms / 1000
-                    deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
-                    for event in writer.events(deltas):
-                        client.send(event)
-                        sent += 1
-            except Exception as error:
-                if not client.has_begun:
-                    raise
-                client.send(writer.failure(as_api_error(error), sent))
+        try:
+            with self._counted(model, stats, client):
+                request, id, history, save = open_conversation()
+                asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
+                deltas = self.providers.answer(model, asked)
+                if save:
+                    deltas = remember(deltas, save)
+                if not begin:
+                    answer = writer.json(deltas)
+                    set_headers({"Content-Type": "application/json", **writer.headers})
+                    return answer
+                interval = self.settings.stream_interval_ms / 1000
+                deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
+                for event in writer.events(deltas):
+                    client.send(event)
+                    sent += 1
+        except Exception as error:
+            if not client.has_begun:
+                raise
+            client.send(writer.failure(as_api_error(error), sent))
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
+
+    def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
+        """Record what the user has said and the answer in the user's session."""
+        message = stats.fold.message()
+        if not (message["content"] or message.get("tool_calls")):
+            log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
+            return
+        violation = find_violation(message, MESSAGE)
+        if violation:  # every later request would be refused for it
+            log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+        elif request.turns and request.user:
+            *older, newest = request.turns
+            turns = [*older, (*newest, message)]
+            self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
+
+    def _record_response(
+        self,
+        previous: Session,
+        asked: ResponsesRequest,
+        request: ChatRequest,
+        stats: AnswerStats,
+        response: JSONObject,
+    ) -> None:
+        """Store a response with the conversation that a later response continues."""
+        message = stats.fold.message()
+        answer = (message,) if message["content"] or message.get("tool_calls") else ()
+        turns = append_turns(previous.turns, request.turns)
+        if asked.reader.compacts:
+            turns = (tuple(ItemReader().read(response["output"])),)
+        elif turns:
+            *older, newest = turns
+            turns = (*older, (*newest, *answer))
+        # Later responses inherit system messages and tools of the input, unlike the instructions
+        system = [*previous.system, *filter(is_system, asked.messages)]
+        tools = [*previous.tools, *asked.reader.tools]
+        self.sessions.record_response(current_owner(), previous, response, system, tools, turns)
 
     def create_embeddings(self) -> bytes:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
         stats = AnswerStats()
-        with self._admitted(model) as client, self._counted(stats, client):
+        client = Client(bottle.request.environ, self.stopping)
+        with self._counted(model, stats, client):
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers({"Content-Type": "application/json", **headers})
             return dump_json(answer)
@@ -6486,45 +6440,37 @@ class App:
         return bottle.request.environ["wsgi.input"].read(max(0, length))
 
     @contextmanager
-    def _admitted(self, model: str, begin: Callable[[], Write] | None = None) -> Iterator[Client]:
-        """Around an answer, which takes a slot and counts against its key's limits. Raises APIError 404 for an unknown
-        model, 429 for one chat too many."""
+    def _counted(self, model: str, stats: AnswerStats, client: Client) -> Iterator[None]:
+        """Around an answer, which takes a slot and counts against its key's limits: count the answer when it ends,
+        however it ends. Raises APIError 404 for an unknown model, 429 for one chat too many."""
         self.providers.resolve(model)
         environ = bottle.request.environ
         with self.chats.held():
             environ["kimi2api.limits"] = self.limits.admit(current_client())
-            environ["kimi2api.is_counted"] = True
-            yield Client(environ, self.stopping, begin, self.settings.sse_keepalive)
-
-    @contextmanager
-    def _counted(self, stats: AnswerStats, client: Client) -> Iterator[None]:
-        """Around an answer: it is counted when it ends, however it ends."""
-        status = 500
-        try:
-            yield
-            status = 200
-        except APIError as error:
-            status = error.status
-            raise
-        finally:
-            self._count(stats, 499 if client.has_left else status)
+            status = 500
+            try:
+                yield
+                status = 200
+            except APIError as error:
+                status = error.status
+                raise
+            finally:
+                self._count(stats, 499 if client.has_left else status)
 
     def _count(self, stats: AnswerStats, status: int) -> None:
         """Count an answer for its key's usage and for metrics."""
         has_answered = stats.first_chunk is not None
         model = self.metrics.model_label(stats.provider, stats.model, has_answered)
-        labels = ("provider", stats.provider or "none"), ("model", model)
-        amounts: dict[Series, float] = {("kimi2api_chats_total", (*labels, ("status", str(status)))): 1}
-        durations: dict[Series, float] = {}
+        labels = {"provider": stats.provider or "none", "model": model}
+        self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
         if stats.first_chunk is not None:  # else nothing came, so nothing was used
             prompt_tokens, completion_tokens = stats.tokens()
-            amounts["kimi2api_tokens_total", (*labels, ("type", "input"))] = prompt_tokens
-            amounts["kimi2api_tokens_total", (*labels, ("type", "output"))] = completion_tokens
-            durations["kimi2api_chat_duration_seconds", labels] = time.monotonic() - stats.began
-            durations["kimi2api_time_to_first_chunk_seconds", labels] = stats.first_chunk
+            self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
+            self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
+            self.metrics.observe("kimi2api_chat_duration_seconds", labels, time.monotonic() - stats.began)
+            self.metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, stats.first_chunk)
             is_answered = status in (200, 499)
             self.limits.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
-        self.metrics.record(amounts, durations)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
@@ -6547,14 +6493,14 @@ class App:
 
     def get_response(self, id: str) -> JSONObject:
         session = self.sessions.get(current_owner(), id, RESPONSE)
-        if session is None or session.response is None:
+        if session is None:
             raise not_found(RESPONSE, id)
         return session.response
 
-    def _stored_item(self, id: str) -> JSONObject | None:
-        session = self.sessions.get(current_owner(), response_of(id), RESPONSE)
-        items = session.response["output"] if session and session.response else []
-        return next((item for item in items if item["id"] == id), None)
+    def _stored_items(self, response_id: str) -> dict[str, JSONObject]:
+        """Return the output items of a stored response by their ids."""
+        session = self.sessions.get(current_owner(), response_id, RESPONSE)
+        return {item["id"]: item for item in session.response["output"]} if session else {}
 
     def delete_response(self, id: str) -> JSONObject:
         if not self.sessions.forget(current_owner(), id, RESPONSE):
@@ -6576,36 +6522,34 @@ class App:
 
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        gauges: dict[Series, float] = {
-            ("kimi2api_chats_running", ()): self.chats.used,
-            ("kimi2api_chats_limit", ()): self.chats.limit,
-            ("kimi2api_build_info", (("version", __version__),)): 1,
-            ("process_start_time_seconds", ()): self.started,
+        gauges: dict[str, dict[Labels, float]] = {
+            "kimi2api_chats_running": {(): self.chats.used},
+            "kimi2api_chats_limit": {(): self.chats.limit},
+            "kimi2api_build_info": {(("version", __version__),): 1},
+            "process_start_time_seconds": {(): self.started},
+            "kimi2api_upstream_healthy": {},
         }
         for name, provider in self.providers.by_name.items():
-            gauges["kimi2api_upstream_healthy", (("provider", name),)] = not provider.failing
-        with suppress(APIError):  # a store that cannot be reached is told by /health
-            gauges["kimi2api_sessions", ()] = self.store.count()
+            gauges["kimi2api_upstream_healthy"][("provider", name),] = not provider.failing
+        with suppress(APIError):  # /health reports a store that cannot be reached
+            gauges["kimi2api_sessions"] = {(): self.store.count()}
         return self.metrics.render(gauges)
 
     def health(self) -> JSONObject:
         upstreams: dict[str, JSONObject] = {}
-        status = "ok"
-        for provider in self.providers.by_name.values():
-            upstreams[provider.name] = {}
+        for name, provider in self.providers.by_name.items():
+            upstreams[name] = {}
             failing = provider.failing
             if failing:
-                status = "degraded"
                 since, reason = failing
-                upstreams[provider.name] = {"failing_since": int(since), "reason": reason}
+                upstreams[name] = {"failing_since": int(since), "reason": reason}
         kept: int | None = None
         with suppress(APIError):
             self.store.check()
             kept = self.store.count()
-        if kept is None:
-            status = "degraded"
+        is_degraded = kept is None or any(upstreams.values())
         return {
-            "status": status,
+            "status": "degraded" if is_degraded else "ok",
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.time() - self.started),
@@ -6642,8 +6586,8 @@ class App:
         status = response.status_code
         route = environ.get("bottle.route")
         rule = route.rule if route else "(no route)"
-        if route and route.method == "POST" and "kimi2api.is_counted" not in environ:
-            # Refused before an upstream could be asked
+        if route and route.method == "POST" and "kimi2api.limits" not in environ:
+            # Refused before it was counted as an answer
             self._count(AnswerStats(), status)
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
@@ -6679,16 +6623,17 @@ def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
     if error.status_code == 404:
-        advice = "The base URL for clients ends in /v1."
-        if bottle.request.path.startswith("/v1/"):
-            advice = ("This server has chat completions, Responses, completions, embeddings, models and sessions, and "
-                      "nothing else of OpenAI's API.")
-        ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
+        ours = APIError(
+            404, f"Unknown path: {path!r}. The base URL for clients ends in /v1. This server has chat completions, "
+            "Responses, completions, embeddings, models and sessions, and nothing else of OpenAI's API.",
+            code="not_found")
+    elif bottle.request.environ.get("HTTP_UPGRADE"):  # Codex tries WebSockets first, and goes on over HTTP after a 426
+        ours = APIError(426, "This server has no WebSockets.", code="upgrade_required")
+        bottle.response.status = 426
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
-        message = "Internal server error; see the server's log."
-        ours = APIError(error.status_code, message, "server_error", "internal_error")
+        ours = as_api_error(error)
     bottle.response.content_type = "application/json"
     return dump_json(ours.body())
 
@@ -6703,7 +6648,7 @@ class Route:
     summary: str
     answer: str
     request: str = ""
-    event: str = ""  # of its stream, where it has one: what its data is
+    event: str = ""  # of its stream, where it has one: what each event is
     is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
 
 
@@ -6712,15 +6657,17 @@ def describe_api(app: App) -> JSONObject:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "Completion", "Request",
-          "a Chunk as JSON, or [DONE]"),
-    Route("POST", "/v1/responses", App.create_response, "a response", "Response", "ResponsesRequest",
-          "an event of the Responses API as JSON"),
-    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "Response"),
-    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "DeletedResponse"),
-    Route("POST", "/v1/completions", App.create_completion, "complete a text", "TextCompletion", "CompletionRequest",
-          "a TextCompletion as JSON, or [DONE]"),
-    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "Embeddings", "EmbeddingsRequest"),
+    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "OpenAIObject", "Request",
+          "data: a chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.create_response, "a response", "OpenAIObject", "ResponsesRequest",
+          "data: an event of the Responses API as JSON"),
+    Route("POST", "/v1/responses/compact", App.compact_response, "a conversation, summarized", "OpenAIObject",
+          "ResponsesRequest"),
+    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "OpenAIObject"),
+    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "OpenAIObject"),
+    Route("POST", "/v1/completions", App.create_completion, "complete a text", "OpenAIObject", "CompletionRequest",
+          "data: a part of the completion as JSON, or [DONE]"),
+    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "OpenAIObject", "EmbeddingsRequest"),
     Route("GET", "/v1/models", App.list_models, "the models", "Models"),
     Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
     Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
@@ -6851,11 +6798,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
-        self._began = time.monotonic()  # with the request's first byte
-
-    def is_overdue(self) -> bool:
-        allowed = CONNECTION_TIMEOUT + self.body_bytes_received / MIN_BODY_RATE
-        return time.monotonic() - self._began > allowed
+        self.began = time.time()  # with the request's first byte
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
@@ -6868,8 +6811,12 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
             # A proxy in front may see another end of the body; what follows is no request (RFC 9112, 6.1)
             self.headers["CONNECTION"] = "close"
-        if self.body_rcv is None or self._is_body_wanted():
+        if self.body_rcv is None:
             return
+        client = matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", ""))
+        if client and self.content_length <= self.adj.max_wanted_body:
+            return
+        # The request will be refused because of its head
         if self.expect_continue:  # the body has not been sent yet
             self.expect_continue = False
             # What comes is the body, and must not be taken for a request
@@ -6877,13 +6824,6 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.body_rcv = None
         else:
             self.body_rcv.buf = Discarded(0)
-
-    def _is_body_wanted(self) -> bool:
-        """Return False for a request that will be refused because of its head."""
-        if self.content_length > self.adj.max_wanted_body:
-            return False
-        return matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", "")) is not None
-
 
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A client's connection."""
@@ -6913,9 +6853,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Return whether the client takes too long to send a request or to read an answer."""
         if self.requests and not self.total_outbufs_len:
             return False
-        if self.request and self.request.is_overdue():
+        now = time.time()
+        request = self.request
+        if request and now - request.began > CONNECTION_TIMEOUT + request.body_bytes_received / MIN_BODY_RATE:
             return True
-        return time.time() - self.last_activity > CONNECTION_TIMEOUT
+        return now - self.last_activity > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
         # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
@@ -7157,7 +7099,7 @@ def greeting(settings: Settings, port: int, demo: bool) -> str:
     keys = settings.api_master_key
     header = ""
     if keys:
-        key = "${API_MASTER_KEY%%,*}" if len(keys) > 1 else "$API_MASTER_KEY"
+        key = "${API_MASTER_KEY%%,*}"
         # A terminal belongs to whoever set the key; a log file must not have the key
         if sys.stdout and sys.stdout.isatty():
             key = keys[0].key
@@ -7240,7 +7182,7 @@ def main(argv: list[str] | None = None) -> int:
     except SettingError as error:
         return refuse_start(str(error))
     except KeyboardInterrupt:
-        return 130
+        os._exit(130)  # a normal exit would wait for a fetch
 
 
 def serve(settings: Settings, demo: bool) -> int:
@@ -7283,7 +7225,6 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
-    nonce = random_hex()[:10]
 
     @classmethod
     def start(cls) -> str:
@@ -7293,28 +7234,23 @@ class DemoUpstream(BaseHTTPRequestHandler):
         return f"http://127.0.0.1:{server.server_address[1]}"
 
     def do_GET(self) -> None:
-        config = json.dumps({"ajax_url": "/wp-admin/admin-ajax.php", "nonce": self.nonce})
-        page = f"<html><script>var kimi_ajax = {config};</script></html>"
-        self.reply(200, "text/html", page.encode())
+        self.reply("text/html", b'<html><script>var kimi_ajax = {"nonce": "demo"};</script></html>')
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         form = dict(parse_qsl(body.decode()))
-        if form.get("nonce") != self.nonce:
-            self.reply(403, "text/html", b"-1")
-            return
         answer = demo_answer(form["message"], form["model"])
-        self.reply(200, "application/json", dump_json({"success": True, "data": {"message": answer}}))
+        self.reply("application/json", dump_json({"success": True, "data": {"message": answer}}))
 
-    def reply(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
+    def reply(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        log.debug("demo upstream: " + format, *args)
+        """Log nothing."""
 
 
 SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
@@ -7349,27 +7285,16 @@ def named_object(name: str, fields: Schema) -> Schema:
     return object_of({"object": {"type": "string", "const": name}, **fields})
 
 
-def openai_object(name: str, page: str) -> Schema:
-    """Return the schema of an object that OpenAI documents."""
-    docs = {"url": f"https://platform.openai.com/docs/api-reference/{page}"}
-    return {**named_object(name, {}), "externalDocs": docs}
-
-
 OR_NULL_STRING = any_of(STRING, NULL)
 COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS = {
     "Request": CHAT_REQUEST,
     "Message": MESSAGE,
-    "Completion": openai_object("chat.completion", "chat/object"),
-    "Chunk": openai_object("chat.completion.chunk", "chat-streaming"),
     "CompletionRequest": COMPLETION_REQUEST,
-    "TextCompletion": openai_object("text_completion", "completions/object"),
     "ResponsesRequest": RESPONSES_REQUEST,
-    "Response": openai_object("response", "responses/object"),
-    "DeletedResponse": openai_object("response", "responses/delete"),
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
-    "Embeddings": openai_object("list", "embeddings/create"),
+    "OpenAIObject": {**OBJECT, "externalDocs": {"url": "https://platform.openai.com/docs/api-reference"}},
     "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
     "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
     "Session": named_object("session", {
@@ -7423,9 +7348,7 @@ def operation(route: Route) -> JSONObject:
     """Describe a route."""
     answer = content_of(route.answer)
     if route.event:
-        data = {**STRING, "description": route.event}
-        event = object_of({"data": data}, description="each event of the stream")
-        answer["text/event-stream"] = {"schema": event}
+        answer["text/event-stream"] = {"schema": {**STRING, "description": route.event}}
     described: JSONObject = {
         "summary": route.summary,
         "responses": {
@@ -7435,8 +7358,7 @@ def operation(route: Route) -> JSONObject:
     }
     name = re.search(r"<(\w+)", route.rule)
     if name:
-        parameter = {"name": name[1], "in": "path", "required": True, "schema": STRING}
-        described["parameters"] = [parameter]
+        described["parameters"] = [{"name": name[1], "in": "path", "required": True, "schema": STRING}]
     if route.request:
         described["requestBody"] = {"required": True, "content": content_of(route.request)}
     if route.is_public:
