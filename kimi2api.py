@@ -2020,7 +2020,9 @@ REASONING_KIND = ItemKind(
 SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing else
     "rs", {"type": "reasoning", "summary": []}, "reasoning_summary_text", "text",
     {"type": "summary_text", "text": ""}, "summary", "reasoning_summary_part")
-COMPACTION = ItemKind("cmp", {"type": "compaction"}, "", "encrypted_content", finish=encoded, is_streamed=False)
+COMPACTION = ItemKind(
+    "cmp", {"type": "compaction", "encrypted_content": ""}, "", "encrypted_content",
+    finish=encoded, is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
     "reasoning_content": REASONING_KIND,
     "content": ItemKind(
@@ -2090,7 +2092,7 @@ class OutputItem:
                 part["annotations"] = self._annotations
             self._emit_text(f"{kind.part_events}.done", part=part)
             written = {kind.list_field: [part]}
-        if "encrypted_content" in self.item:
+        if kind.prefix == "rs" and "encrypted_content" in self.item:
             written["encrypted_content"] = encoded(reasoning_fields(self.reasoning))
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
@@ -3847,7 +3849,8 @@ class Transport:
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
             # No other attempt: the prompt was taken
-            return upstream_error(504, "upstream_timeout", f"{self.name} did not answer in time.", headers=NO_SDK_RETRY)
+            message = f"{self.name} did not answer in time (REQUEST_TIMEOUT)."
+            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(

@@ -1488,12 +1488,13 @@ def assert_items_follow_one_another(events: list[Any]) -> None:
             continue
         assert event.get("item_id", current["id"]) == current["id"]
         if kind == "output_item.done":
-            assert text is None and event["item"]["id"] == current["id"]
+            has_no_text = current["type"] in ("compaction", "tool_search_call")
+            assert (text == "" if has_no_text else text is None) and event["item"]["id"] == current["id"]
             done.append(event["item"])
             current = None
         elif kind.endswith(".delta"):
             text += event["delta"]
-        elif not kind.startswith("content_part"):
+        elif not kind.startswith(("content_part", "reasoning_summary_part", "output_text.annotation")):
             assert text in [event.get(name) for name in ("text", "refusal", "arguments", "input")], kind
             text = None
     if events and events[-1]["type"] in ("response.completed", "response.incomplete"):
@@ -2143,6 +2144,275 @@ def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, 
         {"role": "assistant", "content": "y"},
         {"role": "user", "content": "z"},
     ]
+
+
+EXEC = {"type": "custom", "name": "exec", "description": "Runs JavaScript."}
+WAIT = {"type": "function", "name": "wait", "parameters": {"type": "object", "properties": {}}}
+CODEX_TOOLS = {
+    "type": "additional_tools",
+    "role": "developer",
+    "tools": [{"type": "namespace", "name": "functions", "tools": [EXEC, WAIT]}],
+}
+SEARCH = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Finds tools.",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+FOUND = {
+    "type": "tool_search_output",
+    "call_id": "c0",
+    "execution": "client",
+    "tools": [{"type": "namespace", "name": "mcp__mail", "tools": [{"type": "function", "name": "send"}]}],
+}
+
+
+def names_sent(api: Api) -> list[str]:
+    """The names of the functions that the API was last offered."""
+    return [tool["function"]["name"] for tool in api.asked[-1][2].get("tools", ())]
+
+
+@json_and_stream
+def test_tools_inside_the_input_are_tools_from_there_on(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = api_answers(deltas=[piece(0, '{"code": "1 + 1"}', "functions__exec")], finish="tool_calls")
+    app = make(**both)
+    asked = {"model": "local/k2", "parallel_tool_calls": False, "reasoning": {"context": "all_turns"}}
+    response = respond(app, [CODEX_TOOLS, USER], stream=stream, **asked)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    [call] = final["output"]
+    assert (call["type"], call["name"], call["namespace"], call["input"]) == (
+        "custom_tool_call", "exec", "functions", "1 + 1")
+    assert names_sent(api) == ["functions__exec", "functions__wait"]
+    assert api.asked[-1][2]["parallel_tool_calls"] is False
+    api.always = api_answers("2")
+    result = {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": "2"}
+    assert output_text(respond(app, [result], model="local/k2", previous_response_id=final["id"])) == "2"
+    assert names_sent(api) == ["functions__exec", "functions__wait"], "the conversation has them"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "input"),
+    [
+        ('{"input": "x = 1"}', "x = 1"),
+        ('{"script": "x = 1"}', "x = 1"),
+        ('{"patch": "```diff\\n-a\\n```"}', "\n-a\n"),
+        ("x = 1", "x = 1"),
+        ('{"a": "x", "b": "y"}', '{"a": "x", "b": "y"}'),
+        ('{"input": {"a": 1}}', '{"input": {"a": 1}}'),
+    ],
+)
+def test_the_input_of_a_custom_tool_is_what_is_plainly_meant(
+    make: Make, both: dict[str, str], api: Api, arguments: str, input: str
+) -> None:
+    api.always = api_answers(deltas=[piece(0, arguments, "exec")], finish="tool_calls")
+    [call] = respond(make(**both), model="local/k2", tools=[EXEC]).json["output"]
+    assert call["input"] == input
+
+
+@json_and_stream
+def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], api: Api, stream: bool) -> None:
+    api.always = api_answers(deltas=[piece(0, '{"query": "mail"}', "tool_search")], finish="tool_calls")
+    app = make(**both)
+    response = respond(app, model="local/k2", tools=[SEARCH, WAIT], stream=stream)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    [search] = final["output"]
+    assert (search["type"], search["execution"], search["call_id"]) == ("tool_search_call", "client", "c0")
+    assert search["arguments"] == {"query": "mail"} and names_sent(api) == ["tool_search", "wait"]
+    api.always = api_answers(deltas=[piece(0, "{}", "mcp__mail__send")], finish="tool_calls")
+    [call] = respond(app, [USER, search, FOUND], model="local/k2", tools=[SEARCH, WAIT], store=False).json["output"]
+    assert (call["name"], call["namespace"]) == ("send", "mcp__mail")
+    assert names_sent(api) == ["tool_search", "wait", "mcp__mail__send"]
+    sent = api.asked[-1][2]["messages"]
+    assert sent[1]["tool_calls"][0]["function"] == {"name": "tool_search", "arguments": '{"query":"mail"}'}
+    assert sent[2]["role"] == "tool" and "mcp__mail" in sent[2]["content"]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "web_search_call", "id": "ws", "status": "completed", "action": {"type": "search", "query": "x"}},
+        {"type": "mcp_call", "id": "m", "name": "f", "arguments": "{}", "server_label": "s", "output": "y"},
+        {"type": "image_generation_call", "id": "i", "result": "AAAA", "status": "completed"},
+        {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
+        {"type": "compaction", "encrypted_content": "gAAAA"},
+        {"type": "configuration_update", "reasoning": {"effort": "high"}},
+        {"type": "of_the_future", "content": [{"x": 1}], "output": 5},
+    ],
+)
+def test_items_of_other_servers_are_passed_over_and_named(
+    make: Make, both: dict[str, str], api: Api, item: Any
+) -> None:
+    app = make(**both)
+    for model in ("local/k2", "kimi"):
+        response = respond(app, [USER, item, {"role": "assistant", "content": "y"}, USER], model=model)
+        assert output_text(response) and response.headers["X-Kimi2api-Ignored"] == item["type"]
+    assert [message["role"] for message in api.asked[0][2]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[str, str], api: Api) -> None:
+    parts = [{"type": "input_text", "text": "x"}, {"type": "input_audio", "input_audio": {}}]
+    response = respond(make(**both), [{"role": "user", "content": parts}], model="local/k2")
+    assert response.headers["X-Kimi2api-Ignored"] == "input_audio"
+    assert api.asked[0][2]["messages"] == [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("call", "result", "name"),
+    [
+        (
+            {"type": "local_shell_call", "id": "l", "call_id": "c", "action": {"type": "exec", "command": ["ls"]}},
+            {"type": "local_shell_call_output", "id": "l", "output": "a.txt"},
+            "local_shell",
+        ),
+        (
+            {"type": "shell_call", "call_id": "c", "action": {"commands": ["ls"]}},
+            {"type": "shell_call_output", "call_id": "c", "output": [{"stdout": "a.txt", "stderr": ""}]},
+            "shell",
+        ),
+        (
+            {"type": "apply_patch_call", "call_id": "c", "operation": {"type": "delete_file", "path": "a.txt"}},
+            {"type": "apply_patch_call_output", "call_id": "c", "status": "completed", "output": "a.txt is gone"},
+            "apply_patch",
+        ),
+        (
+            {"type": "function_call", "call_id": "c", "name": "ls", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": None, "output": "a.txt"},
+            "ls",
+        ),
+    ],
+)
+def test_what_was_done_elsewhere_is_a_call_and_its_result(
+    make: Make, both: dict[str, str], api: Api, call: Any, result: Any, name: str
+) -> None:
+    assert output_text(respond(make(**both), [USER, call, result, USER], model="local/k2"))
+    _, called, done, _ = api.asked[0][2]["messages"]
+    assert called["tool_calls"][0]["id"] == done["tool_call_id"] == "c" and "a.txt" in done["content"]
+    assert called["tool_calls"][0]["function"]["name"] == name
+    json.loads(called["tool_calls"][0]["function"]["arguments"])
+
+
+@json_and_stream
+def test_a_compaction_is_one_item_that_is_read_back(make: Make, both: dict[str, str], api: Api, stream: bool) -> None:
+    app = make(**both)
+    api.always = api_answers(deltas=[{"reasoning_content": "Hm."}, {"content": "They want "}, {"content": "tea."}])
+    items = [USER, {"role": "assistant", "content": "Tea?"}, {"type": "compaction_trigger"}]
+    response = respond(app, items, model="local/k2", stream=stream, tools=TOOLS, context_management=[{"type": "x"}])
+    final = response_events(response)[-1]["response"] if stream else response.json
+    [item] = final["output"]
+    assert item["type"] == "compaction" and item["encrypted_content"] and final["usage"]["total_tokens"] == 8
+    sent = api.asked[-1][2]
+    assert "tools" not in sent and sent["messages"][-1]["role"] == "user" and len(sent["messages"]) == 3
+    api.always = api_answers("ok")
+    for request in ({"input": [item, USER]}, {"input": [USER], "previous_response_id": final["id"]}):
+        assert output_text(respond(app, model="local/k2", **request)) == "ok"
+        summary, question = api.asked[-1][2]["messages"]
+        assert summary["content"].endswith("They want tea.") and question["content"] == USER["content"]
+    # of the model that writes nothing
+    api.always = api_answers(deltas=[{"reasoning_content": "Hm."}])
+    assert is_error(respond(app, items, model="local/k2"), 502, "upstream_invalid_response")
+
+
+def test_a_conversation_is_compacted_on_request(make: Make, both: dict[str, str], api: Api) -> None:
+    app = make(**both)
+    api.always = api_answers("They want tea.")
+    asked = {"model": "local/k2", "input": [USER, {"role": "assistant", "content": "Tea?"}]}
+    compacted = app.post_json("/v1/responses/compact", asked).json
+    assert compacted["object"] == "response.compaction" and compacted["usage"]["total_tokens"] == 8
+    message, item = compacted["output"]
+    assert message["content"][0]["text"] == USER["content"] and item["type"] == "compaction"
+    api.always = api_answers("ok")
+    assert output_text(respond(app, [*compacted["output"], USER], model="local/k2")) == "ok"
+    assert api.asked[-1][2]["messages"][1]["content"].endswith("They want tea.")
+
+
+def test_a_websocket_is_refused_so_that_clients_go_on_over_http(demo: Program) -> None:
+    status, body = demo.ask("GET", "/v1/responses", Upgrade="websocket", Connection="Upgrade")
+    assert status == 426 and json.loads(body)["error"]["code"] == "upgrade_required"
+
+
+@json_and_stream
+def test_reasoning_is_a_summary_where_one_is_asked_for(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = api_answers(deltas=[{"reasoning_content": "Let "}, {"reasoning_content": "me."}, {"content": "Yes."}])
+    app = make(**both)
+    wanted = {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]}
+    response = respond(app, model="local/k2", stream=stream, **wanted)
+    final = response_events(response)[-1]["response"] if stream else response.json
+    reasoning, message = final["output"]
+    assert reasoning["summary"] == [{"type": "summary_text", "text": "Let me."}] and "content" not in reasoning
+    if stream:
+        assert kinds(response_events(response))[2:8] == [
+            "output_item.added",
+            "reasoning_summary_part.added",
+            "reasoning_summary_text.delta",
+            "reasoning_summary_text.done",
+            "reasoning_summary_part.done",
+            "output_item.done",
+        ]
+    api.always = api_answers("ok")
+    assert output_text(respond(app, [USER, reasoning, message, USER], model="local/k2", store=False)) == "ok"
+    assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "Let me."
+
+
+@json_and_stream
+def test_annotations_of_chats_are_annotations_of_responses(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    citation = {"start_index": 0, "end_index": 3, "url": "https://a.example/", "title": "A"}
+    annotations = [{"type": "url_citation", "url_citation": citation}, {"type": "odd"}, 5]
+    api.always = api_answers(deltas=[{"content": "Yes"}, {"content": ".", "annotations": annotations}])
+    response = respond(make(**both), model="local/k2", stream=stream)
+    if stream:
+        told = response_events(response)
+        assert [event["annotation_index"] for event in told if event["type"].endswith("annotation.added")] == [0]
+    final = told[-1]["response"] if stream else response.json
+    assert final["output"][0]["content"][0]["annotations"] == [{"type": "url_citation", **citation}]
+
+
+@pytest.mark.parametrize(
+    ("effort", "complaint", "accepted", "sent"),
+    [
+        ("xhigh", "Unsupported value: 'xhigh'. Supported values are: 'low', 'medium', and 'high'.", "high", "high"),
+        ("none", "reasoning_effort must be one of low, high, max", "low", "low"),
+        ("medium", "invalid reasoning_effort", "high", "high"),
+        ("minimal", "invalid reasoning_effort", None, None),
+    ],
+)
+def test_an_effort_that_a_model_refuses_becomes_the_nearest(
+    make: Make, both: dict[str, str], api: Api, effort: str, complaint: str, accepted: str | None, sent: str | None
+) -> None:
+    api.always = refuses(
+        complaint, lambda body: body.get("reasoning_effort") not in (accepted, None), param="reasoning_effort")
+    app = make(**both)
+    for _ in range(2):
+        assert output_text(respond(app, model="local/k2", reasoning={"effort": effort})) == "ok"
+        assert api.asked[-1][2].get("reasoning_effort") == sent
+    assert len(api.asked) <= 4
+
+
+def test_the_verbosity_of_a_response_reaches_the_api(make: Make, both: dict[str, str], api: Api) -> None:
+    response = respond(make(**both), model="local/k2", text={"verbosity": "low"}, top_logprobs=3).json
+    assert api.asked[0][2]["verbosity"] == "low"
+    assert response["text"] == {"format": {"type": "text"}, "verbosity": "low"}
+    assert response["top_logprobs"] == 0, "none are sent"
+
+
+def test_many_references_to_one_response_read_it_once(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make(**both)
+    api.always = api_answers(deltas=[piece(index, "{}", "clock") for index in range(20)], finish="tool_calls")
+    items = respond(app, model="local/k2", tools=TOOLS).json["output"]
+    reads: list[Any] = []
+    load = kimi2api.MemoryStore.load
+    monkeypatch.setattr(kimi2api.MemoryStore, "load", lambda *args: reads.append(args[1]) or load(*args))
+    references = [{"type": "item_reference", "id": item["id"]} for item in items]
+    results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "x"} for item in items]
+    assert respond(app, [USER, *references, *results], model="local/k2", tools=TOOLS, store=False).status_int == 200
+    assert len([key for key in reads if key[1] == "response"]) == 1
 
 
 ########################################################################################################################
@@ -8114,7 +8384,7 @@ def test_openai_python_sees_why_a_response_failed_in_the_middle(
     kimi.always = at_the_gate
     api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": "out of order"}})
     client = strict_client(run(**both, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5"))
-    for model, words in (("kimi", "0.5 s"), ("local/k2", "out of order")):
+    for model, words in (("kimi", "REQUEST_TIMEOUT"), ("local/k2", "out of order")):
         *_, last = client.responses.create(model=model, input="x", stream=True)
         assert last.type == "response.failed" and last.response.status == "failed"
         assert words in last.response.error.message
