@@ -2542,123 +2542,124 @@ class SQLiteStore(SharedStore):
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
-        with self._transaction("") as db:
+        with self._using(is_write=True) as execute:
             # A full disk refuses this write
-            db.execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
+            execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
-        rows = self._select(
-            "SELECT created, used, turns, data, number FROM documents "
-            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
-            (*key, self.expiry_cutoff()), owner=key[0])
-        return Document(*rows[0]) if rows else None
+        with self._using(key[0]) as execute:
+            row = execute(
+                "SELECT created, used, turns, data, number FROM documents "
+                "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, self.expiry_cutoff())).fetchone()
+        return Document(*row) if row else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, _ = key
         now = time.time()
         cutoff = self.expiry_cutoff()
-        with self._transaction(owner) as db:
-            [version] = db.execute(
+        with self._using(owner, is_write=True) as execute:
+            [version] = execute(
                 "SELECT ifnull(max(number), 0) FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, cutoff)).fetchone()
             if expected not in (ANY_VERSION, version):
                 return False
-            db.execute(
+            execute(
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
             # A clock that was ahead would make these documents expire late
-            db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
+            execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
             # Delete only two: deleting 16 MiB takes 0.1 s, during which no other process can write
-            db.execute(
+            execute(
                 "DELETE FROM documents WHERE number IN "
                 "(SELECT number FROM documents WHERE used <= ? LIMIT 2)",
                 (cutoff,))
-            db.execute(
+            execute(
                 "DELETE FROM documents WHERE number IN "
                 "(SELECT number FROM documents WHERE owner = ?1 AND kind = ?2 ORDER BY number LIMIT max(0, min(2, "
                 "(SELECT count(*) FROM documents WHERE owner = ?1 AND kind = ?2) - ?3)))",
                 (owner, kind, self.max_documents(kind)))
-            [free] = db.execute("PRAGMA freelist_count").fetchone()
+            [free] = execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
                 # One execute() makes one step, which frees one page
-                db.execute("PRAGMA incremental_vacuum(1)")
+                execute("PRAGMA incremental_vacuum(1)")
         return True
 
     def delete(self, key: DocumentKey) -> bool:
-        with self._transaction(key[0]) as db:
-            deleted = db.execute(
+        with self._using(key[0], is_write=True) as execute:
+            deleted = execute(
                 "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff()))
             return bool(deleted.rowcount)
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        rows = self._select(
-            "SELECT name, created, used, turns FROM documents "
-            "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
-            (owner, kind, self.expiry_cutoff()), owner)
-        return {name: Document(*row) for name, *row in rows}
+        with self._using(owner) as execute:
+            rows = execute(
+                "SELECT name, created, used, turns FROM documents "
+                "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
+                (owner, kind, self.expiry_cutoff()))
+            return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        [(count,)] = self._select(
-            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
-            (self.expiry_cutoff(), REASONING))
+        with self._using() as execute:
+            [count] = execute(
+                "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
+                (self.expiry_cutoff(), REASONING)).fetchone()
         return count
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
-        with self._transaction(owner) as db:
-            db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
-            db.executemany(
-                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
-                [(owner, period, name, amount, expires) for name, amount in amounts.items()])
-            return dict(db.execute(
+        with self._using(owner, is_write=True) as execute:
+            execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
+            for name, amount in amounts.items():
+                execute(
+                    "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
+                    "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
+                    (owner, period, name, amount, expires))
+            return dict(execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
-        return [dict(self._select(query, (key.owner, key.period, time.time()), key.owner)) for key in keys]
-
-    def _select(self, query: str, values: tuple[Any, ...], owner: str = "") -> list[Any]:
-        with self._executed(query, values, owner, is_write=False) as rows:
-            return list(rows)
-
-    @contextmanager
-    def _transaction(self, owner: str) -> Iterator[Any]:
-        """Yield the connection in a transaction, which is committed completely or not at all."""
-        with self._executed("BEGIN IMMEDIATE", (), owner, is_write=True):
-            yield self._db
-            self._db.execute("COMMIT")
+        found: list[Amounts] = []
+        for key in keys:
+            with self._using(key.owner) as execute:
+                found.append(dict(execute(
+                    "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
+                    (key.owner, key.period, time.time()))))
+        return found
 
     @contextmanager
-    def _executed(
-        self, statement: str, values: tuple[Any, ...], owner: str, is_write: bool,
-    ) -> Iterator[Any]:
-        """Yield the result of a statement, after waiting for locks of other processes. Any failure closes the
-        connection, and the next call reconnects."""
+    def _using(self, owner: str = "", is_write: bool = False) -> Iterator[Callable[..., Any]]:
+        """Yield a function that executes a statement. All statements of a write are one transaction, committed
+        completely or not at all. Any failure closes the connection, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
+
+        def execute(statement: str, values: tuple[Any, ...] = ()) -> Any:
+            """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
+            retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
+            while True:
+                try:
+                    return self._db.execute(statement, values)
+                except self.failures as error:
+                    if "locked" not in str(error) or time.monotonic() >= deadline:
+                        raise
+
         with self._calling(is_write), held(self._turns[owner], deadline), held(self._lock, deadline):
             try:
                 self._check_pause()  # another call may have failed meanwhile
                 self._connect()
-                yield self._execute(statement, values, deadline)
+                if is_write:
+                    execute("BEGIN IMMEDIATE")
+                yield execute
+                if is_write:
+                    execute("COMMIT")
             except BaseException:
                 self._close()
                 raise
 
     # Callers of the methods below hold the lock
-
-    def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
-        """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
-        retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
-        while True:
-            try:
-                return self._db.execute(statement, values)
-            except self.failures as error:
-                if "locked" not in str(error) or time.monotonic() >= deadline:
-                    raise
 
     def _connect(self) -> None:
         """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
@@ -4532,17 +4533,16 @@ class KimiProvider(Provider):
     # Asking
 
     def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """The text of the answer."""
-        with self._through_breaker(asked.model):
-            return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
-
-    def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
-        """Make one attempt. If the nonce is rejected, renew it, once."""
-        try:
+        """Return the text of the answer. Each attempt renews a rejected nonce, once."""
+        def attempt() -> str:
+            try:
+                return self._post(prompt, asked)
+            except StaleNonce as stale:
+                log.info("refused (%s); trying once more with a new nonce", stale.code)
             return self._post(prompt, asked)
-        except StaleNonce as stale:
-            log.info("refused (%s); trying once more with a new nonce", stale.code)
-        return self._post(prompt, asked)
+
+        with self._through_breaker(asked.model):
+            return self._retry(attempt, asked.waiter)
 
     def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
@@ -4600,19 +4600,7 @@ class KimiProvider(Provider):
     # The nonce
 
     def _fetch_nonce(self) -> str:
-        """Fetch the chat page and find its nonce."""
-        home = self._settings.chat_page_url
-        page = self._fetch_page()
-        nonce = find_nonce(page.body.decode("utf-8", "replace"))
-        if page.status != 200 or not nonce:
-            raise upstream_error(
-                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed. "
-                "Look for a newer version of this program.")
-        log.info("nonce renewed")
-        return nonce
-
-    def _fetch_page(self) -> UpstreamResponse:
-        """Fetch the chat page, following redirects within its scheme, host and port."""
+        """Fetch the chat page, following redirects within its scheme, host and port, and find its nonce."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
         # No cache has seen it yet
@@ -4620,14 +4608,16 @@ class KimiProvider(Provider):
         with suppress(ValueError):  # of a location that is no URL
             for _ in range(MAX_REDIRECTS + 1):
                 page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
-                if not 300 <= page.status < 400 or "Location" not in page.headers:
-                    return page
-                url = urljoin(url, page.headers["Location"])
-                if urlsplit(url)[:2] != urlsplit(home)[:2]:
+                url = urljoin(url, page.headers.get("Location", ""))
+                if not 300 <= page.status < 400 or urlsplit(url)[:2] != urlsplit(home)[:2]:
                     break
-        raise upstream_error(
-            502, "upstream_changed",
-            "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
+        nonce = find_nonce(page.body.decode("utf-8", "replace"))
+        if page.status != 200 or not nonce:
+            raise upstream_error(
+                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has "
+                "moved (CHAT_PAGE_URL and UPSTREAM_URL say where it is). Look for a newer version of this program.")
+        log.info("nonce renewed")
+        return nonce
 
 
 WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
