@@ -68,7 +68,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
 from traceback import clear_frames
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
@@ -4323,6 +4323,7 @@ CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     """, re.X)
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls_section_(?:begin|end)\|>|```\w*\s*```")
+CODE_BLOCK = re.compile(r"\s*```[\w-]*(?![\w-])(.*)```\s*", re.S)
 
 
 def parse_tool_calls(
@@ -4347,8 +4348,9 @@ def parse_tool_calls(
     if calls:
         around.append(text[at:])
         return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
+    block = CODE_BLOCK.fullmatch(text)
     try:
-        value = parse_json(strip_code_fence(text))
+        value = parse_json(block[1] if block else text)
     except ValueError:
         return text, []
     if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
@@ -4372,14 +4374,6 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
     if not isinstance(arguments, dict):
         raise UnusableAnswer(f"the arguments of {name} must be a JSON object.")
     return name, replace_lone_surrogates(json.dumps(arguments, ensure_ascii=False))
-
-
-def strip_code_fence(text: str) -> str:
-    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
-    text = text.strip()
-    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
-        return text
-    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
 
 
 BRACKET = re.compile(r"[{}\[\]]")
@@ -4549,7 +4543,6 @@ class KimiProvider(Provider):
         deadline = Deadline(self._settings.request_timeout, asked.waiter)
         fetch = self._nonce.wait(asked.waiter)
         nonce = fetch.result()
-        home = urlsplit(self._settings.chat_page_url)
         form = {
             "action": "kimi_send_message",
             "nonce": nonce,
@@ -4561,7 +4554,7 @@ class KimiProvider(Provider):
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
             "Accept": "application/json, */*",
             "X-Requested-With": "XMLHttpRequest",
-            "Origin": f"{home.scheme}://{home.netloc}",
+            "Origin": urljoin(self._settings.chat_page_url, "/").rstrip("/"),
             "Referer": self._settings.chat_page_url,
         }
         try:
@@ -6829,11 +6822,6 @@ def start_logging(level: str) -> None:
     log.setLevel(level)
 
 
-def refuse_start(reason: str) -> int:
-    print(f"kimi2api: {reason}", file=sys.stderr)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
@@ -6848,19 +6836,20 @@ def main(argv: list[str] | None = None) -> int:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
         if not options.check:
-            return serve(settings, options.demo)
+            serve(settings, options.demo)
         try:
             return run_check(settings)
         except OSError:  # stdout is closed
             os._exit(1)  # a normal exit would print a traceback for the unwritten rest
     except SettingError as error:
-        return refuse_start(str(error))
+        print(f"kimi2api: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         os._exit(130)  # a normal exit would wait for a fetch
 
 
-def serve(settings: Settings, demo: bool) -> int:
-    """Serve until a signal ends the process. Return 2 if the server cannot listen; raises SettingError."""
+def serve(settings: Settings, demo: bool) -> NoReturn:
+    """Serve until a signal ends the process. Raises SettingError if the server cannot listen."""
     settings.check_host()
     stopping = threading.Event()
     app = create_app(settings, stopping)
@@ -6868,7 +6857,7 @@ def serve(settings: Settings, demo: bool) -> int:
         server = Server(settings, app, stopping)
     # The port is in use, or the host has no address
     except (OSError, ValueError) as error:
-        return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
+        raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
     server.handle_signals()
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port, demo), flush=True)
