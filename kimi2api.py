@@ -6239,14 +6239,14 @@ class App:
 
     def _set_common_headers(self) -> None:
         environ = bottle.request.environ
-        response = bottle.response
-        response.set_header("X-Request-Id", environ["kimi2api.id"])
+        set_headers({"X-Request-Id": environ["kimi2api.id"], **environ.get("kimi2api.limits", {})})
         origin = environ.get("kimi2api.origin")
         if origin:
-            response.set_header("Access-Control-Allow-Origin", origin)
-            response.set_header("Access-Control-Expose-Headers", EXPOSED_HEADERS)
-            response.set_header("Vary", "Origin")
-        set_headers(environ.get("kimi2api.limits", {}))
+            set_headers({
+                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+                "Vary": "Origin",
+            })
 
     def finish(self) -> None:
         """Headers that every response carries, and a line in the log."""
@@ -6720,15 +6720,14 @@ def connection_limit(chats: int) -> int:
     except ImportError:  # Windows, whose select() takes 512 sockets
         limit = 500
     else:
+        # Linux always limits open files; elsewhere, unlimited is a large number
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        unlimited = resource.RLIM_INFINITY
-        wanted = 4 * limit if hard == unlimited else min(4 * limit, hard)
-        if soft != unlimited and soft < wanted:
+        wanted = min(4 * limit, hard)
+        if soft < wanted:
             with suppress(OSError, ValueError):  # some systems allow less than they say
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 soft = wanted
-        if soft != unlimited:
-            limit = min(limit, soft // 4)
+        limit = min(limit, soft // 4)
     if limit < chats + SPARE_THREADS:
         raise ValueError(
             f"the system allows {limit} connections (a quarter of ulimit -n), too few for MAX_CONCURRENT_CHATS={chats}")
