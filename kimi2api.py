@@ -3386,11 +3386,17 @@ class Deadline:
         self.waiter = waiter
         self.is_per_read = False  # the timeout is for each read alone, not for all of the call
         self.may_reuse_connection = True  # False while an answer may be left unread
+        self._began = waiter.clock()
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
         """From now on so many seconds are left."""
         self._end = self.waiter.clock() + seconds
+
+    @property
+    def waited(self) -> float:
+        """Return the seconds that were given to the wait that has timed out."""
+        return min(self.waiter.clock() - self._began, self.timeout)
 
     def remaining(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
@@ -3571,7 +3577,7 @@ class UpstreamResponse:
         try:
             self.body = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
-            raise self._transport.failure(error) from None
+            raise self._transport.failure(error, self.deadline) from None
         finally:
             self.close()
         if len(self.body) > limit:
@@ -3587,7 +3593,7 @@ class UpstreamResponse:
                     return
                 yield data
         except HTTPError as error:
-            raise self._transport.failure(error) from None
+            raise self._transport.failure(error, self.deadline) from None
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
@@ -3635,7 +3641,7 @@ class Transport:
                 assert_same_host=False, timeout=timeout)
         # RequestException: for a proxy's URL that is invalid
         except (TimeoutError, HTTPError, requests.RequestException) as error:
-            raise self.failure(error) from None
+            raise self.failure(error, deadline) from None
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
@@ -3664,12 +3670,13 @@ class Transport:
 
     # Failures
 
-    def failure(self, error: Exception) -> APIError:
+    def failure(self, error: Exception, deadline: Deadline) -> APIError:
         # urllib3's functions hold the error that holds them, and so the request
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
+            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
             # No other attempt: the prompt was taken
-            return upstream_error(504, "upstream_timeout", f"{self.name} did not answer in time.", headers=NO_SDK_RETRY)
+            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
         return upstream_error(
