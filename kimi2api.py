@@ -68,7 +68,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
 from traceback import clear_frames
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
@@ -1374,12 +1374,13 @@ def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, 
     return text, "stop"
 
 
+CODE_BLOCK = re.compile(r"\s*```[\w-]*(?![\w-])\n?(.*)```\s*", re.S)
+
+
 def strip_code_fence(text: str) -> str:
     """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
-    text = text.strip()
-    if len(text) < 6 or not (text.startswith("```") and text.endswith("```")):
-        return text
-    return re.sub(r"\A[\w-]{0,40}", "", text[3:-3])
+    block = CODE_BLOCK.fullmatch(text)
+    return block[1] if block else text
 
 
 PIECE = re.compile(rf"\s*(?:(?:[{WIDE}][{MARK}]*){{1,2}}|[^\s{WIDE}]+|$)")
@@ -2716,123 +2717,124 @@ class SQLiteStore(SharedStore):
             log.warning("session store (sqlite) is locked by another program: %s", self._path)
 
     def check(self) -> None:
-        with self._transaction("") as db:
+        with self._using(is_write=True) as execute:
             # A full disk refuses this write
-            db.execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
+            execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
-        rows = self._select(
-            "SELECT created, used, turns, data, number FROM documents "
-            "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
-            (*key, self.expiry_cutoff()), owner=key[0])
-        return Document(*rows[0]) if rows else None
+        with self._using(key[0]) as execute:
+            row = execute(
+                "SELECT created, used, turns, data, number FROM documents "
+                "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
+                (*key, self.expiry_cutoff())).fetchone()
+        return Document(*row) if row else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, _ = key
         now = time.time()
         cutoff = self.expiry_cutoff()
-        with self._transaction(owner) as db:
-            [version] = db.execute(
+        with self._using(owner, is_write=True) as execute:
+            [version] = execute(
                 "SELECT ifnull(max(number), 0) FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, cutoff)).fetchone()
             if expected not in (ANY_VERSION, version):
                 return False
-            db.execute(
+            execute(
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
             # A clock that was ahead would make these documents expire late
-            db.execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
+            execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
             # Delete only two: deleting 16 MiB takes 0.1 s, during which no other process can write
-            db.execute(
+            execute(
                 "DELETE FROM documents WHERE number IN "
                 "(SELECT number FROM documents WHERE used <= ? LIMIT 2)",
                 (cutoff,))
-            db.execute(
+            execute(
                 "DELETE FROM documents WHERE number IN "
                 "(SELECT number FROM documents WHERE owner = ?1 AND kind = ?2 ORDER BY number LIMIT max(0, min(2, "
                 "(SELECT count(*) FROM documents WHERE owner = ?1 AND kind = ?2) - ?3)))",
                 (owner, kind, self.max_documents(kind)))
-            [free] = db.execute("PRAGMA freelist_count").fetchone()
+            [free] = execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
                 # One execute() makes one step, which frees one page
-                db.execute("PRAGMA incremental_vacuum(1)")
+                execute("PRAGMA incremental_vacuum(1)")
         return True
 
     def delete(self, key: DocumentKey) -> bool:
-        with self._transaction(key[0]) as db:
-            deleted = db.execute(
+        with self._using(key[0], is_write=True) as execute:
+            deleted = execute(
                 "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff()))
             return bool(deleted.rowcount)
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        rows = self._select(
-            "SELECT name, created, used, turns FROM documents "
-            "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
-            (owner, kind, self.expiry_cutoff()), owner)
-        return {name: Document(*row) for name, *row in rows}
+        with self._using(owner) as execute:
+            rows = execute(
+                "SELECT name, created, used, turns FROM documents "
+                "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
+                (owner, kind, self.expiry_cutoff()))
+            return {name: Document(*row) for name, *row in rows}
 
     def count(self) -> int:
-        [(count,)] = self._select(
-            "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
-            (self.expiry_cutoff(), REASONING))
+        with self._using() as execute:
+            [count] = execute(
+                "SELECT count(*) FROM documents WHERE used > ? AND kind != ?",
+                (self.expiry_cutoff(), REASONING)).fetchone()
         return count
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
-        with self._transaction(owner) as db:
-            db.execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
-            db.executemany(
-                "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
-                [(owner, period, name, amount, expires) for name, amount in amounts.items()])
-            return dict(db.execute(
+        with self._using(owner, is_write=True) as execute:
+            execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
+            for name, amount in amounts.items():
+                execute(
+                    "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
+                    "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
+                    (owner, period, name, amount, expires))
+            return dict(execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        query = "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?"
-        return [dict(self._select(query, (key.owner, key.period, time.time()), key.owner)) for key in keys]
-
-    def _select(self, query: str, values: tuple[Any, ...], owner: str = "") -> list[Any]:
-        with self._executed(query, values, owner, is_write=False) as rows:
-            return list(rows)
-
-    @contextmanager
-    def _transaction(self, owner: str) -> Iterator[Any]:
-        """Yield the connection in a transaction, which is committed completely or not at all."""
-        with self._executed("BEGIN IMMEDIATE", (), owner, is_write=True):
-            yield self._db
-            self._db.execute("COMMIT")
+        found: list[Amounts] = []
+        for key in keys:
+            with self._using(key.owner) as execute:
+                found.append(dict(execute(
+                    "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
+                    (key.owner, key.period, time.time()))))
+        return found
 
     @contextmanager
-    def _executed(
-        self, statement: str, values: tuple[Any, ...], owner: str, is_write: bool,
-    ) -> Iterator[Any]:
-        """Yield the result of a statement, after waiting for locks of other processes. Any failure closes the
-        connection, and the next call reconnects."""
+    def _using(self, owner: str = "", is_write: bool = False) -> Iterator[Callable[..., Any]]:
+        """Yield a function that executes a statement. All statements of a write are one transaction, committed
+        completely or not at all. Any failure closes the connection, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
+
+        def execute(statement: str, values: tuple[Any, ...] = ()) -> Any:
+            """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
+            retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
+            while True:
+                try:
+                    return self._db.execute(statement, values)
+                except self.failures as error:
+                    if "locked" not in str(error) or time.monotonic() >= deadline:
+                        raise
+
         with self._calling(is_write), held(self._turns[owner], deadline), held(self._lock, deadline):
             try:
                 self._check_pause()  # another call may have failed meanwhile
                 self._connect()
-                yield self._execute(statement, values, deadline)
+                if is_write:
+                    execute("BEGIN IMMEDIATE")
+                yield execute
+                if is_write:
+                    execute("COMMIT")
             except BaseException:
                 self._close()
                 raise
 
     # Callers of the methods below hold the lock
-
-    def _execute(self, statement: str, values: tuple[Any, ...], deadline: float) -> Any:
-        """Execute a statement, waiting for locks of other processes until the deadline. sqlite3's own busy handler
-        retries only every 100 ms: with four busy processes, one of them would wait for more than a second."""
-        while True:
-            try:
-                return self._db.execute(statement, values)
-            except self.failures as error:
-                if "locked" not in str(error) or time.monotonic() >= deadline:
-                    raise
 
     def _connect(self) -> None:
         """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
@@ -3566,11 +3568,17 @@ class Deadline:
         self.waiter = waiter
         self.is_per_read = False  # the timeout is for each read alone, not for all of the call
         self.may_reuse_connection = True  # False while an answer may be left unread
+        self._began = waiter.clock()
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
         """From now on so many seconds are left."""
         self._end = self.waiter.clock() + seconds
+
+    @property
+    def waited(self) -> float:
+        """Return the seconds that were given to the wait that has timed out."""
+        return min(self.waiter.clock() - self._began, self.timeout)
 
     def remaining(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
@@ -3751,7 +3759,7 @@ class UpstreamResponse:
         try:
             self.body = self.raw.read(limit + 1, decode_content=True)
         except HTTPError as error:
-            raise self._transport.failure(error) from None
+            raise self._transport.failure(error, self.deadline) from None
         finally:
             self.close()
         if len(self.body) > limit:
@@ -3767,7 +3775,7 @@ class UpstreamResponse:
                     return
                 yield data
         except HTTPError as error:
-            raise self._transport.failure(error) from None
+            raise self._transport.failure(error, self.deadline) from None
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
@@ -3815,7 +3823,7 @@ class Transport:
                 assert_same_host=False, timeout=timeout)
         # RequestException: for a proxy's URL that is invalid
         except (TimeoutError, HTTPError, requests.RequestException) as error:
-            raise self.failure(error) from None
+            raise self.failure(error, deadline) from None
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
@@ -3844,12 +3852,12 @@ class Transport:
 
     # Failures
 
-    def failure(self, error: Exception) -> APIError:
+    def failure(self, error: Exception, deadline: Deadline) -> APIError:
         # urllib3's functions hold the error that holds them, and so the request
         clear_frames(error.__traceback__)
         if isinstance(innermost(error), TimeoutError):
+            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
             # No other attempt: the prompt was taken
-            message = f"{self.name} did not answer in time (REQUEST_TIMEOUT)."
             return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
@@ -4725,24 +4733,22 @@ class KimiProvider(Provider):
     # Asking
 
     def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """The text of the answer."""
-        with self._through_breaker(asked.model):
-            return self._retry(lambda: self._attempt(prompt, asked), asked.waiter)
-
-    def _attempt(self, prompt: str, asked: ProviderRequest) -> str:
-        """Make one attempt. If the nonce is rejected, renew it, once."""
-        try:
+        """Return the text of the answer. Each attempt renews a rejected nonce, once."""
+        def attempt() -> str:
+            try:
+                return self._post(prompt, asked)
+            except StaleNonce as stale:
+                log.info("refused (%s); trying once more with a new nonce", stale.code)
             return self._post(prompt, asked)
-        except StaleNonce as stale:
-            log.info("refused (%s); trying once more with a new nonce", stale.code)
-        return self._post(prompt, asked)
+
+        with self._through_breaker(asked.model):
+            return self._retry(attempt, asked.waiter)
 
     def _post(self, prompt: str, asked: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
         deadline = Deadline(self._settings.request_timeout, asked.waiter)
         fetch = self._nonce.wait(asked.waiter)
         nonce = fetch.result()
-        home = urlsplit(self._settings.chat_page_url)
         form = {
             "action": "kimi_send_message",
             "nonce": nonce,
@@ -4754,7 +4760,7 @@ class KimiProvider(Provider):
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
             "Accept": "application/json, */*",
             "X-Requested-With": "XMLHttpRequest",
-            "Origin": f"{home.scheme}://{home.netloc}",
+            "Origin": urljoin(self._settings.chat_page_url, "/").rstrip("/"),
             "Referer": self._settings.chat_page_url,
         }
         try:
@@ -4793,19 +4799,7 @@ class KimiProvider(Provider):
     # The nonce
 
     def _fetch_nonce(self) -> str:
-        """Fetch the chat page and find its nonce."""
-        home = self._settings.chat_page_url
-        page = self._fetch_page()
-        nonce = find_nonce(page.body.decode("utf-8", "replace"))
-        if page.status != 200 or not nonce:
-            raise upstream_error(
-                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed. "
-                "Look for a newer version of this program.")
-        log.info("nonce renewed")
-        return nonce
-
-    def _fetch_page(self) -> UpstreamResponse:
-        """Fetch the chat page, following redirects within its scheme, host and port."""
+        """Fetch the chat page, following redirects within its scheme, host and port, and find its nonce."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
         # No cache has seen it yet
@@ -4813,14 +4807,16 @@ class KimiProvider(Provider):
         with suppress(ValueError):  # of a location that is no URL
             for _ in range(MAX_REDIRECTS + 1):
                 page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
-                if not 300 <= page.status < 400 or "Location" not in page.headers:
-                    return page
-                url = urljoin(url, page.headers["Location"])
-                if urlsplit(url)[:2] != urlsplit(home)[:2]:
+                url = urljoin(url, page.headers.get("Location", ""))
+                if not 300 <= page.status < 400 or urlsplit(url)[:2] != urlsplit(home)[:2]:
                     break
-        raise upstream_error(
-            502, "upstream_changed",
-            "The chat page has moved to another address; CHAT_PAGE_URL and UPSTREAM_URL say where it is.")
+        nonce = find_nonce(page.body.decode("utf-8", "replace"))
+        if page.status != 200 or not nonce:
+            raise upstream_error(
+                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has "
+                "moved (CHAT_PAGE_URL and UPSTREAM_URL say where it is). Look for a newer version of this program.")
+        log.info("nonce renewed")
+        return nonce
 
 
 WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
@@ -6570,14 +6566,14 @@ class App:
 
     def _set_common_headers(self) -> None:
         environ = bottle.request.environ
-        response = bottle.response
-        response.set_header("X-Request-Id", environ["kimi2api.id"])
+        set_headers({"X-Request-Id": environ["kimi2api.id"], **environ.get("kimi2api.limits", {})})
         origin = environ.get("kimi2api.origin")
         if origin:
-            response.set_header("Access-Control-Allow-Origin", origin)
-            response.set_header("Access-Control-Expose-Headers", EXPOSED_HEADERS)
-            response.set_header("Vary", "Origin")
-        set_headers(environ.get("kimi2api.limits", {}))
+            set_headers({
+                "Access-Control-Allow-Origin": origin,
+                "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+                "Vary": "Origin",
+            })
 
     def finish(self) -> None:
         """Headers that every response carries, and a line in the log."""
@@ -7056,15 +7052,14 @@ def connection_limit(chats: int) -> int:
     except ImportError:  # Windows, whose select() takes 512 sockets
         limit = 500
     else:
+        # Linux always limits open files; elsewhere, unlimited is a large number
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        unlimited = resource.RLIM_INFINITY
-        wanted = 4 * limit if hard == unlimited else min(4 * limit, hard)
-        if soft != unlimited and soft < wanted:
+        wanted = min(4 * limit, hard)
+        if soft < wanted:
             with suppress(OSError, ValueError):  # some systems allow less than they say
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 soft = wanted
-        if soft != unlimited:
-            limit = min(limit, soft // 4)
+        limit = min(limit, soft // 4)
     if limit < chats + SPARE_THREADS:
         raise ValueError(
             f"the system allows {limit} connections (a quarter of ulimit -n), too few for MAX_CONCURRENT_CHATS={chats}")
@@ -7158,11 +7153,6 @@ def start_logging(level: str) -> None:
     log.setLevel(level)
 
 
-def refuse_start(reason: str) -> int:
-    print(f"kimi2api: {reason}", file=sys.stderr)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
@@ -7177,19 +7167,20 @@ def main(argv: list[str] | None = None) -> int:
             origin = DemoUpstream.start()
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
         if not options.check:
-            return serve(settings, options.demo)
+            serve(settings, options.demo)
         try:
             return run_check(settings)
         except OSError:  # stdout is closed
             os._exit(1)  # a normal exit would print a traceback for the unwritten rest
     except SettingError as error:
-        return refuse_start(str(error))
+        print(f"kimi2api: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         os._exit(130)  # a normal exit would wait for a fetch
 
 
-def serve(settings: Settings, demo: bool) -> int:
-    """Serve until a signal ends the process. Return 2 if the server cannot listen; raises SettingError."""
+def serve(settings: Settings, demo: bool) -> NoReturn:
+    """Serve until a signal ends the process. Raises SettingError if the server cannot listen."""
     settings.check_host()
     stopping = threading.Event()
     app = create_app(settings, stopping)
@@ -7197,7 +7188,7 @@ def serve(settings: Settings, demo: bool) -> int:
         server = Server(settings, app, stopping)
     # The port is in use, or the host has no address
     except (OSError, ValueError) as error:
-        return refuse_start(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}")
+        raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
     server.handle_signals()
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port, demo), flush=True)

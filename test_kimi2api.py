@@ -2197,7 +2197,7 @@ def test_tools_inside_the_input_are_tools_from_there_on(
     [
         ('{"input": "x = 1"}', "x = 1"),
         ('{"script": "x = 1"}', "x = 1"),
-        ('{"patch": "```diff\\n-a\\n```"}', "\n-a\n"),
+        ('{"patch": "```diff\\n-a\\n```"}', "-a\n"),
         ("x = 1", "x = 1"),
         ('{"a": "x", "b": "y"}', '{"a": "x", "b": "y"}'),
         ('{"input": {"a": 1}}', '{"input": {"a": 1}}'),
@@ -8384,7 +8384,7 @@ def test_openai_python_sees_why_a_response_failed_in_the_middle(
     kimi.always = at_the_gate
     api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": "out of order"}})
     client = strict_client(run(**both, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5"))
-    for model, words in (("kimi", "REQUEST_TIMEOUT"), ("local/k2", "out of order")):
+    for model, words in (("kimi", "0.5 s"), ("local/k2", "out of order")):
         *_, last = client.responses.create(model=model, input="x", stream=True)
         assert last.type == "response.failed" and last.response.status == "failed"
         assert words in last.response.error.message
