@@ -33,6 +33,7 @@ if __name__ == "__main__":  # as process 1 of a container, a signal without a ha
     signal.signal(signal.SIGTERM, lambda signum, _: os._exit(128 + signum))
 
 import argparse
+import errno
 import gc
 import hmac
 import io
@@ -69,7 +70,7 @@ from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
 from traceback import clear_frames
 from typing import Any, Generic, NamedTuple, NoReturn, TypeGuard, TypeVar
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit, urlunsplit
 
 import bottle
 import cloudscraper
@@ -77,6 +78,7 @@ import requests
 import waitress
 from requests.adapters import HTTPAdapter
 from requests.cookies import extract_cookies_to_jar, get_cookie_header
+from requests.utils import select_proxy
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError
 from waitress import wasyncore
@@ -85,6 +87,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import InternalServerError
 
 __version__ = "1.0.0"
 
@@ -197,7 +200,7 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     return tuple(keys)
 
 
-def parse_limits(text: str) -> dict[str, int]:
+def parse_limits(text: str, default: int = 0) -> dict[str, int]:
     """Return limits by key name; the limit of "" is for all other keys."""
     limits: dict[str, int] = {}
     for entry in split_commas(text):
@@ -205,7 +208,7 @@ def parse_limits(text: str) -> dict[str, int]:
         if name in limits or (equals and not name) or not re.fullmatch(r"\d{1,15}", limit, re.A):
             raise ValueError
         limits[name] = int(limit)
-    return {"": 0, **limits}
+    return {"": default, **limits}
 
 
 def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
@@ -213,6 +216,20 @@ def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
     if parts.scheme not in schemes or not parts.hostname or parts.port == 0:
         raise ValueError
     return text
+
+
+def parse_slots(text: str) -> dict[str, int]:
+    """Return the number of concurrent chats of all keys, by the name "", and of named keys."""
+    slots = parse_limits(text, default=64)
+    if not all(1 <= count <= 4096 for count in slots.values()):
+        raise ValueError
+    return slots
+
+
+def without_credentials(url: str) -> str:
+    """Return a URL without user and password, which nobody may see."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def parse_store(text: str) -> str:
@@ -266,10 +283,10 @@ class Settings:
         "8088",
         "port to listen on; 0 takes a free one",
         integer(0, 65535))
-    max_concurrent_chats: int = setting(
+    max_concurrent_chats: dict[str, int] = setting(
         "64",
-        "chats running at once; one more is answered 429",
-        integer(1, 4096))
+        "chats running at once; one more is answered 429. `64,ann=4` also bounds a named key",
+        SettingType("a whole number from 1 to 4096, and name=number for named keys", parse_slots))
     session_cache_ttl: float = setting(
         "3600",
         "seconds a session lives after its last turn",
@@ -357,7 +374,9 @@ class Settings:
         "",
         "origins that may call from a browser, separated by commas. "
         "Empty: any when a key is set, else only those of this machine",
-        comma_separated(r"\*|[\w.+-]+://[^/\s]+", "an origin such as https://app.example"))
+        comma_separated(
+            r"\*|null|[a-z][a-z0-9.+-]*://(?:\*\.)?(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?!:443$|:80$)(?::\d{1,5})?",
+            "an origin as browsers send it, such as https://app.example, https://*.example.com, or null"))
     upstream_url: str = setting(
         "https://kimi-ai.chat/wp-admin/admin-ajax.php",
         "the web chat's endpoint",
@@ -404,6 +423,7 @@ class Settings:
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
         settings._check_models("FALLBACK_MODELS", settings.fallback_models)
+        settings._check_names("MAX_CONCURRENT_CHATS", settings.max_concurrent_chats)
         settings._check_names("REQUESTS_PER_MINUTE", settings.requests_per_minute)
         settings._check_names("TOKENS_PER_DAY", settings.tokens_per_day)
         return settings
@@ -476,7 +496,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
                         raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
                     values[entry["name"]] = entry[entry.lastindex or 0]
     except (OSError, UnicodeDecodeError) as error:
-        if required or not isinstance(error, FileNotFoundError):
+        is_reachable = os.access(os.path.dirname(path) or os.curdir, os.X_OK)
+        if required or (is_reachable and not isinstance(error, FileNotFoundError)):
             raise SettingError(f"{path}: cannot be read: {error}") from None
     return values
 
@@ -1169,8 +1190,8 @@ class Delta:
         return False
 
 
-class JoinedText(list[str]):
-    """The pieces of a text, joined only at the end."""
+class JoinedText(io.StringIO):
+    """The pieces of a text. A list of short pieces would take many times their memory."""
 
 
 class IndexedList(dict[int, Any]):
@@ -1219,7 +1240,7 @@ def grown(known: Any, value: Any, name: str) -> Any:
     if isinstance(value, str):
         if not isinstance(known, JoinedText):
             known = JoinedText()
-        known.append(value)
+        known.write(value)
         return known
     if not isinstance(value, list):
         return value
@@ -1238,7 +1259,7 @@ def grown(known: Any, value: Any, name: str) -> Any:
 def plain_value(whole: Any) -> Any:
     """Convert the result of `merge` to plain JSON values."""
     if isinstance(whole, JoinedText):
-        return "".join(whole)
+        return whole.getvalue()
     if isinstance(whole, IndexedList):
         return [plain_value(whole[index]) for index in sorted(whole)]
     if isinstance(whole, dict):
@@ -1276,13 +1297,13 @@ class Fold:
         for choice in self.choices.values():
             delta = choice["delta"]
             for name in ("content", "refusal"):
-                yield from delta.get(name) or ()
+                yield str(plain_value(delta.get(name)) or "")
             yield reasoning_text(reasoning_fields(delta))
             calls = delta.get("tool_calls") or {}
             for call in calls.values():
                 function = call.get("function") or {}
                 yield function.get("name") or ""
-                yield from function.get("arguments") or ()
+                yield str(plain_value(function.get("arguments")) or "")
 
 
 # Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
@@ -2509,10 +2530,11 @@ class MemoryStore(Store):
         super().__init__(ttl, limit)
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
+        self._used: dict[DocumentKey, float] = {}  # by time.monotonic(): the system's clock may be set
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
         self._versions = itertools.count(1)
         self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all four; held briefly
+        self._lock = threading.Lock()  # guards all five; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2529,6 +2551,7 @@ class MemoryStore(Store):
                 return False
             self._drop(key)
             documents[name] = replace(document, version=next(self._versions))
+            self._used[key] = time.monotonic()
             sizes = self._sizes[owner]
             sizes[kind] += len(document.data) + DOCUMENT_BYTES
             while len(documents) > self.max_documents(kind):
@@ -2572,15 +2595,16 @@ class MemoryStore(Store):
         document = self._documents[owner, kind].pop(name, None)
         if document:
             self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
+            del self._used[key]
         return document is not None
 
     def _drop_oldest(self, owner: str, kind: str) -> None:
         self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
 
     def _drop_expired(self) -> None:
-        cutoff = self.expiry_cutoff()
+        cutoff = time.monotonic() - self.ttl
         for (owner, kind), documents in self._documents.items():
-            while documents and next(iter(documents.values())).used <= cutoff:
+            while documents and self._used[owner, kind, next(iter(documents))] <= cutoff:
                 self._drop_oldest(owner, kind)
 
 
@@ -2699,7 +2723,10 @@ class SQLiteStore(SharedStore):
         except ImportError:
             raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
-        self._path = os.path.abspath(os.path.expanduser(path))
+        try:
+            self._path = os.path.abspath(os.path.expanduser(path))
+        except FileNotFoundError:
+            raise SettingError("SESSION_STORE: the working directory was deleted") from None
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
         # By owner. Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many
@@ -2727,6 +2754,8 @@ class SQLiteStore(SharedStore):
                 "SELECT created, used, turns, data, number FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff())).fetchone()
+            if row and list(map(type, row)) != [float, float, int, bytes, int]:
+                raise ValueError("a document has fields of wrong types")
         return Document(*row) if row else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
@@ -2787,7 +2816,11 @@ class SQLiteStore(SharedStore):
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         owner, period, expires = key
         with self._using(owner, is_write=True) as execute:
-            execute("DELETE FROM counters WHERE expires <= ?", (time.time(),))
+            # Few: a clock that is ahead for a moment must not delete all
+            execute(
+                "DELETE FROM counters WHERE (owner, period, name) IN "
+                "(SELECT owner, period, name FROM counters WHERE expires <= ? LIMIT 10)",
+                (time.time(),))
             for name, amount in amounts.items():
                 execute(
                     "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
@@ -2978,6 +3011,12 @@ class RedisStore(SharedStore):
         self._put = self._redis.register_script(PUT_DOCUMENT)
         with suppress(APIError):  # it has been logged
             self.check()
+        try:
+            self._redis.script_load(PUT_DOCUMENT)
+        except redis.exceptions.NoPermissionError as error:
+            raise SettingError(f"SESSION_STORE: the user of Redis may not run scripts: {error}") from None
+        except self.failures as error:
+            log.debug("Redis: %s", error)
 
     def check(self) -> None:
         with self._calling(is_write=True):
@@ -3266,6 +3305,15 @@ def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, s
     }
 
 
+def quota_spent(used: int, limit: int, reset: float) -> APIError:
+    return APIError(
+        429,
+        f"You have used {used} of {limit} tokens of today (TOKENS_PER_DAY).",
+        "insufficient_quota",
+        "insufficient_quota",
+        headers={**NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
+
+
 NOTHING: Counter[str] = Counter()
 
 
@@ -3347,12 +3395,7 @@ class UsageLimits:
             used = sum_by_model(counters)[0]["total_tokens"]
             headers.update(limit_headers("tokens", limit, used, reset))
             if used >= limit:
-                refusal = APIError(
-                    429,
-                    f"You have used {used} of {limit} tokens of today (TOKENS_PER_DAY).",
-                    "insufficient_quota",
-                    "insufficient_quota",
-                    headers={**NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
+                refusal = quota_spent(used, limit, reset)
         limit = key_limit(self._settings.requests_per_minute, client)
         if limit:
             reset = MINUTE - now % MINUTE
@@ -3370,20 +3413,37 @@ class UsageLimits:
             raise refusal.with_headers(headers)
         return headers
 
+    def reserve(self, client: ClientKey, tokens: int) -> None:
+        """Count the tokens of a prompt, by estimate, until `record` counts those that were used. Raises APIError 429 if
+        chats that run now, and came before, have reserved all that is left of the quota."""
+        limit = key_limit(self._settings.tokens_per_day, client)
+        now = time.time()
+        day = day_key(client, now)
+        [counters] = self._counters.read([day])
+        reserved = self._counters.add(day, {"reserved": tokens})["reserved"]
+        used = sum_by_model(counters)[0]["total_tokens"] + reserved - tokens - counters["released"]
+        if used >= limit:
+            self._counters.add(day, {"released": tokens})
+            raise quota_spent(used, limit, DAY - now % DAY)
+
     def record(
         self,
         client: ClientKey,
         model: str,
         prompt_tokens: int,
         completion_tokens: int,
+        reserved: int,
         is_answered: bool,
     ) -> None:
-        """Count the tokens of an answer. model: of a bounded set of ids; is_answered: the answer did not fail."""
+        """Count the tokens of an answer. model: of a bounded set of ids; reserved: tokens, before; is_answered: the
+        answer did not fail."""
         amounts = {
             f"requests {model}": int(is_answered),
             f"prompt_tokens {model}": prompt_tokens,
             f"completion_tokens {model}": completion_tokens,
         }
+        if reserved:
+            amounts["released"] = reserved
         self._counters.add(day_key(client, time.time()), amounts)
 
     def usage(self, client: ClientKey) -> JSONObject:
@@ -3415,6 +3475,8 @@ def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str,
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for name, amount in counters.items():
         what, _, model = name.partition(" ")
+        if what not in total:  # reserved or released
+            continue
         of_model = models.setdefault(model, dict.fromkeys(total, 0))
         for sums in (total, of_model):
             sums[what] += amount
@@ -3457,7 +3519,9 @@ class Metrics:
 
     def __init__(self, models: Iterable[str] = ()) -> None:
         """models: the ids that are always labels."""
-        self._models = set(models)  # also ids of APIs' models that have answered
+        self._models = set(models)
+        # Ids of APIs' models that have answered, by owner: nobody's made-up ids may displace another's
+        self._models_of: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards both below
         self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
         # Counts by bucket, the count above the last bucket, and the sum
@@ -3474,12 +3538,14 @@ class Metrics:
             histogram[bisect_left(BUCKETS, seconds)] += 1
             histogram[-1] += seconds
 
-    def model_label(self, provider: str, model: str, has_answered: bool) -> str:
-        """Return the model's id, or "other" to bound the number of labels: an entry `*` in MODELS accepts any id."""
-        has_room = len(self._models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
+    def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
+        """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
+        any id."""
+        models = self._models_of[owner]
+        has_room = len(models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
         if has_room and has_answered and model.startswith(f"{provider}/"):
-            self._models.add(model)
-        return model if model in self._models else "other"
+            models.add(model)
+        return model if model in self._models or model in models else "other"
 
     def render(self, gauges: Values) -> str:
         """Return all metrics, with the values of the gauges."""
@@ -3528,6 +3594,7 @@ def sample(name: str, labels: Labels, value: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
+MAX_IDLE = 60.0  # seconds between two requests of a connection
 MAX_INTERIM_RESPONSES = 16
 # Behind the text of the chunk before
 NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
@@ -3709,6 +3776,13 @@ class UpstreamConnection:
     response_class = StrictHTTPResponse
     sock: Any
     timeout: float  # seconds for the connection, and as many for the TLS handshake
+    _last_request = 0.0  # by time.monotonic()
+
+    @property
+    def is_connected(self) -> bool:
+        """Return whether the next request may use the connection. NAT and sleep end idle connections silently."""
+        is_fresh = time.monotonic() - self._last_request < MAX_IDLE
+        return is_fresh and super().is_connected  # type: ignore[misc]
 
     def _tunnel(self) -> None:
         super()._tunnel()  # type: ignore[misc]
@@ -3716,6 +3790,7 @@ class UpstreamConnection:
 
     def send(self, data: bytes) -> None:
         deadline = CURRENT_DEADLINE.get()
+        self._last_request = time.monotonic()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
         # TLS inside TLS loses what a time-out interrupts
@@ -3812,6 +3887,9 @@ class Transport:
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
     ) -> UpstreamResponse:
         parts = urlsplit(url)
+        if parts.username or parts.password:
+            url = without_credentials(url)
+            headers = {**headers, "Authorization": basic_auth(parts.username, parts.password)}
         previous = CURRENT_DEADLINE.set(deadline)
         try:
             pool, absolute_form = self._pool(url)
@@ -3838,11 +3916,24 @@ class Transport:
                 # A proxy's loopback is not ours
                 proxies = {} if is_loopback(urlsplit(origin).hostname) else environment["proxies"]
                 request = requests.Request("GET", origin).prepare()
-                pool: Any = self._adapter.get_connection_with_tls_context(request, environment["verify"], proxies)
+                try:
+                    pool: Any = self._adapter.get_connection_with_tls_context(request, environment["verify"], proxies)
+                except (ValueError, HTTPError) as error:  # requests' errors are ValueErrors
+                    raise self._unusable_proxy(select_proxy(origin, proxies), error) from None
+                pool.conn_kw["socket_options"] = [
+                    *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+                ]
                 if not issubclass(pool.ConnectionCls, UpstreamConnection):
                     pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
                 self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
+
+    def _unusable_proxy(self, proxy: str | None, error: Exception) -> APIError:
+        names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
+        return upstream_error(
+            502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
+            f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
+            "pip install 'kimi2api[socks]'")
 
     def forget_connections(self) -> None:
         """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
@@ -3872,9 +3963,15 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost reason, without the URLs and object names that the layers above wrap around it."""
+    """Return the innermost reason, without the URLs and object names that the layers above wrap around it."""
     error = innermost(error)
-    return plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
+    reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
+    return re.sub(r"//[^/@\s]*@", "//…@", reason)
+
+
+def basic_auth(user: str | None, password: str | None) -> str:
+    credentials = f"{unquote(user or '')}:{unquote(password or '')}"
+    return f"Basic {b64encode(credentials.encode()).decode()}"
 
 
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
@@ -3964,7 +4061,7 @@ class Cached(Generic[T]):
         self._thread = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
-        self._began = 0.0  # when the latest fetch began, seconds since the epoch
+        self._began = 0.0  # when the latest fetch began, by time.monotonic()
 
     def latest(self) -> Future[T]:
         """The latest fetch, under way or done; a new one if that is too old."""
@@ -3972,10 +4069,10 @@ class Cached(Generic[T]):
             fetch = self._latest
             if fetch and fetch.done():
                 max_age = self._retry_after if fetch.exception() else self._max_age
-                if not 0 <= time.time() - self._began < max_age:  # or the clock was set back
+                if time.monotonic() - self._began >= max_age:
                     fetch = None
             if fetch is None:
-                self._began = time.time()
+                self._began = time.monotonic()
                 fetch = self._latest = self._thread.submit(self._fetch)
             return fetch
 
@@ -4094,6 +4191,7 @@ class AnswerStats:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
+        self.reserved = 0  # tokens of the key's quota, until the answer is counted
         self.start("", "", [])
 
     def start(self, provider: str, model: str, messages: list[Message]) -> None:
@@ -4669,11 +4767,12 @@ class KimiProvider(Provider):
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(WEB_CHAT, settings, metrics)
         self._nonce = Cached("nonce", self._fetch_nonce, NONCE_MAX_AGE)
+        self._page_url = without_credentials(settings.chat_page_url)  # to be shown
 
     @cached_property
     def _scraper(self) -> Scraper:
         """Made when it is first needed; its certificates would slow the start and take 1 MB."""
-        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats)
+        return Scraper("The web chat", 2 * self._settings.max_concurrent_chats[""])
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
         request = asked.request
@@ -4728,7 +4827,7 @@ class KimiProvider(Provider):
 
     def reach(self) -> tuple[str, str]:
         self._nonce.wait(Waiter())
-        return f"{self._settings.chat_page_url} reached, nonce found", "moonshotai/Kimi-K2-Instruct-0905"
+        return f"{self._page_url} reached, nonce found", "moonshotai/Kimi-K2-Instruct-0905"
 
     # Asking
 
@@ -4760,8 +4859,8 @@ class KimiProvider(Provider):
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
             "Accept": "application/json, */*",
             "X-Requested-With": "XMLHttpRequest",
-            "Origin": urljoin(self._settings.chat_page_url, "/").rstrip("/"),
-            "Referer": self._settings.chat_page_url,
+            "Origin": urljoin(self._page_url, "/").rstrip("/"),
+            "Referer": self._page_url,
         }
         try:
             page = self._checked_page(
@@ -4786,7 +4885,7 @@ class KimiProvider(Provider):
         is_challenge = status in (429, 503) and CHALLENGE.search(page.body)
         if is_managed or is_block or is_challenge:
             raise upstream_error(503, "upstream_blocked", (
-                f"Cloudflare blocks this program (HTTP {status}). Open {self._settings.chat_page_url} in a browser on "
+                f"Cloudflare blocks this program (HTTP {status}). Open {self._page_url} in a browser on "
                 "this network, wait some minutes, or use another network (HTTPS_PROXY)."))
         if status == 429:
             raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
@@ -5632,11 +5731,11 @@ class OpenAIProvider(Provider):
         super().__init__(api.name, settings, metrics)
         self._api = api
         self._base_url = api.base_url.rstrip("/")
-        self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats)
+        self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats[""])
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model and reason, with the time until which they are applied, in seconds since the epoch
+        # By model and reason, with the time until which they are applied, by time.monotonic()
         self._adaptations: dict[str, dict[str, tuple[float, Change]]] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
@@ -5690,7 +5789,7 @@ class OpenAIProvider(Provider):
         sent again, one change at a time; changes that helped are remembered. Raises the first refusal of a forced tool,
         else the last refusal."""
         model = body["model"]
-        now = time.time()
+        now = time.monotonic()
         known = self._adaptations.get(model, {})
         trial = helpful = {reason: entry for reason, entry in known.items() if entry[0] > now}
         tried: list[Adaptation] = []
@@ -5824,7 +5923,7 @@ class OpenAIProvider(Provider):
 
     def reach(self) -> tuple[str, str]:
         listed = self._list_models()
-        return f"{self._base_url} reached, key accepted", next(iter(listed), "default")
+        return f"{without_credentials(self._base_url)} reached, key accepted", next(iter(listed), "default")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5996,6 +6095,10 @@ class Access:
             raise APIError(
                 403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to localhost "
                 "are accepted.", code="host_not_allowed")
+        if not self._settings.api_master_key and not all(map(is_loopback, forwarded_for(environ))):
+            raise APIError(
+                403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only this "
+                "machine may call.", code="host_not_allowed")
         if origin and not self._origin_allowed(origin, host):
             raise APIError(
                 403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
@@ -6012,7 +6115,9 @@ class Access:
         if host and origin.partition("://")[2] == host:  # the server's own pages
             return True
         if allowed:
-            return origin in allowed or "*" in allowed
+            scheme, _, name = origin.partition("://")
+            domains = [f"{scheme}://*.{domain}" for domain in parents_of(name)]
+            return not {origin, "*", *domains}.isdisjoint(allowed)
         return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
 
     def _authenticate(self, authorization: str) -> ClientKey:
@@ -6022,6 +6127,19 @@ class Access:
             message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
             raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return found
+
+
+def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
+    """Return the addresses of clients that proxies name in headers."""
+    names = ("HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP")
+    listed = ",".join(environ.get(name, "") for name in names)
+    return [*split_commas(listed), *re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))]
+
+
+def parents_of(name: str) -> list[str]:
+    """Return the domains that contain a host, such as b.c and c for a.b.c."""
+    labels = name.split(".")
+    return [".".join(labels[start:]) for start in range(1, len(labels))]
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
@@ -6167,27 +6285,33 @@ class Client(Waiter):
 
 
 class Slots:
-    """Chats that run now, at most `limit`."""
+    """The chats that run now. Their number is limited, of all keys and of named keys."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self._lock = threading.Lock()  # guards used
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self.limit = limits[""]
+        self._limits = limits
+        self._used: Counter[str] = Counter()  # by the name of a key; all chats by ""
+        self._lock = threading.Lock()  # guards _used
+
+    @property
+    def used(self) -> int:
+        return self._used[""]
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Around a chat. Raises APIError 429 for one too many."""
+    def held(self, client: ClientKey) -> Iterator[None]:
+        """Hold a slot. Raises APIError 429 if there is none."""
+        names = {"", client.name or ""}
         with self._lock:
-            if self.used >= self.limit:
+            if any(self._used[name] >= self._limits.get(name, inf) for name in names):
                 raise APIError(
                     429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
                     "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
-            self.used += 1
+            self._used.update(names)
         try:
             yield
         finally:
             with self._lock:
-                self.used -= 1
+                self._used.subtract(names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6291,6 +6415,7 @@ class App:
         self.limits = UsageLimits(self.store, settings)
         self.chats = Slots(settings.max_concurrent_chats)
         self.started = time.time()
+        self._began = time.monotonic()
 
     # Routes
 
@@ -6364,6 +6489,7 @@ class App:
         try:
             with self._counted(model, stats, client):
                 request, id, history, save = open_conversation()
+                self._reserve(stats, [*itertools.chain.from_iterable(history), *request.messages])
                 asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
                 deltas = self.providers.answer(model, asked)
                 if save:
@@ -6383,6 +6509,14 @@ class App:
             client.send(writer.failure(as_api_error(error), sent))
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
+
+    def _reserve(self, stats: AnswerStats, messages: list[Message]) -> None:
+        """Count the prompt against its key's quota before an upstream is asked. Raises APIError 429."""
+        stats.messages = messages
+        if key_limit(self.settings.tokens_per_day, current_client()):
+            tokens = stats.tokens()[0]
+            self.limits.reserve(current_client(), tokens)
+            stats.reserved = tokens
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record what the user has said and the answer in the user's session."""
@@ -6444,7 +6578,7 @@ class App:
         however it ends. Raises APIError 404 for an unknown model, 429 for one chat too many."""
         self.providers.resolve(model)
         environ = bottle.request.environ
-        with self.chats.held():
+        with self.chats.held(current_client()):
             environ["kimi2api.limits"] = self.limits.admit(current_client())
             status = 500
             try:
@@ -6459,17 +6593,21 @@ class App:
     def _count(self, stats: AnswerStats, status: int) -> None:
         """Count an answer for its key's usage and for metrics."""
         has_answered = stats.first_chunk is not None
-        model = self.metrics.model_label(stats.provider, stats.model, has_answered)
+        model = self.metrics.model_label(current_owner(), stats.provider, stats.model, has_answered)
         labels = {"provider": stats.provider or "none", "model": model}
         self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
-        if stats.first_chunk is not None:  # else nothing came, so nothing was used
+        prompt_tokens = completion_tokens = 0
+        if has_answered or (stats.provider and status == 499):  # an upstream that was asked has read the prompt
             prompt_tokens, completion_tokens = stats.tokens()
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
+        if stats.first_chunk is not None:
             self.metrics.observe("kimi2api_chat_duration_seconds", labels, time.monotonic() - stats.began)
             self.metrics.observe("kimi2api_time_to_first_chunk_seconds", labels, stats.first_chunk)
-            is_answered = status in (200, 499)
-            self.limits.record(current_client(), model, prompt_tokens, completion_tokens, is_answered)
+        if prompt_tokens or stats.reserved:
+            is_answered = has_answered and status in (200, 499)
+            self.limits.record(
+                current_client(), model, prompt_tokens, completion_tokens, stats.reserved, is_answered)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
         set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
@@ -6551,7 +6689,7 @@ class App:
             "status": "degraded" if is_degraded else "ok",
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
-            "uptime_seconds": int(time.time() - self.started),
+            "uptime_seconds": int(time.monotonic() - self._began),
             "chats": {"running": self.chats.used, "limit": self.chats.limit},
             "sessions": {"kept": kept, "limit": self.store.limit},
             "store": {"kind": self.store.kind, "ok": kept is not None},
@@ -6620,20 +6758,26 @@ def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
 
 def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
+    environ = bottle.request.environ
     path = f"{bottle.request.method} {bottle.request.path[:100]}"
-    if error.status_code == 404:
-        ours = APIError(
-            404, f"Unknown path: {path!r}. The base URL for clients ends in /v1. This server has chat completions, "
-            "Responses, completions, embeddings, models and sessions, and nothing else of OpenAI's API.",
-            code="not_found")
-    elif bottle.request.environ.get("HTTP_UPGRADE"):  # Codex tries WebSockets first, and goes on over HTTP after a 426
+    rules = {route.rule for route in ROUTES}
+    meant = re.sub("/{2,}", "/", bottle.request.path).rstrip("/").replace("/v1/v1/", "/v1/")
+    is_known = bottle.request.path in rules
+    if error.status_code == 404 or (error.status_code == 405 and not is_known and "HTTP_UPGRADE" not in environ):
+        advice = (
+            "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
+            "embeddings, models and sessions, and nothing else of OpenAI's API.")
+        if meant in rules and not is_known:
+            advice = f"Did you mean {meant!r}? Check the base URL of the client."
+        ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
+    elif "HTTP_UPGRADE" in environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
         ours = APIError(426, "This server has no WebSockets.", code="upgrade_required")
-        bottle.response.status = 426
     elif error.status_code == 405:
         ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
         ours = as_api_error(error)
     bottle.response.content_type = "application/json"
+    bottle.response.status = ours.status
     return dump_json(ours.body())
 
 
@@ -6797,7 +6941,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
-        self.began = time.time()  # with the request's first byte
+        self.began = time.monotonic()  # with the request's first byte
 
     def parse_header(self, header_plus: bytes) -> None:
         try:
@@ -6824,6 +6968,16 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         else:
             self.body_rcv.buf = Discarded(0)
 
+    def received(self, data: bytes) -> int:
+        try:
+            return int(super().received(data))
+        except OSError as error:  # waitress keeps a large body in a temporary file
+            self.error = InternalServerError(f"The body cannot be kept: {error}")
+            self.headers["CONNECTION"] = "close"
+            self.completed = True
+            return len(data)
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A client's connection."""
 
@@ -6831,7 +6985,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = Task
     error_task_class = JSONErrorTask
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.active = time.monotonic()  # when the client has sent or read something
+
     def received(self, data: bytes) -> bool:
+        self.active = time.monotonic()
         received = super().received(data)
         with self.requests_lock:
             # 64 KB hold 2,400 requests: a thread that writes their answers would wait for a client that reads none
@@ -6852,11 +7011,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Return whether the client takes too long to send a request or to read an answer."""
         if self.requests and not self.total_outbufs_len:
             return False
-        now = time.time()
+        now = time.monotonic()
         request = self.request
         if request and now - request.began > CONNECTION_TIMEOUT + request.body_bytes_received / MIN_BODY_RATE:
             return True
-        return now - self.last_activity > CONNECTION_TIMEOUT
+        return now - self.active > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
         # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
@@ -6869,7 +7028,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.socket is None:
             return 0
         # Only the loop, which is the main thread's, closes connections and changes the map of sockets
-        return super().send(data, do_close and threading.current_thread() is threading.main_thread())
+        sent: int = super().send(data, do_close and threading.current_thread() is threading.main_thread())
+        if sent:
+            self.active = time.monotonic()
+        return sent
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6957,14 +7119,13 @@ class Server:
         self._signalled = False
         self._next_check = 0.0  # for overdue connections
         self._sockets = SocketMap()
-        self._connection_limit = connection_limit(settings.max_concurrent_chats)
-        host = f"[{settings.api_host}]" if ":" in settings.api_host else settings.api_host
+        self._connection_limit = connection_limit(settings.max_concurrent_chats[""])
         waitress.create_server(
             app,
             map=self._sockets,
-            listen=f"{host}:{settings.api_port}",
+            sockets=listening_sockets(settings.api_host, settings.api_port),
             ident="kimi2api",
-            threads=settings.max_concurrent_chats + SPARE_THREADS,
+            threads=settings.max_concurrent_chats[""] + SPARE_THREADS,
             connection_limit=self._connection_limit,
             # Else a client that leaves is noticed only when something is sent
             channel_request_lookahead=1,
@@ -7013,7 +7174,7 @@ class Server:
             # Clients that ask nothing, or do not read their answer, must not keep others out
             idle = [channel for channel in self._channels() if not channel.requests]
             if idle:
-                min(idle, key=attrgetter("last_activity")).handle_close()
+                min(idle, key=attrgetter("active")).handle_close()
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + 1
             for channel in self._channels():
@@ -7038,6 +7199,32 @@ class Server:
             os._exit(128 + number)
         self._signalled = True
         self._listeners[0].pull_trigger()
+
+
+def listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """Return sockets bound to the addresses of a host. Skip addresses that this machine lacks, such as ::1 of localhost
+    without IPv6, if there are others. Raises OSError."""
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            sock = socket.socket(family, kind, protocol)
+            # On Windows, SO_REUSEADDR would let two programs listen on one port
+            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            sock.setsockopt(socket.SOL_SOCKET, option, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address[0], port, *address[2:]))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            missing = error
+            continue
+        port = sock.getsockname()[1]  # for a port of 0
+        sockets.append(sock)
+    if missing and not sockets:
+        raise missing
+    return sockets
 
 
 def connection_limit(chats: int) -> int:
@@ -7091,26 +7278,23 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     return cli.parse_args(argv)
 
 
+def local_address(settings: Settings, port: int) -> str:
+    """Return the URL of the server for clients on this machine."""
+    every = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
+    host = every.get(settings.api_host, settings.api_host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def greeting(settings: Settings, port: int, demo: bool) -> str:
-    host = settings.api_host if is_loopback(settings.api_host) else "127.0.0.1"
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    keys = settings.api_master_key
-    header = ""
-    if keys:
-        key = "${API_MASTER_KEY%%,*}"
-        # A terminal belongs to whoever set the key; a log file must not have the key
-        if sys.stdout and sys.stdout.isatty():
-            key = keys[0].key
-        elif keys[0].name:
-            key = "YOUR_KEY"
-        header = f' -H "Authorization: Bearer {key}"'
+    address = local_address(settings, port)
+    web_chat = "the built-in demo" if demo else without_credentials(settings.upstream_url)
+    asked = "no key is asked, and only this machine may call"
+    if settings.api_master_key:
+        asked = "a key of API_MASTER_KEY is asked"
     return "\n".join([
-        f"kimi2api {__version__} listens on {settings.api_host} port {port}; base URL for clients: {address}/v1",
-        f"  key:      {'API_MASTER_KEY' if keys else 'none asked; only this machine may call'}",
-        f"  upstream: {'the built-in demo' if demo else settings.upstream_url}",
-        f"  try it:   curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json'"
-        " -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello!\"}]}'",
-        "  stop it:  Ctrl-C",
+        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})",
+        f"  upstreams  {', '.join([f'{WEB_CHAT} ({web_chat})', *settings.apis])}",
+        f"  try it     open {address}/ in a browser; Ctrl-C to stop it",
     ])
 
 
@@ -7186,8 +7370,8 @@ def serve(settings: Settings, demo: bool) -> NoReturn:
     app = create_app(settings, stopping)
     try:
         server = Server(settings, app, stopping)
-    # The port is in use, or the host has no address
-    except (OSError, ValueError) as error:
+    # The port is in use, the host has no address, or there are too few threads
+    except (OSError, RuntimeError, ValueError) as error:
         raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
     server.handle_signals()
     with suppress(OSError):  # stdout may be closed
