@@ -444,13 +444,6 @@ class Settings:
             return self.resolve("*")
         return None
 
-    def check_host(self) -> None:
-        """Raise SettingError if other machines can reach the address and no key is set."""
-        if not self.api_master_key and not is_loopback(self.api_host):
-            raise SettingError(
-                f"API_HOST: {self.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
-                "without a key only a loopback host such as 127.0.0.1 is accepted")
-
     def _check_models(self, setting_name: str, models: Iterable[str]) -> None:
         for model in models:
             if self.resolve(model) is None:
@@ -3223,10 +3216,6 @@ class Sessions:
             return new_document(head, latest_lines(lines), document.created)
 
         self.store.update((owner, SESSION, user), opened.document, change)
-
-    def forget(self, owner: str, name: str, kind: str = SESSION) -> bool:
-        """Delete the session of a user, or the stored response with an id. Return False if there was none."""
-        return self.store.delete((owner, kind, name))
 
     def record_response(
         self,
@@ -6496,7 +6485,7 @@ class App:
                     deltas = remember(deltas, save)
                 if not begin:
                     answer = writer.json(deltas)
-                    set_headers({"Content-Type": "application/json", **writer.headers})
+                    set_headers(writer.headers)
                     return answer
                 interval = self.settings.stream_interval_ms / 1000
                 deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
@@ -6554,15 +6543,15 @@ class App:
         tools = [*previous.tools, *asked.reader.tools]
         self.sessions.record_response(current_owner(), previous, response, system, tools, turns)
 
-    def create_embeddings(self) -> bytes:
+    def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
         stats = AnswerStats()
         client = Client(bottle.request.environ, self.stopping)
         with self._counted(model, stats, client):
             answer, headers = self.providers.embed(model, body, stats, client)
-            set_headers({"Content-Type": "application/json", **headers})
-            return dump_json(answer)
+            set_headers(headers)
+            return answer
 
     def _body(self) -> bytes:
         """The body of the current request. Raises APIError 413."""
@@ -6640,12 +6629,12 @@ class App:
         return {item["id"]: item for item in session.response["output"]} if session else {}
 
     def delete_response(self, id: str) -> JSONObject:
-        if not self.sessions.forget(current_owner(), id, RESPONSE):
+        if not self.store.delete((current_owner(), RESPONSE, id)):
             raise not_found(RESPONSE, id)
         return {"id": id, "object": "response", "deleted": True}
 
     def delete_session(self, user: str) -> JSONObject:
-        if not self.sessions.forget(current_owner(), user):
+        if not self.store.delete((current_owner(), SESSION, user)):
             raise not_found(SESSION, user)
         return {"object": "session.deleted", "user": user, "deleted": True}
 
@@ -6742,14 +6731,15 @@ class App:
 
 
 def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
-    """Bottle plugin: what a route returns becomes JSON, and so does every error."""
+    """Bottle plugin: an object that a route returns becomes JSON, and so does every error. Bytes are JSON already, and
+    text has headers of its own."""
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             result = route(*args, **kwargs)
-            if isinstance(result, dict):
-                result = dump_json(result)
-                bottle.response.content_type = "application/json"
-            return result
+            if isinstance(result, str):
+                return result
+            bottle.response.content_type = "application/json"
+            return result if isinstance(result, bytes) else dump_json(result)
         except Exception as error:
             return error_response(as_api_error(error))
 
@@ -7365,7 +7355,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(settings: Settings, demo: bool) -> NoReturn:
     """Serve until a signal ends the process. Raises SettingError if the server cannot listen."""
-    settings.check_host()
+    if not settings.api_master_key and not is_loopback(settings.api_host):
+        raise SettingError(
+            f"API_HOST: {settings.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
+            "without a key only a loopback host such as 127.0.0.1 is accepted")
     stopping = threading.Event()
     app = create_app(settings, stopping)
     try:
@@ -7437,8 +7430,7 @@ SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 def demo_answer(prompt: str, model: str) -> str:
     """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
     *earlier, newest = SPEAKER.split(prompt)
-    speakers = SPEAKER.findall(prompt)
-    has_result = bool(speakers) and speakers[-1].startswith(SPEAKERS["tool"])
+    has_result = f"\n{SPEAKERS['tool']}" in prompt
     _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
     name = re.match(r"[\w.-]+", tools)
     if name and not has_result:

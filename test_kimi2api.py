@@ -2712,7 +2712,7 @@ def test_a_session_that_is_forgotten_meanwhile_begins_again(address: str) -> Non
     sessions = kimi2api.Sessions(store)
     add_turn(store, "ada", 1)
     opened = sessions.open("owner", "ada")
-    assert sessions.forget("owner", "ada")
+    assert store.delete(("owner", "session", "ada"))
     sessions.record("owner", "ada", opened, [turn_of(2)], replace_turns=False)
     assert asked_in(store, "ada") == ["2"]
 
@@ -2762,7 +2762,7 @@ def test_a_session_that_has_expired_begins_again(address: str) -> None:
     add_turn(store, "ada", 1)
     opened = sessions.open("owner", "ada")
     wait_for(lambda: sessions.get("owner", "ada") is None, "it expires")
-    assert users(store) == [] and not sessions.forget("owner", "ada")
+    assert users(store) == [] and not store.delete(("owner", "session", "ada"))
     wait_for(lambda: store.count() == 0)
     sessions.record("owner", "ada", opened, [turn_of(2)], replace_turns=False)
     lasting = open_store(address, ttl=60) if address != "memory" else store
