@@ -63,7 +63,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
-from http.client import HTTPException, HTTPResponse, parse_headers
+from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
@@ -696,7 +696,8 @@ def plain_line(answer: Any, secret: str = "") -> str:
     text = unescape(MARKUP.sub(" ", answer[:10_000]))
     line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
-        line = line.replace(secret, "…")
+        # As a word only: a placeholder such as LOCAL_API_KEY=x is part of many words
+        line = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "…", line)
     return replace_lone_surrogates(line[:300]) or "(no reason given)"
 
 
@@ -3853,14 +3854,18 @@ class Transport:
             return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
-        return upstream_error(
-            502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
+        what = f"cannot be reached: {root_cause(error)}"
+        if isinstance(innermost(error), IncompleteRead):
+            what = "closed the connection before the end of its answer"
+        return upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True)
 
 
 def innermost(error: BaseException) -> BaseException:
     """The error that the layers above have wrapped."""
     cause = error.__cause__ or error.__context__
-    return innermost(cause) if cause else error
+    if cause is None or isinstance(error, IncompleteRead):  # http.client's own cause is how it parses numbers
+        return error
+    return innermost(cause)
 
 
 def root_cause(error: BaseException) -> str:

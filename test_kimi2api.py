@@ -5781,7 +5781,8 @@ def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Run, both: dict[
             body = read_until(link, b"half")
             api.gate.set()
             body += read_all(link)
-        assert events(body)[-1]["error"]["code"] == code and b"[DONE]" not in body
+        error = events(body)[-1]["error"]
+        assert error["code"] == code and "base 16" not in error["message"] and b"[DONE]" not in body
         assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
 
 
@@ -5789,6 +5790,14 @@ def test_our_key_for_an_api_is_never_told(make: Make, both: dict[str, str], api:
     for field in ("message", "type", "code", "param"):
         api.always = api_sends(400, {"error": {"message": "m", field: "y" * 295 + " sk-theirs"}})
         assert "sk-th" not in chat(make(**both), model="local/k2").text
+
+
+def test_a_placeholder_as_a_key_hides_no_part_of_a_word(make: Make, both: dict[str, str], api: Api) -> None:
+    error = {"message": "The maximum context is 8k; your key is x.", "code": "context_length_exceeded"}
+    api.always = api_sends(400, {"error": error})
+    told = chat(make(**{**both, "LOCAL_API_KEY": "x"}), model="local/k2").json["error"]
+    assert told["code"] == "context_length_exceeded" and "maximum context" in told["message"]
+    assert "your key is …." in told["message"]
 
 
 def test_a_prompt_in_an_apis_error_code_is_neither_in_the_log_nor_in_health(
