@@ -5204,12 +5204,12 @@ def portable_schema(schema: Any) -> Any:
     return schema
 
 
-def fill_reasoning_gaps(body: JSONObject) -> JSONObject:
-    """Give each message of the assistant reasoning_content, if only an empty text."""
+def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
+    """Give each message of the assistant reasoning_content, if only the default."""
     filled = []
     for message in body["messages"]:
-        if message["role"] == "assistant" and message.get("reasoning_content") is None:
-            message = {**message, "reasoning_content": reasoning_text(message)}
+        if message["role"] == "assistant" and not message.get("reasoning_content"):
+            message = {**message, "reasoning_content": reasoning_text(message) or default}
         filled.append(message)
     return {**body, "messages": filled}
 
@@ -5246,17 +5246,19 @@ class Adaptation(NamedTuple):
     change: Change
 
 
+MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
 # In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
-ADAPTATIONS = [
+ADAPTATIONS: list[tuple[str, str, Change]] = [
     (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens",
      "max_tokens", swap_max_tokens),
     (r"\bstream(ing)?\b", "stream", ask_without_stream),
     (r"word .?json", "response_format", ask_for_json),
     (r"response.format|json_schema|json_object", "response_format", require_json_object),
     (r"response.format|json_schema|json_object", "response_format", describe_format),
-    (r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content", "reasoning", fill_reasoning_gaps),
+    (MISSING_REASONING, "reasoning", fill_reasoning_gaps),
+    (MISSING_REASONING, "reasoning", partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
     (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", "reasoning", leave_out_reasoning),
     (r"\bsystem\b|chat setting", "system", move_system_first),
     (r"tool_choice", "tool_choice", offer_forced_tool),
