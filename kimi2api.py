@@ -831,8 +831,14 @@ def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[V
         if field_schema:
             yield from violations(inner, field_schema, prefix + name)
     for condition in (schema, *schema.get("allOf", ())):
-        if "if" in condition and not find_violation(value, condition["if"]):
+        if "if" in condition and applies(condition["if"], value):
             yield from violations(value, condition["then"], path)
+
+
+def applies(condition: Schema, value: JSONObject) -> bool:
+    """Return whether a condition of `if_field` applies. An input of 100,000 items has 2,000,000 of them."""
+    [(name, field)] = condition["properties"].items()
+    return value[name] in field["enum"] if name in value else "required" not in condition
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
@@ -1535,12 +1541,13 @@ INPUT_PART = request_object_by_type(
     allow_others=True,
 )
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
-FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": OBJECT}
+TOOL_SEARCH = request_object({}, {"description": STRING, "parameters": OBJECT})
+FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": TOOL_SEARCH}
 TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
 NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
 RESPONSES_TOOLS = array(request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True))
-CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
-CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, {"call_id": STRING})
+CALL_FIELDS = {"call_id": STRING, "id": STRING, "namespace": STRING}
+CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, CALL_FIELDS)
 # Calls of tools that clients run, by the field that contains the arguments
 CLIENT_CALLS = {
     "local_shell_call": "action",
@@ -1559,13 +1566,14 @@ INPUT_ITEM = request_object_by_type(
             "content": array(TEXT_PART),
             "encrypted_content": STRING,
         }),
-        "function_call": request_object({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
+        "function_call": request_object({"name": NON_EMPTY, "arguments": STRING}, CALL_FIELDS),
         "function_call_output": CALL_OUTPUT,
-        "custom_tool_call": request_object({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
+        "custom_tool_call": request_object({"name": NON_EMPTY, "input": STRING}, CALL_FIELDS),
         "custom_tool_call_output": CALL_OUTPUT,
-        **{kind: request_object({name: OBJECT}, {"call_id": STRING}) for kind, name in CLIENT_CALLS.items()},
+        **{kind: request_object({name: OBJECT}, CALL_FIELDS) for kind, name in CLIENT_CALLS.items()},
+        **{f"{kind}_output": request_object({}, CALL_FIELDS) for kind in CLIENT_CALLS},
         "additional_tools": request_object({"tools": RESPONSES_TOOLS}),
-        "tool_search_output": request_object({"tools": RESPONSES_TOOLS}, {"call_id": STRING}),
+        "tool_search_output": request_object({"tools": RESPONSES_TOOLS}, CALL_FIELDS),
         "compaction": request_object({"encrypted_content": STRING}),
         "item_reference": request_object({"id": STRING}),
     },
@@ -1587,6 +1595,15 @@ class ToolName:
     @property
     def function(self) -> str:
         return f"{self.namespace}__{self.name}" if self.namespace else self.name
+
+
+def flat_tools(tools: Iterable[JSONObject]) -> Iterator[tuple[ToolName, JSONObject]]:
+    """Yield the tools, and those of namespaces, with their names."""
+    for tool in tools:
+        is_namespace = tool["type"] == "namespace"
+        for member in tool["tools"] if is_namespace else [tool]:
+            kind = member["type"]
+            yield ToolName(str(member.get("name") or kind), tool["name"] if is_namespace else None, kind), member
 
 
 def function_name(item: JSONObject) -> str:
@@ -1636,9 +1653,9 @@ class ItemReader:
         elif kind in ("function_call", "custom_tool_call") or kind in CLIENT_CALLS:
             yield {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
         elif kind.removesuffix("_output") in ("function_call", "custom_tool_call", "tool_search", *CLIENT_CALLS):
-            yield self._read_result(item)
-        elif kind == "compaction" and item["encrypted_content"].startswith(ENCODED):
-            yield {"role": "user", "content": SUMMARY + str(decoded(item["encrypted_content"]))}
+            yield self._read_result(item, kind)
+        elif kind == "compaction" and isinstance(decoded(item["encrypted_content"]), str):
+            yield {"role": "user", "content": SUMMARY + decoded(item["encrypted_content"])}
         elif kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
@@ -1658,12 +1675,12 @@ class ItemReader:
             arguments = dump_json({"input": item["input"]}).decode()
         return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
-    def _read_result(self, item: JSONObject) -> Message:
+    def _read_result(self, item: JSONObject, kind: str) -> Message:
         content = item.get("output")
-        if "tools" in item:
+        if kind == "tool_search_output":
             self.tools += item["tools"]
-            content = "Found: " + ", ".join(str(tool.get("name")) for tool in item["tools"])
-        elif isinstance(content, list) and all("type" in part for part in content):
+            content = "Found: " + ", ".join(name.function for name, _ in flat_tools(item["tools"]))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             content = as_content(self._read_parts(content))
         elif not isinstance(content, str):
             content = dump_json(content).decode()
@@ -1673,17 +1690,21 @@ class ItemReader:
         """Convert content to parts that chats have, without empty texts."""
         if isinstance(content, str):
             content = [{"type": "input_text", "text": content}]
-        parts = [as_part(part) for part in content if part.get("text") != ""]
-        for part, given in zip(parts, content, strict=False):
+        parts = []
+        for given in content:
+            part = as_part(given)
             if part is None:
                 self.ignore(given["type"])
-        return [part for part in parts if part]
+            elif part.get("text") != "":
+                parts.append(part)
+        return parts
 
 
 def decoded(text: str) -> Any:
-    """Return the value that a text with the prefix ENCODED contains, or None."""
+    """Return the value that `encoded` has encoded, or None."""
     with suppress(ValueError):
-        return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
+        if text.startswith(ENCODED):
+            return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
     return None
 
 
@@ -1747,11 +1768,9 @@ def joined_text(parts: list[JSONObject]) -> str:
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    source = item.get("encrypted_content") or ""
-    if source.startswith(ENCODED):  # otherwise another server encoded it
-        fields = decoded(source)
-        if isinstance(fields, dict):
-            return reasoning_fields(fields)
+    fields = decoded(item.get("encrypted_content") or "")
+    if isinstance(fields, dict):  # otherwise another server encoded it
+        return reasoning_fields(fields)
     text = joined_text(item.get("content") or item.get("summary") or [])
     return {"reasoning_content": text} if text else {}
 
@@ -1883,7 +1902,7 @@ class ResponsesRequest:
         fields["max_tokens"] = body.get("max_output_tokens")
         fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
         if not self.reader.compacts:
-            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools], None)
+            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools])
             self._add_form(fields)
         chat = {name: value for name, value in fields.items() if value is not None}
         return replace(ChatRequest.of(chat), user=None)
@@ -1900,18 +1919,15 @@ class ResponsesRequest:
         if self._functions or choice not in ("auto", "none"):
             fields["tool_choice"] = as_tool_choice(choice)
 
-    def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
-        for tool in tools:
-            kind = tool["type"]
-            if kind == "namespace" and namespace is None:
-                self._read_tools(tool["tools"], tool["name"])
-            elif kind in ("function", "custom") or tool.get("execution") == "client":
-                name = ToolName(tool.get("name") or kind, namespace, kind)
-                if self.tools.setdefault(name.function, name) != name:
-                    raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-                self._functions[name.function] = as_function(tool, name)
-            else:
-                self.reader.ignore(kind)
+    def _read_tools(self, tools: list[JSONObject]) -> None:
+        for name, tool in flat_tools(tools):
+            is_search = name.kind == "tool_search" and tool.get("execution") == "client"
+            if name.kind not in ("function", "custom") and not is_search:
+                self.reader.ignore(name.kind)
+                continue
+            if self.tools.setdefault(name.function, name) != name:
+                raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
+            self._functions[name.function] = as_function(tool, name)
 
 
 def translate_error(error: APIError) -> APIError:
@@ -1995,10 +2011,6 @@ def custom_input(arguments: str) -> str:
     return strip_code_fence(value if isinstance(value, str) else arguments)
 
 
-def tool_search_arguments(arguments: str) -> JSONObject:
-    return parse_upstream_object(arguments.encode()) or {}
-
-
 @dataclass(frozen=True)
 class ItemKind:
     """The fields and events that all items of a kind share."""
@@ -2041,7 +2053,7 @@ CALL_KINDS = {
         finish=custom_input, is_streamed=False),
     "tool_search": ItemKind(
         "tsc", {"type": "tool_search_call", "execution": "client", "arguments": {}}, "", "arguments",
-        finish=tool_search_arguments, is_streamed=False),
+        finish=lambda arguments: parse_upstream_object(arguments.encode()) or {}, is_streamed=False),
 }
 
 
@@ -2151,6 +2163,7 @@ class ResponseWriter:
     def __init__(self, request: ResponsesRequest) -> None:
         self.headers: Headers = {}
         self.record: Callable[[JSONObject], None] | None = None
+        self.history: Turns = ()  # of previous responses
         self._request = request
         self._id = random_hex()
         self._created = int(time.time())
@@ -2258,7 +2271,7 @@ class ResponseWriter:
 
     def _begin_call(self, call: JSONObject, name: str) -> None:
         tool = self._request.tools.get(name) or ToolName(name)
-        fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}"}
+        fields = {"call_id": call["id"]}
         if tool.kind != "tool_search":
             fields["name"] = tool.name
         if tool.namespace:
@@ -2326,9 +2339,10 @@ class CompactionWriter(ResponseWriter):
         *_, last = self._events(deltas)
         response = last["response"]
         output = []
-        for message in self._request.messages:
-            if message["role"] == "user":
-                content = [{"type": "input_text", "text": text_of(message)}]
+        for message in itertools.chain(*self.history, self._request.messages):
+            text = text_of(message)
+            if message["role"] == "user" and text and not text.startswith(SUMMARY):
+                content = [{"type": "input_text", "text": text}]
                 output.append({
                     "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
                     "content": content,
@@ -6328,6 +6342,7 @@ class App:
 
         def open_conversation() -> Conversation:
             previous = self._previous_response(asked.body.get("previous_response_id"))
+            writer.history = previous.turns
             request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
             if asked.body.get("store") is not False:
                 writer.record = partial(self._record_response, previous, asked, request, stats)

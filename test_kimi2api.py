@@ -2226,7 +2226,7 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
     assert names_sent(api) == ["tool_search", "wait", "mcp__mail__send"]
     sent = api.asked[-1][2]["messages"]
     assert sent[1]["tool_calls"][0]["function"] == {"name": "tool_search", "arguments": '{"query":"mail"}'}
-    assert sent[2]["role"] == "tool" and "mcp__mail" in sent[2]["content"]
+    assert sent[2]["role"] == "tool" and sent[2]["content"] == "Found: mcp__mail__send"
 
 
 @pytest.mark.parametrize(
@@ -2237,6 +2237,8 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
         {"type": "image_generation_call", "id": "i", "result": "AAAA", "status": "completed"},
         {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
         {"type": "compaction", "encrypted_content": "gAAAA"},
+        {"type": "compaction", "encrypted_content": "kimi2api:!!"},
+        {"type": "compaction", "encrypted_content": "kimi2api:eyJyb2xlIjoic3lzdGVtIn0="},  # an object
         {"type": "configuration_update", "reasoning": {"effort": "high"}},
         {"type": "of_the_future", "content": [{"x": 1}], "output": 5},
     ],
@@ -2252,7 +2254,8 @@ def test_items_of_other_servers_are_passed_over_and_named(
 
 
 def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[str, str], api: Api) -> None:
-    parts = [{"type": "input_text", "text": "x"}, {"type": "input_audio", "input_audio": {}}]
+    empty = {"type": "input_text", "text": ""}
+    parts = [empty, {"type": "input_text", "text": "x"}, {"type": "input_audio", "input_audio": {}}]
     response = respond(make(**both), [{"role": "user", "content": parts}], model="local/k2")
     assert response.headers["X-Kimi2api-Ignored"] == "input_audio"
     assert api.asked[0][2]["messages"] == [{"role": "user", "content": "x"}]
@@ -2280,6 +2283,16 @@ def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[s
             {"type": "function_call", "call_id": "c", "name": "ls", "arguments": "{}"},
             {"type": "function_call_output", "call_id": None, "output": "a.txt"},
             "ls",
+        ),
+        (
+            {"type": "custom_tool_call", "id": "c", "name": "ls", "input": "-l"},
+            {"type": "custom_tool_call_output", "output": "a.txt", "tools": 5},
+            "ls",
+        ),
+        (
+            {"type": "shell_call", "call_id": "c", "action": {}},
+            {"type": "shell_call_output", "output": [{"type": "input_text", "a.txt": 1}]},
+            "shell",
         ),
     ],
 )
@@ -2325,6 +2338,41 @@ def test_a_conversation_is_compacted_on_request(make: Make, both: dict[str, str]
     api.always = api_answers("ok")
     assert output_text(respond(app, [*compacted["output"], USER], model="local/k2")) == "ok"
     assert api.asked[-1][2]["messages"][1]["content"].endswith("They want tea.")
+
+
+def test_a_compaction_has_the_users_messages_of_previous_responses_and_no_earlier_summary(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both)
+    first = respond(app, "One", model="local/k2").json
+    body = {"model": "local/k2", "input": "Two", "previous_response_id": first["id"]}
+    once = app.post_json("/v1/responses/compact", body).json["output"]
+    twice = app.post_json("/v1/responses/compact", {"model": "local/k2", "input": [*once, USER]}).json["output"]
+    texts = [item["content"][0]["text"] for item in twice[:-1]]
+    assert texts == ["One", "Two", USER["content"]] and twice[-1]["type"] == "compaction"
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"type": "shell_call", "action": {}, "id": [1]}, "input[0].id"),
+        ({"type": "shell_call_output", "output": "x", "call_id": [1]}, "input[0].call_id"),
+        ({"type": "function_call", "name": "f", "arguments": "{}", "call_id": "", "id": [1]}, "input[0].id"),
+        ({"type": "additional_tools", "tools": [{**SEARCH, "description": 5}]}, "input[0].tools[0].description"),
+    ],
+)
+def test_a_field_of_a_call_that_cannot_be_read_is_named(
+    make: Make, both: dict[str, str], item: Any, param: str
+) -> None:
+    assert respond(make(**both), [item, USER], model="local/k2").json["error"]["param"] == param
+
+
+def test_many_items_are_read_in_time_for_other_chats() -> None:
+    began = time.process_time()
+    items = [{"type": f"other{number}"} for number in range(100_000)]
+    request = kimi2api.ResponsesRequest.parse(json.dumps({"input": [*items, USER]}).encode())
+    request.to_chat_request([], [], lambda id: {})
+    assert time.process_time() - began < 4, "usually 1.5; all other chats wait meanwhile"
 
 
 def test_a_websocket_is_refused_so_that_clients_go_on_over_http(demo: Program) -> None:
