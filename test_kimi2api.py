@@ -8546,6 +8546,7 @@ def test_clients_of_node_work_with_a_thinking_model(
     assert_thinking_was_served(api)
 
 
+PROOF = {"cmd": "echo made by $((40 + 2)) > proof"}
 A_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
@@ -8554,16 +8555,21 @@ A_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADh
     [
         pytest.param(
             [],
-            [
-                [("exec_command", {"cmd": "echo made by $((40 + 2)) > proof"})],
-                [("multi_agent_v1__wait_agent", {"targets": ["nobody"]}), ("view_image", {"path": "pixel.png"})],
-            ],
+            [[("apply_patch", {"input": "*** Begin Patch\n*** Add File: proof\n+made by 42\n*** End Patch"})]],
             id="as the README says",
         ),
         pytest.param(
-            ["--model", "gpt-5.5"],
-            [[("apply_patch", {"input": "*** Begin Patch\n*** Add File: proof\n+made by 42\n*** End Patch"})]],
-            id="a model that Codex knows",
+            ["--model", "gpt-5.6-sol"],
+            [[("functions__exec", {"input": f"text(await tools.exec_command({json.dumps(PROOF)}))"})]],
+            id="a model whose tools stand in the input",
+        ),
+        pytest.param(
+            ["--model", "moonshot/kimi-k3"],
+            [
+                [("exec_command", PROOF)],
+                [("multi_agent_v1__wait_agent", {"targets": ["nobody"]}), ("view_image", {"path": "pixel.png"})],
+            ],
+            id="a model that Codex does not know",
         ),
     ],
 )
@@ -8574,7 +8580,7 @@ def test_codex_does_what_a_thinking_model_asks_for(
     if not codex.exists():
         pytest.skip("needs npm's @openai/codex, which .ci/run installs")
     api.always = thinks(*([(name, json.dumps(arguments)) for name, arguments in step] for step in steps))
-    models = "kimi=kimi,gpt-5.5=moonshot/kimi-k3"
+    models = "kimi=kimi,*=moonshot/kimi-k3"
     moonshot = {"MOONSHOT_API_KEY": "sk-theirs", "MOONSHOT_BASE_URL": api.url, "MODELS": models}
     program = run(before=FORGETFUL, API_MASTER_KEY="sk-codex", **moonshot)
     home = tmp_path / ".codex"
