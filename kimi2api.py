@@ -1548,8 +1548,10 @@ NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)
 RESPONSES_TOOLS = array(request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True))
 CALL_FIELDS = {"call_id": STRING, "id": STRING, "namespace": STRING}
 CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, CALL_FIELDS)
-# Calls of tools that clients run, by the field that contains the arguments
-CLIENT_CALLS = {
+# Calls of tools that clients run, and the field that contains the arguments
+CALLS = {
+    "function_call": "arguments",
+    "custom_tool_call": "input",
     "local_shell_call": "action",
     "shell_call": "action",
     "apply_patch_call": "operation",
@@ -1566,15 +1568,15 @@ INPUT_ITEM = request_object_by_type(
             "content": array(TEXT_PART),
             "encrypted_content": STRING,
         }),
+        **{kind: request_object({field: OBJECT}, CALL_FIELDS) for kind, field in CALLS.items()},
+        **{f"{kind}_output": request_object({}, CALL_FIELDS) for kind in CALLS},
         "function_call": request_object({"name": NON_EMPTY, "arguments": STRING}, CALL_FIELDS),
         "function_call_output": CALL_OUTPUT,
         "custom_tool_call": request_object({"name": NON_EMPTY, "input": STRING}, CALL_FIELDS),
         "custom_tool_call_output": CALL_OUTPUT,
-        **{kind: request_object({name: OBJECT}, CALL_FIELDS) for kind, name in CLIENT_CALLS.items()},
-        **{f"{kind}_output": request_object({}, CALL_FIELDS) for kind in CLIENT_CALLS},
         "additional_tools": request_object({"tools": RESPONSES_TOOLS}),
         "tool_search_output": request_object({"tools": RESPONSES_TOOLS}, CALL_FIELDS),
-        "compaction": request_object({"encrypted_content": STRING}),
+        "compaction": request_object({}, {"encrypted_content": STRING}),
         "item_reference": request_object({"id": STRING}),
     },
     default="message",
@@ -1628,7 +1630,7 @@ class ItemReader:
         response.
         """
         messages: list[Message] = []
-        converted = itertools.chain.from_iterable(map(self._as_messages, items))
+        converted = filter(None, map(self._as_message, items))
         for role, group in itertools.groupby(converted, itemgetter("role")):
             if role == "assistant":
                 messages += join_answer(group)
@@ -1640,39 +1642,40 @@ class ItemReader:
         if kind.isascii() and kind.isidentifier():  # other names may break the header
             self.ignored.add(kind)
 
-    def _as_messages(self, item: JSONObject) -> Iterator[Message]:
-        """Convert an item to a message, or to none. The fields of an assistant's message are lists, which `join_answer`
-        joins."""
+    def _as_message(self, item: JSONObject) -> Message | None:
+        """Convert an item to a message, or return None. The fields of an assistant's message are lists, which
+        `join_answer` joins."""
         kind = item.get("type") or "message"
         if kind == "message":
             parts = self._read_parts(item["content"])
             role = "system" if item["role"] == "developer" else item["role"]  # not every API knows developers
-            yield {"role": role, "content": parts if role == "assistant" else as_content(parts)}
-        elif kind == "reasoning":
-            yield {"role": "assistant", **read_reasoning(item)}
-        elif kind in ("function_call", "custom_tool_call") or kind in CLIENT_CALLS:
-            yield {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
-        elif kind.removesuffix("_output") in ("function_call", "custom_tool_call", "tool_search", *CLIENT_CALLS):
-            yield self._read_result(item, kind)
-        elif kind == "compaction" and isinstance(decoded(item["encrypted_content"]), str):
-            yield {"role": "user", "content": SUMMARY + decoded(item["encrypted_content"])}
-        elif kind == "compaction_trigger":
+            return {"role": role, "content": parts if role == "assistant" else as_content(parts)}
+        if kind == "reasoning":
+            return {"role": "assistant", **read_reasoning(item)}
+        if kind in CALLS:
+            return {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
+        if kind.removesuffix("_output") in (*CALLS, "tool_search"):
+            return self._read_result(item, kind)
+        summary = decoded(item.get("encrypted_content") or "") if kind == "compaction" else None
+        if isinstance(summary, str):
+            return {"role": "user", "content": SUMMARY + summary}
+        if kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
             self.tools += item["tools"]
         else:
             self.ignore(kind)
+        return None
 
     def _read_call(self, item: JSONObject, kind: str) -> JSONObject:
         self._last_call = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
-        arguments = item.get("arguments")
-        name = kind.removesuffix("_call")
-        if kind in CLIENT_CALLS:
-            arguments = dump_json(item[CLIENT_CALLS[kind]]).decode()
-        else:
-            name = function_name(item)
+        arguments = item[CALLS[kind]]
         if kind == "custom_tool_call":
-            arguments = dump_json({"input": item["input"]}).decode()
+            arguments = {"input": arguments}
+        if kind != "function_call":
+            arguments = dump_json(arguments).decode()
+        is_named = kind in ("function_call", "custom_tool_call")
+        name = function_name(item) if is_named else kind.removesuffix("_call")
         return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _read_result(self, item: JSONObject, kind: str) -> Message:
@@ -1968,8 +1971,7 @@ def as_tool_choice(choice: Any) -> Any:
 
 def as_response_format(form: JSONObject) -> JSONObject | None:
     if form["type"] == "json_schema":
-        schema = {"name": "answer", **form}
-        return {"type": schema.pop("type"), "json_schema": schema}
+        return {"type": "json_schema", "json_schema": {"name": "answer", **without(form, "type")}}
     return form if form["type"] == "json_object" else None
 
 
@@ -2112,8 +2114,7 @@ class OutputItem:
 
     def _emit_text(self, event: str, **fields: Any) -> None:
         if self.kind.part:
-            index = "summary_index" if self.kind is SUMMARY_KIND else "content_index"
-            fields[index] = 0
+            fields[f"{self.kind.list_field}_index"] = 0
         if event in ("output_text.delta", "output_text.done"):
             fields["logprobs"] = []
         if event == "function_call_arguments.done":

@@ -2237,6 +2237,7 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
         {"type": "image_generation_call", "id": "i", "result": "AAAA", "status": "completed"},
         {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
         {"type": "compaction", "encrypted_content": "gAAAA"},
+        {"type": "compaction", "encrypted_content": None},
         {"type": "compaction", "encrypted_content": "kimi2api:!!"},
         {"type": "compaction", "encrypted_content": "kimi2api:eyJyb2xlIjoic3lzdGVtIn0="},  # an object
         {"type": "configuration_update", "reasoning": {"effort": "high"}},
@@ -2290,7 +2291,12 @@ def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[s
             "ls",
         ),
         (
-            {"type": "shell_call", "call_id": "c", "action": {}},
+            {"type": "function_call", "id": "c", "name": "ls", "arguments": "{}"},
+            {"type": "function_call_output", "output": "a.txt"},
+            "ls",
+        ),
+        (
+            {"type": "shell_call", "call_id": "c", "action": {}, "name": 5},
             {"type": "shell_call_output", "output": [{"type": "input_text", "a.txt": 1}]},
             "shell",
         ),
