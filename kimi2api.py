@@ -696,8 +696,10 @@ def plain_line(answer: Any, secret: str = "") -> str:
     text = unescape(MARKUP.sub(" ", answer[:10_000]))
     line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
-        # As a word only: a placeholder such as LOCAL_API_KEY=x is part of many words
-        line = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "…", line)
+        pattern = re.escape(secret)
+        if len(secret) < 8:  # a placeholder such as LOCAL_API_KEY=x is part of many words
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        line = re.sub(pattern, "…", line)
     return replace_lone_surrogates(line[:300]) or "(no reason given)"
 
 
