@@ -64,7 +64,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
-from http.client import HTTPException, HTTPResponse, parse_headers
+from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil, inf, isfinite
 from operator import attrgetter, itemgetter
@@ -710,7 +710,10 @@ def plain_line(answer: Any, secret: str = "") -> str:
     text = unescape(MARKUP.sub(" ", answer[:10_000]))
     line = " ".join(CONTROL_CHARACTERS.sub(" ", text).split())
     if secret:
-        line = line.replace(secret, "…")
+        pattern = re.escape(secret)
+        if len(secret) < 8:  # a placeholder such as LOCAL_API_KEY=x is part of many words
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        line = re.sub(pattern, "…", line)
     return replace_lone_surrogates(line[:300]) or "(no reason given)"
 
 
@@ -844,8 +847,14 @@ def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[V
         if field_schema:
             yield from violations(inner, field_schema, prefix + name)
     for condition in (schema, *schema.get("allOf", ())):
-        if "if" in condition and not find_violation(value, condition["if"]):
+        if "if" in condition and applies(condition["if"], value):
             yield from violations(value, condition["then"], path)
+
+
+def applies(condition: Schema, value: JSONObject) -> bool:
+    """Return whether a condition of `if_field` applies. An input of 100,000 items has 2,000,000 of them."""
+    [(name, field)] = condition["properties"].items()
+    return value[name] in field["enum"] if name in value else "required" not in condition
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
@@ -1549,14 +1558,17 @@ INPUT_PART = request_object_by_type(
     allow_others=True,
 )
 INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
-FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": OBJECT}
+TOOL_SEARCH = request_object({}, {"description": STRING, "parameters": OBJECT})
+FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": TOOL_SEARCH}
 TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
 NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
 RESPONSES_TOOLS = array(request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True))
-CALL_FIELDS = {"call_id": STRING, "name": NON_EMPTY}
-CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, {"call_id": STRING})
-# Calls of tools that clients run, by the field that contains the arguments
-CLIENT_CALLS = {
+CALL_FIELDS = {"call_id": STRING, "id": STRING, "namespace": STRING}
+CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, CALL_FIELDS)
+# Calls of tools that clients run, and the field that contains the arguments
+CALLS = {
+    "function_call": "arguments",
+    "custom_tool_call": "input",
     "local_shell_call": "action",
     "shell_call": "action",
     "apply_patch_call": "operation",
@@ -1573,14 +1585,15 @@ INPUT_ITEM = request_object_by_type(
             "content": array(TEXT_PART),
             "encrypted_content": STRING,
         }),
-        "function_call": request_object({**CALL_FIELDS, "arguments": STRING}, {"namespace": STRING}),
+        **{kind: request_object({field: OBJECT}, CALL_FIELDS) for kind, field in CALLS.items()},
+        **{f"{kind}_output": request_object({}, CALL_FIELDS) for kind in CALLS},
+        "function_call": request_object({"name": NON_EMPTY, "arguments": STRING}, CALL_FIELDS),
         "function_call_output": CALL_OUTPUT,
-        "custom_tool_call": request_object({**CALL_FIELDS, "input": STRING}, {"namespace": STRING}),
+        "custom_tool_call": request_object({"name": NON_EMPTY, "input": STRING}, CALL_FIELDS),
         "custom_tool_call_output": CALL_OUTPUT,
-        **{kind: request_object({name: OBJECT}, {"call_id": STRING}) for kind, name in CLIENT_CALLS.items()},
         "additional_tools": request_object({"tools": RESPONSES_TOOLS}),
-        "tool_search_output": request_object({"tools": RESPONSES_TOOLS}, {"call_id": STRING}),
-        "compaction": request_object({"encrypted_content": STRING}),
+        "tool_search_output": request_object({"tools": RESPONSES_TOOLS}, CALL_FIELDS),
+        "compaction": request_object({}, {"encrypted_content": STRING}),
         "item_reference": request_object({"id": STRING}),
     },
     default="message",
@@ -1601,6 +1614,15 @@ class ToolName:
     @property
     def function(self) -> str:
         return f"{self.namespace}__{self.name}" if self.namespace else self.name
+
+
+def flat_tools(tools: Iterable[JSONObject]) -> Iterator[tuple[ToolName, JSONObject]]:
+    """Yield the tools, and those of namespaces, with their names."""
+    for tool in tools:
+        is_namespace = tool["type"] == "namespace"
+        for member in tool["tools"] if is_namespace else [tool]:
+            kind = member["type"]
+            yield ToolName(str(member.get("name") or kind), tool["name"] if is_namespace else None, kind), member
 
 
 def function_name(item: JSONObject) -> str:
@@ -1625,7 +1647,7 @@ class ItemReader:
         response.
         """
         messages: list[Message] = []
-        converted = itertools.chain.from_iterable(map(self._as_messages, items))
+        converted = filter(None, map(self._as_message, items))
         for role, group in itertools.groupby(converted, itemgetter("role")):
             if role == "assistant":
                 messages += join_answer(group)
@@ -1637,47 +1659,48 @@ class ItemReader:
         if kind.isascii() and kind.isidentifier():  # other names may break the header
             self.ignored.add(kind)
 
-    def _as_messages(self, item: JSONObject) -> Iterator[Message]:
-        """Convert an item to a message, or to none. The fields of an assistant's message are lists, which `join_answer`
-        joins."""
+    def _as_message(self, item: JSONObject) -> Message | None:
+        """Convert an item to a message, or return None. The fields of an assistant's message are lists, which
+        `join_answer` joins."""
         kind = item.get("type") or "message"
         if kind == "message":
             parts = self._read_parts(item["content"])
             role = "system" if item["role"] == "developer" else item["role"]  # not every API knows developers
-            yield {"role": role, "content": parts if role == "assistant" else as_content(parts)}
-        elif kind == "reasoning":
-            yield {"role": "assistant", **read_reasoning(item)}
-        elif kind in ("function_call", "custom_tool_call") or kind in CLIENT_CALLS:
-            yield {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
-        elif kind.removesuffix("_output") in ("function_call", "custom_tool_call", "tool_search", *CLIENT_CALLS):
-            yield self._read_result(item)
-        elif kind == "compaction" and item["encrypted_content"].startswith(ENCODED):
-            yield {"role": "user", "content": SUMMARY + str(decoded(item["encrypted_content"]))}
-        elif kind == "compaction_trigger":
+            return {"role": role, "content": parts if role == "assistant" else as_content(parts)}
+        if kind == "reasoning":
+            return {"role": "assistant", **read_reasoning(item)}
+        if kind in CALLS:
+            return {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
+        if kind.removesuffix("_output") in (*CALLS, "tool_search"):
+            return self._read_result(item, kind)
+        summary = decoded(item.get("encrypted_content") or "") if kind == "compaction" else None
+        if isinstance(summary, str):
+            return {"role": "user", "content": SUMMARY + summary}
+        if kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
             self.tools += item["tools"]
         else:
             self.ignore(kind)
+        return None
 
     def _read_call(self, item: JSONObject, kind: str) -> JSONObject:
         self._last_call = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
-        arguments = item.get("arguments")
-        name = kind.removesuffix("_call")
-        if kind in CLIENT_CALLS:
-            arguments = dump_json(item[CLIENT_CALLS[kind]]).decode()
-        else:
-            name = function_name(item)
+        arguments = item[CALLS[kind]]
         if kind == "custom_tool_call":
-            arguments = dump_json({"input": item["input"]}).decode()
+            arguments = {"input": arguments}
+        if kind != "function_call":
+            arguments = dump_json(arguments).decode()
+        is_named = kind in ("function_call", "custom_tool_call")
+        name = function_name(item) if is_named else kind.removesuffix("_call")
         return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
-    def _read_result(self, item: JSONObject) -> Message:
+    def _read_result(self, item: JSONObject, kind: str) -> Message:
         content = item.get("output")
-        if "tools" in item:
+        if kind == "tool_search_output":
             self.tools += item["tools"]
-            content = "Found: " + ", ".join(str(tool.get("name")) for tool in item["tools"])
-        elif isinstance(content, list) and all("type" in part for part in content):
+            content = "Found: " + ", ".join(name.function for name, _ in flat_tools(item["tools"]))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             content = as_content(self._read_parts(content))
         elif not isinstance(content, str):
             content = dump_json(content).decode()
@@ -1687,17 +1710,21 @@ class ItemReader:
         """Convert content to parts that chats have, without empty texts."""
         if isinstance(content, str):
             content = [{"type": "input_text", "text": content}]
-        parts = [as_part(part) for part in content if part.get("text") != ""]
-        for part, given in zip(parts, content, strict=False):
+        parts = []
+        for given in content:
+            part = as_part(given)
             if part is None:
                 self.ignore(given["type"])
-        return [part for part in parts if part]
+            elif part.get("text") != "":
+                parts.append(part)
+        return parts
 
 
 def decoded(text: str) -> Any:
-    """Return the value that a text with the prefix ENCODED contains, or None."""
+    """Return the value that `encoded` has encoded, or None."""
     with suppress(ValueError):
-        return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
+        if text.startswith(ENCODED):
+            return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
     return None
 
 
@@ -1761,11 +1788,9 @@ def joined_text(parts: list[JSONObject]) -> str:
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    source = item.get("encrypted_content") or ""
-    if source.startswith(ENCODED):  # otherwise another server encoded it
-        fields = decoded(source)
-        if isinstance(fields, dict):
-            return reasoning_fields(fields)
+    fields = decoded(item.get("encrypted_content") or "")
+    if isinstance(fields, dict):  # otherwise another server encoded it
+        return reasoning_fields(fields)
     text = joined_text(item.get("content") or item.get("summary") or [])
     return {"reasoning_content": text} if text else {}
 
@@ -1897,7 +1922,7 @@ class ResponsesRequest:
         fields["max_tokens"] = body.get("max_output_tokens")
         fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
         if not self.reader.compacts:
-            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools], None)
+            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools])
             self._add_form(fields)
         chat = {name: value for name, value in fields.items() if value is not None}
         return replace(ChatRequest.of(chat), user=None)
@@ -1914,18 +1939,15 @@ class ResponsesRequest:
         if self._functions or choice not in ("auto", "none"):
             fields["tool_choice"] = as_tool_choice(choice)
 
-    def _read_tools(self, tools: list[JSONObject], namespace: str | None) -> None:
-        for tool in tools:
-            kind = tool["type"]
-            if kind == "namespace" and namespace is None:
-                self._read_tools(tool["tools"], tool["name"])
-            elif kind in ("function", "custom") or tool.get("execution") == "client":
-                name = ToolName(tool.get("name") or kind, namespace, kind)
-                if self.tools.setdefault(name.function, name) != name:
-                    raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-                self._functions[name.function] = as_function(tool, name)
-            else:
-                self.reader.ignore(kind)
+    def _read_tools(self, tools: list[JSONObject]) -> None:
+        for name, tool in flat_tools(tools):
+            is_search = name.kind == "tool_search" and tool.get("execution") == "client"
+            if name.kind not in ("function", "custom") and not is_search:
+                self.reader.ignore(name.kind)
+                continue
+            if self.tools.setdefault(name.function, name) != name:
+                raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
+            self._functions[name.function] = as_function(tool, name)
 
 
 def translate_error(error: APIError) -> APIError:
@@ -1966,8 +1988,7 @@ def as_tool_choice(choice: Any) -> Any:
 
 def as_response_format(form: JSONObject) -> JSONObject | None:
     if form["type"] == "json_schema":
-        schema = {"name": "answer", **form}
-        return {"type": schema.pop("type"), "json_schema": schema}
+        return {"type": "json_schema", "json_schema": {"name": "answer", **without(form, "type")}}
     return form if form["type"] == "json_object" else None
 
 
@@ -2007,10 +2028,6 @@ def custom_input(arguments: str) -> str:
     texts = [value for value in fields.values() if isinstance(value, str)]
     value = fields.get("input", texts[0] if len(texts) == 1 else arguments)
     return strip_code_fence(value if isinstance(value, str) else arguments)
-
-
-def tool_search_arguments(arguments: str) -> JSONObject:
-    return parse_upstream_object(arguments.encode()) or {}
 
 
 @dataclass(frozen=True)
@@ -2055,7 +2072,7 @@ CALL_KINDS = {
         finish=custom_input, is_streamed=False),
     "tool_search": ItemKind(
         "tsc", {"type": "tool_search_call", "execution": "client", "arguments": {}}, "", "arguments",
-        finish=tool_search_arguments, is_streamed=False),
+        finish=lambda arguments: parse_upstream_object(arguments.encode()) or {}, is_streamed=False),
 }
 
 
@@ -2114,8 +2131,7 @@ class OutputItem:
 
     def _emit_text(self, event: str, **fields: Any) -> None:
         if self.kind.part:
-            index = "summary_index" if self.kind is SUMMARY_KIND else "content_index"
-            fields[index] = 0
+            fields[f"{self.kind.list_field}_index"] = 0
         if event in ("output_text.delta", "output_text.done"):
             fields["logprobs"] = []
         if event == "function_call_arguments.done":
@@ -2165,6 +2181,7 @@ class ResponseWriter:
     def __init__(self, request: ResponsesRequest) -> None:
         self.headers: Headers = {}
         self.record: Callable[[JSONObject], None] | None = None
+        self.history: Turns = ()  # of previous responses
         self._request = request
         self._id = random_hex()
         self._created = int(time.time())
@@ -2272,7 +2289,7 @@ class ResponseWriter:
 
     def _begin_call(self, call: JSONObject, name: str) -> None:
         tool = self._request.tools.get(name) or ToolName(name)
-        fields = {"call_id": call.get("id") or f"call_{random_hex()[:24]}"}
+        fields = {"call_id": call["id"]}
         if tool.kind != "tool_search":
             fields["name"] = tool.name
         if tool.namespace:
@@ -2340,9 +2357,10 @@ class CompactionWriter(ResponseWriter):
         *_, last = self._events(deltas)
         response = last["response"]
         output = []
-        for message in self._request.messages:
-            if message["role"] == "user":
-                content = [{"type": "input_text", "text": text_of(message)}]
+        for message in itertools.chain(*self.history, self._request.messages):
+            text = text_of(message)
+            if message["role"] == "user" and text and not text.startswith(SUMMARY):
+                content = [{"type": "input_text", "text": text}]
                 output.append({
                     "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
                     "content": content,
@@ -3941,14 +3959,18 @@ class Transport:
             return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
         if isinstance(error, DecodeError):
             return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
-        return upstream_error(
-            502, "upstream_unavailable", f"{self.name} cannot be reached: {root_cause(error)}.", retryable=True)
+        what = f"cannot be reached: {root_cause(error)}"
+        if isinstance(innermost(error), IncompleteRead):
+            what = "closed the connection before the end of its answer"
+        return upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True)
 
 
 def innermost(error: BaseException) -> BaseException:
     """The error that the layers above have wrapped."""
     cause = error.__cause__ or error.__context__
-    return innermost(cause) if cause else error
+    if cause is None or isinstance(error, IncompleteRead):  # http.client's own cause is how it parses numbers
+        return error
+    return innermost(cause)
 
 
 def root_cause(error: BaseException) -> str:
@@ -5283,12 +5305,12 @@ def portable_schema(schema: Any) -> Any:
     return schema
 
 
-def fill_reasoning_gaps(body: JSONObject) -> JSONObject:
-    """Give each message of the assistant reasoning_content, if only an empty text."""
+def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
+    """Give each message of the assistant reasoning_content, if only the default."""
     filled = []
     for message in body["messages"]:
-        if message["role"] == "assistant" and message.get("reasoning_content") is None:
-            message = {**message, "reasoning_content": reasoning_text(message)}
+        if message["role"] == "assistant" and not message.get("reasoning_content"):
+            message = {**message, "reasoning_content": reasoning_text(message) or default}
         filled.append(message)
     return {**body, "messages": filled}
 
@@ -5325,17 +5347,19 @@ class Adaptation(NamedTuple):
     change: Change
 
 
+MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
 # In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
-ADAPTATIONS = [
+ADAPTATIONS: list[tuple[str, str, Change]] = [
     (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens",
      "max_tokens", swap_max_tokens),
     (r"\bstream(ing)?\b", "stream", ask_without_stream),
     (r"word .?json", "response_format", ask_for_json),
     (r"response.format|json_schema|json_object", "response_format", require_json_object),
     (r"response.format|json_schema|json_object", "response_format", describe_format),
-    (r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content", "reasoning", fill_reasoning_gaps),
+    (MISSING_REASONING, "reasoning", fill_reasoning_gaps),
+    (MISSING_REASONING, "reasoning", partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
     (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", "reasoning", leave_out_reasoning),
     (r"\bsystem\b|chat setting", "system", move_system_first),
     (r"tool_choice", "tool_choice", offer_forced_tool),
@@ -6431,6 +6455,7 @@ class App:
 
         def open_conversation() -> Conversation:
             previous = self._previous_response(asked.body.get("previous_response_id"))
+            writer.history = previous.turns
             request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
             if asked.body.get("store") is not False:
                 writer.record = partial(self._record_response, previous, asked, request, stats)

@@ -2230,7 +2230,7 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
     assert names_sent(api) == ["tool_search", "wait", "mcp__mail__send"]
     sent = api.asked[-1][2]["messages"]
     assert sent[1]["tool_calls"][0]["function"] == {"name": "tool_search", "arguments": '{"query":"mail"}'}
-    assert sent[2]["role"] == "tool" and "mcp__mail" in sent[2]["content"]
+    assert sent[2]["role"] == "tool" and sent[2]["content"] == "Found: mcp__mail__send"
 
 
 @pytest.mark.parametrize(
@@ -2241,6 +2241,9 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
         {"type": "image_generation_call", "id": "i", "result": "AAAA", "status": "completed"},
         {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
         {"type": "compaction", "encrypted_content": "gAAAA"},
+        {"type": "compaction", "encrypted_content": None},
+        {"type": "compaction", "encrypted_content": "kimi2api:!!"},
+        {"type": "compaction", "encrypted_content": "kimi2api:eyJyb2xlIjoic3lzdGVtIn0="},  # an object
         {"type": "configuration_update", "reasoning": {"effort": "high"}},
         {"type": "of_the_future", "content": [{"x": 1}], "output": 5},
     ],
@@ -2256,7 +2259,8 @@ def test_items_of_other_servers_are_passed_over_and_named(
 
 
 def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[str, str], api: Api) -> None:
-    parts = [{"type": "input_text", "text": "x"}, {"type": "input_audio", "input_audio": {}}]
+    empty = {"type": "input_text", "text": ""}
+    parts = [empty, {"type": "input_text", "text": "x"}, {"type": "input_audio", "input_audio": {}}]
     response = respond(make(**both), [{"role": "user", "content": parts}], model="local/k2")
     assert response.headers["X-Kimi2api-Ignored"] == "input_audio"
     assert api.asked[0][2]["messages"] == [{"role": "user", "content": "x"}]
@@ -2284,6 +2288,21 @@ def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[s
             {"type": "function_call", "call_id": "c", "name": "ls", "arguments": "{}"},
             {"type": "function_call_output", "call_id": None, "output": "a.txt"},
             "ls",
+        ),
+        (
+            {"type": "custom_tool_call", "id": "c", "name": "ls", "input": "-l"},
+            {"type": "custom_tool_call_output", "output": "a.txt", "tools": 5},
+            "ls",
+        ),
+        (
+            {"type": "function_call", "id": "c", "name": "ls", "arguments": "{}"},
+            {"type": "function_call_output", "output": "a.txt"},
+            "ls",
+        ),
+        (
+            {"type": "shell_call", "call_id": "c", "action": {}, "name": 5},
+            {"type": "shell_call_output", "output": [{"type": "input_text", "a.txt": 1}]},
+            "shell",
         ),
     ],
 )
@@ -2329,6 +2348,41 @@ def test_a_conversation_is_compacted_on_request(make: Make, both: dict[str, str]
     api.always = api_answers("ok")
     assert output_text(respond(app, [*compacted["output"], USER], model="local/k2")) == "ok"
     assert api.asked[-1][2]["messages"][1]["content"].endswith("They want tea.")
+
+
+def test_a_compaction_has_the_users_messages_of_previous_responses_and_no_earlier_summary(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both)
+    first = respond(app, "One", model="local/k2").json
+    body = {"model": "local/k2", "input": "Two", "previous_response_id": first["id"]}
+    once = app.post_json("/v1/responses/compact", body).json["output"]
+    twice = app.post_json("/v1/responses/compact", {"model": "local/k2", "input": [*once, USER]}).json["output"]
+    texts = [item["content"][0]["text"] for item in twice[:-1]]
+    assert texts == ["One", "Two", USER["content"]] and twice[-1]["type"] == "compaction"
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"type": "shell_call", "action": {}, "id": [1]}, "input[0].id"),
+        ({"type": "shell_call_output", "output": "x", "call_id": [1]}, "input[0].call_id"),
+        ({"type": "function_call", "name": "f", "arguments": "{}", "call_id": "", "id": [1]}, "input[0].id"),
+        ({"type": "additional_tools", "tools": [{**SEARCH, "description": 5}]}, "input[0].tools[0].description"),
+    ],
+)
+def test_a_field_of_a_call_that_cannot_be_read_is_named(
+    make: Make, both: dict[str, str], item: Any, param: str
+) -> None:
+    assert respond(make(**both), [item, USER], model="local/k2").json["error"]["param"] == param
+
+
+def test_many_items_are_read_in_time_for_other_chats() -> None:
+    began = time.process_time()
+    items = [{"type": f"other{number}"} for number in range(100_000)]
+    request = kimi2api.ResponsesRequest.parse(json.dumps({"input": [*items, USER]}).encode())
+    request.to_chat_request([], [], lambda id: {})
+    assert time.process_time() - began < 4, "usually 1.5; all other chats wait meanwhile"
 
 
 def test_a_websocket_is_refused_so_that_clients_go_on_over_http(demo: Program) -> None:
@@ -5239,7 +5293,8 @@ def thinks(*steps: Any, knows: str = "moonshot") -> Act:
         thinking = body.get("thinking", {}).get("type") != "disabled"
         choice = body.get("tool_choice")
         for index, message in enumerate(body["messages"]):
-            has_gap = message["role"] == "assistant" and message.get("reasoning_content") is None
+            reasoning = message.get("reasoning_content")
+            has_gap = message["role"] == "assistant" and (not reasoning if knows == "k2.6" else reasoning is None)
             if thinking and has_gap and (message.get("tool_calls") or knows == "deepseek"):
                 if knows == "deepseek":
                     return "The reasoning_content in the thinking mode must be passed back to the API."
@@ -5315,9 +5370,9 @@ def test_reasoning_goes_back_to_the_api_that_gave_it(
     assert not any("reasoning_content" in message for message in messages)
 
 
-@pytest.mark.parametrize("knows", ["moonshot", "deepseek"])
+@pytest.mark.parametrize(("knows", "filling"), [("moonshot", ""), ("deepseek", ""), ("k2.6", " ")])
 def test_where_reasoning_is_not_known_any_more_gaps_are_filled(
-    make: Make, both: dict[str, str], api: Api, knows: str
+    make: Make, both: dict[str, str], api: Api, knows: str, filling: str
 ) -> None:
     api.always = thinks(*STEPS, knows=knows)
     messages = agent_loop(make(**both))[:-1]
@@ -5326,11 +5381,13 @@ def test_where_reasoning_is_not_known_any_more_gaps_are_filled(
     again = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, *messages]
     for _ in range(2):
         assert said(chat(app, messages=again, model="local/k3", tools=[WEATHER, CLOCK])) == "Done."
-    assert len(api.asked) == 3, "the first was refused once; the second was not"
+    refused = 2 if filling else 1
+    assert len(api.asked) == 2 + refused, "the first was refused; the second was not"
     sent = [message for message in api.asked[-1][2]["messages"] if message["role"] == "assistant"]
-    assert {message["reasoning_content"] for message in sent} == {""}
+    assert {message["reasoning_content"] for message in sent} == {filling}
     assert said(chat(app, messages=again, model="local/other")) == "Done."
-    assert "reasoning_content" not in json.dumps(api.asked[3][2]), "a model that never asked is not sent an empty one"
+    other = json.dumps(api.asked[2 + refused][2])
+    assert "reasoning_content" not in other, "a model that never asked is not sent an empty one"
 
 
 def test_reasoning_is_put_back_only_where_it_belongs(make: Make, both: dict[str, str], api: Api) -> None:
@@ -5785,7 +5842,8 @@ def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Run, both: dict[
             body = read_until(link, b"half")
             api.gate.set()
             body += read_all(link)
-        assert events(body)[-1]["error"]["code"] == code and b"[DONE]" not in body
+        error = events(body)[-1]["error"]
+        assert error["code"] == code and "base 16" not in error["message"] and b"[DONE]" not in body
         assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
 
 
@@ -6225,10 +6283,14 @@ def test_one_bad_model_of_an_api_hides_no_other(make: Make, both: dict[str, str]
     wait_for(lambda: "local/k2" in [model["id"] for model in app.get("/v1/models").json["data"]])
 
 
-def test_a_short_key_of_ours_is_hidden_in_words_only(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = api_sends(418, {"error": {"message": "key 1 of 11", "code": "c1"}})
-    response = chat(make(**{**both, "LOCAL_API_KEY": "1"}), model="local/k2")
-    assert is_error(response, 418, "c…") and "key … of ……" in response.text
+def test_a_short_key_of_ours_is_hidden_but_as_a_part_of_words(make: Make, both: dict[str, str], api: Api) -> None:
+    error = {"message": "The maximum context is 8k; your key is x.", "code": "context_length_exceeded"}
+    for key, told in (("x", "The maximum context is 8k; your key is …."), ("maximum-", "The maximum context is 8k")):
+        api.always = api_sends(400, {"error": error})
+        response = chat(make(**{**both, "LOCAL_API_KEY": key}), model="local/k2")
+        assert is_error(response, 400, "context_length_exceeded") and told in response.text
+    api.always = api_sends(400, {"error": {"message": "key_sk-theirs_is wrong"}})
+    assert "key_…_is wrong" in chat(make(**{**both, "LOCAL_API_KEY": "sk-theirs"}), model="local/k2").text
 
 
 def bit(index: Any = 0, id: Any = None, name: Any = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
@@ -8490,6 +8552,7 @@ def test_clients_of_node_work_with_a_thinking_model(
     assert_thinking_was_served(api)
 
 
+PROOF = {"cmd": "echo made by $((40 + 2)) > proof"}
 A_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
@@ -8498,16 +8561,21 @@ A_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADh
     [
         pytest.param(
             [],
-            [
-                [("exec_command", {"cmd": "echo made by $((40 + 2)) > proof"})],
-                [("multi_agent_v1__wait_agent", {"targets": ["nobody"]}), ("view_image", {"path": "pixel.png"})],
-            ],
+            [[("apply_patch", {"input": "*** Begin Patch\n*** Add File: proof\n+made by 42\n*** End Patch"})]],
             id="as the README says",
         ),
         pytest.param(
-            ["--model", "gpt-5.5"],
-            [[("apply_patch", {"input": "*** Begin Patch\n*** Add File: proof\n+made by 42\n*** End Patch"})]],
-            id="a model that Codex knows",
+            ["--model", "gpt-5.6-sol"],
+            [[("functions__exec", {"input": f"text(await tools.exec_command({json.dumps(PROOF)}))"})]],
+            id="a model whose tools stand in the input",
+        ),
+        pytest.param(
+            ["--model", "moonshot/kimi-k3"],
+            [
+                [("exec_command", PROOF)],
+                [("multi_agent_v1__wait_agent", {"targets": ["nobody"]}), ("view_image", {"path": "pixel.png"})],
+            ],
+            id="a model that Codex does not know",
         ),
     ],
 )
@@ -8518,7 +8586,7 @@ def test_codex_does_what_a_thinking_model_asks_for(
     if not codex.exists():
         pytest.skip("needs npm's @openai/codex, which .ci/run installs")
     api.always = thinks(*([(name, json.dumps(arguments)) for name, arguments in step] for step in steps))
-    models = "kimi=kimi,gpt-5.5=moonshot/kimi-k3"
+    models = "kimi=kimi,*=moonshot/kimi-k3"
     moonshot = {"MOONSHOT_API_KEY": "sk-theirs", "MOONSHOT_BASE_URL": api.url, "MODELS": models}
     program = run(before=FORGETFUL, API_MASTER_KEY="sk-codex", **moonshot)
     home = tmp_path / ".codex"
