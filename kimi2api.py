@@ -4014,7 +4014,7 @@ MAX_BREAKERS = 1000  # of one provider: a client may make up any number of model
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
 
-def latest(entries: dict[str, T], count: int) -> dict[str, T]:
+def latest(entries: dict[Any, T], count: int) -> dict[Any, T]:
     """Return the last `count` entries."""
     return dict(list(entries.items())[-count:])
 
@@ -5008,20 +5008,29 @@ def move_system_first(body: JSONObject) -> JSONObject:
 def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
     """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the names by their short
     forms. The short form depends only on the name."""
-    functions = [tool.get("function", {}) for tool in body.get("tools") or ()]
+    functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     for message in body["messages"]:
         functions += [call["function"] for call in message.get("tool_calls") or ()]
-    long_names = {}
+    short_names = {}
     for function in functions:
-        name = function.get("name", "")
+        name = function["name"]
         if len(name) > MAX_FUNCTION_NAME:
-            long_names[f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"] = name
-    if long_names:
-        source = dump_json(body).decode()
-        for short, name in long_names.items():
-            source = source.replace(f'"name":{COMPACT_JSON.encode(name)}', f'"name":{COMPACT_JSON.encode(short)}')
-        body = json.loads(source)
-    return body, long_names
+            short_names[name] = f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+    if short_names:
+        body = rename(body, short_names)
+    return body, {short: name for name, short in short_names.items()}
+
+
+def rename(value: Any, names: Mapping[str, str]) -> Any:
+    """Replace names wherever an object has one."""
+    if isinstance(value, list):
+        return [rename(inner, names) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {name: rename(inner, names) for name, inner in value.items()}
+    if isinstance(value.get("name"), str):
+        renamed["name"] = names.get(value["name"], value["name"])
+    return renamed
 
 
 # Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
@@ -5031,20 +5040,21 @@ OPTIONAL_PARAMETERS = (
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
+# Of these parameters each conversation may have other values, and no value changes an answer
+IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
+MAX_REFUSED_VALUE = 100  # characters of a value that is remembered
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """Leave a parameter out if it has this value, beside the same other parameters: a refusal of one client's value or
-    combination says nothing of another's."""
+    """Leave a parameter out if it has the refused value: the refusal says nothing of other clients' values."""
 
     name: str
-    value: Any
-    others: tuple[str, ...]
+    value: str | None  # as repr() returns it, None for any value
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        applies = body.get(self.name) == self.value and body.keys() >= {*self.others}
+        applies = self.value in (None, repr(body.get(self.name)))
         return without(body, self.name) if applies else body
 
 
@@ -5058,14 +5068,14 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
 
 def require_json_object(body: JSONObject) -> JSONObject:
     """Require a JSON object in place of a schema, and describe the schema in words."""
-    if (body.get("response_format") or {}).get("type") != "json_schema":
+    if body["response_format"]["type"] != "json_schema":
         return body
     return {**describe_format(body), "response_format": {"type": "json_object"}}
 
 
 def ask_for_json(body: JSONObject) -> JSONObject:
     """Describe the required form also in words."""
-    return {**describe_format(body), "response_format": body.get("response_format")}
+    return {**describe_format(body), "response_format": body["response_format"]}
 
 
 def describe_format(body: JSONObject) -> JSONObject:
@@ -5097,7 +5107,7 @@ def root_schema(schema: Any) -> Schema:
         root["type"] = "object"
         root["properties"] = {}
         for option in options:
-            root["properties"].update(resolved(option, schema).get("properties") or {})
+            root["properties"].update(resolved(option, schema).get("properties", {}))
     return without(root, "$ref")
 
 
@@ -5168,10 +5178,19 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to the requests of a model. A later adaptation for the same reason replaces it."""
+    """A change to the requests of a model that have certain parameters. A later adaptation for the same reason and
+    parameters replaces it."""
 
     reason: str
+    named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
+
+    def apply(self, body: JSONObject) -> JSONObject:
+        """Return the changed request, or the same request if the change does not fit."""
+        if body.keys() >= self.named:
+            with suppress(AttributeError, LookupError, TypeError, ValueError):  # for a schema that is none, for example
+                return self.change(body)
+        return body
 
 
 # In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
@@ -5193,26 +5212,29 @@ ADAPTATIONS = [
 ]
 
 
+def words_of(refusal: APIError) -> str:
+    """Return the message without words that have digits, such as the ids that some APIs give their requests."""
+    return re.sub(r"\S*\d\S*", "", refusal.message)
+
+
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
     """Yield what may make a model accept a request that it has refused, one change at a time."""
     # xAI writes presencePenalty
     complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
-    named = []
+    named = sent.keys() & set(re.findall(r"\w+", complaint))
+    for name in named & COMMON_WORDS:
+        pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
+        if not re.search(pattern, complaint):
+            named.remove(name)
     for name in sent:
-        pattern = rf"\b{name}\b"
-        if name in COMMON_WORDS:
-            pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
-        if re.search(pattern, complaint):
-            named.append(name)
-    for name in named:
-        value = sent[name]
-        is_essential = name == "logprobs" and value
-        if name in OPTIONAL_PARAMETERS and not is_essential:
-            others = tuple(other for other in named if other != name)
-            yield Adaptation(f"{name}={value!r} {others}"[:100], LeaveOut(name, value, others))
+        if name in named and name in OPTIONAL_PARAMETERS and not (name == "logprobs" and sent[name]):
+            value = None if name in IDENTIFIERS else repr(sent[name])
+            if len(value or "") <= MAX_REFUSED_VALUE:
+                yield Adaptation(f"{name}={value}", frozenset(named), LeaveOut(name, value))
     for pattern, reason, change in ADAPTATIONS:
-        if re.search(pattern, complaint) and change(sent) != sent:
-            yield Adaptation(reason, change)
+        adaptation = Adaptation(reason, frozenset(named), change)
+        if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
+            yield adaptation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5571,8 +5593,8 @@ class OpenAIProvider(Provider):
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model and reason, with the time until which they are applied, in seconds since the epoch
-        self._adaptations: dict[str, dict[str, tuple[float, Change]]] = {}
+        # By model, then by reason and parameters. Each has the time of its expiry in seconds since the epoch
+        self._adaptations: dict[str, dict[tuple[str, frozenset[str]], tuple[float, Adaptation]]] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
@@ -5595,7 +5617,7 @@ class OpenAIProvider(Provider):
         def send(sent: JSONObject) -> APIAnswer:
             response = self._send("POST", "/chat/completions", sent, asked.waiter)
             try:
-                return APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1, names)
+                return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
             except APIError:
                 response.close()
                 raise
@@ -5621,27 +5643,27 @@ class OpenAIProvider(Provider):
     def _ask(
         self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
     ) -> tuple[T, JSONObject]:
-        """Send a request, and return the answer and the request as it was sent. What the model refuses is changed and
-        sent again, one change at a time; changes that helped are remembered. Raises the first refusal of a forced tool,
-        else the last refusal."""
+        """Send a request, and return the answer and the request as it was sent. Change what the model refuses, one
+        change at a time, and remember the changes that helped. Raises the first refusal of a forced tool, else the last
+        refusal."""
         model = body["model"]
         now = time.time()
         known = self._adaptations.get(model, {})
-        trial = helpful = {reason: entry for reason, entry in known.items() if entry[0] > now}
+        trial = helpful = {key: entry for key, entry in known.items() if entry[0] > now}
         tried: list[Adaptation] = []
         refusal: APIError | None = None
         refusal_of_tool: APIError | None = None
         refused: JSONObject = {}
         while True:
             sent = body
-            for _, change in trial.values():
-                sent = change(sent)
+            for _, adaptation in trial.values():
+                sent = adaptation.apply(sent)
             try:
                 answer = self._retry(partial(send, sent), waiter)
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if refusal is None or error.message != refusal.message:  # the change before has helped
+                if refusal is None or words_of(error) != words_of(refusal):  # the change before helped
                     helpful, refusal, refused = trial, error.copy(), sent
                 found = next((a for a in find_adaptations(refusal, refused) if a not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
@@ -5650,11 +5672,13 @@ class OpenAIProvider(Provider):
                     refusal_of_tool = refusal_of_tool or refusal
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
-                trial = {**helpful, found.reason: (now + ADAPTATION_MAX_AGE, found.change)}
+                trial = {**helpful, (found.reason, found.named): (now + ADAPTATION_MAX_AGE, found)}
             else:
-                if trial != known:
-                    learned = {**self._adaptations, model: latest(trial, MAX_ADAPTATIONS)}
-                    self._adaptations = latest(learned, MAX_ADAPTED_MODELS)
+                if tried:
+                    # Other chats may have learned something in the meantime
+                    learned = {**self._adaptations.get(model, {}), **trial}
+                    models = {**without(self._adaptations, model), model: latest(learned, MAX_ADAPTATIONS)}
+                    self._adaptations = latest(models, MAX_ADAPTED_MODELS)
                 return answer, sent
 
     def _keep_reasoning(self, messages: list[Message], asked: ProviderRequest) -> None:

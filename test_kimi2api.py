@@ -5403,6 +5403,114 @@ def test_only_a_change_that_helped_is_remembered(make: Make, both: dict[str, str
         assert len(api.asked) == asked and api.asked[-1][2]["temperature"] == 0.5
 
 
+def test_ids_in_refusals_make_no_useless_change_look_helpful(make: Make, both: dict[str, str], api: Api) -> None:
+    numbers = itertools.count(20251129001)
+
+    def act(handler: ApiHandler) -> None:
+        refusal = f"temperature or top_p is wrong (request id: {next(numbers)})"
+        (api_fails(400, refusal) if b'"top_p"' in handler.body else api_answers("ok"))(handler)
+
+    api.always = act
+    response = chat(make(**both), model="local/k2", temperature=0.5, top_p=0.5)
+    assert response.headers["X-Kimi2api-Ignored"] == "top_p" and api.asked[-1][2]["temperature"] == 0.5
+
+
+def test_what_one_client_is_refused_never_makes_anothers_good_request_worse(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    api.always = refuses(
+        "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", lambda body: "max_tokens" in body)
+    app = make(**both)
+    assert chat(app, model="local/k2", max_tokens=9).status_int == 200
+    assert chat(app, model="local/k2", max_completion_tokens=9).status_int == 200
+    assert len(api.asked) == 3 and api.asked[-1][2]["max_completion_tokens"] == 9
+    api.always = refuses(
+        "logprobs cannot be used with stream", lambda body: body.get("logprobs") and body.get("stream"))
+    for body, count in (({"logprobs": True}, 5), ({"logprobs": True}, 6), ({}, 7)):
+        assert chat(app, model="local/k3", **body).status_int == 200 and len(api.asked) == count
+    assert api.asked[-1][2]["stream"], "only the combination was refused"
+    api.always = refuses("use the word json", lambda body: "JSON" not in json.dumps(body["messages"]))
+    assert chat(app, model="local/k4", response_format=JSON_OBJECT).status_int == 200
+    assert chat(app, model="local/k4").status_int == 400 and "response_format" not in api.asked[-1][2]
+
+
+def test_values_that_differ_in_each_conversation_are_refused_once(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = forbids("metadata")
+    app = make(**both)
+    for number in range(4):
+        response = chat(app, model="local/k2", metadata={"id": f"{number} {'x' * 200}"})
+        assert response.headers["X-Kimi2api-Ignored"] == "metadata"
+    assert len(api.asked) == 5
+
+
+def test_large_values_are_not_remembered(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = forbids("verbosity")
+    app = make(**both)
+    assert chat(app, model="local/k2", verbosity="x" * 101).status_int == 422
+    assert chat(app, model="local/k2", verbosity="x").status_int == 200
+
+
+@pytest.mark.parametrize("name", ["(", "(a+)+b", "a|b", "[", "\\"])
+def test_names_of_parameters_are_no_patterns(make: Make, both: dict[str, str], api: Api, name: str) -> None:
+    api.always = api_fails(400, f"unrecognized argument: {'a' * 40}")
+    began = time.monotonic()
+    assert chat(make(**both), model="local/k2", **{name: 1}).status_int == 400
+    assert time.monotonic() - began < 2 and len(api.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"anyOf": [True, 5, "x", None]},
+        {"anyOf": {"a": 1}},
+        {"properties": [1, 2]},
+        {"anyOf": [{"properties": "abc"}]},
+        {"properties": {"x": {"type": "string", "anyOf": [True]}}},
+    ],
+)
+def test_a_schema_that_is_none_is_the_apis_to_refuse(
+    make: Make, both: dict[str, str], api: Api, parameters: Any
+) -> None:
+    api.always = refuses(MOONSHOTS_WORDS, lambda body: body["tools"][0]["function"]["name"] == "f")
+    app = make(**both)
+    f, g = ([{"type": "function", "function": {"name": name, "parameters": parameters}}] for name in "fg")
+    assert is_error(chat(app, model="local/k2", tools=f), 400, None)
+    assert chat(app, model="local/k2", tools=g).status_int == 200
+
+
+@pytest.mark.parametrize("tool", [{"function": 5}, {"function": {"name": 5}}, {"function": {}}, {"function": None}])
+def test_a_tool_of_another_type_is_passed_on(make: Make, both: dict[str, str], api: Api, tool: Any) -> None:
+    tool = {"type": "builtin", **tool}
+    assert chat(make(**both), model="local/k2", tools=[tool]).status_int == 200
+    assert api.asked[-1][2]["tools"] == [tool]
+
+
+@pytest.mark.parametrize(
+    "words", ["system error", "reasoning unsupported", "reasoning_content is missing", "the word json", "bad stream"])
+def test_refused_embeddings_have_no_messages_to_change(
+    make: Make, both: dict[str, str], api: Api, words: str
+) -> None:
+    api.always = api_fails(400, words)
+    assert is_error(embed(make(**both), model="local/e1"), 400, None)
+
+
+def test_many_long_names_take_no_time(make: Make, both: dict[str, str], api: Api) -> None:
+    tools = [tool(f"{'x' * 60}{number:06d}") for number in range(15_000)]
+    app = make(**both)
+    began = time.monotonic()
+    assert chat(app, model="local/k2", tools=tools).status_int == 200
+    assert time.monotonic() - began < 5
+
+
+def test_a_choice_that_was_left_out_is_not_waited_for(make: Make, both: dict[str, str], api: Api) -> None:
+    def act(handler: ApiHandler) -> None:
+        is_refused = "n" in json.loads(handler.body)
+        (api_fails(400, "n > 1", param="n") if is_refused else api_plays(api_chunk({"content": "x"}, "stop")))(handler)
+
+    api.always = act
+    assert said(chat(make(**both, MAX_RETRIES="0"), model="local/k2", n=2)) == "x"
+
+
 def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], api: Api) -> None:
     messages = [
         {"role": "system", "content": "A"},
