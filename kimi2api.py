@@ -1312,7 +1312,6 @@ def message_of(choice: JSONObject) -> Message:
     """Convert the merged delta of a choice to a message."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     for call in message.get("tool_calls") or ():
-        call["function"] = {"arguments": "", **(call.get("function") or {})}
         call.pop("index", None)  # only merging needs it
     return message
 
@@ -5260,16 +5259,19 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         others = [part for part in parts if part["type"] != "text"]
         calls = [canonical_call(call) for call in message.get("tool_calls") or ()]
         role = "system" if is_system(message) else message["role"]
-        digest.update(dump_json([role, text_of(message).strip(), others, calls, message.get("tool_call_id")]))
+        # In ASCII: arguments may contain lone surrogates
+        fields = [role, text_of(message).strip(), others, calls, message.get("tool_call_id")]
+        digest.update(json.dumps(fields).encode())
         yield digest.hexdigest()
 
 
 def canonical_call(call: JSONObject) -> list[Any]:
     """Return what identifies a call. Some clients parse the arguments and write them in another form."""
-    arguments = call["function"]["arguments"]
+    function = call.get("function", {})  # a custom call has none
+    arguments = function.get("arguments", "")
     with suppress(ValueError):
         arguments = parse_json(arguments)
-    return [call.get("id"), call["function"]["name"], arguments]
+    return [call.get("id"), function.get("name"), arguments]
 
 
 def as_index(value: Any) -> int | None:
@@ -5285,7 +5287,7 @@ def as_index(value: Any) -> int | None:
 class StartedCall:
     has_id: bool  # that the API gave it
     fields: JSONObject  # until its name is known
-    arguments: str = ""  # the same
+    arguments: list[str] = field(default_factory=list)  # pieces until then
     name: str = ""
     end: str = ""  # the last character of its arguments
 
@@ -5326,11 +5328,11 @@ class CallReader:
         if call.name:
             return {**piece, "index": index, kind: {field_name: arguments}}
         call.fields.update(piece)
-        call.arguments += arguments
+        call.arguments.append(arguments)
         if not name:
             return None
         call.name = name
-        function = {"name": self._names.get(name, name), field_name: call.arguments}
+        function = {"name": self._names.get(name, name), field_name: "".join(call.arguments)}
         return {**call.fields, "index": index, kind: function}
 
     def _find(self, id: str, index: int | None, name: str) -> int | None:
@@ -5370,12 +5372,11 @@ class APIAnswer:
     def chunks(self) -> Iterator[JSONObject]:
         deadline = self.response.deadline
         is_complete = False
-        passed_on: JSONObject = {}  # fields of chunks without choices
+        chunk: JSONObject = {}
         try:
             for event in itertools.chain(self._first, self._events):
                 event["choices"] = self._read_choices(event)
-                chunk = {**passed_on, **event} if passed_on else event
-                self._fold.add(chunk)
+                self._fold.add(event)
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
@@ -5383,9 +5384,10 @@ class APIAnswer:
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
-                passed_on = {} if chunk["choices"] else chunk
-                if not passed_on:
+                chunk.update(event)
+                if chunk["choices"]:  # other chunks are passed on with the next
                     yield chunk
+                    chunk = {}
         except APIError:
             if not is_complete:
                 raise
@@ -5406,15 +5408,14 @@ class APIAnswer:
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
         deadline = self.response.deadline
-        deadline.may_reuse_connection = False  # until the stream's own end
         chunks = self.response.stream()
-        first = next(chunks, b"")
-        chunks = itertools.chain([first], chunks)
-        if first.lstrip()[:1] in (b"{", b"["):
-            yield self._parse(joined_bytes(chunks, self._api.name))
-            self.is_done = deadline.may_reuse_connection = True
+        first = next(filter(bytes.strip, chunks), b"")  # DeepSeek sends empty lines before JSON
+        if first.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+            yield self._parse(first + self.response.read())
+            self.is_done = True
             return
-        for data in server_sent_data(chunks, self._api.name):
+        deadline.may_reuse_connection = False  # until the stream's own end
+        for data in server_sent_data(itertools.chain([first], chunks), self._api.name):
             if data == b"[DONE]":
                 self.is_done = deadline.may_reuse_connection = True
                 return
@@ -5480,37 +5481,32 @@ class APIAnswer:
 
 def is_text(choice: Any) -> bool:
     """Return whether a choice is as nearly all are: a piece of text, which needs no completion."""
-    if type(choice) is not dict or choice.get("index") != 0 or choice.get("finish_reason", "") is not None:
+    if type(choice) is not dict or "usage" in choice or choice.get("finish_reason", "") is not None:
         return False
     delta = choice.get("delta")
-    return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
+    is_content = type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str
+    return is_content and type(choice.get("index")) is int and choice["index"] == 0
 
 
 def split_parts(delta: JSONObject) -> None:
     """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
-    texts: dict[str, str] = {"content": "", "reasoning_content": ""}
+    content = []
+    reasoning = []
     others = []
     for part in delta.pop("content"):
-        kind = part["type"]
-        if kind == "text":
-            texts["content"] += part["text"]
-        elif kind == "thinking":
+        if part["type"] == "text":
+            content.append(part["text"])
+        elif part["type"] == "thinking":
             thinking = part["thinking"]
-            texts["reasoning_content"] += thinking if isinstance(thinking, str) else text_of({"content": thinking})
+            reasoning.append(thinking if isinstance(thinking, str) else text_of({"content": thinking}))
         else:
             others.append(part)
-    delta.update({name: text for name, text in texts.items() if text})
+    if content:
+        delta["content"] = "".join(content)
+    if reasoning:
+        delta["reasoning_content"] = "".join(reasoning)
     if others:
         delta["content_parts"] = others
-
-
-def joined_bytes(chunks: Iterable[bytes], upstream: str) -> bytes:
-    whole = bytearray()
-    for chunk in chunks:
-        whole += chunk
-        if len(whole) > MAX_UPSTREAM_BYTES:
-            raise invalid_response(upstream, f"an answer of more than {MAX_UPSTREAM_BYTES} bytes")
-    return bytes(whole)
 
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
@@ -5579,6 +5575,8 @@ def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
     elif encoding != "base64" and isinstance(embedding, str):
         data = b64decode(embedding)
         embedding = list(struct.unpack(f"<{len(data) // 4}f", data))
+        if not all(map(isfinite, embedding)):
+            raise ValueError("JSON has no such numbers")
     return {**entry, "embedding": embedding}
 
 
@@ -5625,13 +5623,13 @@ class OpenAIProvider(Provider):
         with self._through_breaker(asked.model):
             answer, sent = self._ask(body, send, asked.waiter)
             headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
-            finished = 0
+            kept: set[int] = set()  # choices whose reasoning is stored
             try:
                 for chunk in answer.chunks():
                     # Before the client can ask with the results of its calls
-                    if len(answer.finished) > finished:
-                        finished = len(answer.finished)
-                        self._keep_reasoning(messages, asked)
+                    for index in answer.finished - kept:
+                        kept.add(index)
+                        self._keep_reasoning(asked.stats.fold.choices[index], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
@@ -5681,19 +5679,20 @@ class OpenAIProvider(Provider):
                     self._adaptations = latest(models, MAX_ADAPTED_MODELS)
                 return answer, sent
 
-    def _keep_reasoning(self, messages: list[Message], asked: ProviderRequest) -> None:
-        """Store what this API wants back with the tool calls of its answer: reasoning, and Google's signatures of
-        calls. messages: that the answer is to."""
-        for choice in asked.stats.fold.choices.values():
-            kept = reasoning_fields(choice["delta"])
-            calls = (choice["delta"].get("tool_calls") or {}).values()
-            extra = {call["id"]: call["extra_content"] for call in calls if call.get("extra_content")}
-            if extra:
-                kept["extra_content"] = extra
-            if kept and calls:
-                *_, digest = conversation_digests(asked.model, [*messages, message_of(plain_value(choice))])
-                name = f"{self.name} {digest} {next(iter(calls))['id']}"
-                asked.sessions.keep_reasoning(asked.owner, name, kept)
+    def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
+        """Store what this API wants back with the tool calls of a choice: reasoning, and Google's signatures of calls.
+
+        messages: the conversation before the answer.
+        """
+        message = message_of(plain_value(choice))
+        calls = message.get("tool_calls")
+        kept = reasoning_fields(message)
+        extra = {call["id"]: call["extra_content"] for call in calls or () if call.get("extra_content")}
+        if extra:
+            kept["extra_content"] = extra
+        if kept and calls:
+            *_, digest = conversation_digests(asked.model, [*messages, message])
+            asked.sessions.keep_reasoning(asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
@@ -6171,18 +6170,25 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
     yield from held
 
 
+def message_to_keep(stats: AnswerStats) -> Message | None:
+    """Return the message of an answer, or None if APIs would refuse it in later requests."""
+    message = stats.fold.message()
+    if not (message["content"] or message.get("tool_calls")):
+        log.warning("an answer without content is not remembered")
+        return None
+    violation = find_violation(message, MESSAGE)
+    if violation:
+        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+        return None
+    return message
+
+
 def record_turn(
     sessions: Sessions, owner: str, opened: Session, request: ChatRequest, stats: AnswerStats,
 ) -> None:
-    """Record what the user has said and the answer in the user's session."""
-    message = stats.fold.message()
-    if not (message["content"] or message.get("tool_calls")):
-        log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
-        return
-    violation = find_violation(message, MESSAGE)
-    if violation:  # every later request would be refused for it
-        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
-    elif request.turns and request.user:
+    """Record the user's messages and the answer in the user's session."""
+    message = message_to_keep(stats)
+    if message and request.turns and request.user:
         *older, newest = request.turns
         turns = [*older, (*newest, message)]
         sessions.record(owner, request.user, opened, turns, replace_turns=request.has_history)
@@ -6192,13 +6198,12 @@ def record_response(
     sessions: Sessions, owner: str, previous: Session, asked: ResponsesRequest, request: ChatRequest,
     stats: AnswerStats, response: JSONObject,
 ) -> None:
-    """Keep a response, with all that a next one goes on from."""
-    message = stats.fold.message()
-    answer = (message,) if message["content"] or message.get("tool_calls") else ()
+    """Store a response with its conversation, which later responses may continue."""
+    message = message_to_keep(stats)
     turns = append_turns(previous.turns, request.turns)
-    if turns:
+    if message and turns:
         *older, newest = turns
-        turns = (*older, (*newest, *answer))
+        turns = (*older, (*newest, message))
     # Later responses inherit system messages of the input, unlike the instructions
     system = [*previous.system, *filter(is_system, asked.messages)]
     sessions.record_response(owner, previous, response, system, turns)

@@ -6251,6 +6251,139 @@ def test_a_complete_answer_in_place_of_a_stream_is_an_answer(
     assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {"index": 0.0, "delta": {"content": "x"}, "finish_reason": None},
+        {"index": "0", "delta": {"content": "x"}, "finish_reason": None},
+    ],
+)
+def test_an_index_may_be_written_as_another_number(make: Make, both: dict[str, str], api: Api, chunk: Any) -> None:
+    api.always = api_plays({"choices": [chunk]}, api_chunk({"content": "y"}, "stop"), b"[DONE]")
+    app = make(**both)
+    assert said(chat(app, model="local/k2")) == "xy"
+    assert [event["choices"][0]["index"] for event in events(chat(app, model="local/k2", stream=True))[:-1]] == [0, 0]
+
+
+@json_and_stream
+def test_a_custom_call_with_reasoning_is_passed_on(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    call = {"id": "c1", "type": "custom", "custom": {"name": "x", "input": "hi"}}
+    api.always = api_answers(deltas=[{"reasoning_content": "why"}, {"tool_calls": [{"index": 0, **call}]}])
+    app = make(**both)
+    response = chat(app, model="local/k2", stream=stream, user="ada")
+    if stream:
+        assert events(response)[-1] == "[DONE]"
+    else:
+        assert response.json["choices"][0]["message"]["tool_calls"] == [call]
+    assert app.get("/v1/sessions/ada", expect_errors=True).status_int == 404, "APIs would refuse it in later requests"
+    assert respond(app, model="local/k2", stream=stream).status_int == 200
+
+
+@json_and_stream
+def test_lone_surrogates_in_arguments_harm_nothing(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    app = make(**both)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":"\\ud83d"}'}}
+    api.always = api_answers(deltas=[{"reasoning_content": "why"}, {"tool_calls": [{"index": 0, **call}]}])
+    response = chat(app, model="local/k2", stream=stream)
+    if stream:
+        assert events(response)[-1] == "[DONE]"
+    else:
+        assert response.json["choices"][0]["message"]["tool_calls"] == [call]
+    api.always = api_answers("ok")
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "r"},
+    ]
+    assert said(chat(app, messages=messages, model="local/k2")) == "ok"
+    assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "why"
+
+
+def test_an_answer_in_json_may_follow_empty_lines_and_keeps_its_connection(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    ports = []
+    choice = {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}
+
+    def act(handler: ApiHandler) -> None:
+        ports.append(handler.client_address[1])
+        handler.head(200, {"Content_Type": "application/json", "Transfer_Encoding": "chunked"})
+        for data in (b"\n\n", b"\n", json.dumps({"choices": [choice]}).encode()):
+            handler.send(data)
+            time.sleep(0.02)
+        handler.end()
+
+    api.always = act
+    app = make(**both, MAX_RETRIES="0")
+    assert said(chat(app, model="local/k2")) == "ok"
+
+    def act_at_once(handler: ApiHandler) -> None:
+        ports.append(handler.client_address[1])
+        api_sends(200, {"choices": [choice]})(handler)
+
+    api.always = act_at_once
+    for _ in range(2):
+        assert said(chat(app, model="local/k2")) == "ok"
+    assert len(set(ports)) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(
+            as_events({"choices": [{"index": 0, "delta": {"tool_calls": [
+                {"index": 0, "function": {"arguments": "x" * 40}}] * 40_000}}]}) * 6,
+            id="pieces of a call without a name",
+        ),
+        pytest.param(
+            as_events({"choices": [{"index": 0, "delta": {"content": [
+                {"type": "text", "text": "x" * 40}] * 50_000}}]}) * 6,
+            id="parts of a text",
+        ),
+        pytest.param(as_events(*({f"k{number}": 1} for number in range(20_000))), id="chunks without choices"),
+    ],
+)
+def test_pieces_take_linear_time(make: Make, both: dict[str, str], api: Api, body: bytes) -> None:
+    def act(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        handler.send(body)
+        handler.event(api_chunk({"content": "."}, "stop"))
+        handler.end()
+
+    api.always = act
+    app = make(**both)
+    began = time.monotonic()
+    assert said(chat(app, model="local/k2")).endswith(".")
+    assert time.monotonic() - began < 6
+
+
+def test_reasoning_of_many_choices_is_stored_once_each(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = []
+    monkeypatch.setattr(kimi2api.Sessions, "keep_reasoning", lambda *of: stored.append(of))
+    chunks = []
+    for index in range(9):
+        delta = {"reasoning_content": "r", **bit(0, f"c{index}", "f", "{}")}
+        chunks.append({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+    chunks += [{"choices": [{"index": index, "delta": {}, "finish_reason": "tool_calls"}]} for index in range(9)]
+    api.always = api_plays(*chunks, b"[DONE]")
+    assert chat(make(**both), model="local/k2", n=9).status_int == 200
+    assert len(stored) == 9
+
+
+def test_an_embedding_that_json_cannot_have_is_no_answer(make: Make, both: dict[str, str], api: Api) -> None:
+    encoded = b64encode(struct.pack("<f", float("nan"))).decode()
+    api.always = api_sends(200, {"data": [{"index": 0, "embedding": encoded}]})
+    app = make(**both)
+    assert is_error(embed(app, model="local/e1"), 502, "upstream_invalid_response")
+    assert embed(app, model="local/e1", encoding_format="base64").json["data"][0]["embedding"] == encoded
+
+
 @pytest.mark.parametrize("place", ["choice", "chunk", "both"])
 def test_usage_is_told_once(make: Make, both: dict[str, str], api: Api, place: str) -> None:
     finish = api_chunk({}, "stop")
