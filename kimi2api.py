@@ -1264,6 +1264,9 @@ class Fold:
     def usage(self) -> Any:
         return self._whole.get("usage")
 
+    def replace_usage(self, usage: JSONObject) -> None:
+        self._whole["usage"] = usage
+
     def completion(self) -> JSONObject:
         """Return all chunks as one."""
         return plain_value(self._whole)
@@ -3943,6 +3946,7 @@ class Cached(Generic[T]):
 FAILURES_TO_OPEN = 5  # in a row
 # Seconds that the circuit stays open, doubled each time, and at most
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
+FAILING_MAX_AGE = 600.0  # seconds after its last failure; a client may ask once for a model that does not work
 
 
 class CircuitBreaker:
@@ -3961,8 +3965,14 @@ class CircuitBreaker:
         self._error: APIError | None = None
         self._pause = 0.0  # seconds
         self._open_until = 0.0  # by the monotonic clock
-        # Since when (seconds since the epoch) and why
-        self.failing: tuple[float, str] | None = None
+        self._failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+        self._last_failure = 0.0  # by the monotonic clock
+
+    @property
+    def failing(self) -> tuple[float, str] | None:
+        """Return since when (seconds since the epoch) and why calls fail, None after a success or a while."""
+        is_recent = time.monotonic() - self._last_failure < FAILING_MAX_AGE
+        return self._failing if is_recent else None
 
     def allow(self) -> bool:
         """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
@@ -3981,9 +3991,10 @@ class CircuitBreaker:
         """A call has ended, with this error or well."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
-                self.failing = None
+                self._failing = None
             else:
-                self.failing = self.failing or (time.time(), error.reason)
+                self._failing = self.failing or (time.time(), error.reason)
+                self._last_failure = time.monotonic()
             answers = ("upstream_refused", "upstream_auth")  # the upstream is well
             if error is None or error.status < 500 or error.code in answers:
                 self._failures = 0
@@ -4039,9 +4050,9 @@ class AnswerStats:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
             yield delta
-        delta = Delta({"choices": [], "usage": self.usage()})
-        self.fold.add(delta.chunk)
-        yield delta
+        usage = self.usage()
+        self.fold.replace_usage(usage)
+        yield Delta({"choices": [], "usage": usage})
 
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
@@ -5465,8 +5476,10 @@ class APIAnswer:
                 raise TypeError
         if not delta.get("role"):
             delta.pop("role", None)
-        if delta.get("tool_calls"):
-            delta["tool_calls"] = list(filter(None, map(self._calls[index].read, delta["tool_calls"])))
+        calls = delta.pop("tool_calls", None) or ()
+        calls = list(filter(None, map(self._calls[index].read, calls)))
+        if calls:
+            delta["tool_calls"] = calls
         reason = choice.get("finish_reason") or None
         if not isinstance(reason or "", str):
             raise TypeError
@@ -5474,7 +5487,7 @@ class APIAnswer:
             reason = None
         if reason:
             self.finished.add(index)
-        if reason == "stop" and (before.get("tool_calls") or delta.get("tool_calls")):
+        if reason == "stop" and (before.get("tool_calls") or calls):
             reason = "tool_calls"
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 

@@ -6384,6 +6384,25 @@ def test_an_embedding_that_json_cannot_have_is_no_answer(make: Make, both: dict[
     assert embed(app, model="local/e1", encoding_format="base64").json["data"][0]["embedding"] == encoded
 
 
+def test_usage_with_lists_is_an_answer(make: Make, both: dict[str, str], api: Api) -> None:
+    usage = {**USAGE, "audio": {"data": [1]}, "logprobs": {"content": [{"x": 1}]}}
+    api.always = api_plays(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
+    assert chat(make(**both), model="local/k2").json["usage"] == usage
+
+
+@json_and_stream
+@pytest.mark.parametrize("nothing", [None, [], {}, 0, False, ""])
+def test_calls_that_are_none_end_no_call(
+    make: Make, both: dict[str, str], api: Api, nothing: Any, stream: bool
+) -> None:
+    deltas = [{"reasoning_content": "r"}, bit(0, "c1", "a", "{"), {"tool_calls": nothing}, bit(0, None, None, "}")]
+    extra = {"tool_calls": [{"index": 0, "extra_content": {"google": 1}}]}
+    api.always = api_answers(deltas=[*deltas, extra], finish="tool_calls")
+    response = chat(make(**both), model="local/k2", stream=stream)
+    whole = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": "{}"}]
+
+
 @pytest.mark.parametrize("place", ["choice", "chunk", "both"])
 def test_usage_is_told_once(make: Make, both: dict[str, str], api: Api, place: str) -> None:
     finish = api_chunk({}, "stop")
@@ -6603,6 +6622,18 @@ def test_the_circuit_breaker_of_a_model_stops_no_other_and_quotes_nobody(
     assert is_error(response, 500, "upstream_unavailable") and "Retry-After" in response.headers
     assert "secret" not in response.text and len(api.asked) == 5
     assert said(chat(app, model="local/good")) == "ok"
+
+
+def test_a_model_that_failed_a_while_ago_is_no_trouble(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "FAILING_MAX_AGE", 0.2)
+    app = make(**both, MAX_RETRIES="0")
+    api.always = api_fails(500, "no such model")
+    chat(app, model="local/made-up")
+    assert app.get("/health").json["upstreams"]["local"]["reason"] == "upstream_unavailable (500)"
+    wait_for(lambda: app.get("/health").json["status"] == "ok")
+    assert 'kimi2api_upstream_healthy{provider="local"} 1' in app.get("/metrics").text
 
 
 @pytest.mark.parametrize("sends_base64", [False, True])
