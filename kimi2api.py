@@ -629,28 +629,32 @@ def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES, halves: Halve
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     value = parse_json(source, max_values)
     if halves or SURROGATE_ESCAPE.search(source):
-        if halves is not None:
-            value = join_halves(value, (), halves)
-        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
+        value = without_surrogates(value, halves)
     return value
 
 
-def join_halves(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
-    """Move the first half of a surrogate pair from the end of a text to the next text with the same path."""
+def without_surrogates(value: Any, halves: Halves | None, path: tuple[Any, ...] = ()) -> Any:
+    """Replace lone surrogates, but move the first half of a pair from the end of a text to the next text with the same
+    path."""
     if isinstance(value, dict):
-        return {name: join_halves(inner, (*path, name), halves) for name, inner in value.items()}
+        return {
+            replace_lone_surrogates(name): without_surrogates(inner, halves, (*path, name))
+            for name, inner in value.items()}
     if isinstance(value, list):
         joined = []
         for position, inner in enumerate(value):
             index = inner.get("index") if isinstance(inner, dict) else None  # of a choice or a call
-            joined.append(join_halves(inner, (*path, position if index is None else str(index)), halves))
+            inner_path = (*path, position if index is None else str(index))
+            joined.append(without_surrogates(inner, halves, inner_path))
         return joined
-    if isinstance(value, str) and value:
+    if not isinstance(value, str):
+        return value
+    if halves is not None and value:
         value = halves.pop(path, "") + value
         if "\ud800" <= value[-1] <= "\udbff":
             halves[path] = value[-1]
             value = value[:-1]
-    return value
+    return replace_lone_surrogates(value)
 
 
 def parse_upstream_object(
@@ -4871,6 +4875,9 @@ STATUSES_OF_ERRORS = (
 )
 
 
+REASONS = ("message", "detail", "msg", "error_msg")  # fields of errors, the best first
+
+
 def find_error(answer: JSONObject) -> Any:
     """Return the error in an answer with status 200, or None."""
     base = answer.get("base_resp")
@@ -4881,7 +4888,7 @@ def find_error(answer: JSONObject) -> Any:
         return {"status": answer.get("status_code"), **error}
     if error or answer.get("choices") or answer.get("data"):
         return error
-    return answer if any(map(answer.get, ("message", "detail", "msg", "error_msg"))) else None
+    return answer if any(map(answer.get, REASONS)) else None
 
 
 def error_status(error: JSONObject) -> int:
@@ -4899,7 +4906,7 @@ def error_message(error: Any, secret: str) -> str:
         return plain_line(error, secret)
     metadata = error.get("metadata")
     causes = [
-        next(filter(None, map(error.get, ("message", "detail", "msg", "error_msg", "error", "code"))), error),
+        next(filter(None, map(error.get, (*REASONS, "error", "code"))), error),
         metadata.get("raw") if isinstance(metadata, dict) else None,  # OpenRouter
         error.get("failed_generation"),  # Groq
     ]
@@ -4982,9 +4989,7 @@ Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 def portable(body: JSONObject) -> JSONObject:
     """Return the request without what some APIs refuse and no API needs."""
-    messages = body["messages"]
-    if any(message["role"] == "developer" for message in messages):
-        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    messages = [{**message, "role": "system"} if is_system(message) else message for message in body["messages"]]
     system = list(itertools.takewhile(is_instruction, messages))
     body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
     if body.get("tools") == []:
@@ -5111,22 +5116,23 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 def root_schema(schema: Any) -> Schema:
     """Return the schema of an object. Of another schema, keep the properties of all options."""
     schema = schema or {}
-    root = portable_schema(schema)
+    root: Schema = portable_schema(schema)
     if root.get("type") != "object":
-        options = [schema, *root.pop("anyOf", ())]
-        root["type"] = "object"
-        root["properties"] = {}
-        for option in options:
-            root["properties"].update(resolved(option, schema).get("properties", {}))
+        properties: Schema = {}
+        for option in (schema, *root.pop("anyOf", ())):
+            properties.update(resolved(option, schema).get("properties", {}))
+        root = {**root, "type": "object", "properties": properties}
     return without(root, "$ref")
 
 
 def resolved(schema: Schema, root: Schema) -> Schema:
-    """Return the schema that a local reference names, or the schema itself."""
-    target: Any = root if "$ref" in schema else schema
-    for name in str(schema.get("$ref", "")).split("/")[1:]:
-        target = target.get(name) if isinstance(target, dict) else None
-    return target if isinstance(target, dict) else {}
+    """Return the schema that a local reference names, or the schema itself. Raises LookupError and the like."""
+    if "$ref" not in schema:
+        return schema
+    target = root
+    for name in schema["$ref"].split("/")[1:]:
+        target = target[name]
+    return target
 
 
 def portable_schema(schema: Any) -> Any:
@@ -5368,7 +5374,7 @@ class APIAnswer:
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
     ) -> None:
-        """Read up to the first chunk. Raises APIError, also for an error in its place."""
+        """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
         self.response = response
         self.is_done = False  # [DONE] has come
         self.finished: set[int] = set()  # the indexes of choices that have their finish reason
@@ -5378,7 +5384,11 @@ class APIAnswer:
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
         self._halves: Halves = {}
         self._events = self._read_events()
-        self._first = list(itertools.islice(self._events, 1))
+        try:
+            self._first = list(itertools.islice(self._events, 1))
+        except APIError:
+            response.close()
+            raise
 
     def chunks(self) -> Iterator[JSONObject]:
         deadline = self.response.deadline
@@ -5419,13 +5429,13 @@ class APIAnswer:
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
         deadline = self.response.deadline
+        deadline.may_reuse_connection = False  # until the stream's own end
         chunks = self.response.stream()
         first = next(filter(bytes.strip, chunks), b"")  # DeepSeek sends empty lines before JSON
         if first.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"["):
             yield self._parse(first + self.response.read())
             self.is_done = True
             return
-        deadline.may_reuse_connection = False  # until the stream's own end
         for data in server_sent_data(itertools.chain([first], chunks), self._api.name):
             if data == b"[DONE]":
                 self.is_done = deadline.may_reuse_connection = True
@@ -5627,11 +5637,7 @@ class OpenAIProvider(Provider):
 
         def send(sent: JSONObject) -> APIAnswer:
             response = self._send("POST", "/chat/completions", sent, asked.waiter)
-            try:
-                return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
-            except APIError:
-                response.close()
-                raise
+            return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
 
         with self._through_breaker(asked.model):
             answer, sent = self._ask(body, send, asked.waiter)
