@@ -1179,7 +1179,10 @@ class JoinedText(list[str]):
 
 
 class IndexedList(dict[int, Any]):
-    """A list whose entries are identified by their `index`."""
+    """A list whose entries are identified by their `index`. Entries without an index follow from NO_INDEX on."""
+
+
+NO_INDEX = 1 << 32
 
 
 # Fields that grow, by the name of the field that contains them: texts are joined, lists are extended. All other fields
@@ -1228,16 +1231,15 @@ def grown(known: Any, value: Any, name: str) -> Any:
         return known
     if not isinstance(value, list):
         return value
+    if not isinstance(known, IndexedList):
+        known = IndexedList()
     for entry in value:
-        if isinstance(entry, dict) and isinstance(entry.get("index"), int):
-            if not isinstance(known, IndexedList):
-                known = IndexedList()
-            merge(known.setdefault(entry["index"], {}), entry, name)
+        index = entry.get("index") if isinstance(entry, dict) else None
+        if isinstance(index, int) and 0 <= index < NO_INDEX:
+            merge(known.setdefault(index, {}), entry, name)
         else:
-            if type(known) is not list:
-                known = []
-            known.append(entry)
-    return known or []
+            known[NO_INDEX + len(known)] = entry
+    return known
 
 
 def plain_value(whole: Any) -> Any:

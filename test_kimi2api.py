@@ -6370,6 +6370,13 @@ def test_an_embedding_that_json_cannot_have_is_no_answer(make: Make, both: dict[
     assert embed(app, model="local/e1", encoding_format="base64").json["data"][0]["embedding"] == encoded
 
 
+def test_details_with_and_without_an_index_are_all_kept(make: Make, both: dict[str, str], api: Api) -> None:
+    details = [{"text": "a", "index": 0}, {"data": "x"}, {"text": "b", "index": 0}, {"text": "c", "index": -1}]
+    api.always = api_answers(deltas=[{"reasoning_details": [entry]} for entry in details])
+    message = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    assert message["reasoning_details"] == [{"text": "ab", "index": 0}, {"data": "x"}, {"text": "c", "index": -1}]
+
+
 def test_usage_with_lists_is_an_answer(make: Make, both: dict[str, str], api: Api) -> None:
     usage = {**USAGE, "audio": {"data": [1]}, "logprobs": {"content": [{"x": 1}]}}
     api.always = api_plays(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
