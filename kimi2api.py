@@ -642,28 +642,32 @@ def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES, halves: Halve
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     value = parse_json(source, max_values)
     if halves or SURROGATE_ESCAPE.search(source):
-        if halves is not None:
-            value = join_halves(value, (), halves)
-        value = parse_json(replace_lone_surrogates(COMPACT_JSON.encode(value)), max_values)
+        value = without_surrogates(value, halves)
     return value
 
 
-def join_halves(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
-    """Move the first half of a surrogate pair from the end of a text to the next text with the same path."""
+def without_surrogates(value: Any, halves: Halves | None, path: tuple[Any, ...] = ()) -> Any:
+    """Replace lone surrogates, but move the first half of a pair from the end of a text to the next text with the same
+    path."""
     if isinstance(value, dict):
-        return {name: join_halves(inner, (*path, name), halves) for name, inner in value.items()}
+        return {
+            replace_lone_surrogates(name): without_surrogates(inner, halves, (*path, name))
+            for name, inner in value.items()}
     if isinstance(value, list):
         joined = []
         for position, inner in enumerate(value):
             index = inner.get("index") if isinstance(inner, dict) else None  # of a choice or a call
-            joined.append(join_halves(inner, (*path, position if index is None else str(index)), halves))
+            inner_path = (*path, position if index is None else str(index))
+            joined.append(without_surrogates(inner, halves, inner_path))
         return joined
-    if isinstance(value, str) and value:
+    if not isinstance(value, str):
+        return value
+    if halves is not None and value:
         value = halves.pop(path, "") + value
         if "\ud800" <= value[-1] <= "\udbff":
             halves[path] = value[-1]
             value = value[:-1]
-    return value
+    return replace_lone_surrogates(value)
 
 
 def parse_upstream_object(
@@ -1197,7 +1201,10 @@ class JoinedText(io.StringIO):
 
 
 class IndexedList(dict[int, Any]):
-    """A list whose entries are identified by their `index`."""
+    """A list whose entries are identified by their `index`. Entries without an index follow from NO_INDEX on."""
+
+
+NO_INDEX = 1 << 32
 
 
 # Fields that grow, by the name of the field that contains them: texts are joined, lists are extended. All other fields
@@ -1246,16 +1253,15 @@ def grown(known: Any, value: Any, name: str) -> Any:
         return known
     if not isinstance(value, list):
         return value
+    if not isinstance(known, IndexedList):
+        known = IndexedList()
     for entry in value:
-        if isinstance(entry, dict) and isinstance(entry.get("index"), int):
-            if not isinstance(known, IndexedList):
-                known = IndexedList()
-            merge(known.setdefault(entry["index"], {}), entry, name)
+        index = entry.get("index") if isinstance(entry, dict) else None
+        if isinstance(index, int) and 0 <= index < NO_INDEX:
+            merge(known.setdefault(index, {}), entry, name)
         else:
-            if type(known) is not list:
-                known = []
-            known.append(entry)
-    return known or []
+            known[NO_INDEX + len(known)] = entry
+    return known
 
 
 def plain_value(whole: Any) -> Any:
@@ -1285,6 +1291,9 @@ class Fold:
     @property
     def usage(self) -> Any:
         return self._whole.get("usage")
+
+    def replace_usage(self, usage: JSONObject) -> None:
+        self._whole["usage"] = usage
 
     def completion(self) -> JSONObject:
         """Return all chunks as one."""
@@ -1334,7 +1343,6 @@ def message_of(choice: JSONObject) -> Message:
     """Convert the merged delta of a choice to a message."""
     message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
     for call in message.get("tool_calls") or ():
-        call["function"] = {"arguments": "", **(call.get("function") or {})}
         call.pop("index", None)  # only merging needs it
     return message
 
@@ -4123,6 +4131,7 @@ class Cached(Generic[T]):
 FAILURES_TO_OPEN = 5  # in a row
 # Seconds that the circuit stays open, doubled each time, and at most
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
+FAILING_MAX_AGE = 600.0  # seconds after its last failure; a client may ask once for a model that does not work
 
 
 class CircuitBreaker:
@@ -4141,8 +4150,14 @@ class CircuitBreaker:
         self._error: APIError | None = None
         self._pause = FIRST_PAUSE  # seconds
         self._open_until = 0.0  # by the monotonic clock
-        # Since when (seconds since the epoch) and why
-        self.failing: tuple[float, str] | None = None
+        self._failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+        self._last_failure = 0.0  # by the monotonic clock
+
+    @property
+    def failing(self) -> tuple[float, str] | None:
+        """Return since when (seconds since the epoch) and why calls fail, None after a success or a while."""
+        is_recent = time.monotonic() - self._last_failure < FAILING_MAX_AGE
+        return self._failing if is_recent else None
 
     def allow(self) -> bool:
         """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
@@ -4161,9 +4176,10 @@ class CircuitBreaker:
         """A call has ended, with this error or well."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
-                self.failing = None
+                self._failing = None
             else:
-                self.failing = self.failing or (time.time(), error.reason)
+                self._failing = self.failing or (time.time(), error.reason)
+                self._last_failure = time.monotonic()
             answers = ("upstream_refused", "upstream_auth")  # the upstream is well
             if error is None or error.status < 500 or error.code in answers:
                 self._failures = 0
@@ -4192,7 +4208,7 @@ MAX_BREAKERS = 1000  # of one provider: a client may make up any number of model
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
 
-def latest(entries: dict[str, T], count: int) -> dict[str, T]:
+def latest(entries: dict[Any, T], count: int) -> dict[Any, T]:
     """Return the last `count` entries."""
     return dict(list(entries.items())[-count:])
 
@@ -4219,9 +4235,9 @@ class AnswerStats:
             if self.first_chunk is None:
                 self.first_chunk = time.monotonic() - self.began
             yield delta
-        delta = Delta({"choices": [], "usage": self.usage()})
-        self.fold.add(delta.chunk)
-        yield delta
+        usage = self.usage()
+        self.fold.replace_usage(usage)
+        yield Delta({"choices": [], "usage": usage})
 
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
@@ -5013,6 +5029,9 @@ STATUSES_OF_ERRORS = (
 )
 
 
+REASONS = ("message", "detail", "msg", "error_msg")  # fields of errors, the best first
+
+
 def find_error(answer: JSONObject) -> Any:
     """Return the error in an answer with status 200, or None."""
     base = answer.get("base_resp")
@@ -5023,7 +5042,7 @@ def find_error(answer: JSONObject) -> Any:
         return {"status": answer.get("status_code"), **error}
     if error or answer.get("choices") or answer.get("data"):
         return error
-    return answer if any(map(answer.get, ("message", "detail", "msg", "error_msg"))) else None
+    return answer if any(map(answer.get, REASONS)) else None
 
 
 def error_status(error: JSONObject) -> int:
@@ -5041,7 +5060,7 @@ def error_message(error: Any, secret: str) -> str:
         return plain_line(error, secret)
     metadata = error.get("metadata")
     causes = [
-        next(filter(None, map(error.get, ("message", "detail", "msg", "error_msg", "error", "code"))), error),
+        next(filter(None, map(error.get, (*REASONS, "error", "code"))), error),
         metadata.get("raw") if isinstance(metadata, dict) else None,  # OpenRouter
         error.get("failed_generation"),  # Groq
     ]
@@ -5124,9 +5143,7 @@ Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 def portable(body: JSONObject) -> JSONObject:
     """Return the request without what some APIs refuse and no API needs."""
-    messages = body["messages"]
-    if any(message["role"] == "developer" for message in messages):
-        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    messages = [{**message, "role": "system"} if is_system(message) else message for message in body["messages"]]
     system = list(itertools.takewhile(is_instruction, messages))
     body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
     if body.get("tools") == []:
@@ -5160,20 +5177,29 @@ def move_system_first(body: JSONObject) -> JSONObject:
 def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
     """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the names by their short
     forms. The short form depends only on the name."""
-    functions = [tool.get("function", {}) for tool in body.get("tools") or ()]
+    functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     for message in body["messages"]:
         functions += [call["function"] for call in message.get("tool_calls") or ()]
-    long_names = {}
+    short_names = {}
     for function in functions:
-        name = function.get("name", "")
+        name = function["name"]
         if len(name) > MAX_FUNCTION_NAME:
-            long_names[f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"] = name
-    if long_names:
-        source = dump_json(body).decode()
-        for short, name in long_names.items():
-            source = source.replace(f'"name":{COMPACT_JSON.encode(name)}', f'"name":{COMPACT_JSON.encode(short)}')
-        body = json.loads(source)
-    return body, long_names
+            short_names[name] = f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+    if short_names:
+        body = rename(body, short_names)
+    return body, {short: name for name, short in short_names.items()}
+
+
+def rename(value: Any, names: Mapping[str, str]) -> Any:
+    """Replace names wherever an object has one."""
+    if isinstance(value, list):
+        return [rename(inner, names) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {name: rename(inner, names) for name, inner in value.items()}
+    if isinstance(value.get("name"), str):
+        renamed["name"] = names.get(value["name"], value["name"])
+    return renamed
 
 
 # Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
@@ -5183,20 +5209,21 @@ OPTIONAL_PARAMETERS = (
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
+# Of these parameters each conversation may have other values, and no value changes an answer
+IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
+MAX_REFUSED_VALUE = 100  # characters of a value that is remembered
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """Leave a parameter out if it has this value, beside the same other parameters: a refusal of one client's value or
-    combination says nothing of another's."""
+    """Leave a parameter out if it has the refused value: the refusal says nothing of other clients' values."""
 
     name: str
-    value: Any
-    others: tuple[str, ...]
+    value: str | None  # as repr() returns it, None for any value
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        applies = body.get(self.name) == self.value and body.keys() >= {*self.others}
+        applies = self.value in (None, repr(body.get(self.name)))
         return without(body, self.name) if applies else body
 
 
@@ -5231,14 +5258,14 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
 
 def require_json_object(body: JSONObject) -> JSONObject:
     """Require a JSON object in place of a schema, and describe the schema in words."""
-    if (body.get("response_format") or {}).get("type") != "json_schema":
+    if body["response_format"]["type"] != "json_schema":
         return body
     return {**describe_format(body), "response_format": {"type": "json_object"}}
 
 
 def ask_for_json(body: JSONObject) -> JSONObject:
     """Describe the required form also in words."""
-    return {**describe_format(body), "response_format": body.get("response_format")}
+    return {**describe_format(body), "response_format": body["response_format"]}
 
 
 def describe_format(body: JSONObject) -> JSONObject:
@@ -5264,22 +5291,23 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 def root_schema(schema: Any) -> Schema:
     """Return the schema of an object. Of another schema, keep the properties of all options."""
     schema = schema or {}
-    root = portable_schema(schema)
+    root: Schema = portable_schema(schema)
     if root.get("type") != "object":
-        options = [schema, *root.pop("anyOf", ())]
-        root["type"] = "object"
-        root["properties"] = {}
-        for option in options:
-            root["properties"].update(resolved(option, schema).get("properties") or {})
+        properties: Schema = {}
+        for option in (schema, *root.pop("anyOf", ())):
+            properties.update(resolved(option, schema).get("properties", {}))
+        root = {**root, "type": "object", "properties": properties}
     return without(root, "$ref")
 
 
 def resolved(schema: Schema, root: Schema) -> Schema:
-    """Return the schema that a local reference names, or the schema itself."""
-    target: Any = root if "$ref" in schema else schema
-    for name in str(schema.get("$ref", "")).split("/")[1:]:
-        target = target.get(name) if isinstance(target, dict) else None
-    return target if isinstance(target, dict) else {}
+    """Return the schema that a local reference names, or the schema itself. Raises LookupError and the like."""
+    if "$ref" not in schema:
+        return schema
+    target = root
+    for name in schema["$ref"].split("/")[1:]:
+        target = target[name]
+    return target
 
 
 def portable_schema(schema: Any) -> Any:
@@ -5341,10 +5369,19 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to the requests of a model. A later adaptation for the same reason replaces it."""
+    """A change to the requests of a model that have certain parameters. A later adaptation for the same reason and
+    parameters replaces it."""
 
     reason: str
+    named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
+
+    def apply(self, body: JSONObject) -> JSONObject:
+        """Return the changed request, or the same request if the change does not fit."""
+        if body.keys() >= self.named:
+            with suppress(AttributeError, LookupError, TypeError, ValueError):  # for a schema that is none, for example
+                return self.change(body)
+        return body
 
 
 MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
@@ -5368,28 +5405,32 @@ ADAPTATIONS: list[tuple[str, str, Change]] = [
 ]
 
 
+def words_of(refusal: APIError) -> str:
+    """Return the message without words that have digits, such as the ids that some APIs give their requests."""
+    return re.sub(r"\S*\d\S*", "", refusal.message)
+
+
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
     """Yield what may make a model accept a request that it has refused, one change at a time."""
     # xAI writes presencePenalty
     complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
-    named = []
+    named = sent.keys() & set(re.findall(r"\w+", complaint))
+    for name in named & COMMON_WORDS:
+        pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
+        if not re.search(pattern, complaint):
+            named.remove(name)
     for name in sent:
-        pattern = rf"\b{name}\b"
-        if name in COMMON_WORDS:
-            pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
-        if re.search(pattern, complaint):
-            named.append(name)
-    for name in named:
-        value = sent[name]
-        is_essential = name == "logprobs" and value
-        if name == "reasoning_effort" and value in EFFORTS:
-            yield Adaptation(f"effort {value}", ChangeEffort(value, nearest_effort(value, complaint)))
-        if name in OPTIONAL_PARAMETERS and not is_essential:
-            others = tuple(other for other in named if other != name)
-            yield Adaptation(f"{name}={value!r} {others}"[:100], LeaveOut(name, value, others))
+        if name == "reasoning_effort" and name in named and sent[name] in EFFORTS:
+            effort = nearest_effort(sent[name], complaint)
+            yield Adaptation(f"effort {sent[name]}", frozenset(named), ChangeEffort(sent[name], effort))
+        if name in named and name in OPTIONAL_PARAMETERS and not (name == "logprobs" and sent[name]):
+            value = None if name in IDENTIFIERS else repr(sent[name])
+            if len(value or "") <= MAX_REFUSED_VALUE:
+                yield Adaptation(f"{name}={value}", frozenset(named), LeaveOut(name, value))
     for pattern, reason, change in ADAPTATIONS:
-        if re.search(pattern, complaint) and change(sent) != sent:
-            yield Adaptation(reason, change)
+        adaptation = Adaptation(reason, frozenset(named), change)
+        if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
+            yield adaptation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5415,16 +5456,19 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         others = [part for part in parts if part["type"] != "text"]
         calls = [canonical_call(call) for call in message.get("tool_calls") or ()]
         role = "system" if is_system(message) else message["role"]
-        digest.update(dump_json([role, text_of(message).strip(), others, calls, message.get("tool_call_id")]))
+        # In ASCII: arguments may contain lone surrogates
+        fields = [role, text_of(message).strip(), others, calls, message.get("tool_call_id")]
+        digest.update(json.dumps(fields).encode())
         yield digest.hexdigest()
 
 
 def canonical_call(call: JSONObject) -> list[Any]:
     """Return what identifies a call. Some clients parse the arguments and write them in another form."""
-    arguments = call["function"]["arguments"]
+    function = call.get("function", {})  # a custom call has none
+    arguments = function.get("arguments", "")
     with suppress(ValueError):
         arguments = parse_json(arguments)
-    return [call.get("id"), call["function"]["name"], arguments]
+    return [call.get("id"), function.get("name"), arguments]
 
 
 def as_index(value: Any) -> int | None:
@@ -5440,7 +5484,7 @@ def as_index(value: Any) -> int | None:
 class StartedCall:
     has_id: bool  # that the API gave it
     fields: JSONObject  # until its name is known
-    arguments: str = ""  # the same
+    arguments: list[str] = field(default_factory=list)  # pieces until then
     name: str = ""
     end: str = ""  # the last character of its arguments
 
@@ -5481,11 +5525,11 @@ class CallReader:
         if call.name:
             return {**piece, "index": index, kind: {field_name: arguments}}
         call.fields.update(piece)
-        call.arguments += arguments
+        call.arguments.append(arguments)
         if not name:
             return None
         call.name = name
-        function = {"name": self._names.get(name, name), field_name: call.arguments}
+        function = {"name": self._names.get(name, name), field_name: "".join(call.arguments)}
         return {**call.fields, "index": index, kind: function}
 
     def _find(self, id: str, index: int | None, name: str) -> int | None:
@@ -5510,7 +5554,7 @@ class APIAnswer:
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
     ) -> None:
-        """Read up to the first chunk. Raises APIError, also for an error in its place."""
+        """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
         self.response = response
         self.is_done = False  # [DONE] has come
         self.finished: set[int] = set()  # the indexes of choices that have their finish reason
@@ -5520,17 +5564,20 @@ class APIAnswer:
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
         self._halves: Halves = {}
         self._events = self._read_events()
-        self._first = list(itertools.islice(self._events, 1))
+        try:
+            self._first = list(itertools.islice(self._events, 1))
+        except APIError:
+            response.close()
+            raise
 
     def chunks(self) -> Iterator[JSONObject]:
         deadline = self.response.deadline
         is_complete = False
-        passed_on: JSONObject = {}  # fields of chunks without choices
+        chunk: JSONObject = {}
         try:
             for event in itertools.chain(self._first, self._events):
                 event["choices"] = self._read_choices(event)
-                chunk = {**passed_on, **event} if passed_on else event
-                self._fold.add(chunk)
+                self._fold.add(event)
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
@@ -5538,9 +5585,10 @@ class APIAnswer:
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
-                passed_on = {} if chunk["choices"] else chunk
-                if not passed_on:
+                chunk.update(event)
+                if chunk["choices"]:  # other chunks are passed on with the next
                     yield chunk
+                    chunk = {}
         except APIError:
             if not is_complete:
                 raise
@@ -5563,13 +5611,12 @@ class APIAnswer:
         deadline = self.response.deadline
         deadline.may_reuse_connection = False  # until the stream's own end
         chunks = self.response.stream()
-        first = next(chunks, b"")
-        chunks = itertools.chain([first], chunks)
-        if first.lstrip()[:1] in (b"{", b"["):
-            yield self._parse(joined_bytes(chunks, self._api.name))
-            self.is_done = deadline.may_reuse_connection = True
+        first = next(filter(bytes.strip, chunks), b"")  # DeepSeek sends empty lines before JSON
+        if first.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+            yield self._parse(first + self.response.read())
+            self.is_done = True
             return
-        for data in server_sent_data(chunks, self._api.name):
+        for data in server_sent_data(itertools.chain([first], chunks), self._api.name):
             if data == b"[DONE]":
                 self.is_done = deadline.may_reuse_connection = True
                 return
@@ -5619,8 +5666,10 @@ class APIAnswer:
                 raise TypeError
         if not delta.get("role"):
             delta.pop("role", None)
-        if delta.get("tool_calls"):
-            delta["tool_calls"] = list(filter(None, map(self._calls[index].read, delta["tool_calls"])))
+        calls = delta.pop("tool_calls", None) or ()
+        calls = list(filter(None, map(self._calls[index].read, calls)))
+        if calls:
+            delta["tool_calls"] = calls
         reason = choice.get("finish_reason") or None
         if not isinstance(reason or "", str):
             raise TypeError
@@ -5628,44 +5677,39 @@ class APIAnswer:
             reason = None
         if reason:
             self.finished.add(index)
-        if reason == "stop" and (before.get("tool_calls") or delta.get("tool_calls")):
+        if reason == "stop" and (before.get("tool_calls") or calls):
             reason = "tool_calls"
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 
 
 def is_text(choice: Any) -> bool:
     """Return whether a choice is as nearly all are: a piece of text, which needs no completion."""
-    if type(choice) is not dict or choice.get("index") != 0 or choice.get("finish_reason", "") is not None:
+    if type(choice) is not dict or "usage" in choice or choice.get("finish_reason", "") is not None:
         return False
     delta = choice.get("delta")
-    return type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str and "usage" not in choice
+    is_content = type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str
+    return is_content and type(choice.get("index")) is int and choice["index"] == 0
 
 
 def split_parts(delta: JSONObject) -> None:
     """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
-    texts: dict[str, str] = {"content": "", "reasoning_content": ""}
+    content = []
+    reasoning = []
     others = []
     for part in delta.pop("content"):
-        kind = part["type"]
-        if kind == "text":
-            texts["content"] += part["text"]
-        elif kind == "thinking":
+        if part["type"] == "text":
+            content.append(part["text"])
+        elif part["type"] == "thinking":
             thinking = part["thinking"]
-            texts["reasoning_content"] += thinking if isinstance(thinking, str) else text_of({"content": thinking})
+            reasoning.append(thinking if isinstance(thinking, str) else text_of({"content": thinking}))
         else:
             others.append(part)
-    delta.update({name: text for name, text in texts.items() if text})
+    if content:
+        delta["content"] = "".join(content)
+    if reasoning:
+        delta["reasoning_content"] = "".join(reasoning)
     if others:
         delta["content_parts"] = others
-
-
-def joined_bytes(chunks: Iterable[bytes], upstream: str) -> bytes:
-    whole = bytearray()
-    for chunk in chunks:
-        whole += chunk
-        if len(whole) > MAX_UPSTREAM_BYTES:
-            raise invalid_response(upstream, f"an answer of more than {MAX_UPSTREAM_BYTES} bytes")
-    return bytes(whole)
 
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
@@ -5734,6 +5778,8 @@ def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
     elif encoding != "base64" and isinstance(embedding, str):
         data = b64decode(embedding)
         embedding = list(struct.unpack(f"<{len(data) // 4}f", data))
+        if not all(map(isfinite, embedding)):
+            raise ValueError("JSON has no such numbers")
     return {**entry, "embedding": embedding}
 
 
@@ -5748,8 +5794,8 @@ class OpenAIProvider(Provider):
         self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model and reason, with the time until which they are applied, by time.monotonic()
-        self._adaptations: dict[str, dict[str, tuple[float, Change]]] = {}
+        # By model, then by reason and parameters. Each has the time of its expiry, by time.monotonic()
+        self._adaptations: dict[str, dict[tuple[str, frozenset[str]], tuple[float, Adaptation]]] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
@@ -5771,22 +5817,18 @@ class OpenAIProvider(Provider):
 
         def send(sent: JSONObject) -> APIAnswer:
             response = self._send("POST", "/chat/completions", sent, asked.waiter)
-            try:
-                return APIAnswer(self._api, response, asked.stats.fold, request.body.get("n") or 1, names)
-            except APIError:
-                response.close()
-                raise
+            return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
 
         with self._through_breaker(asked.model):
             answer, sent = self._ask(body, send, asked.waiter)
             headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
-            finished = 0
+            kept: set[int] = set()  # choices whose reasoning is stored
             try:
                 for chunk in answer.chunks():
                     # Before the client can ask with the results of its calls
-                    if len(answer.finished) > finished:
-                        finished = len(answer.finished)
-                        self._keep_reasoning(messages, asked)
+                    for index in answer.finished - kept:
+                        kept.add(index)
+                        self._keep_reasoning(asked.stats.fold.choices[index], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
@@ -5798,27 +5840,27 @@ class OpenAIProvider(Provider):
     def _ask(
         self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
     ) -> tuple[T, JSONObject]:
-        """Send a request, and return the answer and the request as it was sent. What the model refuses is changed and
-        sent again, one change at a time; changes that helped are remembered. Raises the first refusal of a forced tool,
-        else the last refusal."""
+        """Send a request, and return the answer and the request as it was sent. Change what the model refuses, one
+        change at a time, and remember the changes that helped. Raises the first refusal of a forced tool, else the last
+        refusal."""
         model = body["model"]
         now = time.monotonic()
         known = self._adaptations.get(model, {})
-        trial = helpful = {reason: entry for reason, entry in known.items() if entry[0] > now}
+        trial = helpful = {key: entry for key, entry in known.items() if entry[0] > now}
         tried: list[Adaptation] = []
         refusal: APIError | None = None
         refusal_of_tool: APIError | None = None
         refused: JSONObject = {}
         while True:
             sent = body
-            for _, change in trial.values():
-                sent = change(sent)
+            for _, adaptation in trial.values():
+                sent = adaptation.apply(sent)
             try:
                 answer = self._retry(partial(send, sent), waiter)
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if refusal is None or error.message != refusal.message:  # the change before has helped
+                if refusal is None or words_of(error) != words_of(refusal):  # the change before helped
                     helpful, refusal, refused = trial, error.copy(), sent
                 found = next((a for a in find_adaptations(refusal, refused) if a not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
@@ -5827,26 +5869,29 @@ class OpenAIProvider(Provider):
                     refusal_of_tool = refusal_of_tool or refusal
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
-                trial = {**helpful, found.reason: (now + ADAPTATION_MAX_AGE, found.change)}
+                trial = {**helpful, (found.reason, found.named): (now + ADAPTATION_MAX_AGE, found)}
             else:
-                if trial != known:
-                    learned = {**self._adaptations, model: latest(trial, MAX_ADAPTATIONS)}
-                    self._adaptations = latest(learned, MAX_ADAPTED_MODELS)
+                if tried:
+                    # Other chats may have learned something in the meantime
+                    learned = {**self._adaptations.get(model, {}), **trial}
+                    models = {**without(self._adaptations, model), model: latest(learned, MAX_ADAPTATIONS)}
+                    self._adaptations = latest(models, MAX_ADAPTED_MODELS)
                 return answer, sent
 
-    def _keep_reasoning(self, messages: list[Message], asked: ProviderRequest) -> None:
-        """Store what this API wants back with the tool calls of its answer: reasoning, and Google's signatures of
-        calls. messages: that the answer is to."""
-        for choice in asked.stats.fold.choices.values():
-            kept = reasoning_fields(choice["delta"])
-            calls = (choice["delta"].get("tool_calls") or {}).values()
-            extra = {call["id"]: call["extra_content"] for call in calls if call.get("extra_content")}
-            if extra:
-                kept["extra_content"] = extra
-            if kept and calls:
-                *_, digest = conversation_digests(asked.model, [*messages, message_of(plain_value(choice))])
-                name = f"{self.name} {digest} {next(iter(calls))['id']}"
-                asked.sessions.keep_reasoning(asked.owner, name, kept)
+    def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
+        """Store what this API wants back with the tool calls of a choice: reasoning, and Google's signatures of calls.
+
+        messages: the conversation before the answer.
+        """
+        message = message_of(plain_value(choice))
+        calls = message.get("tool_calls")
+        kept = reasoning_fields(message)
+        extra = {call["id"]: call["extra_content"] for call in calls or () if call.get("extra_content")}
+        if extra:
+            kept["extra_content"] = extra
+        if kept and calls:
+            *_, digest = conversation_digests(asked.model, [*messages, message])
+            asked.sessions.keep_reasoning(asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
@@ -6358,6 +6403,19 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
     yield from held
 
 
+def message_to_keep(stats: AnswerStats) -> Message | None:
+    """Return the message of an answer, or None if APIs would refuse it in later requests."""
+    message = stats.fold.message()
+    if not (message["content"] or message.get("tool_calls")):
+        log.warning("an answer without content is not remembered")
+        return None
+    violation = find_violation(message, MESSAGE)
+    if violation:
+        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+        return None
+    return message
+
+
 def pace(
     deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client,
 ) -> Iterator[Delta]:
@@ -6533,15 +6591,9 @@ class App:
             stats.reserved = tokens
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
-        """Record what the user has said and the answer in the user's session."""
-        message = stats.fold.message()
-        if not (message["content"] or message.get("tool_calls")):
-            log.warning("an answer without content is not remembered")  # APIs refuse it in later requests
-            return
-        violation = find_violation(message, MESSAGE)
-        if violation:  # every later request would be refused for it
-            log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
-        elif request.turns and request.user:
+        """Record the user's messages and the answer in the user's session."""
+        message = message_to_keep(stats)
+        if message and request.turns and request.user:
             *older, newest = request.turns
             turns = [*older, (*newest, message)]
             self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
@@ -6555,14 +6607,13 @@ class App:
         response: JSONObject,
     ) -> None:
         """Store a response with the conversation that a later response continues."""
-        message = stats.fold.message()
-        answer = (message,) if message["content"] or message.get("tool_calls") else ()
+        message = message_to_keep(stats)
         turns = append_turns(previous.turns, request.turns)
         if asked.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
-        elif turns:
+        elif message and turns:
             *older, newest = turns
-            turns = (*older, (*newest, *answer))
+            turns = (*older, (*newest, message))
         # Later responses inherit system messages and tools of the input, unlike the instructions
         system = [*previous.system, *filter(is_system, asked.messages)]
         tools = [*previous.tools, *asked.reader.tools]

@@ -5725,6 +5725,114 @@ def test_only_a_change_that_helped_is_remembered(make: Make, both: dict[str, str
         assert len(api.asked) == asked and api.asked[-1][2]["temperature"] == 0.5
 
 
+def test_ids_in_refusals_make_no_useless_change_look_helpful(make: Make, both: dict[str, str], api: Api) -> None:
+    numbers = itertools.count(20251129001)
+
+    def act(handler: ApiHandler) -> None:
+        refusal = f"temperature or top_p is wrong (request id: {next(numbers)})"
+        (api_fails(400, refusal) if b'"top_p"' in handler.body else api_answers("ok"))(handler)
+
+    api.always = act
+    response = chat(make(**both), model="local/k2", temperature=0.5, top_p=0.5)
+    assert response.headers["X-Kimi2api-Ignored"] == "top_p" and api.asked[-1][2]["temperature"] == 0.5
+
+
+def test_what_one_client_is_refused_never_makes_anothers_good_request_worse(
+    make: Make, both: dict[str, str], api: Api
+) -> None:
+    api.always = refuses(
+        "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", lambda body: "max_tokens" in body)
+    app = make(**both)
+    assert chat(app, model="local/k2", max_tokens=9).status_int == 200
+    assert chat(app, model="local/k2", max_completion_tokens=9).status_int == 200
+    assert len(api.asked) == 3 and api.asked[-1][2]["max_completion_tokens"] == 9
+    api.always = refuses(
+        "logprobs cannot be used with stream", lambda body: body.get("logprobs") and body.get("stream"))
+    for body, count in (({"logprobs": True}, 5), ({"logprobs": True}, 6), ({}, 7)):
+        assert chat(app, model="local/k3", **body).status_int == 200 and len(api.asked) == count
+    assert api.asked[-1][2]["stream"], "only the combination was refused"
+    api.always = refuses("use the word json", lambda body: "JSON" not in json.dumps(body["messages"]))
+    assert chat(app, model="local/k4", response_format=JSON_OBJECT).status_int == 200
+    assert chat(app, model="local/k4").status_int == 400 and "response_format" not in api.asked[-1][2]
+
+
+def test_values_that_differ_in_each_conversation_are_refused_once(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = forbids("metadata")
+    app = make(**both)
+    for number in range(4):
+        response = chat(app, model="local/k2", metadata={"id": f"{number} {'x' * 200}"})
+        assert response.headers["X-Kimi2api-Ignored"] == "metadata"
+    assert len(api.asked) == 5
+
+
+def test_large_values_are_not_remembered(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = forbids("verbosity")
+    app = make(**both)
+    assert chat(app, model="local/k2", verbosity="x" * 101).status_int == 422
+    assert chat(app, model="local/k2", verbosity="x").status_int == 200
+
+
+@pytest.mark.parametrize("name", ["(", "(a+)+b", "a|b", "[", "\\"])
+def test_names_of_parameters_are_no_patterns(make: Make, both: dict[str, str], api: Api, name: str) -> None:
+    api.always = api_fails(400, f"unrecognized argument: {'a' * 40}")
+    began = time.monotonic()
+    assert chat(make(**both), model="local/k2", **{name: 1}).status_int == 400
+    assert time.monotonic() - began < 2 and len(api.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"anyOf": [True, 5, "x", None]},
+        {"anyOf": {"a": 1}},
+        {"properties": [1, 2]},
+        {"anyOf": [{"properties": "abc"}]},
+        {"properties": {"x": {"type": "string", "anyOf": [True]}}},
+    ],
+)
+def test_a_schema_that_is_none_is_the_apis_to_refuse(
+    make: Make, both: dict[str, str], api: Api, parameters: Any
+) -> None:
+    api.always = refuses(MOONSHOTS_WORDS, lambda body: body["tools"][0]["function"]["name"] == "f")
+    app = make(**both)
+    f, g = ([{"type": "function", "function": {"name": name, "parameters": parameters}}] for name in "fg")
+    assert is_error(chat(app, model="local/k2", tools=f), 400, None)
+    assert chat(app, model="local/k2", tools=g).status_int == 200
+
+
+@pytest.mark.parametrize("tool", [{"function": 5}, {"function": {"name": 5}}, {"function": {}}, {"function": None}])
+def test_a_tool_of_another_type_is_passed_on(make: Make, both: dict[str, str], api: Api, tool: Any) -> None:
+    tool = {"type": "builtin", **tool}
+    assert chat(make(**both), model="local/k2", tools=[tool]).status_int == 200
+    assert api.asked[-1][2]["tools"] == [tool]
+
+
+@pytest.mark.parametrize(
+    "words", ["system error", "reasoning unsupported", "reasoning_content is missing", "the word json", "bad stream"])
+def test_refused_embeddings_have_no_messages_to_change(
+    make: Make, both: dict[str, str], api: Api, words: str
+) -> None:
+    api.always = api_fails(400, words)
+    assert is_error(embed(make(**both), model="local/e1"), 400, None)
+
+
+def test_many_long_names_take_no_time(make: Make, both: dict[str, str], api: Api) -> None:
+    tools = [tool(f"{'x' * 60}{number:06d}") for number in range(15_000)]
+    app = make(**both)
+    began = time.monotonic()
+    assert chat(app, model="local/k2", tools=tools).status_int == 200
+    assert time.monotonic() - began < 5
+
+
+def test_a_choice_that_was_left_out_is_not_waited_for(make: Make, both: dict[str, str], api: Api) -> None:
+    def act(handler: ApiHandler) -> None:
+        is_refused = "n" in json.loads(handler.body)
+        (api_fails(400, "n > 1", param="n") if is_refused else api_plays(api_chunk({"content": "x"}, "stop")))(handler)
+
+    api.always = act
+    assert said(chat(make(**both, MAX_RETRIES="0"), model="local/k2", n=2)) == "x"
+
+
 def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], api: Api) -> None:
     messages = [
         {"role": "system", "content": "A"},
@@ -6470,6 +6578,151 @@ def test_a_complete_answer_in_place_of_a_stream_is_an_answer(
     assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {"index": 0.0, "delta": {"content": "x"}, "finish_reason": None},
+        {"index": "0", "delta": {"content": "x"}, "finish_reason": None},
+    ],
+)
+def test_an_index_may_be_written_as_another_number(make: Make, both: dict[str, str], api: Api, chunk: Any) -> None:
+    api.always = api_plays({"choices": [chunk]}, api_chunk({"content": "y"}, "stop"), b"[DONE]")
+    app = make(**both)
+    assert said(chat(app, model="local/k2")) == "xy"
+    assert [event["choices"][0]["index"] for event in events(chat(app, model="local/k2", stream=True))[:-1]] == [0, 0]
+
+
+@json_and_stream
+def test_a_custom_call_with_reasoning_is_passed_on(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    call = {"id": "c1", "type": "custom", "custom": {"name": "x", "input": "hi"}}
+    api.always = api_answers(deltas=[{"reasoning_content": "why"}, {"tool_calls": [{"index": 0, **call}]}])
+    app = make(**both)
+    response = chat(app, model="local/k2", stream=stream, user="ada")
+    if stream:
+        assert events(response)[-1] == "[DONE]"
+    else:
+        assert response.json["choices"][0]["message"]["tool_calls"] == [call]
+    assert app.get("/v1/sessions/ada", expect_errors=True).status_int == 404, "APIs would refuse it in later requests"
+    assert respond(app, model="local/k2", stream=stream).status_int == 200
+
+
+@json_and_stream
+def test_lone_surrogates_in_arguments_harm_nothing(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    app = make(**both)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":"\\ud83d"}'}}
+    api.always = api_answers(deltas=[{"reasoning_content": "why"}, {"tool_calls": [{"index": 0, **call}]}])
+    response = chat(app, model="local/k2", stream=stream)
+    if stream:
+        assert events(response)[-1] == "[DONE]"
+    else:
+        assert response.json["choices"][0]["message"]["tool_calls"] == [call]
+    api.always = api_answers("ok")
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "r"},
+    ]
+    assert said(chat(app, messages=messages, model="local/k2")) == "ok"
+    assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "why"
+
+
+def test_an_answer_in_json_may_follow_empty_lines(make: Make, both: dict[str, str], api: Api) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}
+
+    def act(handler: ApiHandler) -> None:
+        handler.head(200, {"Content_Type": "application/json", "Transfer_Encoding": "chunked"})
+        for data in (b"\n\n", b"\n", json.dumps({"choices": [choice]}).encode()):
+            handler.send(data)
+            time.sleep(0.02)
+        handler.end()
+
+    api.always = act
+    assert said(chat(make(**both, MAX_RETRIES="0"), model="local/k2")) == "ok"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(
+            as_events({"choices": [{"index": 0, "delta": {"tool_calls": [
+                {"index": 0, "function": {"arguments": "x" * 40}}] * 40_000}}]}) * 6,
+            id="pieces of a call without a name",
+        ),
+        pytest.param(
+            as_events({"choices": [{"index": 0, "delta": {"content": [
+                {"type": "text", "text": "x" * 40}] * 50_000}}]}) * 6,
+            id="parts of a text",
+        ),
+        pytest.param(as_events(*({f"k{number}": 1} for number in range(20_000))), id="chunks without choices"),
+    ],
+)
+def test_pieces_take_linear_time(make: Make, both: dict[str, str], api: Api, body: bytes) -> None:
+    def act(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        handler.send(body)
+        handler.event(api_chunk({"content": "."}, "stop"))
+        handler.end()
+
+    api.always = act
+    app = make(**both)
+    began = time.monotonic()
+    assert said(chat(app, model="local/k2")).endswith(".")
+    assert time.monotonic() - began < 6
+
+
+def test_reasoning_of_many_choices_is_stored_once_each(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = []
+    monkeypatch.setattr(kimi2api.Sessions, "keep_reasoning", lambda *of: stored.append(of))
+    chunks = []
+    for index in range(9):
+        delta = {"reasoning_content": "r", **bit(0, f"c{index}", "f", "{}")}
+        chunks.append({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+    chunks += [{"choices": [{"index": index, "delta": {}, "finish_reason": "tool_calls"}]} for index in range(9)]
+    api.always = api_plays(*chunks, b"[DONE]")
+    assert chat(make(**both), model="local/k2", n=9).status_int == 200
+    assert len(stored) == 9
+
+
+def test_an_embedding_that_json_cannot_have_is_no_answer(make: Make, both: dict[str, str], api: Api) -> None:
+    encoded = b64encode(struct.pack("<f", float("nan"))).decode()
+    api.always = api_sends(200, {"data": [{"index": 0, "embedding": encoded}]})
+    app = make(**both)
+    assert is_error(embed(app, model="local/e1"), 502, "upstream_invalid_response")
+    assert embed(app, model="local/e1", encoding_format="base64").json["data"][0]["embedding"] == encoded
+
+
+def test_details_with_and_without_an_index_are_all_kept(make: Make, both: dict[str, str], api: Api) -> None:
+    details = [{"text": "a", "index": 0}, {"data": "x"}, {"text": "b", "index": 0}, {"text": "c", "index": -1}]
+    api.always = api_answers(deltas=[{"reasoning_details": [entry]} for entry in details])
+    message = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    assert message["reasoning_details"] == [{"text": "ab", "index": 0}, {"data": "x"}, {"text": "c", "index": -1}]
+
+
+def test_usage_with_lists_is_an_answer(make: Make, both: dict[str, str], api: Api) -> None:
+    usage = {**USAGE, "audio": {"data": [1]}, "logprobs": {"content": [{"x": 1}]}}
+    api.always = api_plays(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
+    assert chat(make(**both), model="local/k2").json["usage"] == usage
+
+
+@json_and_stream
+@pytest.mark.parametrize("nothing", [None, [], {}, 0, False, ""])
+def test_calls_that_are_none_end_no_call(
+    make: Make, both: dict[str, str], api: Api, nothing: Any, stream: bool
+) -> None:
+    deltas = [{"reasoning_content": "r"}, bit(0, "c1", "a", "{"), {"tool_calls": nothing}, bit(0, None, None, "}")]
+    extra = {"tool_calls": [{"index": 0, "extra_content": {"google": 1}}]}
+    api.always = api_answers(deltas=[*deltas, extra], finish="tool_calls")
+    response = chat(make(**both), model="local/k2", stream=stream)
+    whole = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": "{}"}]
+
+
 @pytest.mark.parametrize("place", ["choice", "chunk", "both"])
 def test_usage_is_told_once(make: Make, both: dict[str, str], api: Api, place: str) -> None:
     finish = api_chunk({}, "stop")
@@ -6689,6 +6942,18 @@ def test_the_circuit_breaker_of_a_model_stops_no_other_and_quotes_nobody(
     assert is_error(response, 500, "upstream_unavailable") and "Retry-After" in response.headers
     assert "secret" not in response.text and len(api.asked) == 5
     assert said(chat(app, model="local/good")) == "ok"
+
+
+def test_a_model_that_failed_a_while_ago_is_no_trouble(
+    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "FAILING_MAX_AGE", 0.2)
+    app = make(**both, MAX_RETRIES="0")
+    api.always = api_fails(500, "no such model")
+    chat(app, model="local/made-up")
+    assert app.get("/health").json["upstreams"]["local"]["reason"] == "upstream_unavailable (500)"
+    wait_for(lambda: app.get("/health").json["status"] == "ok")
+    assert 'kimi2api_upstream_healthy{provider="local"} 1' in app.get("/metrics").text
 
 
 @pytest.mark.parametrize("sends_base64", [False, True])
