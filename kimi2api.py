@@ -5440,7 +5440,7 @@ class APIAnswer:
         for name in ("role", "content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name) or "", str):
                 raise TypeError
-        if not delta.get("role"):
+        if before.get("role") or not delta.get("role"):  # openai-python would join roles
             delta.pop("role", None)
         if delta.get("tool_calls"):
             delta["tool_calls"] = list(filter(None, map(self._calls[index].read, delta["tool_calls"])))

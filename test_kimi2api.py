@@ -6110,6 +6110,14 @@ def test_answers_arrive_whole_however_an_api_sends_them(
         assert all(chunk == "[DONE]" or chunk["choices"] for chunk in events(response)), "no usage was asked for"
 
 
+def test_a_role_that_is_repeated_is_told_once(make: Make, both: dict[str, str], api: Api) -> None:
+    deltas = [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}]
+    api.always = api_answers(deltas=deltas)
+    *chunks, _ = events(chat(make(**both), model="local/k2", stream=True))
+    told = [choice["delta"].get("role") for chunk in chunks for choice in chunk["choices"]]
+    assert list(filter(None, told)) == ["assistant"], "openai-python would read assistantassistant"
+
+
 def test_parts_that_are_neither_text_nor_thinking_are_kept(make: Make, both: dict[str, str], api: Api) -> None:
     reference = {"type": "reference", "reference_ids": [1]}
     api.always = api_answers(deltas=[{"content": [{"type": "text", "text": "x"}, reference]}, {"content": "y"}])
