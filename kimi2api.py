@@ -4972,9 +4972,13 @@ Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 def portable(body: JSONObject) -> JSONObject:
     """Return the request without what some APIs refuse and no API needs."""
-    messages = body["messages"]
-    if any(message["role"] == "developer" for message in messages):
-        messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    messages = []
+    for message in body["messages"]:
+        # Clients send whole answers back, and Mistral and Groq refuse even null in a field that they do not know
+        message = {name: value for name, value in message.items() if value is not None or name == "content"}
+        if message["role"] == "developer":
+            message["role"] = "system"
+        messages.append(message)
     system = list(itertools.takewhile(is_instruction, messages))
     body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
     if body.get("tools") == []:

@@ -5408,7 +5408,9 @@ def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], ap
         {"role": "system", "content": "A"},
         {"role": "developer", "content": "B"},
         {"role": "system", "tools": [WEATHER]},
-        {"role": "user", "content": "x"},
+        {"role": "user", "content": "x", "name": None},
+        {"role": "assistant", "content": None, "refusal": None, "audio": None, "tool_calls": [WHOLE_CALL]},
+        {"role": "tool", "content": "r", "tool_call_id": "c1"},
         {"role": "developer", "content": "C"},
     ]
     app = make(**both)
@@ -5419,6 +5421,8 @@ def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], ap
         {"role": "system", "content": "A\n\nB"},
         {"role": "system", "tools": [WEATHER]},
         {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [WHOLE_CALL]},
+        {"role": "tool", "content": "r", "tool_call_id": "c1"},
         {"role": "system", "content": "C"},
     ]
     assert not {"tools", "tool_choice"} & sent.keys() and sent["stop"] == list("abcd")
