@@ -5678,17 +5678,22 @@ class OpenAIProvider(Provider):
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
     ) -> list[Message]:
-        """Return messages with what this API gave with their tool calls, where the client has left it out."""
+        """Return messages with what this API gave with their tool calls, in its own form, unless the client has sent
+        other reasoning."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
         restored = []
         for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=True):
             calls = message.get("tool_calls")
-            if calls and all(message.get(name) is None for name in REASONING_FIELDS):
+            if calls:
                 kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
                 extra = kept.pop("extra_content", {})
                 calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
-                message = {**message, **kept, "tool_calls": calls}
+                message = {**message, "tool_calls": calls}
+                sent = [message[name] for name in REASONING_FIELDS if message.get(name) is not None]
+                # Clients send the text under a name of their own, only its last piece, or details joined wrongly
+                if not sent or (any(sent) and kept and reasoning_text(message).strip() in reasoning_text(kept)):
+                    message = {**without(message, *REASONING_FIELDS), **kept}
             restored.append(message)
         return restored
 

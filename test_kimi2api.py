@@ -5000,8 +5000,8 @@ def thinks(*steps: Any, knows: str = "moonshot") -> Act:
             {"index": at, "id": f"call_{done}_{at}", "type": "function", "function": {"name": name, "arguments": text}}
             for at, (name, text) in enumerate(steps[done])
         ]
-        thought = {"reasoning_content": f"I think of step {done}."}
-        return api_answers(deltas=[thought, {"tool_calls": calls}], finish="tool_calls")(handler)
+        thoughts = [{"reasoning_content": text} for text in ("I think", f" of step {done}.")]
+        return api_answers(deltas=[*thoughts, {"tool_calls": calls}], finish="tool_calls")(handler)
 
     return act
 
@@ -6200,6 +6200,36 @@ def test_reasoning_by_any_name_is_an_item_and_goes_back_under_its_name(
     result = {"role": "tool", "tool_call_id": "c2", "content": "r"}
     chat(app, messages=[{"role": "user", "content": "y"}, message, result], model="local/k2", tools=[tool("a")])
     assert api.asked[-1][2]["messages"][1][field] == value
+
+
+DETAILS = [{"type": "reasoning.text", "format": "f", "index": 0, "text": "I see it", "signature": "Et8B"}]
+
+
+@pytest.mark.parametrize(
+    ("sent", "goes_back"),
+    [
+        pytest.param({"reasoning_content": "I see it"}, True, id="under another name"),
+        pytest.param({"reasoning": " it"}, True, id="only the last piece"),
+        pytest.param({"reasoning_details": [{**DETAILS[0], "format": "fff"}]}, True, id="details joined wrongly"),
+        pytest.param({"reasoning": None}, True, id="null"),
+        pytest.param({"reasoning": ""}, False, id="empty"),
+        pytest.param({"reasoning": "I see it!"}, False, id="another text"),
+    ],
+)
+def test_reasoning_that_clients_sent_back_in_a_form_of_their_own_gets_that_of_the_api(
+    make: Make, both: dict[str, str], api: Api, sent: Any, goes_back: bool
+) -> None:
+    told = [{"reasoning": text, "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
+    api.always = api_answers(deltas=[*told, bit(0, "c1", "a", "{}")])
+    app = make(**both)
+    question = {"role": "user", "content": "x"}
+    message = chat(app, messages=[question], model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
+    message = {name: value for name, value in message.items() if not name.startswith("reasoning")}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "r"}
+    chat(app, messages=[question, {**message, **sent}, result], model="local/k2", tools=[tool("a")])
+    arrived = api.asked[-1][2]["messages"][1]
+    arrived = {name: value for name, value in arrived.items() if name.startswith("reasoning")}
+    assert arrived == ({"reasoning": "I see it", "reasoning_details": DETAILS} if goes_back else sent)
 
 
 @pytest.mark.parametrize(
@@ -7846,6 +7876,23 @@ def test_openai_python_calls_tools_and_parses_into_a_model(run: Run, kimi: WebCh
 
 
 chats_and_responses = pytest.mark.parametrize("responses", [False, True], ids=["chats", "responses"])
+
+
+def test_openai_python_sends_a_streamed_answer_back_as_the_api_wants_it(
+    run: Run, both: dict[str, str], api: Api
+) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=run(**both).base_url, api_key="none", max_retries=0)
+    told = [{"role": "assistant", "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
+    api.always = api_answers(deltas=[*told, bit(0, "c1", "a", "{}")])
+    asks: Any = {"model": "local/k2", "messages": [*HELLO], "tools": [tool("a")]}
+    with client.chat.completions.stream(**asks) as stream:
+        message = stream.get_final_completion().choices[0].message
+    asks["messages"] += [message, {"role": "tool", "tool_call_id": "c1", "content": "r"}]
+    assert client.chat.completions.create(**asks).choices
+    sent = api.asked[-1][2]["messages"][1]
+    assert sent.keys() == {"role", "content", "tool_calls", "reasoning_details"}
+    assert sent["role"] == "assistant" and sent["reasoning_details"] == DETAILS
 
 
 def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat) -> None:
