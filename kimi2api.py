@@ -4916,7 +4916,7 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     if status == 401 or (status == 400 and WRONG_KEY.search(message)):
         return upstream_error(
             502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
-            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
+            f"(HTTP {status}); see {api.name.upper()}_API_KEY.", headers=NO_SDK_RETRY)
     if status != 429 and (code == "context_length_exceeded" or TOO_LONG.search(message)):
         # Clients, and FALLBACK_MODELS, go by this code; LangChain searches the message for it
         status = 400

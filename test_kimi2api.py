@@ -6370,7 +6370,8 @@ def test_what_an_account_cannot_have_another_model_may_answer(
 
 def test_a_wrong_key_is_the_servers_whatever_its_status(make: Make, both: dict[str, str], api: Api) -> None:
     api.always = api_fails(400, "Incorrect API key provided: xai-…")
-    assert is_error(chat(make(**both), model="local/k2"), 502, "upstream_auth")
+    response = chat(make(**both), model="local/k2")
+    assert is_error(response, 502, "upstream_auth") and response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(("headers", "seconds"), [({"retry_after_ms": "1500"}, "2"), ({"Retry_After": "7.5"}, "8")])
