@@ -5087,7 +5087,7 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     if status == 401 or (status == 400 and WRONG_KEY.search(message)):
         return upstream_error(
             502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
-            f"(HTTP {status}); see {api.name.upper()}_API_KEY.")
+            f"(HTTP {status}); see {api.name.upper()}_API_KEY.", headers=NO_SDK_RETRY)
     if status != 429 and (code == "context_length_exceeded" or TOO_LONG.search(message)):
         # Clients, and FALLBACK_MODELS, go by this code; LangChain searches the message for it
         status = 400
@@ -5143,7 +5143,13 @@ Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 def portable(body: JSONObject) -> JSONObject:
     """Return the request without what some APIs refuse and no API needs."""
-    messages = [{**message, "role": "system"} if is_system(message) else message for message in body["messages"]]
+    messages = []
+    for message in body["messages"]:
+        # Clients send whole answers back, and Mistral and Groq refuse even null in a field that they do not know
+        message = {name: value for name, value in message.items() if value is not None or name == "content"}
+        if message["role"] == "developer":
+            message["role"] = "system"
+        messages.append(message)
     system = list(itertools.takewhile(is_instruction, messages))
     body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
     if body.get("tools") == []:
@@ -5664,7 +5670,7 @@ class APIAnswer:
         for name in ("role", "content", "reasoning_content", "refusal"):
             if not isinstance(delta.get(name) or "", str):
                 raise TypeError
-        if not delta.get("role"):
+        if before.get("role") or not delta.get("role"):  # openai-python would join roles
             delta.pop("role", None)
         calls = delta.pop("tool_calls", None) or ()
         calls = list(filter(None, map(self._calls[index].read, calls)))
@@ -5896,17 +5902,22 @@ class OpenAIProvider(Provider):
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
     ) -> list[Message]:
-        """Return messages with what this API gave with their tool calls, where the client has left it out."""
+        """Return messages with what this API gave with their tool calls, in its own form, unless the client has sent
+        other reasoning."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
         restored = []
         for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=True):
             calls = message.get("tool_calls")
-            if calls and all(message.get(name) is None for name in REASONING_FIELDS):
+            if calls:
                 kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
                 extra = kept.pop("extra_content", {})
                 calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
-                message = {**message, **kept, "tool_calls": calls}
+                message = {**message, "tool_calls": calls}
+                sent = [message[name] for name in REASONING_FIELDS if message.get(name) is not None]
+                # Clients send the text under a name of their own, only its last piece, or details joined wrongly
+                if not sent or (any(sent) and kept and reasoning_text(message).strip() in reasoning_text(kept)):
+                    message = {**without(message, *REASONING_FIELDS), **kept}
             restored.append(message)
         return restored
 

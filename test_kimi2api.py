@@ -5320,8 +5320,8 @@ def thinks(*steps: Any, knows: str = "moonshot") -> Act:
             {"index": at, "id": f"call_{done}_{at}", "type": "function", "function": {"name": name, "arguments": text}}
             for at, (name, text) in enumerate(steps[done])
         ]
-        thought = {"reasoning_content": f"I think of step {done}."}
-        return api_answers(deltas=[thought, {"tool_calls": calls}], finish="tool_calls")(handler)
+        thoughts = [{"reasoning_content": text} for text in ("I think", f" of step {done}.")]
+        return api_answers(deltas=[*thoughts, {"tool_calls": calls}], finish="tool_calls")(handler)
 
     return act
 
@@ -5838,7 +5838,9 @@ def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], ap
         {"role": "system", "content": "A"},
         {"role": "developer", "content": "B"},
         {"role": "system", "tools": [WEATHER]},
-        {"role": "user", "content": "x"},
+        {"role": "user", "content": "x", "name": None},
+        {"role": "assistant", "content": None, "refusal": None, "audio": None, "tool_calls": [WHOLE_CALL]},
+        {"role": "tool", "content": "r", "tool_call_id": "c1"},
         {"role": "developer", "content": "C"},
     ]
     app = make(**both)
@@ -5849,6 +5851,8 @@ def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], ap
         {"role": "system", "content": "A\n\nB"},
         {"role": "system", "tools": [WEATHER]},
         {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [WHOLE_CALL]},
+        {"role": "tool", "content": "r", "tool_call_id": "c1"},
         {"role": "system", "content": "C"},
     ]
     assert not {"tools", "tool_choice"} & sent.keys() and sent["stop"] == list("abcd")
@@ -6545,6 +6549,14 @@ def test_answers_arrive_whole_however_an_api_sends_them(
         assert all(chunk == "[DONE]" or chunk["choices"] for chunk in events(response)), "no usage was asked for"
 
 
+def test_a_role_that_is_repeated_is_told_once(make: Make, both: dict[str, str], api: Api) -> None:
+    deltas = [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}]
+    api.always = api_answers(deltas=deltas)
+    *chunks, _ = events(chat(make(**both), model="local/k2", stream=True))
+    told = [choice["delta"].get("role") for chunk in chunks for choice in chunk["choices"]]
+    assert list(filter(None, told)) == ["assistant"], "openai-python would read assistantassistant"
+
+
 def test_parts_that_are_neither_text_nor_thinking_are_kept(make: Make, both: dict[str, str], api: Api) -> None:
     reference = {"type": "reference", "reference_ids": [1]}
     api.always = api_answers(deltas=[{"content": [{"type": "text", "text": "x"}, reference]}, {"content": "y"}])
@@ -6770,6 +6782,36 @@ def test_reasoning_by_any_name_is_an_item_and_goes_back_under_its_name(
     assert api.asked[-1][2]["messages"][1][field] == value
 
 
+DETAILS = [{"type": "reasoning.text", "format": "f", "index": 0, "text": "I see it", "signature": "Et8B"}]
+
+
+@pytest.mark.parametrize(
+    ("sent", "goes_back"),
+    [
+        pytest.param({"reasoning_content": "I see it"}, True, id="under another name"),
+        pytest.param({"reasoning": " it"}, True, id="only the last piece"),
+        pytest.param({"reasoning_details": [{**DETAILS[0], "format": "fff"}]}, True, id="details joined wrongly"),
+        pytest.param({"reasoning": None}, True, id="null"),
+        pytest.param({"reasoning": ""}, False, id="empty"),
+        pytest.param({"reasoning": "I see it!"}, False, id="another text"),
+    ],
+)
+def test_reasoning_that_clients_sent_back_in_a_form_of_their_own_gets_that_of_the_api(
+    make: Make, both: dict[str, str], api: Api, sent: Any, goes_back: bool
+) -> None:
+    told = [{"reasoning": text, "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
+    api.always = api_answers(deltas=[*told, bit(0, "c1", "a", "{}")])
+    app = make(**both)
+    question = {"role": "user", "content": "x"}
+    message = chat(app, messages=[question], model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
+    message = {name: value for name, value in message.items() if not name.startswith("reasoning")}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "r"}
+    chat(app, messages=[question, {**message, **sent}, result], model="local/k2", tools=[tool("a")])
+    arrived = api.asked[-1][2]["messages"][1]
+    arrived = {name: value for name, value in arrived.items() if name.startswith("reasoning")}
+    assert arrived == ({"reasoning": "I see it", "reasoning_details": DETAILS} if goes_back else sent)
+
+
 @pytest.mark.parametrize(
     ("event", "status", "code"),
     [
@@ -6908,7 +6950,8 @@ def test_what_an_account_cannot_have_another_model_may_answer(
 
 def test_a_wrong_key_is_the_servers_whatever_its_status(make: Make, both: dict[str, str], api: Api) -> None:
     api.always = api_fails(400, "Incorrect API key provided: xai-…")
-    assert is_error(chat(make(**both), model="local/k2"), 502, "upstream_auth")
+    response = chat(make(**both), model="local/k2")
+    assert is_error(response, 502, "upstream_auth") and response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(("headers", "seconds"), [({"retry_after_ms": "1500"}, "2"), ({"Retry_After": "7.5"}, "8")])
@@ -8423,6 +8466,23 @@ def test_openai_python_calls_tools_and_parses_into_a_model(run: Run, kimi: WebCh
 
 
 chats_and_responses = pytest.mark.parametrize("responses", [False, True], ids=["chats", "responses"])
+
+
+def test_openai_python_sends_a_streamed_answer_back_as_the_api_wants_it(
+    run: Run, both: dict[str, str], api: Api
+) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=run(**both).base_url, api_key="none", max_retries=0)
+    told = [{"role": "assistant", "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
+    api.always = api_answers(deltas=[*told, bit(0, "c1", "a", "{}")])
+    asks: Any = {"model": "local/k2", "messages": [*HELLO], "tools": [tool("a")]}
+    with client.chat.completions.stream(**asks) as stream:
+        message = stream.get_final_completion().choices[0].message
+    asks["messages"] += [message, {"role": "tool", "tool_call_id": "c1", "content": "r"}]
+    assert client.chat.completions.create(**asks).choices
+    sent = api.asked[-1][2]["messages"][1]
+    assert sent.keys() == {"role", "content", "tool_calls", "reasoning_details"}
+    assert sent["role"] == "assistant" and sent["reasoning_details"] == DETAILS
 
 
 def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat) -> None:
