@@ -7434,7 +7434,7 @@ button:hover, summary:hover, a { color: var(--accent) }
 /* Layout: head, sections, and the chat's column */
 header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 1rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
-h1 { font-size: 1.125rem }
+h1, h3 { font-size: 1.0625rem }
 #status { flex: 1 }
 #key { flex: 1 1 4rem; max-width: 12rem }
 nav { order: 1; width: 100%; display: flex; justify-content: space-between }
@@ -7468,7 +7468,6 @@ article { padding: .5rem 0 }
 .user > div { background: var(--tint); border-radius: 1rem; padding: .5rem 1rem; width: fit-content; max-width: 85%;
   margin-left: auto }
 .text > * { margin-bottom: .75rem }
-h3 { font-size: 1.0625rem }
 .text :is(ul, ol) { padding-left: 1.5rem }
 .waiting > .text:empty::before { content: '●'; color: var(--soft) }
 li { margin: .25rem 0 }
@@ -7479,8 +7478,7 @@ code { font: .875em ui-monospace, Consolas, monospace }
   margin-bottom: .75rem }
 .card { padding: .5rem 1rem }
 #api p { margin-bottom: .5rem }
-.problem { margin-top: .5rem }
-.problem button { margin-top: .5rem }
+.problem, .problem button { margin-top: .5rem }
 .code > div { display: flex; justify-content: space-between; align-items: center;
   padding: .125rem .25rem .125rem 1rem; background: var(--tint); font-size: .875rem }
 pre, pre * { white-space: pre !important }
@@ -7488,10 +7486,9 @@ pre { overflow: auto; padding: .75rem 1rem }
 .thinking { margin-bottom: .5rem }
 .thinking p { border-left: 2px solid var(--line); padding-left: 1rem }
 table { width: 100%; border-spacing: 0 }
-td { padding: .375rem 0; text-align: start; vertical-align: top }
+td { padding: .375rem 0; vertical-align: top }
 tr + tr > td, #users > * + * { border-top: 1px solid var(--line) }
-td > * { display: block }
-#routes td { display: block }
+td > *, #routes td { display: block }
 #routes td + td { color: var(--soft); border: 0 }
 tr:has(meter) > td { border: 0 }
 td:first-child { min-width: 5rem }
@@ -7673,7 +7670,7 @@ function codeBlock(parent, title) {
 // Markdown: headings, lists, code and bold; all else stays text. It is drawn while it comes
 
 function inline(parent, text) {
-  text.split(/(`[^`]+`|\*\*.+?\*\*)/).forEach((part, index) => {
+  text.split(/(`[^`]+`|\*\*[^\s*].*?\*\*)/).forEach((part, index) => {
     if (index % 2 === 0) parent.append(part);
     else if (part[0] === '`') make('code', parent, part.slice(1, -1));
     else inline(make('strong', parent), part.slice(2, -2));
@@ -7724,11 +7721,13 @@ class Markdown {
     return {block: taker, lists: block ? lists : open};
   }
   drawItem(lists, [, {length: indent}, mark, text]) {
-    const open = lists.filter(list => list.indent <= indent).slice(0, 9), outer = open.at(-1);
+    const tag = /\d/.test(mark) ? 'ol' : 'ul';
+    const open = lists.filter(list => list.indent < indent || list.indent === indent && list.tag === tag).slice(0, 9);
+    const outer = open.at(-1);
     if (!outer || outer.indent < indent && open.length < 9) {
-      const list = this.add(/\d/.test(mark) ? 'ol' : 'ul', outer?.list.lastChild ?? this.parent);
+      const list = this.add(tag, outer?.list.lastChild ?? this.parent);
       list.start = parseInt(mark);
-      open.push({indent, list});
+      open.push({indent, tag, list});
     }
     const block = this.add('li', open.at(-1).list);
     inline(block, text);
@@ -7958,7 +7957,8 @@ function addSession(name) {
   make('span', summary, '', 'soft');
   make('bdi', summary, clip(name));
   button(entry, 'Continue', () => {
-    [user.value, location.hash] = [name, '#chat'];
+    user.value = name;
+    if (!chat.offsetWidth) location.hash = '#chat';
     openUser();
     question.focus();
   });
