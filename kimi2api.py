@@ -7419,7 +7419,7 @@ body { display: flex; flex-direction: column; height: 100dvh; background: var(--
 :focus-visible { outline: 2px solid var(--accent) }
 /* Controls and states */
 button, input, select, textarea { font: inherit; color: inherit; background: var(--card); height: 2.25rem;
-  border: 1px solid var(--line); border-radius: .5rem; padding: 0 .75rem; white-space: nowrap }
+  border: 1px solid light-dark(#8c8c96, #70707a); border-radius: .5rem; padding: 0 .75rem; white-space: nowrap }
 button, summary { cursor: pointer }
 button:hover, summary:hover, a { color: var(--accent) }
 .main, .main:hover { background: var(--accent); color: var(--card); border: 0; font-weight: 600 }
@@ -7458,7 +7458,7 @@ h2 { font-size: 1rem; margin: 1rem 0 .5rem }
 #welcome h2 { font-size: 1.5rem }
 #welcome p { height: 3rem }
 #composer { display: flex; align-items: end; padding: .5rem; margin-bottom: 1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 1rem }
+  border: 1px solid light-dark(#8c8c96, #70707a); border-radius: 1rem }
 #composer:focus-within { border-color: var(--accent) }
 #question { flex: 1; field-sizing: content; height: auto; max-height: 30vh; resize: none; border: 0; outline: 0;
   padding: .375rem .5rem }
@@ -7492,8 +7492,8 @@ td > *, #routes td { display: block }
 #routes td + td { color: var(--soft); border: 0 }
 tr:has(meter) > td { border: 0 }
 td:first-child { min-width: 5rem }
-td + td:not(#routes *) { padding-left: 1rem; text-align: end; white-space: nowrap }
-td:has(> .bad) { white-space: normal !important }
+#upstreams td + td { padding-left: 1rem; text-align: end }
+#upstreams .bad { text-align: start }
 meter { width: 100%; height: .5rem; appearance: none }
 ::-webkit-meter-bar { background: var(--tint); border: 0 }
 ::-webkit-meter-optimum-value { background: var(--accent) }
