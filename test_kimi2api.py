@@ -8507,7 +8507,7 @@ def test_the_page_has_a_conversation_of_three_turns_and_a_stop(browse: Browse, a
     assert result["turns"] == [text for turn in said for text in (turn, f"You said: {turn}")]
     assert [message["content"] for message in api.asked[2][2]["messages"]] == result["turns"][:5]
     assert result["thought"] == ["Thinking", "I think."] and result["begun"] == 0
-    assert result["copied"] == ["You said: three", "Copied"]
+    assert result["copied"] == "You said: three"
     assert result["stopped"] == ["Stopped", "Send", 4] and api.hung_up.wait(PATIENCE)
     first, partial, last = (message["content"] for message in api.asked[-1][2]["messages"])
     assert first == "words without end" and partial.startswith("word word") and last == "after the stop"

@@ -73,13 +73,14 @@ const refresh = (page) => Promise.all([
   page.evaluate(() => document.dispatchEvent(new Event("visibilitychange"))),
 ]);
 const texts = (page, selector) => page.locator(selector).allInnerTexts();
-const pasted = async (page) => {  // what the clipboard has
-  await page.locator("#question").fill("");
+async function copied(page, button) {  // what the button has put on the clipboard
+  await button.click();
+  await page.locator("button", { hasText: "Copied" }).waitFor();
   await page.locator("#question").press("Control+v");
   const text = await page.locator("#question").inputValue();
   await page.locator("#question").fill("");
   return text;
-};
+}
 
 async function keyIsAsked() {
   const page = await open({ viewport: { width: 360, height: 740 }, colorScheme: "dark" }, "/proxied/docs");
@@ -120,8 +121,7 @@ async function conversation(page) {
   result.thought = await page.locator(".thinking").first().innerText();
   await page.locator(".thinking summary").first().click();
   result.thought = [result.thought, await page.locator(".thinking p").first().innerText()];
-  await page.locator("article > button").last().click();
-  result.copied = [await pasted(page), await page.locator("article > button").last().innerText()];
+  result.copied = await copied(page, page.locator("article > button").last());
   await page.locator("#fresh").click();
   result.begun = await page.locator("article").count();
 }
@@ -148,8 +148,7 @@ async function markdown(page) {
   result.items = (await texts(page, ".text li")).slice(0, 4);
   result.inline = await texts(page, ".text :not(pre) > code");
   result.code = await page.locator(".text pre").first().innerText();
-  await page.locator(".text .code button").first().click();
-  result.copiedCode = await pasted(page);
+  result.copiedCode = await copied(page, page.locator(".text .code button").first());
   await measure(page);
 }
 
