@@ -6698,6 +6698,7 @@ class App:
         return self.providers.model(id)
 
     def get_session(self, user: str) -> JSONObject:
+        user = user or bottle.request.query.user
         session = self.sessions.get(current_owner(), user)
         if session is None:
             raise not_found(SESSION, user)
@@ -6721,6 +6722,7 @@ class App:
         return {"id": id, "object": "response", "deleted": True}
 
     def delete_session(self, user: str) -> JSONObject:
+        user = user or bottle.request.query.user
         if not self.store.delete((current_owner(), SESSION, user)):
             raise not_found(SESSION, user)
         return {"object": "session.deleted", "user": user, "deleted": True}
@@ -6774,7 +6776,7 @@ class App:
 
     def page(self) -> str:
         set_headers(page_headers())
-        return PAGE
+        return SENT_PAGE
 
     # After every route
 
@@ -6891,8 +6893,9 @@ ROUTES = [
     Route("GET", "/v1/models", App.list_models, "the models", "Models"),
     Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
     Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
-    Route("GET", r"/v1/sessions/<user:re:[\s\S]+>", App.get_session, "the turns remembered of a user", "Session"),
-    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]+>", App.delete_session, "forget a user's turns", "Deleted"),
+    # Browsers remove the path segments . and .., so ?user= names these users
+    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "the turns remembered of a user", "Session"),
+    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session, "forget a user's turns", "Deleted"),
     Route("GET", "/v1/usage", App.get_usage, "what the key has used, and its limits", "Usage"),
     Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
     Route("GET", "/health", App.health, "how the server is", "Health", is_public=True),
@@ -7651,277 +7654,717 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
 # The page at / and /docs. It loads nothing from the internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title><link rel="icon" href="data:,">
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root { color-scheme: light dark } * { box-sizing: border-box } h1 { margin: 0 } h2 { margin: 2rem 0 .6rem }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
-.ok, svg { color: light-dark(#176f30, #57c773) } .degraded, .error { color: light-dark(#b3261e, #ff8f85) }
-input, select, textarea, button, dialog { font: inherit; padding: .4rem .7rem; border: 1px solid #888;
-border-radius: 6px } ::placeholder { color: inherit; opacity: .7 }
-label:not([hidden]) { display: block; margin: .6rem 0 } input, select, textarea { width: 100%; resize: vertical }
-#chat, pre, .scroll { max-height: 60vh; overflow: auto } .user, pre { background: #8882 }
-#chat > div, pre { margin: .6rem 0; padding: .4rem .7rem; border-radius: 6px } #chat { white-space: pre-wrap }
-details, tr { border-top: 1px solid #8886 } details, td, th { padding: .4rem 0 } summary { cursor: pointer }
-details button { display: block; margin-left: auto } details button, td button { padding: 0 .6rem; white-space: nowrap }
-.assistant > :last-child:empty::before { content: '…' } [aria-disabled=true] { opacity: .5 }
-.soft, th { font-size: .8em }
-table, meter, svg { width: 100% } table { border-collapse: collapse } th { text-align: start; word-break: keep-all }
-td { font-size: .95em } td:first-child { width: 50% } td + td, th + th { padding-left: .8rem; overflow-wrap: normal }
-.scroll td:first-child { min-width: 4rem } #server bdi { overflow-wrap: anywhere }
-bdi { display: block; overflow: hidden }
-svg { height: 7rem; border-bottom: 1px solid; fill: currentcolor; stroke: currentcolor }
-path { vector-effect: non-scaling-stroke } path + path { fill-opacity: .2 }</style>
-<main><h1>kimi2api</h1><div id="status" role="status"><noscript>This page needs JavaScript.</noscript></div>
-<label id="lock" hidden>API key <input id="key" type="password" autocomplete="off"></label>
-<h2>Server</h2><table><tbody id="server"></table><h2>Usage</h2><section id="usage"><p role="status"></p><div hidden>
-<table><tbody id="today"></table><p id="legend" class="soft"></p>
-<svg id="chart" aria-hidden="true" viewBox="0 0 310 100" preserveAspectRatio="none"><path /><path /></svg>
-<details><summary>Days (UTC)</summary><div class="scroll" tabindex="0"><table><thead><tr><th>Day<th>Requests
-<th>Prompt tokens<th>Completion tokens<tbody id="daily"></table></div></details>
-<div class="scroll"><table><thead><tr><th>Model, today<th>Requests<th>Prompt tokens<th>Completion tokens
-<tbody id="models"></table></div></div></section>
-<h2>Sessions</h2><section id="sessions" tabindex="-1"><p role="status"></p><div class="scroll" hidden><table>
-<thead><tr><th>User<th>Last used<th>Turns<th><tbody id="users"></table></div></section>
-<dialog id="sure" aria-labelledby="sure"><p>Forget this session?</p><bdi></bdi><p class="error" role="alert"></p>
-<button>Keep</button> <button>Forget</button></dialog><h2>Try it</h2>
-<label>Model <select id="model"></select></label><label>Question <textarea id="question" rows="3">
-</textarea></label><button id="send">Send</button> <button id="stop" aria-disabled="true">Stop</button>
-<div id="chat" role="log" tabindex="0"></div>
-<h2>Connect</h2><section id="connect"></section>
-<h2>API</h2><a href="openapi.json">/openapi.json</a><table><tbody id="api"></table></main>
-<script type="module">
-const [status, lock, key, server, usage, today, legend, chart, daily, models, sessions, users, sure, model, question,
-  send, stop, chat, connect, api] = document.querySelectorAll('[id]');
-const language = navigator.languages[0]?.startsWith('zh') ? 'zh-CN' : 'en', words = language === 'en' ? {} : {
-  ok: '正常', degraded: '异常', 'API key': 'API 密钥', Server: '服务器', 'Sessions kept: #': '保留的会话：#',
-  'Up: # h # min': '已运行 # 小时 # 分', 'Chats running: #': '进行中的对话：#', 'Store: #': '存储：#',
-  'no answer': '无响应', 'failing since #: ': '自 # 起异常：', Usage: '用量', 'Requests today: #': '今日请求：#',
-  'Tokens today: #': '今日 token：#', ' of #': '，上限 #', ', most in a day: #': '，单日最多：#',
-  'Days (UTC)': '每日明细（UTC）', 'Limit of requests per minute: #': '每分钟请求上限：#',
-  'Tokens per day since #, at most #: ■ prompt □ completion': '自 # 起每日 token，单日最多 #：■ 输入 □ 输出',
-  Day: '日期', 'Model, today': '今日模型', Requests: '请求', 'Prompt tokens': '输入 token',
-  'Completion tokens': '输出 token', None: '无', Sessions: '会话', User: '用户', 'Last used': '最近使用', Turns: '轮次',
-  'The last used # of #': '最近使用的 #，共 #', 'Forget this session?': '忘记这个会话？', Keep: '保留', Forget: '忘记',
-  'Try it': '试一试', Model: '模型', Question: '问题', 'Ctrl+Enter or ⌘+Enter sends': '按 Ctrl+Enter 或 ⌘+Enter 发送',
-  'You: #': '我：#', Send: '发送', Stop: '停止', Conversation: '对话', Connect: '接入', Copy: '复制', Copied: '已复制',
-  Stopped: '已停止', 'This needs the right API key.': '需要正确的 API 密钥。',
-  'The server cannot be reached.': '无法连接服务器。', 'The answer is empty.': '回答为空。',
-  'The answer broke off.': '回答中断了。'};
-const turns = [], examples = {}, near = {block: 'nearest'};
-let running = null, locked = null;  // what aborts the running chat; whether a key is asked for, null while unknown
-let forgotten = 0;  // sessions, so that a list asked for before is not shown after
-let refused = '', timer = 0;  // the key that was wrong, which is not tried again; until the next look at the server
-const format = value => typeof value === 'number' ? value.toLocaleString(language) : value;
-const say = (text, ...values) => (words[text] ?? text).replace(/#/g, () => format(values.shift()));
-const secret = () => key.value.replace(/[^!-~]/g, '');  // no key has anything else in it
-const clip = text => text.length > 48 ? [...text.slice(0, 96)].slice(0, 48).join('') + '…' : text;
-const time = seconds => new Date(seconds * 1000).toLocaleString(language, {dateStyle: 'short', timeStyle: 'short'});
-const make = (tag, parent, textContent, className = '') =>  // the only way texts get in, so that they are never HTML
-  parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
-function update(element, properties) {  // but for those that are so already: a text made anew loses its selection
-  for (const name in properties) if (element[name] !== properties[name]) element[name] = properties[name];
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>
+<rect width='32' height='32' rx='8' fill='%234052c0'/>
+<path d='M11 8v16M22 8l-9 8 9 8' fill='none' stroke='white' stroke-width='4'/></svg>">
+<style>
+/* Base */
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f6f6f7, #141416);
+  --card: light-dark(#fff, #1d1d20);
+  --tint: light-dark(#ececf0, #2a2a2f);
+  --line: light-dark(#dddde2, #35353b);
+  --text: light-dark(#1b1b1f, #ececf0);
+  --soft: light-dark(#5c5c66, #a3a3ad);
+  --accent: light-dark(#4052c0, #a5b4ff);
+  --bad: light-dark(#b3261e, #ff948a);
 }
-function fill(body, rows) {  // rows: [key, ...cells]; one that stays is not made anew, so that it keeps the focus
-  if (!rows.length) rows = [['', say('None')]];
-  for (const row of [...body.rows]) if (!rows.some(([key]) => key === row.key)) row.remove();
-  rows.forEach(([key, ...cells], index) => {
-    if (body.rows[index]?.key !== key) body.insertRow(index).key = key;
-    cells.forEach((cell, column) => {  // a text, a number, or properties of an element
-      const {tag = 'bdi', ...properties} = cell.tag ? cell : {textContent: format(cell)};
-      const place = body.rows[index].cells[column] ?? body.rows[index].insertCell();
-      update(place.firstChild ?? make(tag, place), properties);
+* { box-sizing: border-box; margin: 0; min-width: 0 }
+[hidden] { display: none !important }
+body { display: flex; flex-direction: column; height: 100dvh; background: var(--page); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+/* Until the server has answered, so that nothing moves */
+.loading * { visibility: hidden }
+.unseen { position: fixed; clip-path: inset(50%) }
+:focus-visible { outline: 2px solid var(--accent) }
+/* Controls and states */
+button, input, select, textarea { font: inherit; color: inherit; background: var(--card); height: 2.25rem;
+  border: 1px solid light-dark(#8c8c96, #70707a); border-radius: .5rem; padding: 0 .75rem; white-space: nowrap }
+button, summary { cursor: pointer }
+button:hover, summary:hover, a { color: var(--accent) }
+.main, .main:hover { background: var(--accent); color: var(--card); border: 0; font-weight: 600 }
+.quiet { border: 0; background: none; padding: 0 .5rem; height: 1.75rem }
+::placeholder { color: inherit; opacity: .75; white-space: nowrap; font-size: .9375rem }
+.soft, .quiet, .thinking, #welcome p { color: var(--soft) }
+.soft, .quiet, #status { font-size: .875rem }
+.bad, .degraded, .bad:hover { color: var(--bad) }
+[aria-invalid=true], .problem { border-color: var(--bad) !important }
+.ok::before, .bad:not(:empty)::before, .degraded::before { content: '● ' }
+.ok::before { color: light-dark(#19723d, #62cc8e) }
+/* Layout: head, sections, and the chat's column */
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 1rem;
+  background: var(--card); border-bottom: 1px solid var(--line) }
+h1, h3 { font-size: 1.0625rem }
+#status { flex: 1 }
+#key { flex: 1 1 4rem; max-width: 12rem }
+nav { order: 1; width: 100%; display: flex; justify-content: space-between }
+nav a { padding: .25rem .5rem; border-radius: .5rem; color: var(--soft); text-decoration: none; font-size: .9375rem
+  }
+nav a[aria-current] { background: var(--tint); color: var(--text) }
+main { flex: 1; min-height: 0; display: flex }
+section { display: none; flex: 1; overflow: auto; padding: 0 1rem 1rem; font-size: .9375rem }
+.current { display: block }
+section > :not(#log), article { max-width: 46rem; width: 100%; margin-inline: auto }
+h2 { font-size: 1rem; margin: 1rem 0 .5rem }
+#chat { font-size: 1rem; flex-direction: column; padding-block: 0 }
+#chat.current { display: flex }
+#bar { display: flex; gap: .5rem; padding-block: .5rem }
+#bar > * { flex: 1 1 4rem; background: none }
+#model { flex-grow: 2 }
+#fresh { flex: none }
+#log { flex: 1; overflow: auto }
+#log:empty, #log:not(:empty) + #welcome { display: none }
+#welcome { margin: auto; text-align: center; text-wrap: balance }
+#welcome h2 { font-size: 1.5rem }
+#welcome p { height: 3rem }
+#composer { display: flex; align-items: end; padding: .5rem; margin-bottom: 1rem; background: var(--card);
+  border: 1px solid light-dark(#8c8c96, #70707a); border-radius: 1rem }
+#composer:focus-within { border-color: var(--accent) }
+#question { flex: 1; field-sizing: content; height: auto; max-height: 30vh; resize: none; border: 0; outline: 0;
+  padding: .375rem .5rem }
+/* Conversation */
+textarea, .user > div, .text *, .thinking p { white-space: pre-wrap }
+article { padding: .5rem 0 }
+.user > div { background: var(--tint); border-radius: 1rem; padding: .5rem 1rem; width: fit-content; max-width: 85%;
+  margin-left: auto }
+.text > * { margin-bottom: .75rem }
+.text :is(ul, ol) { padding-left: 1.5rem }
+.waiting > .text:empty::before { content: '●'; color: var(--soft) }
+li { margin: .25rem 0 }
+code { font: .875em ui-monospace, Consolas, monospace }
+.text :not(pre) > code { background: var(--tint); border-radius: .25rem; padding: .1em .3em }
+/* Cards and tables */
+.card, .code { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; overflow: auto;
+  margin-bottom: .75rem }
+.card { padding: .5rem 1rem }
+#api p { margin-bottom: .5rem }
+.problem, .problem button { margin-top: .5rem }
+.code > div { display: flex; justify-content: space-between; align-items: center;
+  padding: .125rem .25rem .125rem 1rem; background: var(--tint); font-size: .875rem }
+pre, pre * { white-space: pre !important }
+pre { overflow: auto; padding: .75rem 1rem }
+.thinking { margin-bottom: .5rem }
+.thinking p { border-left: 2px solid var(--line); padding-left: 1rem }
+table { width: 100%; border-spacing: 0 }
+td { padding: .375rem 0; vertical-align: top }
+tr + tr > td, #users > * + * { border-top: 1px solid var(--line) }
+td > *, #routes td { display: block }
+#routes td + td { color: var(--soft); border: 0 }
+tr:has(meter) > td { border: 0 }
+td:first-child { min-width: 5rem }
+#upstreams td + td { padding-left: 1rem; text-align: end }
+#upstreams .bad { text-align: start }
+meter { width: 100%; height: .5rem; appearance: none }
+::-webkit-meter-bar { background: var(--tint); border: 0 }
+::-webkit-meter-optimum-value { background: var(--accent) }
+::-moz-meter-bar { background: var(--accent) }
+::-webkit-meter-suboptimum-value { background: var(--bad) }
+svg { width: 100%; height: 6rem; fill: var(--accent) }
+#users summary { padding: .5rem 0 }
+summary .soft { float: right }
+@media (min-width: 640px) { nav { order: 0; width: auto } }
+/* A wide window shows the chat beside another section */
+@media (min-width: 1000px) {
+  [href='#chat'] { display: none }
+  #chat { display: flex }
+  .current:not(#chat), #chat.current + section { display: block; flex: 0 0 27rem; border-left: 1px solid var(--line) }
+  [href='#chat'][aria-current] + a { background: var(--tint); color: var(--text) }
+}
+@media not (prefers-reduced-motion) { .waiting > .text::before { animation: 1s infinite alternate breathe } }
+@keyframes breathe { to { opacity: .2 } }
+</style>
+<body class="loading">
+<header><h1>kimi2api</h1>
+  <p id="status" role="status"><noscript>This page needs JavaScript.</noscript></p>
+  <input id="key" type="password" autocomplete="off" data-name="API key" hidden>
+  <nav><a href="#chat">Chat</a><a href="#overview">Overview</a><a href="#sessions">Sessions</a>
+    <a href="#connect">Connect</a><a href="#api">API</a></nav>
+  <button id="language" class="quiet"></button></header>
+<main>
+<section id="chat" data-name="Chat">
+  <div id="bar"><select id="model" data-name="Model"><option value="">Model</select>
+    <input id="user" maxlength="512" data-name="User" autocomplete="off"><button id="fresh">New chat</button></div>
+  <div id="log" role="log" aria-live="off" tabindex="0" data-name="Conversation"></div>
+  <div id="welcome"><h2>Ask anything</h2><p></p></div>
+  <form id="composer"><textarea id="question" rows="1" data-name="Message (Shift+Enter: new line)"></textarea>
+    <button id="send" class="main">Send</button></form></section>
+<section id="overview"><h2>Upstreams</h2>
+  <table class="card"><tbody id="upstreams"></table><h2>Server</h2>
+  <table class="card"><tbody id="server"></table><h2>Usage</h2><p role="status"></p>
+  <div id="usage" hidden><table class="card"><tbody id="today"></table><p id="legend" class="soft"></p>
+    <svg id="chart" role="img" viewBox="0 0 310 100" preserveAspectRatio="none"><path /></svg></div></section>
+<section id="sessions" tabindex="-1"><h2>Sessions</h2><p role="status"></p>
+  <div id="users" class="card" hidden></div></section>
+<section id="connect"><h2>Connect</h2></section>
+<section id="api"><h2>API</h2><p><a href="openapi.json">/openapi.json</a> · <a href="health">/health</a></p>
+  <table class="card"><tbody id="routes"></table></section>
+</main>
+<p id="live" role="status" class="unseen"></p>
+<script type="module">
+const [status, key, language, chat, bar, model, user, fresh, log, welcome, composer, question, send, overview,
+  upstreams, server, usage, today, legend, chart, sessions, users, connect, api, routes, live,
+] = document.querySelectorAll('[id]');
+
+// Words: English = Chinese, after a pattern of codes where they advise on an error. A # stands for a value
+
+const table = `
+ok = 正常
+degraded = 异常
+Chat = 对话
+Overview = 概览
+Sessions = 会话
+Connect = 接入
+API key = API 密钥
+The API key is wrong. = API 密钥不正确。
+Model = 模型
+User = 用户名
+New chat = 新对话
+Conversation = 对话内容
+Ask anything = 想聊点什么？
+With a user name, the server remembers the chat. = 填写用户名后，服务器会记住对话。
+Message (Shift+Enter: new line) = 输入消息（Shift+Enter 换行）
+Send = 发送
+Stop = 停止
+You = 我
+Answer = 回答
+Thinking = 思考过程
+Copy = 复制
+Copied = 已复制
+Stopped = 已停止
+Try again = 重试
+Upstreams = 上游
+Server = 服务器
+failing since #: # = 自 # 起异常：#
+Store: # = 存储：#
+Version #, up # h # min = 版本 #，已运行 # 小时 # 分
+Chats running: # of # = 进行中的对话：#，上限 #
+Usage = 用量
+Requests today: # = 今日请求：#
+Requests per minute: at most # = 每分钟请求上限：#
+Tokens today: # = 今日 token：#
+Tokens today: # of # = 今日 token：#，上限 #
+Tokens per day since #, at most # = 自 # 起每日 token，单日最多 #
+None = 无
+# turns, # = # 轮，#
+Continue = 继续对话
+Forget = 忘记
+Really forget? = 确定忘记？
+Settings, Connections, OpenAI API = 设置，外部连接，OpenAI API
+Settings, Model Provider, Add, type OpenAI = 设置，模型服务，添加，类型 OpenAI
+The server cannot be reached. = 无法连接服务器。
+The answer is empty. = 回答为空。
+The answer broke off. = 回答中断了。
+unreachable = Is kimi2api running? = 请确认 kimi2api 正在运行。
+api_key = This server asks for an API key: type it at the top. = 此服务器需要 API 密钥，请在页面顶部填写。
+busy|rate_limit = Wait a minute, then try again. = 请稍等一分钟再重试。
+^insufficient_quota = Wait until midnight UTC. = 请等到 UTC 零点。
+context|too_large = Start a new chat, write less, or pick another model. = 请新建对话、缩短消息，或换一个模型。
+upstream_auth = Check the key that the server has for this API. = 请检查服务器所用的上游 API 密钥。
+store = Leave the user empty, or see the server's log. = 请留空用户名，或查看服务器日志。
+.* = Try again, or pick another model. kimi2api --check tells more. = 请重试或换一个模型；kimi2api --check 会给出原因。`
+  .split('\n').map(line => line.split(' = '));
+const chinese = Object.fromEntries(table.map(row => row.slice(-2)));
+const advice = code => table.find(row => row.length > 2 && code.match(row[0]))[1];
+let secrets = {}, choices = {};
+try { [secrets, choices] = [sessionStorage, localStorage]; } catch { /* a browser that keeps nothing */ }
+let locale = /^zh/.test(choices.kimi2apiLanguage ?? navigator.language) ? 'zh-CN' : 'en';
+const say = (text, ...values) =>
+  (locale === 'en' ? text : chinese[text] ?? text).replace(/#/g, () => values.shift().toLocaleString(locale));
+const clip = text => text.length > 48 ? [...text.slice(0, 96)].slice(0, 48).join('') + '…' : text;
+const time = seconds => new Date(seconds * 1000).toLocaleString(locale, {dateStyle: 'short', timeStyle: 'short'});
+
+// Elements. Texts get in as text alone, so that they are never HTML
+
+const make = (tag, parent, textContent = '', className = '') =>
+  parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
+const label = (element, words) => Object.assign(element, {words, textContent: say(words)});  // follows the language
+const button = (parent, words, onclick) => Object.assign(label(make('button', parent, '', 'quiet'), words), {onclick});
+function update(element, properties) {  // only those that differ: a text made anew loses its selection
+  for (const name in properties)
+    if (element[name] !== properties[name]) element[name] = properties[name];
+}
+// Makes children for these keys. Those that stay are not made anew: they keep the focus
+function keep(parent, keys, create) {
+  const wanted = new Set(keys);
+  for (const child of [...parent.children]) if (!wanted.has(child.key)) child.remove();
+  const children = keys.map((key, index) => {
+    const child = parent.children[index];
+    return child?.key === key ? child : Object.assign(parent.insertBefore(create(key), child), {key});
+  });
+  while (parent.children[keys.length]) parent.lastChild.remove();
+  return children;
+}
+function fill(body, rows) {  // rows of cells: a text, or properties of an element
+  if (!rows.length) rows = [[say('None')]];
+  keep(body, [...rows.keys()], () => make('tr', body)).forEach((row, index) => {
+    while (row.cells[rows[index].length]) row.deleteCell(-1);
+    rows[index].forEach((cell, column) => {
+      const {tag = 'bdi', ...properties} = typeof cell === 'string' ? {textContent: cell} : cell;
+      const place = row.cells[column] ?? row.insertCell();
+      if (place.firstChild?.localName !== tag) place.replaceChildren(document.createElement(tag));
+      update(place.firstChild, properties);
     });
   });
-  while (body.rows.length > rows.length) body.lastChild.remove();
 }
-function bar(name, value, limit, most) {  // of a limit, in yellow when little is left of it, or of the most in a day
-  const text = say(name, value) + (limit ? say(' of #', limit) : say(', most in a day: #', most));
-  const max = limit || most || 1, high = limit ? limit * .8 : max;
-  return [name, text, {tag: 'meter', ariaLabel: text, max, high, value}];
+async function copy(text) {  // whether it could
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  document.addEventListener('copy', event => {  // plain http of another machine
+    event.clipboardData.setData('text/plain', text);
+    event.preventDefault();
+  }, {once: true});
+  return document.execCommand('copy');
 }
-function fold(title) {  // a <details> with a text to copy; returns the element of the text
-  const details = make('details', connect);
-  make('code', make('summary', details), title);
-  const button = make('button', details, say('Copy')), pre = make('pre', details);
-  button.onclick = () => {
-    getSelection().selectAllChildren(pre);
-    if (document.execCommand('copy')) button.textContent = say('Copied');  // plain http has no navigator.clipboard
-  };
-  pre.tabIndex = 0;  // so that the keyboard can scroll it
-  return pre;
+const copyButton = (parent, text) => button(parent, 'Copy', async ({target}) => {
+  if (!await copy(text())) return;
+  live.textContent = label(target, 'Copied').textContent;
+  setTimeout(label, 2000, target, 'Copy');
+});
+function codeBlock(parent, title) {
+  const box = make('div', parent, '', 'code'), bar = make('div', box), code = make('code', make('pre', box));
+  make('span', bar, title);
+  copyButton(bar, () => code.textContent);
+  code.parentNode.tabIndex = 0;  // so that the keyboard can scroll it
+  return {box, code};
 }
-function fail({message, code}) { throw Object.assign(Error(message + (code ? ` (${code})` : '')), {code}); }
+
+// Markdown: headings, lists, code and bold; all else stays text. It is drawn while it comes
+
+function inline(parent, text) {
+  text.split(/(`[^`]+`|\*\*[^\s*].*?\*\*)/).forEach((part, index) => {
+    if (index % 2 === 0) parent.append(part);
+    else if (part[0] === '`') make('code', parent, part.slice(1, -1));
+    else inline(make('strong', parent), part.slice(2, -2));
+  });
+}
+class Markdown {
+  rest = '';  // the line that is not complete, and its elements
+  last = [];
+  state = {lists: []};  // before it: block takes its text, lists are open, code is inside of a fence
+  constructor(parent) { this.parent = parent; }
+  write(text) {  // complete lines are drawn once, the rest again when more of it has come
+    const lines = (this.rest + text).split('\n');
+    for (const element of this.last) element.remove();
+    this.rest = lines.pop();
+    for (const line of lines) this.state = this.draw(line);
+    this.last = [];
+    this.draw(this.rest);
+  }
+  add(tag, parent) {
+    const element = make(tag, parent);
+    this.last.push(element);
+    return element;
+  }
+  draw(line) {  // returns the state after it
+    const {block, lists, code, fence, indent} = this.state;
+    const [, mark, title] = line.match(/^\s*(```+|~~~+)([^`]*)$/) ?? [];
+    if (code) {
+      if (mark?.startsWith(fence) && !title.trim()) return {lists};
+      this.add('span', code).textContent = line.slice(Math.min(indent, line.search(/\S|$/))) + '\n';
+      return this.state;
+    }
+    if (!line.trim()) return {lists};
+    const [, heading] = line.match(/^#{1,6}\s+(.*)/) ?? [];
+    if (heading) {
+      inline(this.add('h3', this.parent), heading);
+      return {lists: []};
+    }
+    const item = line.match(/^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)/);
+    if (item) return this.drawItem(lists, item);
+    const open = /^\s/.test(line) ? lists : [], place = open.at(-1)?.list.lastChild ?? this.parent;
+    if (mark) {
+      const {box, code} = codeBlock(place, title.trim());
+      this.last.push(box);
+      return {lists: open, code, fence: mark, indent: line.indexOf(mark)};
+    }
+    const taker = block ?? this.add('p', place);
+    inline(this.add('span', taker), (block ? '\n' : '') + line.trimStart());
+    return {block: taker, lists: block ? lists : open};
+  }
+  drawItem(lists, [, {length: indent}, mark, text]) {
+    const tag = /\d/.test(mark) ? 'ol' : 'ul';
+    const open = lists.filter(list => list.indent < indent || list.indent === indent && list.tag === tag).slice(0, 9);
+    const outer = open.at(-1);
+    if (!outer || outer.indent < indent && open.length < 9) {
+      const list = this.add(tag, outer?.list.lastChild ?? this.parent);
+      list.start = parseInt(mark);
+      open.push({indent, tag, list});
+    }
+    const block = this.add('li', open.at(-1).list);
+    inline(block, text);
+    return {block, lists: open};
+  }
+}
+
+// Calls of the server
+
+const secret = () => key.value.replace(/[^!-~]/g, '');  // no key has anything else in it
+function fail(message, code) { throw Object.assign(Error(message), {code: String(code ?? '')}); }
 async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
   const headers = {'Content-Type': 'application/json'};
   if (secret() && path.startsWith('v1/')) headers.Authorization = 'Bearer ' + secret();
-  const gone = () => fail({message: say('The server cannot be reached.')});
+  const gone = () => fail(say('The server cannot be reached.'), 'unreachable');
   const answer = await fetch(path, {headers, signal: AbortSignal.timeout(6000), ...options}).catch(gone);
-  if (!answer.ok) fail((await answer.json().catch(() => ({}))).error ?? {message: `HTTP status ${answer.status}`});
+  if (!answer.ok) {
+    const {error} = await answer.json().catch(() => ({}));
+    fail(error?.message ?? `HTTP ${answer.status}`, error?.code);
+  }
   return options?.method ? answer.body : answer.json().catch(gone);
 }
-async function watch() {
-  if (!document.hidden) await refresh().catch(({message}) => {
-    update(status, {textContent: message, className: 'degraded'});
-    fill(server, [['', message]]);  // rather than what was
-    [locked, refused] = [null, ''];
+async function* deltas(stream) {  // of an answer. Fails with its error, or when it ends before its end
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  for (let read, rest = ''; !(read = await reader.read().catch(() => ({done: true}))).done;) {
+    const lines = (rest + read.value).split('\n');
+    rest = lines.pop();
+    for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
+      if (data === '[DONE]') return;
+      const {error, choices} = JSON.parse(data);
+      if (error) fail(error.message, error.code);
+      yield choices?.[0]?.delta ?? {};
+    }
+  }
+  fail(say('The answer broke off.'));
+}
+const sessionPath = name =>  // browsers take . and .. out of a path
+  'v1/sessions/' + (/^\.\.?$/.test(name) ? '?user=' + name : encodeURIComponent(name));
+
+// Chat
+
+let messages = [], isRemembered = false;  // of the conversation; by the server, which needs the newest only
+let running = null;  // what aborts the running chat
+function addTurn(parent, role) {
+  const turn = make('article', parent, '', role);
+  label(make('h3', turn, '', 'unseen'), role === 'user' ? 'You' : 'Answer');
+  return turn;
+}
+class Answer {
+  text = '';
+  fresh = '';  // what is not drawn yet
+  constructor(parent) {
+    this.turn = addTurn(parent, 'assistant');
+    this.thinking = make('details', this.turn, '', 'thinking');
+    this.thinking.hidden = true;
+    label(make('summary', this.thinking), 'Thinking');
+    this.thought = make('p', this.thinking);
+    this.markdown = new Markdown(make('div', this.turn, '', 'text'));
+  }
+  write({content, reasoning_content, reasoning}) {
+    const thought = reasoning_content || reasoning;
+    if (thought) this.thought.append(thought);
+    this.fresh += content ?? '';
+    this.frame ||= requestAnimationFrame(() => this.draw());  // once for many deltas of a fast answer
+  }
+  draw() {
+    const far = log.scrollHeight - log.scrollTop - log.clientHeight;
+    this.thinking.hidden = !this.thought.textContent;
+    this.markdown.write(this.fresh);
+    this.text += this.fresh;
+    [this.fresh, this.frame] = ['', 0];
+    if (far < 80) log.scrollTop = log.scrollHeight;  // follow, unless the reader has scrolled up
+  }
+  end() {
+    cancelAnimationFrame(this.frame);
+    this.draw();
+    this.turn.classList.remove('waiting');
+    if (this.text) copyButton(this.turn, () => this.text);
+  }
+}
+function drawMessage(parent, {role, content, tool_calls}) {
+  const text = typeof content === 'string' && content || JSON.stringify(tool_calls ?? content);
+  if (role === 'user') return make('div', addTurn(parent, role), text).parentNode;
+  const answer = new Answer(parent);
+  answer.write({content: text});
+  answer.end();
+}
+function begin(turns = []) {  // a conversation, anew or as the server remembers it
+  running?.abort();
+  [messages, isRemembered] = [turns.flat(), turns.length > 0];
+  log.replaceChildren();
+  for (const message of messages) drawMessage(log, message);
+  log.scrollTop = log.scrollHeight;
+}
+async function openUser() {
+  const name = user.value, session = name && await call(sessionPath(name)).catch(error => error);
+  if (name !== user.value) return;
+  isRemembered = false;  // a new user gets the conversation as it stands
+  if (session.turns) begin(session.turns);
+}
+function setRunning(controller) {
+  running = controller;
+  label(send, running ? 'Stop' : 'Send');
+}
+async function ask(text) {
+  const mine = new AbortController(), turns = messages, before = turns.length, asked = {role: 'user', content: text};
+  const body = {model: model.value || undefined, user: user.value || undefined, stream: true,
+    messages: isRemembered ? [asked] : [...turns, asked]};
+  log.querySelectorAll('.problem button').forEach(element => element.remove());
+  const turn = drawMessage(log, asked), answer = new Answer(log);
+  answer.turn.classList.add('waiting');
+  log.scrollTop = log.scrollHeight;
+  setRunning(mine);
+  let problem;
+  try {
+    const options = {method: 'POST', body: JSON.stringify(body), signal: mine.signal};
+    for await (const delta of deltas(await call('v1/chat/completions', options))) answer.write(delta);
+    if (!answer.text && !answer.fresh) fail(say('The answer is empty.'));
+    if (turns === messages) isRemembered = !!body.user && body.user === user.value;
+  } catch (error) { problem = error; }
+  answer.end();
+  if (answer.text) turns.push(asked, {role: 'assistant', content: answer.text});
+  if (mine.signal.aborted) label(make('p', answer.turn, '', 'soft'), 'Stopped');
+  else if (problem) addProblem(answer.turn, problem, () => {
+    turns.length = before;
+    turn.remove();
+    answer.turn.remove();
+    ask(text);
+    question.focus();
   });
-  clearTimeout(timer);  // of another watch that has ended meanwhile
+  live.textContent = problem ? answer.turn.lastChild.textContent : answer.text;
+  if (running === mine) setRunning(null);
+  log.scrollTop = log.scrollHeight;
+  watch();
+}
+function addProblem(parent, {message, code = ''}, again) {
+  const box = make('div', parent, '', 'card problem');
+  make('p', box, message + (code && ` (${code})`), 'bad');
+  label(make('p', box), advice(code));
+  button(box, 'Try again', again).className = '';
+}
+
+// Overview
+
+let timer, locked, refused, newest = 0;  // locked: a key is asked for; refused: the one that was wrong
+async function watch() {
+  if (!document.hidden) await refresh(++newest).catch(({message}) => {
+    update(status, {textContent: message, className: 'bad'});
+    fill(upstreams, [[message]]);  // rather than what was
+  });
+  document.body.className = '';
+  clearTimeout(timer);
   timer = setTimeout(watch, 5000);
 }
-async function refresh() {
-  const now = await call('health');
+async function refresh(mine) {  // what comes after a newer call has begun is not shown
+  const now = await call('health'), tried = secret();
+  if (mine !== newest) return;
+  const isNew = locked !== now.key_required;
+  locked = now.key_required;
+  key.hidden = !locked;
+  if (isNew) fillRoutes();
+  if (isNew) fillConnect();
   update(status, {textContent: say(now.status), className: now.status});
   fillServer(now);
-  const isNew = locked !== now.key_required;
-  if (isNew) { lock.hidden = !(locked = now.key_required); fillApi(); }
-  await Promise.all([show(usage, 'v1/usage', fillUsage), show(sessions, 'v1/sessions', fillSessions),
-    (isNew || !model.value) && fillModels()]);
+  document.body.className = '';
+  const paths = ['usage', 'sessions', 'models'], isHopeless = locked && ['', refused].includes(tried);
+  const answers = await Promise.all(paths.map(path =>
+    isHopeless ? {code: 'invalid_api_key'} : call('v1/' + path).catch(error => error)));
+  if (mine !== newest) return;
+  const isShut = answers[0].code === 'invalid_api_key';
+  const problem = isShut && say(tried ? 'The API key is wrong.' : advice('api_key'));
+  if (isShut) refused = tried;
+  key.ariaInvalid = isShut;
+  update(welcome.lastChild,
+    {textContent: problem || say('With a user name, the server remembers the chat.')});
+  [[usage, fillUsage], [users, fillSessions], [model, fillModels]].forEach(([body, fillIn], index) => {
+    const message = problem || answers[index].message || fillIn(answers[index]) || '';
+    if (body === model) return;
+    update(body.previousElementSibling, {textContent: message});
+    body.hidden = !!message;
+  });
 }
-async function see(path) {  // what the key may see, or an error; nothing when that has changed meanwhile
-  const tried = secret(), before = forgotten, isHopeless = ['', refused].includes(tried);
-  const answer = locked && isHopeless ? {code: 'invalid_api_key'} : await call(path).catch(error => error);
-  if (tried !== secret() || before !== forgotten) return;
-  if (answer.code === 'invalid_api_key') [refused, answer.message] = [tried, say('This needs the right API key.')];
-  return answer;
-}
-async function show(section, path, fillIn) {  // an answer, or one line why there is none
-  const [problem, body] = section.children, answer = await see(path);
-  if (!answer) return;
-  update(problem, {textContent: answer.message ?? ''});
-  body.hidden = 'message' in answer;
-  if (!body.hidden) fillIn(answer);
-}
-function fillServer({chats: {running, limit}, sessions: {kept}, uptime_seconds: up, upstreams, store}) {
-  const age = say('Up: # h # min', Math.floor(up / 3600), Math.floor(up / 60) % 60);
-  const stored = [say('Store: #', store.kind), store.ok ? {} : {reason: say('no answer')}];
-  const rows = [...Object.entries(upstreams), stored].map(([name, {failing_since: since, reason}]) => [name, name, {
-    tag: 'bdi', className: reason ? 'error' : 'ok',
-    textContent: (since ? say('failing since #: ', time(since)) : '') + (reason ?? say('ok'))}]);
-  fill(server, [[0, say('Sessions kept: #', kept ?? '?'), age],
-    bar('Chats running: #', running, limit), ...rows]);
+// Red when little is left
+const meter = (ariaLabel, value, max) => [{tag: 'meter', ariaLabel, max, high: max * .8, value}];
+function fillServer({version, chats: {running, limit}, uptime_seconds: up, upstreams: all, store}) {
+  fill(upstreams, Object.entries(all).map(([name, {failing_since: since, reason}]) => [name, reason
+    ? {className: 'bad', textContent: say('failing since #: #', time(since), reason)}
+    : {className: 'ok', textContent: say('ok')}]));
+  const chats = say('Chats running: # of #', running, limit);
+  fill(server, [
+    [chats],
+    meter(chats, running, limit),
+    [{className: store.ok ? 'ok' : 'bad', textContent: say('Store: #', store.kind)}],
+    [say('Version #, up # h # min', version, Math.floor(up / 3600), Math.floor(up / 60) % 60)],
+  ]);
 }
 function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: perDay}, days}) {
-  const last = days.at(-1), most = Math.max(...days.map(day => day.total_tokens));
-  const rows = [bar('Requests today: #', last.requests, 0, Math.max(...days.map(day => day.requests))),
-    bar('Tokens today: #', last.total_tokens, perDay, most)];
-  fill(today, perMinute ? [...rows, ['', say('Limit of requests per minute: #', perMinute)]] : rows);
-  update(legend,
-    {textContent: say('Tokens per day since #, at most #: ■ prompt □ completion', days[0].date, most)});
-  drawDays(days, most);
-  const count = (name, {requests, prompt_tokens, completion_tokens}) =>
-    [name, clip(name), requests, prompt_tokens, completion_tokens];
-  fill(daily, days.toReversed().map(day => count(day.date.slice(5), day)));
-  const byTokens = ([, a], [, b]) => b.total_tokens - a.total_tokens;
-  fill(models, Object.entries(last.models).sort(byTokens).map(entry => count(...entry)));
+  const {requests, total_tokens: total} = days.at(-1);
+  const most = Math.max(...days.map(day => day.total_tokens));
+  const tokens = perDay ? say('Tokens today: # of #', total, perDay) : say('Tokens today: #', total);
+  fill(today, [
+    [say('Requests today: #', requests)],
+    ...perMinute ? [[say('Requests per minute: at most #', perMinute)]] : [],
+    [tokens],
+    ...perDay ? [meter(tokens, total, perDay)] : [],
+  ]);
+  update(legend, {textContent: say('Tokens per day since #, at most #', days[0].date, most)});
+  chart.ariaLabel = days.map(day => `${day.date}: ${day.total_tokens}`).join(', ');
+  chart.firstChild.setAttribute('d', days.map(({total_tokens: tokens}, day) => {
+    const height = tokens ? Math.max(3, 98 * tokens / most) : 1;  // a little is seen beside a huge day, too
+    return `M${day * 10 + 1},100h8v-${height}h-8z`;
+  }).join(''));
 }
-function drawDays(days, most) {
-  const shapes = ['', ''];
-  days.forEach(({prompt_tokens, completion_tokens}, day) => {
-    let y = 99.5;
-    [prompt_tokens, completion_tokens].forEach((tokens, kind) => {
-      const height = tokens && Math.max(2, 97 * tokens / most);  // a little is seen beside a huge day, too
-      if (height) shapes[kind] += `M${day * 10 + 1},${y}h8v-${height}h-8z`;
-      y -= height;
-    });
+
+// Sessions
+
+function fillSessions({data}) {  // in an order that a chat does not change
+  data.sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
+  keep(users, data.map(({user}) => user), addSession).forEach((entry, index) => {
+    const {last_used, turns} = data[index];
+    update(entry.querySelector('.soft'), {textContent: say('# turns, #', turns, time(last_used))});
   });
-  shapes.forEach((shape, kind) => chart.children[kind].setAttribute('d', shape));
+  return data.length ? '' : say('None');
 }
-function fillSessions({data}) {  // the last used, which stand last, in an order that a chat does not change
-  const shown = data.slice(-100).sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
-  const rows = shown.map(({user, last_used, turns}) => [user, clip(user), time(last_used), turns,
-    {tag: 'button', textContent: say('Forget'), ariaLabel: `${say('Forget')} ${clip(user)}`,
-      onclick: ({target}) => forget(user, target.closest('tr'))}]);
-  if (data.length > 100) rows.push(['', say('The last used # of #', 100, data.length)]);
-  fill(users, rows);
-}
-function forget(user, row) {
-  const [, name, problem, keep, certain] = sure.children;
-  [name.textContent, problem.textContent] = [clip(user), ''];
-  keep.onclick = () => sure.close(); sure.row = row;
-  certain.onclick = async () => {
-    try {
-      await call('v1/sessions/' + encodeURIComponent(user), {method: 'DELETE'});
-    } catch ({message}) { return sure.row === row && update(problem, {textContent: message}); }
-    const next = row.nextSibling ?? row.previousSibling;
-    forgotten++;
-    row.remove(); watch();
-    if (!sure.open || sure.row !== row) return;  // closed meanwhile, and perhaps open for another
-    sure.close();
-    (next?.querySelector('button') ?? sessions).focus();
+function addSession(name) {
+  const entry = make('details', users), summary = make('summary', entry);
+  make('span', summary, '', 'soft');
+  make('bdi', summary, clip(name));
+  button(entry, 'Continue', () => {
+    user.value = name;
+    if (!chat.offsetWidth) location.hash = '#chat';
+    openUser();
+    question.focus();
+  });
+  const forget = button(entry, 'Forget', ({detail}) => {
+    if (forget.words !== 'Forget') return detail < 2 && forgetSession(name, entry);  // a double click is no answer
+    live.textContent = label(forget, 'Really forget?').textContent;
+    forget.classList.add('bad');
+  });
+  forget.onblur = () => label(forget, 'Forget').classList.remove('bad');
+  const turns = make('div', entry);
+  entry.ontoggle = async () => {
+    const session = entry.open && await call(sessionPath(name)).catch(error => error);
+    turns.replaceChildren();
+    for (const message of session.turns?.flat() ?? []) drawMessage(turns, message);
+    if (session.message) make('p', turns, session.message, 'bad');
   };
-  sure.showModal();
+  return entry;
 }
-async function fillModels() {
-  const answer = await see('v1/models'), chosen = model.value;
-  if (!answer) return;
-  const {data = [{id: '', message: answer.message}]} = answer;
-  model.replaceChildren(...data.map(({id, message = id}) => new Option(message, id, false, id === chosen)));
+async function forgetSession(name, entry) {
+  const problem = await call(sessionPath(name), {method: 'DELETE'}).catch(error => error);
+  if (problem.message) return entry.lastChild.replaceChildren(problem.message);
+  const next = entry.nextSibling ?? entry.previousSibling;
+  if (entry.contains(document.activeElement)) (next?.firstChild ?? sessions).focus();
+  entry.remove();
+  if (name === user.value) begin();
+  watch();
+}
+
+// Connect and API
+
+function fillModels({data}) {
+  const ids = data.map(({id}) => id), chosen = model.value;
+  if (String(ids) === String(Array.from(model, option => option.value))) return;
+  model.replaceChildren(...ids.map(id => new Option(id, id, false, id === chosen)));
   fillConnect();
 }
 function fillConnect() {
-  const base = new URL('v1', location).href, bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
-  const name = JSON.stringify(id), quoted = name.replaceAll("'", "'\\\\''");
-  const hello = '[{"role": "user", "content": "Hello!"}]', texts = {
-    curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${bearer}' -H 'Content-Type: application/json' -d '
-{"model": ${quoted}, "messages": ${hello}}'`, 'openai-python': `from openai import OpenAI
+  // Some clients take localhost for ::1
+  const base = new URL('v1', location).href.replace(/\/\/localhost(?=[:/])/, '//127.0.0.1');
+  const bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]';
+  const texts = {
+    curl: `curl ${base}/chat/completions \\
+  -H 'Authorization: Bearer ${bearer}' -H 'Content-Type: application/json' \\
+  -d '{"model": ${name.replaceAll("'", "'\\''")}, "messages": ${hello}}'`,
+    'openai-python': `from openai import OpenAI
+
 client = OpenAI(base_url="${base}", api_key="${bearer}")
-print(client.chat.completions.create(model=${name}, messages=${hello}).choices[0].message.content)`,
+answer = client.chat.completions.create(model=${name}, messages=${hello})
+print(answer.choices[0].message.content)`,
     'openai-node': `import OpenAI from "openai";
+
 const client = new OpenAI({baseURL: "${base}", apiKey: "${bearer}"});
-const stream = await client.chat.completions.create({model: ${name}, stream: true, messages: ${hello}});
-for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");`,
+const answer = await client.chat.completions.create({model: ${name}, messages: ${hello}});
+console.log(answer.choices[0].message.content);`,
     LangChain: `from langchain_openai import ChatOpenAI
-print(ChatOpenAI(base_url="${base}", api_key="${bearer}", model=${name}).invoke("Hello!").content)`,
-    'chat UIs': `Key ${bearer}, model ${id}, and as base URL in
-Open WebUI (Settings, Connections, OpenAI API): ${base}
-Cherry Studio (Settings, Model Provider) and NextChat (Settings, Custom Endpoint): ${base.slice(0, -3)}`};
-  for (const title in texts) (examples[title] ??= fold(title)).textContent = texts[title];
+
+model = ChatOpenAI(base_url="${base}", api_key="${bearer}", model=${name})
+print(model.invoke("Hello!").content)`,
+    Codex: `# ~/.codex/config.toml; then: KIMI2API_KEY=${bearer} codex
+model = ${name}
+model_provider = "kimi2api"
+
+[model_providers.kimi2api]
+name = "kimi2api"
+base_url = "${base}"
+wire_api = "responses"
+env_key = "KIMI2API_KEY"`,
+    'Open WebUI': `# ${say('Settings, Connections, OpenAI API')}
+OPENAI_API_BASE_URL=${base} OPENAI_API_KEY=${bearer} open-webui serve`,
+    'Cherry Studio': `# ${say('Settings, Model Provider, Add, type OpenAI')}
+API Host: ${base.slice(0, -3)}
+API Key: ${bearer}
+Model: ${id}`,
+  };
+  for (const title in texts) update((connect[title] ??= codeBlock(connect, title).code), {textContent: texts[title]});
 }
-async function fillApi() {
+async function fillRoutes() {
   const {paths, message} = await call('openapi.json').catch(error => error);
-  fill(api, paths ? Object.entries(paths).flatMap(([path, item]) => Object.entries(item).map(([method, {summary}]) =>
-    [method + path, `${method.toUpperCase()} ${path}`, summary])) : [['', message]]);
+  fill(routes, paths ? Object.entries(paths).flatMap(([path, item]) => Object.entries(item).map(([method, {summary}]) =>
+    [{tag: 'code', textContent: `${method.toUpperCase()} ${path}`}, summary])) : [[message]]);
 }
-async function ask() {
-  const asked = {role: 'user', content: question.value.trim()};
-  if (running || !asked.content) return;
-  const body = JSON.stringify({model: model.value || undefined, stream: true, messages: [...turns, asked]});
-  make('div', chat, say('You: #', asked.content), 'user').scrollIntoView(near);
-  const box = make('div', chat, '', 'assistant'), thought = make('div', box, '', 'soft'), text = make('div', box);
-  [running, send.ariaDisabled, stop.ariaDisabled, question.value] = [new AbortController(), true, false, ''];
-  try {
-    const stream = await call('v1/chat/completions', {method: 'POST', body, signal: running.signal});
-    const reader = stream.pipeThrough(new TextDecoderStream()).getReader(); let complete = false;
-    for (let read, rest = ''; !(read = await reader.read().catch(() => ({done: true}))).done;) {
-      const lines = (rest + read.value).split('\\n'), far = chat.scrollHeight - chat.scrollTop - chat.clientHeight;
-      rest = lines.pop();  // the beginning of a line
-      for (const data of lines.filter(line => line.startsWith('data:')).map(line => line.slice(5).trim())) {
-        if (complete ||= data === '[DONE]') break;
-        const {error, choices} = JSON.parse(data), delta = choices?.[0]?.delta ?? {}; if (error) fail(error);
-        thought.append(delta.reasoning_content ?? '');  // not made anew: a screen reader would say it all again
-        text.append(delta.content ?? '');
-      }
-      if (far < 60) chat.scrollTop = chat.scrollHeight;  // follow, unless the reader has scrolled up
-    }
-    if (!complete) throw Error(say('The answer broke off.'));
-    if (!text.textContent) throw Error(say('The answer is empty.'));
-  } catch ({message}) {
-    make('div', chat, running.signal.aborted ? say('Stopped') : message, 'error').scrollIntoView(near);
+
+// Events
+
+function translate() {
+  document.documentElement.lang = locale;
+  language.textContent = locale === 'en' ? '中文' : 'English';
+  for (const element of document.querySelectorAll('body *')) {
+    const {words, dataset: {name}} = element;
+    if (words) label(element, words);
+    if (name) element.ariaLabel = element.placeholder = say(name);
   }
-  const content = text.textContent;
-  if (content) turns.push(asked, {role: 'assistant', content}); else { box.remove(); question.value ||= asked.content; }
-  [running, send.ariaDisabled, stop.ariaDisabled] = [null, false, true];
 }
-send.onclick = ask; stop.onclick = () => running?.abort(); model.onchange = fillConnect;
-question.onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) ask(); };
-key.onchange = () => { watch(); sessionStorage.kimi2apiKey = key.value; };
-document.documentElement.lang = language;
-question.placeholder = say('Ctrl+Enter or ⌘+Enter sends');
-chat.ariaLabel = say('Conversation');
-const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-for (let text; (text = texts.nextNode());) update(text, {data: words[text.data.trim()] ?? text.data});
-document.onvisibilitychange = watch; watch();
-key.value = sessionStorage.kimi2apiKey ?? '';  // at last: a browser that keeps nothing may throw here</script>"""
+function showTab() {
+  const parts = [...chat.parentNode.children], shown = parts.find(({id}) => '#' + id === location.hash) ?? chat;
+  for (const part of parts) part.className = part === shown ? 'current' : '';
+  for (const link of document.links) link.ariaCurrent = link.hash === '#' + shown.id ? 'page' : null;
+}
+composer.onsubmit = event => {
+  event.preventDefault();
+  const text = question.value.trim();
+  if (running) return running.abort();
+  if (text) ask(text);
+  question.value = '';
+};
+question.onkeydown = event => {
+  const isOfInputMethod = event.isComposing || event.keyCode === 229;  // Safari's is the number
+  if (event.key !== 'Enter' || event.shiftKey || isOfInputMethod) return;
+  event.preventDefault();
+  if (!running) composer.requestSubmit();
+};
+fresh.onclick = () => {
+  user.value = '';
+  begin();
+  question.focus();
+};
+key.onchange = () => {
+  watch();
+  secrets.kimi2apiKey = key.value;
+};
+language.onclick = () => {
+  locale = locale === 'en' ? 'zh-CN' : 'en';
+  translate();
+  fillConnect();
+  watch();
+  choices.kimi2apiLanguage = locale;
+};
+user.onchange = openUser;
+model.onchange = fillConnect;
+key.value = secrets.kimi2apiKey ?? '';
+onhashchange = showTab;
+document.onvisibilitychange = watch;
+for (const element of document.querySelectorAll('body *'))
+  if (!element.firstElementChild && Object.hasOwn(chinese, element.textContent)) element.words = element.textContent;
+translate();
+showTab();
+watch();
+</script>"""
+
+
+# What browsers get: comments and indentation are for readers of this file
+SENT_PAGE = re.sub(r"(?m)^ +|^(//|/\*) .*\n| +// .*$", "", PAGE)
 
 
 def page_headers() -> dict[str, str]:
@@ -7931,7 +8374,7 @@ def page_headers() -> dict[str, str]:
         "frame-ancestors 'none'"
     )
     for tag in ("style", "script"):
-        [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.S)
+        [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", SENT_PAGE, re.S)
         digest = b64encode(sha256(text.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
     return {

@@ -8327,8 +8327,18 @@ def test_the_page_needs_no_key_and_nothing_from_elsewhere(make: Make) -> None:
         response = app.get(path)
         assert response.content_type == "text/html"
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+        assert len(response.body) <= 30_000 and "  // " not in response.text
         assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", response.text) and "innerHTML" not in response.text
     assert app.get("/health").json["key_required"] and app.get("/openapi.json").json["openapi"] == "3.1.0"
+
+
+@pytest.mark.parametrize("user", [".", ".."])
+def test_a_browser_can_read_and_forget_users_that_it_takes_out_of_paths(app: Client, user: str) -> None:
+    chat(app, user=user)
+    assert app.get(f"/v1/sessions/?user={user}").json["user"] == user
+    assert app.request(f"/v1/sessions/?user={user}", method="DELETE").json["deleted"]
+    for query in (f"?user={user}", "", "?user=%ff"):
+        assert is_error(app.get(f"/v1/sessions/{query}"), 404, "session_not_found")
 
 
 ########################################################################################################################
@@ -8809,50 +8819,152 @@ def node(script: str, *arguments: str, needs: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_page_works_in_a_browser_by_keyboard_in_two_languages(run: Run, kimi: WebChat) -> None:
+HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
+
+1. One with `code`
+   ```html
+   <img src=x onerror=alert(2)>
+   ```
+2. **Two**
+   - nested <b>text</b>
+
+* [a link](javascript:alert(3)) and <a href="javascript:alert(4)" onclick="alert(5)">another</a>
+<iframe src="javascript:alert(6)"></iframe><svg onload=alert(7)>
+"""
+
+
+def plays_page(handler: ApiHandler) -> None:
+    """What the newest message asks for: words without end, Markdown, half an answer, a refusal, or else an echo."""
+    newest = handler.server.asked[-1][2]["messages"][-1]["content"]
+    if newest == "words without end":
+        return steady(handler)
+    if newest == "markdown":
+        pieces = [HOSTILE_MARKDOWN[at : at + 7] for at in range(0, len(HOSTILE_MARKDOWN), 7)]
+        deep = "".join(" " * depth + "- x\n" for depth in range(99))
+        nested = [deep, *(mark * 10_000 for mark in ("> ", "**`", "**"))]
+        return api_answers(*pieces, "\n\n".join(nested), "x" * 500_000)(handler)
+    asked_before = [body for _, _, body in handler.server.asked[:-1] if body["messages"][-1]["content"] == newest]
+    if newest == "break" and not asked_before:
+        return api_plays(api_chunk({"content": "Half"}))(handler)
+    if newest == "refuse":
+        return api_sends(402, {"error": {"message": "No money.", "code": "no_money"}})(handler)
+    return api_answers(deltas=[{"reasoning_content": "I think."}, {"content": f"You said: {newest}"}])(handler)
+
+
+Browse = Callable[..., Any]
+HOSTILE_USERS = [
+    "../x/y?z#&%2F\"'", ".", "..", "😀" * 512, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
+
+
+@pytest.fixture
+def browse(run: Run, kimi: WebChat, both: dict[str, str], api: Api) -> Browse:
+    """browse("step", …): what .ci/page.mjs has seen in Chromium, after a chat of each user."""
     if not Path("/usr/bin/chromium").exists():
         pytest.skip("needs Debian's chromium, which .ci/run installs")
-    program = run(API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600")
-    hostile = ["../x/y?z#&%2F\"'", "😀" * 512, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
-    for user in hostile:
-        body = {"messages": HELLO, "user": user}
-        assert program.ask("POST", "/v1/chat/completions", body, Authorization="Bearer sk-1")[0] == 200
-    usage = json.loads(program.ask("GET", "/v1/usage", Authorization="Bearer sk-1")[1])["today"]
-    result = node("page.mjs", f"http://127.0.0.1:{program.port}", "sk-1", needs="playwright-core")
-    needs_key = ["This needs the right API key."] * 2 + [False] * 2
-    assert len(result.pop("names")) == len(hostile) and sorted(result.pop("left")) == sorted(hostile[2:])
-    assert all(shape.count("M") == 1 for shape in result.pop("drawn")), "only today has tokens, of both kinds"
-    assert result.pop("focusAfter").startswith("Forget ")
-    assert result == {
-        "problems": [],
-        "elsewhere": [],
-        "wide": [False] * 5,
-        "noKey": needs_key,
-        "wrongKey": [401, *needs_key],
-        "bars": [[0, 64], [len(hostile)] * 2, [usage["total_tokens"], 1_000_000]],
-        "limit": 1,
-        "backAt": f"Forget {hostile[0]}",
-        "stays": True,
-        "askedWhileHidden": 0,
-        "asked": "You: Hello <b>browser</b>",
-        "described": 1,
+
+    def take(*steps: str, users: tuple[str, ...] | list[str] = ()) -> Any:
+        api.always = plays_page
+        program = run(API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600", **both)
+        for user in users:
+            body = {"messages": HELLO, "user": user}
+            assert program.ask("POST", "/v1/chat/completions", body, Authorization="Bearer sk-1")[0] == 200
+        result = node("page.mjs", f"http://127.0.0.1:{program.port}", "sk-1", *steps, needs="playwright-core")
+        assert result.pop("problems") == [] and result.pop("elsewhere") == []
+        assert not any(result.pop("wide")), "the page scrolls sideways"
+        assert not any(result.pop("shifts")), "the page moves while it loads"
+        return result
+
+    return take
+
+
+def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(browse: Browse) -> None:
+    asks = "This server asks for an API key: type it at the top."
+    assert browse("keyIsAsked") == {
+        "key": [
+            [asks, "true"],
+            [401, "The API key is wrong.", "true"],
+            ["Incorrect API key. (invalid_api_key)", asks],
+            2,
+            "false",
+        ],
         "connect": True,
         "dark": True,
-        "late": ["kimi", "Forget a", True],
-        "copied": "curl ",
-        "away": "The server cannot be reached.",
-        "broken": [
-            ["You: Well?\nIt failed. (why)", "Well?", "send"],
-            ["You: Well?\nI think.\nHalf of it\nThe answer broke off.", "", "send"],
-        ],
-        "told": [
-            ["zh-CN", "异常", "服务器", 2, 0, "1 ", 59, [21, 21]],
-            ["zh-CN", "异常", "服务器", 2, 0, "无", 1, [0, 0]],
-            ["en", "degraded", "Server", 2, 0, "1 ", 59, [21, 21]],
-            ["en", "degraded", "Server", 2, 0, "No", 4, [0, 0]],
-        ],
     }
-    assert kimi.posts[-1]["message"] == "Hello <b>browser</b>"
+
+
+def test_the_page_has_a_conversation_of_three_turns_and_a_stop(browse: Browse, api: Api) -> None:
+    said = ["one", "two\nlines", "three"]
+    result = browse("conversation", "stop")
+    assert result["turns"] == [text for turn in said for text in (turn, f"You said: {turn}")]
+    assert [message["content"] for message in api.asked[2][2]["messages"]] == result["turns"][:5]
+    assert result["thought"] == ["Thinking", "I think."] and result["begun"] == 0
+    assert result["copied"] == "You said: three"
+    assert result["stopped"] == ["Stopped", "Send", 4] and api.hung_up.wait(PATIENCE)
+    first, partial, last = (message["content"] for message in api.asked[-1][2]["messages"])
+    assert first == "words without end" and partial.startswith("word word") and last == "after the stop"
+
+
+def test_the_page_shows_markdown_and_nothing_else_of_an_answer(browse: Browse) -> None:
+    result = browse("markdown")
+    shown = result["markdown"]
+    assert shown.pop(":is(script, img, a, svg, iframe, b)") == 0 and result["seconds"] < 20
+    assert shown.pop("strong") > 1 and shown == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
+    assert result["code"].strip() == result["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
+    assert result["inline"][0] == "code"
+    assert result["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
+    assert result["items"][3].startswith("[a link](javascript:alert(3)) and <a href=")
+
+
+def test_the_page_shows_errors_with_advice_and_tries_again(browse: Browse) -> None:
+    advice = "Try again, or pick another model. kimi2api --check tells more."
+    broken = "local ended the stream before the answer was complete. (upstream_unavailable)"
+    refused = ["", "local: No money. (no_money)", advice]
+    focus = "Message (Shift+Enter: new line)"
+    assert browse("failures")["failures"] == {
+        "break": [["Half", broken, advice], ["break", "You said: break"], focus],
+        "refuse": [refused, ["refuse", *refused], focus],
+        "vanish": [["Half", "The answer broke off.", advice], ["vanish", "You said: vanish"], focus],
+    }
+
+
+def test_the_page_reads_continues_and_forgets_sessions_by_keyboard(browse: Browse, kimi: WebChat, api: Api) -> None:
+    result = browse("sessions", users=HOSTILE_USERS)
+    assert len(result["names"]) == len(HOSTILE_USERS)
+    assert result["read"] == ["Hello", kimi.answer] and result["continued"] == ["..", 4]
+    sent = [message["content"] for message in api.asked[-1][2]["messages"]]
+    assert sent == ["Hello", kimi.answer, "and more"], "the server has put its turns in front"
+    assert result["forgot"] == ["Forget", *["Really forget?"] * 3, "SUMMARY", 0]
+    assert len(result["left"]) == 3 and not set(result["left"]) & set(HOSTILE_USERS[:3])
+
+
+def test_the_page_keeps_what_is_shown_when_it_asks_again(browse: Browse) -> None:
+    result = browse("staysAsItIs", "lateAnswers", users=["ada"])
+    assert result == {
+        "meters": [64, 1_000_000],
+        "bars": 31,
+        "selected": "Requests",
+        "askedWhileHidden": 0,
+        "described": 1,
+        "late": ["kimi", "With a user name, the server remembers the chat."],
+        "away": ["The server cannot be reached."] * 2,
+    }
+
+
+def test_the_page_speaks_two_languages_and_fits_every_window(browse: Browse) -> None:
+    result = browse("languages", "extremes")
+    assert result["languages"] == [
+        ["en", "Send", "Message (Shift+Enter: new line)", "Overview\nSessions\nConnect\nAPI", "Stop"],
+        ["zh-CN", "发送", "输入消息（Shift+Enter 换行）", "概览\n会话\n接入\nAPI", "Stop"],
+        "发送",
+        "发送",
+        "Send",
+    ]
+    assert result["told"] == [
+        ["异常", 1, 0, 101, 58, ""],
+        ["正常", 0, 0, 0, 0, "无"],
+        ["degraded", 1, 0, 101, 58, ""],
+        ["ok", 0, 0, 0, 0, "None"],
+    ]
 
 
 def run_client(client_name: str, program: Program, model: str) -> Any:
