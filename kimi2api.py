@@ -4319,14 +4319,13 @@ class Provider:
             if provider == self.name:
                 model = own_name
                 break
-        began = time.monotonic()
         question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
+        failure = None
         try:
             deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
         except APIError as error:
-            yield "one question answered", error
-        else:
-            yield f"one question answered in {time.monotonic() - began:.1f} s", None
+            failure = error
+        yield "one question answered", failure
 
     @property
     def failing(self) -> tuple[float, str] | None:
@@ -7388,17 +7387,24 @@ ADVICE = {  # what to do about an error of a check whose message does not say
 
 
 def run_check(settings: Settings) -> int:
-    """Test each upstream step by step and print each step with a tick or a cross. Return 0 if all succeeded, else 1."""
-    failed = 0
+    """Test each upstream step by step, and print each step with a tick or a cross and its seconds, then a verdict. Return
+    0 if all succeeded, else 1."""
+    failed = []
     for provider in Providers(settings, Metrics()).by_name.values():
-        print(f"{provider.name}:")
+        print(f"{provider.name}:", flush=True)
+        began = time.monotonic()
         for step, error in provider.check():
-            print(f"  {'✗' if error else '✓'} {step}", flush=True)
+            print(f"  {'✗' if error else '✓'} {step} ({time.monotonic() - began:.1f} s)", flush=True)
+            began = time.monotonic()
             if error:
-                failed = 1
+                failed.append(provider.name)
                 advice = ADVICE.get(error.code or "", "")
                 print(f"    {error} [{error.code}]\n    {advice}".rstrip(), flush=True)
-    return failed
+    if not failed:
+        print("All upstreams answer. Next: start the server without --check.")
+        return 0
+    print(f"Not usable now: {', '.join(failed)}. Next: do what is said above, or set the key of an API (see --help).")
+    return 1
 
 
 class LogFormatter(logging.Formatter):

@@ -7716,7 +7716,7 @@ def test_check_goes_through_the_upstream_step_by_step(kimi: WebChat) -> None:
 
     code, printed = check()
     assert code == 0 and printed.count("✓") == 2 and "✗" not in printed
-    assert re.search(r"one question answered in \d+\.\d s", printed)
+    assert re.search(r"one question answered \(\d+\.\d s\)\nAll upstreams answer", printed)
     assert check(sends(500))[1].startswith("kimi:\n  ✗")
     code, printed = check(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"))
     assert code == 1 and "✓" not in printed and "✗ reached" in printed and "upstream_blocked" in printed
