@@ -3006,7 +3006,7 @@ class RedisStore(SharedStore):
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
-            raise SettingError("SESSION_STORE: the package redis is missing: pip install 'kimi2api[redis]'") from None
+            raise SettingError("SESSION_STORE: the package redis is missing: pip install redis") from None
         self.failures = (
             redis.RedisError, OSError,
             # Malformed addresses, replies and documents raise these
@@ -3948,7 +3948,7 @@ class Transport:
         return upstream_error(
             502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
             f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
-            "pip install 'kimi2api[socks]'")
+            "pip install PySocks")
 
     def forget_connections(self) -> None:
         """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
@@ -7387,8 +7387,8 @@ ADVICE = {  # what to do about an error of a check whose message does not say
 
 
 def run_check(settings: Settings) -> int:
-    """Test each upstream step by step, and print each step with a tick or a cross and its seconds, then a verdict. Return
-    0 if all succeeded, else 1."""
+    """Test each upstream step by step. Print each step with a tick or a cross and its seconds, then a verdict. Return 0
+    if all succeeded, else 1."""
     failed = []
     for provider in Providers(settings, Metrics()).by_name.values():
         print(f"{provider.name}:", flush=True)
