@@ -609,10 +609,10 @@ MAX_VALUES = 350_000
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
-    brackets = source.count("{") + source.count("[")
+    brackets = sum(map(source.count, "{["))
     if brackets + source.count(",") > max_values:  # perhaps only inside of strings
         outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-        if outside.count("{") + outside.count("[") + outside.count(",") > max_values:
+        if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
     try:
         value = STRICT_JSON.decode(source)
@@ -781,15 +781,15 @@ def request_object_by_type(
     default: the type of an object without one; allow_others: objects of other types may have any fields.
     """
     types = {"type": STRING if allow_others else choice_of(*records)}
-    rules = [if_field("type", [name], then) for name, then in records.items()]
-    if default is None:
-        return request_object(types, allOf=rules)
-    rules.append(if_field("type", [None], records[default]))
-    return request_object({}, types, allOf=rules)
+    rules = []
+    for name, then in records.items():
+        rules.append(if_field("type", [name, None] if name == default else [name], then))
+    if default:
+        return request_object({}, types, allOf=rules)
+    return request_object(types, allOf=rules)
 
 
 MAXIMA = {  # with their units
-    "maximum": "",
     "maxItems": "",
     "maxLength": " characters",
     "maxProperties": " fields",
@@ -898,8 +898,6 @@ def describe(schema: Schema) -> str:
     words = TYPES[schema["type"]][1]
     if "minLength" in schema:
         words += " that is not empty"
-    if "minItems" in schema and schema["minItems"] == schema.get("maxItems"):
-        return f"{words} of {schema['minItems']}"
     for keyword in ("minimum", "minItems"):
         if keyword in schema:
             words += f" of at least {schema[keyword]}"
@@ -919,12 +917,10 @@ def describe(schema: Schema) -> str:
 # explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
-ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
-
 CONTENT_PART = request_object_by_type({"text": request_object({"text": STRING})}, allow_others=True)
 TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
 MESSAGE = request_object(
-    {"role": choice_of(*ROLES)},
+    {"role": choice_of("system", "developer", "user", "assistant", "tool", "function")},
     {
         "content": any_of(STRING, array(CONTENT_PART)),
         "tool_calls": array(TOOL_CALL),
@@ -933,7 +929,7 @@ MESSAGE = request_object(
     # An assistant's message may have tool calls instead, and a system message of Kimi tools
     **if_field(
         "role",
-        [role for role in ROLES if role not in ("assistant", "system")],
+        ["developer", "user", "tool", "function"],
         request_object({"content": any_of(STRING, array(OBJECT))}),
     ),
 )
@@ -950,11 +946,12 @@ TOOL_CHOICE = request_object_by_type(
     default="function",
     allow_others=True,
 )
-RESPONSE_FORMAT = request_object(
-    {"type": choice_of("text", "json_object", "json_schema")},
-    {"json_schema": OBJECT},
-    **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
-)
+JSON_SCHEMA = request_object({"schema": OBJECT})
+RESPONSE_FORMAT = request_object_by_type({
+    "text": OBJECT,
+    "json_object": OBJECT,
+    "json_schema": request_object({"json_schema": JSON_SCHEMA}),
+})
 USER = {"type": "string", "maxLength": 512}  # the name of a session
 SHARED_PARAMETERS = {
     "model": STRING,
@@ -986,7 +983,7 @@ CHAT_REQUEST = request_object(
     },
 )
 COMPLETION_REQUEST = request_object(  # of the legacy completions API
-    {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
+    {"prompt": any_of(STRING, array(STRING, maxItems=1))},
     {
         **SHARED_PARAMETERS,
         "echo": {"enum": [False]},
@@ -1012,7 +1009,6 @@ class ChatRequest:
 
     body: JSONObject  # includes unknown fields
     messages: list[Message]
-    model: str | None
     user: str | None
     stream: bool
     include_usage: bool
@@ -1030,7 +1026,7 @@ class ChatRequest:
     def parse_completion(cls, raw: bytes) -> ChatRequest:
         """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
-        prompt = "".join(body["prompt"])  # a text, or a list of one
+        prompt = "".join(body["prompt"])  # a text, or a list of at most one
         chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
         return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
@@ -1042,7 +1038,6 @@ class ChatRequest:
         return cls(
             body=body,
             messages=body["messages"],
-            model=body.get("model"),
             user=body.get("user"),
             stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
@@ -1094,17 +1089,16 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
         return []
     if choice == "required" and not body.get("tools"):
         raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
-    if names_function(choice):
-        path = "tool_choice.function.name"
-        tools = [choice]
-    elif allows_tools(choice):
-        path = "tool_choice.allowed_tools.tools"
-        tools = list(filter(names_function, choice["allowed_tools"]["tools"]))
-    else:
+    if not isinstance(choice, dict):
         return functions
-    names = {tool["function"]["name"] for tool in tools}
+    path = "tool_choice.function.name"
+    tools = [choice]
+    if choice.get("type") == "allowed_tools":
+        path = "tool_choice.allowed_tools.tools"
+        tools = choice["allowed_tools"]["tools"]
+    names = {tool["function"]["name"] for tool in tools if names_function(tool)}
     allowed = [function for function in functions if function["name"] in names]
-    if must_call(choice) and tools and not allowed:
+    if must_call(choice) and names and not allowed:
         raise bad_request("'tool_choice' names no function that is in 'tools'.", path)
     return allowed
 
@@ -1114,13 +1108,9 @@ def names_function(choice: Any) -> TypeGuard[JSONObject]:
 
 
 def must_call(choice: Any) -> bool:
-    if allows_tools(choice):
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         choice = choice["allowed_tools"]["mode"]
     return choice not in (None, "none", "auto")
-
-
-def allows_tools(choice: Any) -> TypeGuard[JSONObject]:
-    return isinstance(choice, dict) and choice.get("type") == "allowed_tools"
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
@@ -1196,10 +1186,6 @@ class Delta:
         return False
 
 
-class JoinedText(io.StringIO):
-    """The pieces of a text. A list of short pieces would take many times their memory."""
-
-
 class IndexedList(dict[int, Any]):
     """A list whose entries are identified by their `index`. Entries without an index follow from NO_INDEX on."""
 
@@ -1247,8 +1233,8 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
 def grown(known: Any, value: Any, name: str) -> Any:
     """Return a growing field with a value added. Takes time linear in the number of values."""
     if isinstance(value, str):
-        if not isinstance(known, JoinedText):
-            known = JoinedText()
+        if not isinstance(known, io.StringIO):
+            known = io.StringIO()  # a list of short pieces would take many times their memory
         known.write(value)
         return known
     if not isinstance(value, list):
@@ -1266,7 +1252,7 @@ def grown(known: Any, value: Any, name: str) -> Any:
 
 def plain_value(whole: Any) -> Any:
     """Convert the result of `merge` to plain JSON values."""
-    if isinstance(whole, JoinedText):
+    if isinstance(whole, io.StringIO):
         return whole.getvalue()
     if isinstance(whole, IndexedList):
         return [plain_value(whole[index]) for index in sorted(whole)]
@@ -1306,15 +1292,14 @@ class Fold:
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
         for choice in self.choices.values():
-            delta = choice["delta"]
+            delta = plain_value(choice["delta"])
             for name in ("content", "refusal"):
-                yield str(plain_value(delta.get(name)) or "")
-            yield reasoning_text(reasoning_fields(delta))
-            calls = delta.get("tool_calls") or {}
-            for call in calls.values():
+                yield str(delta.get(name) or "")
+            yield reasoning_text(delta)
+            for call in delta.get("tool_calls") or ():
                 function = call.get("function") or {}
                 yield function.get("name") or ""
-                yield str(plain_value(function.get("arguments")) or "")
+                yield str(function.get("arguments") or "")
 
 
 # Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
@@ -1322,9 +1307,12 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 
 
 def reasoning_fields(message: JSONObject) -> JSONObject:
-    """Return the fields of a message or a merged delta that contain reasoning."""
-    fields = {name: plain_value(message[name]) for name in REASONING_FIELDS if message.get(name)}
-    return {name: value for name, value in fields.items() if isinstance(value, (str, list))}
+    """Return the fields of a message or a delta that contain reasoning."""
+    fields = {}
+    for name in REASONING_FIELDS:
+        if message.get(name) and isinstance(message[name], (str, list)):
+            fields[name] = message[name]
+    return fields
 
 
 def reasoning_text(message: JSONObject) -> str:
@@ -1332,8 +1320,8 @@ def reasoning_text(message: JSONObject) -> str:
     for name in REASONING_FIELDS:
         value = message.get(name)
         if isinstance(value, list):
-            details = [entry for entry in value if isinstance(entry, dict)]
-            value = "".join(str(entry.get("text") or entry.get("summary") or "") for entry in details)
+            value = "".join(
+                str(entry.get("text") or entry.get("summary") or "") for entry in value if isinstance(entry, dict))
         if value and isinstance(value, str):
             return value
     return ""
@@ -1819,11 +1807,7 @@ CHOSEN_TOOLS = request_object_by_type({
         "tools": array(request_object_by_type(CHOSEN_FUNCTIONS, allow_others=True)),
     }),
 })
-TEXT_FORMAT = request_object_by_type({
-    "text": OBJECT,
-    "json_object": OBJECT,
-    "json_schema": request_object({"schema": OBJECT}),
-})
+TEXT_FORMAT = request_object_by_type({"text": OBJECT, "json_object": OBJECT, "json_schema": JSON_SCHEMA})
 METADATA = {  # as OpenAI bounds it
     "type": "object",
     "maxProperties": 16,
@@ -2133,7 +2117,7 @@ class OutputItem:
             self._emit_text(f"{kind.part_events}.done", part=part)
             written = {kind.list_field: [part]}
         if kind.prefix == "rs" and "encrypted_content" in self.item:
-            written["encrypted_content"] = encoded(reasoning_fields(self.reasoning))
+            written["encrypted_content"] = encoded(plain_value(self.reasoning))
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
 
