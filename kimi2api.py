@@ -1661,7 +1661,7 @@ class ItemReader:
         kind = item.get("type") or "message"
         if kind == "message":
             parts = self._read_parts(item["content"])
-            role = "system" if item["role"] == "developer" else item["role"]  # not every API knows developers
+            role = item["role"]
             return {"role": role, "content": parts if role == "assistant" else as_content(parts)}
         if kind == "reasoning":
             return {"role": "assistant", **read_reasoning(item)}
@@ -1766,8 +1766,7 @@ def as_part(part: JSONObject) -> JSONObject | None:
             image["detail"] = part["detail"]
         return {"type": "image_url", "image_url": image}
     if kind == "input_file":
-        file = {name: part[name] for name in FILE_FIELDS if part.get(name)}
-        return {"type": "file", "file": file}
+        return {"type": "file", "file": {name: part[name] for name in FILE_FIELDS if part.get(name)}}
     return None
 
 
@@ -1873,7 +1872,6 @@ class ResponsesRequest:
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
-        self._functions: dict[str, JSONObject] = {}  # the tools in the form of chat requests, by name
 
     @classmethod
     def parse(cls, raw: bytes) -> ResponsesRequest:
@@ -1899,8 +1897,8 @@ class ResponsesRequest:
         items = body.get("input") or []
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        continues_previous = bool(body.get("previous_response_id"))
-        self.messages = self.reader.read(resolve_references(items, find_items), continues_previous)
+        self.messages = self.reader.read(
+            resolve_references(items, find_items), continues_previous=bool(body.get("previous_response_id")))
         messages = [*system]
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
@@ -1912,26 +1910,27 @@ class ResponsesRequest:
         fields = {name: body.get(name) for name in SAME_IN_CHATS}
         fields["messages"] = messages
         fields["max_tokens"] = body.get("max_output_tokens")
-        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
+        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
         if not self.reader.compacts:
-            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools])
-            self._add_form(fields)
+            self._add_form(fields, self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools]))
         chat = {name: value for name, value in fields.items() if value is not None}
         return replace(ChatRequest.of(chat), user=None)
 
-    def _add_form(self, fields: JSONObject) -> None:
+    def _add_form(self, fields: JSONObject, tools: list[JSONObject]) -> None:
         """Add the fields for the form of the answer and for tools."""
         text = self.body.get("text") or {}
         fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
         fields["verbosity"] = text.get("verbosity")
         choice = self.body.get("tool_choice")
-        if self._functions:
-            fields["tools"] = [{"type": "function", "function": function} for function in self._functions.values()]
+        if tools:
+            fields["tools"] = tools
             fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
-        if self._functions or choice not in ("auto", "none"):
+        if tools or choice not in ("auto", "none"):
             fields["tool_choice"] = as_tool_choice(choice)
 
-    def _read_tools(self, tools: list[JSONObject]) -> None:
+    def _read_tools(self, tools: list[JSONObject]) -> list[JSONObject]:
+        """Return the tools in the form of chat requests."""
+        functions = {}
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
             if name.kind not in ("function", "custom") and not is_search:
@@ -1939,7 +1938,8 @@ class ResponsesRequest:
                 continue
             if self.tools.setdefault(name.function, name) != name:
                 raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-            self._functions[name.function] = as_function(tool, name)
+            functions[name.function] = {"type": "function", "function": as_function(tool, name)}
+        return list(functions.values())
 
 
 def translate_error(error: APIError) -> APIError:
@@ -2054,11 +2054,10 @@ TEXT_KINDS = {  # by the field of a delta
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
     "refusal": ItemKind("msg", MESSAGE_FIELDS, "refusal", "refusal", {"type": "refusal", "refusal": ""}),
 }
-FUNCTION_CALL = ItemKind(
-    "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
-    finish=lambda arguments: arguments or "{}")  # some APIs leave empty arguments out
 CALL_KINDS = {
-    "function": FUNCTION_CALL,
+    "function": ItemKind(
+        "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
+        finish=lambda arguments: arguments or "{}"),  # some APIs leave empty arguments out
     "custom": ItemKind(
         "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
         finish=custom_input, is_streamed=False),
