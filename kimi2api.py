@@ -833,26 +833,22 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
         yield deepest
     elif not is_within_bounds(value, schema):
         yield Violation(path, schema)
-    elif isinstance(value, dict):
-        yield from field_violations(value, schema, path)
     elif isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
             yield from violations(item, schema["items"], f"{path}[{index}]")
-
-
-def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[Violation]:
-    prefix = f"{path}." if path else ""
-    known = schema.get("properties", {})
-    for name in schema.get("required", ()):
-        if name not in value:
-            yield Violation(prefix + name, known[name])
-    for name, inner in value.items():
-        field_schema = known.get(name) or schema.get("additionalProperties")
-        if field_schema:
-            yield from violations(inner, field_schema, prefix + name)
-    for condition in (schema, *schema.get("allOf", ())):
-        if "if" in condition and applies(condition["if"], value):
-            yield from violations(value, condition["then"], path)
+    elif isinstance(value, dict):
+        prefix = f"{path}." if path else ""
+        known = schema.get("properties", {})
+        for name in schema.get("required", ()):
+            if name not in value:
+                yield Violation(prefix + name, known[name])
+        for name, inner in value.items():
+            field_schema = known.get(name) or schema.get("additionalProperties")
+            if field_schema:
+                yield from violations(inner, field_schema, prefix + name)
+        for rule in schema.get("allOf", ()):
+            if applies(rule["if"], value):
+                yield from violations(value, rule["then"], path)
 
 
 def applies(condition: Schema, value: JSONObject) -> bool:
@@ -927,11 +923,11 @@ MESSAGE = request_object(
         "tool_call_id": STRING,
     },
     # An assistant's message may have tool calls instead, and a system message of Kimi tools
-    **if_field(
+    allOf=[if_field(
         "role",
         ["developer", "user", "tool", "function"],
         request_object({"content": any_of(STRING, array(OBJECT))}),
-    ),
+    )],
 )
 FUNCTION = request_object({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
 TOOL = request_object_by_type({"function": request_object({"function": FUNCTION})}, allow_others=True)
@@ -953,18 +949,21 @@ RESPONSE_FORMAT = request_object_by_type({
     "json_schema": request_object({"json_schema": JSON_SCHEMA}),
 })
 USER = {"type": "string", "maxLength": 512}  # the name of a session
-SHARED_PARAMETERS = {
+COMMON_PARAMETERS = {  # of all three APIs
     "model": STRING,
     "user": USER,
     "stream": BOOLEAN,
-    "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-    "stop": any_of(STRING, array(STRING)),
-    "max_tokens": INTEGER,
-    "n": INTEGER,
     "temperature": NUMBER,
     "top_p": NUMBER,
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
+}
+SHARED_PARAMETERS = {  # of chats and legacy completions
+    **COMMON_PARAMETERS,
+    "stream_options": request_object({}, {"include_usage": BOOLEAN}),
+    "stop": any_of(STRING, array(STRING)),
+    "max_tokens": INTEGER,
+    "n": INTEGER,
     "seed": INTEGER,
     "logit_bias": OBJECT,
 }
@@ -1051,13 +1050,11 @@ class ChatRequest:
     def turns(self) -> list[Turn]:
         """Group the messages, without system messages, into turns: each begins with a user's message."""
         turns: list[list[Message]] = []
-        for message in self.messages:
-            if is_system(message):
-                continue
+        for message in itertools.filterfalse(is_system, self.messages):
             if message["role"] == "user" or not turns:
                 turns.append([])
             turns[-1].append(message)
-        return [tuple(turn) for turn in turns]
+        return list(map(tuple, turns))
 
     @property
     def has_history(self) -> bool:
@@ -1472,7 +1469,6 @@ class ChatCompletion:
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
             choice.setdefault("logprobs", None)
-            choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
         return dump_json(self._with_head(completion))
 
@@ -1481,10 +1477,9 @@ class ChatCompletion:
         for delta in deltas:
             self._note(delta)
             chunk = self._with_head(delta.chunk)
-            usage = chunk.pop("usage", None)
             if self._include_usage:
-                chunk["usage"] = usage
-            elif usage and not chunk["choices"]:
+                chunk.setdefault("usage", None)
+            elif not chunk["choices"]:  # only the usage
                 continue
             yield b"data: " + dump_json(chunk) + b"\n\n"
         yield b"data: [DONE]\n\n"
@@ -1615,10 +1610,14 @@ class ToolName:
 def flat_tools(tools: Iterable[JSONObject]) -> Iterator[tuple[ToolName, JSONObject]]:
     """Yield the tools, and those of namespaces, with their names."""
     for tool in tools:
-        is_namespace = tool["type"] == "namespace"
-        for member in tool["tools"] if is_namespace else [tool]:
+        namespace = None
+        members = [tool]
+        if tool["type"] == "namespace":
+            namespace = tool["name"]
+            members = tool["tools"]
+        for member in members:
             kind = member["type"]
-            yield ToolName(str(member.get("name") or kind), tool["name"] if is_namespace else None, kind), member
+            yield ToolName(str(member.get("name") or kind), namespace, kind), member
 
 
 def function_name(item: JSONObject) -> str:
@@ -1682,13 +1681,14 @@ class ItemReader:
 
     def _read_call(self, item: JSONObject, kind: str) -> JSONObject:
         self._last_call = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
+        name = kind.removesuffix("_call")
         arguments = item[CALLS[kind]]
+        if kind in ("function_call", "custom_tool_call"):
+            name = function_name(item)
         if kind == "custom_tool_call":
             arguments = {"input": arguments}
         if kind != "function_call":
             arguments = dump_json(arguments).decode()
-        is_named = kind in ("function_call", "custom_tool_call")
-        name = function_name(item) if is_named else kind.removesuffix("_call")
         return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _read_result(self, item: JSONObject, kind: str) -> Message:
@@ -1814,13 +1814,7 @@ METADATA = {  # as OpenAI bounds it
     "additionalProperties": {"type": "string", "maxLength": 512},
 }
 SAME_IN_CHATS = {
-    "model": STRING,
-    "stream": BOOLEAN,
-    "temperature": NUMBER,
-    "top_p": NUMBER,
-    "presence_penalty": NUMBER,
-    "frequency_penalty": NUMBER,
-    "user": USER,
+    **COMMON_PARAMETERS,
     "metadata": METADATA,
     "service_tier": STRING,
     "safety_identifier": STRING,
@@ -2356,10 +2350,8 @@ class CompactionWriter(ResponseWriter):
                     "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
                     "content": content,
                 })
-        return dump_json({
-            "id": response["id"], "object": "response.compaction", "created_at": response["created_at"],
-            "output": [*output, *response["output"]], "usage": response["usage"],
-        })
+        output += response["output"]
+        return dump_json({**response, "object": "response.compaction", "output": output})
 
 
 def response_usage(usage: Any) -> JSONObject:
