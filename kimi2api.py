@@ -847,14 +847,9 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
             if field_schema:
                 yield from violations(inner, field_schema, prefix + name)
         for rule in schema.get("allOf", ()):
-            if applies(rule["if"], value):
+            [(name, condition)] = rule["if"]["properties"].items()
+            if value.get(name) in condition["enum"]:  # an input of 100,000 items has 2,000,000 rules
                 yield from violations(value, rule["then"], path)
-
-
-def applies(condition: Schema, value: JSONObject) -> bool:
-    """Return whether a condition of `if_field` applies. An input of 100,000 items has 2,000,000 of them."""
-    [(name, field)] = condition["properties"].items()
-    return value[name] in field["enum"] if name in value else "required" not in condition
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
@@ -1167,20 +1162,12 @@ class Delta:
     def is_final(self) -> bool:
         """Return whether the delta finishes a choice or has only the usage, and so may be the last."""
         choices = self.chunk["choices"]
-        if not choices:
-            return bool(self.chunk.get("usage"))
-        return any(choice["finish_reason"] for choice in choices)
+        return not choices or any(choice["finish_reason"] for choice in choices)
 
     @property
     def has_content(self) -> bool:
         """Return whether the delta has anything except the role."""
-        if self.is_final:
-            return True
-        for choice in self.chunk["choices"]:
-            for name, value in choice["delta"].items():
-                if value and name != "role":
-                    return True
-        return False
+        return self.is_final or any(any(without(choice["delta"], "role").values()) for choice in self.chunk["choices"])
 
 
 class IndexedList(dict[int, Any]):
@@ -1773,12 +1760,8 @@ def as_part(part: JSONObject) -> JSONObject | None:
 def as_content(parts: list[JSONObject]) -> Any:
     """Return a text, or the parts if some are not text."""
     if all(part["type"] == "text" for part in parts):
-        return joined_text(parts)
+        return text_of({"content": parts})
     return parts
-
-
-def joined_text(parts: list[JSONObject]) -> str:
-    return "\n".join(part["text"] for part in parts)
 
 
 def read_reasoning(item: JSONObject) -> JSONObject:
@@ -1786,7 +1769,7 @@ def read_reasoning(item: JSONObject) -> JSONObject:
     fields = decoded(item.get("encrypted_content") or "")
     if isinstance(fields, dict):  # otherwise another server encoded it
         return reasoning_fields(fields)
-    text = joined_text(item.get("content") or item.get("summary") or [])
+    text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
     return {"reasoning_content": text} if text else {}
 
 
@@ -2084,8 +2067,7 @@ class OutputItem:
 
     def may_end(self) -> bool:
         """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
-        text = "".join(self._pieces)
-        return self.kind.part is not None or parse_upstream_object(text.encode()) is not None
+        return self.kind.part is not None or parse_upstream_object("".join(self._pieces).encode()) is not None
 
     def annotate(self, annotation: JSONObject) -> None:
         self._annotations.append(annotation)
