@@ -1035,7 +1035,7 @@ class ChatRequest:
             user=body.get("user"),
             stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
-            stop=[text for text in stop if text],
+            stop=list(filter(None, stop)),
             max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
             tools=allowed_functions(body),
             must_call=must_call(body.get("tool_choice")),
@@ -1655,9 +1655,10 @@ class ItemReader:
             return {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
         if kind.removesuffix("_output") in (*CALLS, "tool_search"):
             return self._read_result(item, kind)
-        summary = decoded(item.get("encrypted_content") or "") if kind == "compaction" else None
-        if isinstance(summary, str):
-            return {"role": "user", "content": SUMMARY + summary}
+        if kind == "compaction":
+            summary = decoded(item)
+            if isinstance(summary, str):
+                return {"role": "user", "content": SUMMARY + summary}
         if kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
@@ -1703,8 +1704,9 @@ class ItemReader:
         return parts
 
 
-def decoded(text: str) -> Any:
-    """Return the value that `encoded` has encoded, or None."""
+def decoded(item: JSONObject) -> Any:
+    """Return the value that `encoded` has encoded for an item, or None."""
+    text = item.get("encrypted_content") or ""
     with suppress(ValueError):
         if text.startswith(ENCODED):
             return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
@@ -1766,7 +1768,7 @@ def as_content(parts: list[JSONObject]) -> Any:
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    fields = decoded(item.get("encrypted_content") or "")
+    fields = decoded(item)
     if isinstance(fields, dict):  # otherwise another server encoded it
         return reasoning_fields(fields)
     text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
@@ -2110,11 +2112,11 @@ class OutputItem:
 
 
 # By words in the finish reason: why an answer is incomplete, or that it has failed
-UNFINISHED = (
-    ("length|max_tokens|context_window", "max_output_tokens"),
-    ("filter|sensitive|safety|blocklist|prohibited|recitation", "content_filter"),
-    ("error|resource|abort|overload|timeout|cancel|fail", "failed"),
-)
+UNFINISHED = re.compile(
+    "(?P<max_output_tokens>length|max_tokens|context_window)|"
+    "(?P<content_filter>filter|sensitive|safety|blocklist|prohibited|recitation)|"
+    "(?P<failed>error|resource|abort|overload|timeout|cancel|fail)",
+    re.I)
 ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "instructions": None,
@@ -2197,14 +2199,13 @@ class ResponseWriter:
             yield from self._item_events()
         fields: JSONObject = {}
         status = "completed"
-        for pattern, reason in UNFINISHED:
-            if re.search(pattern, finish_reason.lower()):
-                status = "incomplete"
-                fields = {"incomplete_details": {"reason": reason}}
-                if reason == "failed":
-                    status = reason
-                    fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
-                break
+        unfinished = UNFINISHED.search(finish_reason)
+        if unfinished and unfinished["failed"]:
+            status = "failed"
+            fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
+        elif unfinished:
+            status = "incomplete"
+            fields = {"incomplete_details": {"reason": unfinished.lastgroup}}
         for item in self._items:
             if not item.is_done:
                 item.end("incomplete" if fields else "completed")
@@ -2327,10 +2328,9 @@ class CompactionWriter(ResponseWriter):
         for message in itertools.chain(*self.history, self._request.messages):
             text = text_of(message)
             if message["role"] == "user" and text and not text.startswith(SUMMARY):
-                content = [{"type": "input_text", "text": text}]
                 output.append({
                     "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
-                    "content": content,
+                    "content": [{"type": "input_text", "text": text}],
                 })
         output += response["output"]
         return dump_json({**response, "object": "response.compaction", "output": output})
