@@ -676,10 +676,10 @@ def parse_upstream_object(
     """Parse an upstream's JSON object, or a list of one. Return None for anything else."""
     try:
         value = parse_upstream_json(data, max_values, halves)
+        if isinstance(value, list):
+            [value] = value  # Gemini's errors
     except ValueError:
         return None
-    if isinstance(value, list) and len(value) == 1:  # Gemini's errors
-        value = value[0]
     return value if isinstance(value, dict) else None
 
 
@@ -1522,7 +1522,7 @@ class TextCompletion(ChatCompletion):
 
 TEXT_PART = request_object({"text": STRING})
 FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
-INPUT_PART = request_object_by_type(
+INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
     {
         "input_text": TEXT_PART,
         "output_text": TEXT_PART,
@@ -1534,12 +1534,13 @@ INPUT_PART = request_object_by_type(
             request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
     },
     allow_others=True,
-)
-INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
+)))
 TOOL_SEARCH = request_object({}, {"description": STRING, "parameters": OBJECT})
 FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": TOOL_SEARCH}
-TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
-NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
+NAMESPACE = request_object({
+    "name": NON_EMPTY,
+    "tools": array(request_object_by_type(FUNCTIONS, allow_others=True)),
+})
 RESPONSES_TOOLS = array(request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True))
 CALL_FIELDS = {"call_id": STRING, "id": STRING, "namespace": STRING}
 CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, CALL_FIELDS)
@@ -1882,18 +1883,18 @@ class ResponsesRequest:
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
         messages += self.messages
-        if self.reader.compacts:
-            messages.append({"role": "user", "content": COMPACT})
-        elif not self.messages:
-            raise bad_request("'input' has no message.", "input")
         fields = {name: body.get(name) for name in SAME_IN_CHATS}
         fields["messages"] = messages
         fields["max_tokens"] = body.get("max_output_tokens")
         fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
-        if not self.reader.compacts:
+        if self.reader.compacts:
+            messages.append({"role": "user", "content": COMPACT})
+        elif self.messages:
             self._add_form(fields, self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools]))
-        chat = {name: value for name, value in fields.items() if value is not None}
-        return replace(ChatRequest.of(chat), user=None)
+        else:
+            raise bad_request("'input' has no message.", "input")
+        given = {name: value for name, value in fields.items() if value is not None}
+        return replace(ChatRequest.of(given), user=None)
 
     def _add_form(self, fields: JSONObject, tools: list[JSONObject]) -> None:
         """Add the fields for the form of the answer and for tools."""
@@ -1977,7 +1978,7 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
         if tool.get("strict"):
             function["strict"] = True
     if description:
-        function["description"] = description.removeprefix("\n")
+        function["description"] = description.strip()
     return function
 
 
@@ -2064,7 +2065,7 @@ class OutputItem:
 
     def add(self, text: str) -> None:
         self._pieces.append(text)
-        if self.kind.is_streamed and not self.is_done:
+        if text and self.kind.is_streamed and not self.is_done:
             self._emit_text(f"{self.kind.events}.delta", delta=text)
 
     def may_end(self) -> bool:
@@ -2080,11 +2081,10 @@ class OutputItem:
         kind = self.kind
         self.is_done = True
         text = "".join(self._pieces)
-        was_sent = kind.is_streamed and text
         value = kind.finish(text) if status == "completed" or not kind.events else text
         written: JSONObject = {kind.field: value}
         if kind.events:
-            if value and not was_sent:
+            if value and not (kind.is_streamed and text):
                 self._emit_text(f"{kind.events}.delta", delta=value)
             self._emit_text(f"{kind.events}.done", **written)
         if kind.part:
@@ -2119,16 +2119,10 @@ UNFINISHED = re.compile(
     re.I)
 ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
     "metadata": {},
     "parallel_tool_calls": True,
     "presence_penalty": 0.0,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
     "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
     "service_tier": "default",
     "store": True,
     "temperature": 1.0,
@@ -2137,7 +2131,9 @@ ECHOED: JSONObject = {  # settings of the request that the Response repeats, wit
     "tools": [],
     "top_p": 1.0,
     "truncation": "disabled",
-    "user": None,
+    **dict.fromkeys((
+        "instructions", "max_output_tokens", "max_tool_calls", "previous_response_id", "prompt_cache_key",
+        "safety_identifier", "user")),
 }
 
 
@@ -2239,10 +2235,10 @@ class ResponseWriter:
                 self._item(COMPACTION).add(delta["content"])
             return
         for name, kind in self._kinds.items():
-            text = reasoning_text(delta) if name == "reasoning_content" else delta.get(name)
+            text = reasoning_text(delta) if kind.prefix == "rs" else delta.get(name)
             if text:
                 self._item(kind).add(text)
-            if name == "reasoning_content" and self._items and self._items[-1].kind is kind:
+            if kind.prefix == "rs" and self._items:
                 merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
         for annotation in delta.get("annotations") or ():
             fields = annotation.get(annotation.get("type")) if isinstance(annotation, dict) else None
@@ -2251,18 +2247,17 @@ class ResponseWriter:
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] not in self._calls:
-                self._begin_call(call, function.get("name") or "")
-            if function.get("arguments"):
-                self._calls[call["index"]].add(function["arguments"])
+                self._calls[call["index"]] = self._begin_call(call["id"], function.get("name") or "")
+            self._calls[call["index"]].add(function.get("arguments") or "")
 
-    def _begin_call(self, call: JSONObject, name: str) -> None:
+    def _begin_call(self, id: str, name: str) -> OutputItem:
         tool = self._request.tools.get(name) or ToolName(name)
-        fields = {"call_id": call["id"]}
+        fields = {"call_id": id}
         if tool.kind != "tool_search":
             fields["name"] = tool.name
         if tool.namespace:
             fields["namespace"] = tool.namespace
-        self._calls[call["index"]] = self._begin_item(CALL_KINDS[tool.kind], fields)
+        return self._begin_item(CALL_KINDS[tool.kind], fields)
 
     def _item(self, kind: ItemKind) -> OutputItem:
         """Return the current item if it is of this kind, else a new item."""
@@ -2277,8 +2272,7 @@ class ResponseWriter:
             raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
-        included = self._request.body.get("include") or ()
-        if kind.prefix == "rs" and "reasoning.encrypted_content" in included:
+        if kind.prefix == "rs" and "reasoning.encrypted_content" in (self._request.body.get("include") or ()):
             fields["encrypted_content"] = None
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
