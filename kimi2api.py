@@ -609,10 +609,10 @@ MAX_VALUES = 350_000
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
-    brackets = source.count("{") + source.count("[")
+    brackets = sum(map(source.count, "{["))
     if brackets + source.count(",") > max_values:  # perhaps only inside of strings
         outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-        if outside.count("{") + outside.count("[") + outside.count(",") > max_values:
+        if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
     try:
         value = STRICT_JSON.decode(source)
@@ -676,10 +676,10 @@ def parse_upstream_object(
     """Parse an upstream's JSON object, or a list of one. Return None for anything else."""
     try:
         value = parse_upstream_json(data, max_values, halves)
+        if isinstance(value, list):
+            [value] = value  # Gemini's errors
     except ValueError:
         return None
-    if isinstance(value, list) and len(value) == 1:  # Gemini's errors
-        value = value[0]
     return value if isinstance(value, dict) else None
 
 
@@ -781,15 +781,15 @@ def request_object_by_type(
     default: the type of an object without one; allow_others: objects of other types may have any fields.
     """
     types = {"type": STRING if allow_others else choice_of(*records)}
-    rules = [if_field("type", [name], then) for name, then in records.items()]
-    if default is None:
-        return request_object(types, allOf=rules)
-    rules.append(if_field("type", [None], records[default]))
-    return request_object({}, types, allOf=rules)
+    rules = []
+    for name, then in records.items():
+        rules.append(if_field("type", [name, None] if name == default else [name], then))
+    if default:
+        return request_object({}, types, allOf=rules)
+    return request_object(types, allOf=rules)
 
 
 MAXIMA = {  # with their units
-    "maximum": "",
     "maxItems": "",
     "maxLength": " characters",
     "maxProperties": " fields",
@@ -833,32 +833,23 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
         yield deepest
     elif not is_within_bounds(value, schema):
         yield Violation(path, schema)
-    elif isinstance(value, dict):
-        yield from field_violations(value, schema, path)
     elif isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
             yield from violations(item, schema["items"], f"{path}[{index}]")
-
-
-def field_violations(value: JSONObject, schema: Schema, path: str) -> Iterator[Violation]:
-    prefix = f"{path}." if path else ""
-    known = schema.get("properties", {})
-    for name in schema.get("required", ()):
-        if name not in value:
-            yield Violation(prefix + name, known[name])
-    for name, inner in value.items():
-        field_schema = known.get(name) or schema.get("additionalProperties")
-        if field_schema:
-            yield from violations(inner, field_schema, prefix + name)
-    for condition in (schema, *schema.get("allOf", ())):
-        if "if" in condition and applies(condition["if"], value):
-            yield from violations(value, condition["then"], path)
-
-
-def applies(condition: Schema, value: JSONObject) -> bool:
-    """Return whether a condition of `if_field` applies. An input of 100,000 items has 2,000,000 of them."""
-    [(name, field)] = condition["properties"].items()
-    return value[name] in field["enum"] if name in value else "required" not in condition
+    elif isinstance(value, dict):
+        prefix = f"{path}." if path else ""
+        known = schema.get("properties", {})
+        for name in schema.get("required", ()):
+            if name not in value:
+                yield Violation(prefix + name, known[name])
+        for name, inner in value.items():
+            field_schema = known.get(name) or schema.get("additionalProperties")
+            if field_schema:
+                yield from violations(inner, field_schema, prefix + name)
+        for rule in schema.get("allOf", ()):
+            [(name, condition)] = rule["if"]["properties"].items()
+            if value.get(name) in condition["enum"]:  # an input of 100,000 items has 2,000,000 rules
+                yield from violations(value, rule["then"], path)
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
@@ -898,8 +889,6 @@ def describe(schema: Schema) -> str:
     words = TYPES[schema["type"]][1]
     if "minLength" in schema:
         words += " that is not empty"
-    if "minItems" in schema and schema["minItems"] == schema.get("maxItems"):
-        return f"{words} of {schema['minItems']}"
     for keyword in ("minimum", "minItems"):
         if keyword in schema:
             words += f" of at least {schema[keyword]}"
@@ -919,23 +908,21 @@ def describe(schema: Schema) -> str:
 # explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
-ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
-
 CONTENT_PART = request_object_by_type({"text": request_object({"text": STRING})}, allow_others=True)
 TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
 MESSAGE = request_object(
-    {"role": choice_of(*ROLES)},
+    {"role": choice_of("system", "developer", "user", "assistant", "tool", "function")},
     {
         "content": any_of(STRING, array(CONTENT_PART)),
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
     # An assistant's message may have tool calls instead, and a system message of Kimi tools
-    **if_field(
+    allOf=[if_field(
         "role",
-        [role for role in ROLES if role not in ("assistant", "system")],
+        ["developer", "user", "tool", "function"],
         request_object({"content": any_of(STRING, array(OBJECT))}),
-    ),
+    )],
 )
 FUNCTION = request_object({"name": NON_EMPTY}, {"description": STRING, "parameters": OBJECT})
 TOOL = request_object_by_type({"function": request_object({"function": FUNCTION})}, allow_others=True)
@@ -950,24 +937,28 @@ TOOL_CHOICE = request_object_by_type(
     default="function",
     allow_others=True,
 )
-RESPONSE_FORMAT = request_object(
-    {"type": choice_of("text", "json_object", "json_schema")},
-    {"json_schema": OBJECT},
-    **if_field("type", ["json_schema"], request_object({"json_schema": request_object({"schema": OBJECT})})),
-)
+JSON_SCHEMA = request_object({"schema": OBJECT})
+RESPONSE_FORMAT = request_object_by_type({
+    "text": OBJECT,
+    "json_object": OBJECT,
+    "json_schema": request_object({"json_schema": JSON_SCHEMA}),
+})
 USER = {"type": "string", "maxLength": 512}  # the name of a session
-SHARED_PARAMETERS = {
+COMMON_PARAMETERS = {  # of all three APIs
     "model": STRING,
     "user": USER,
     "stream": BOOLEAN,
-    "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-    "stop": any_of(STRING, array(STRING)),
-    "max_tokens": INTEGER,
-    "n": INTEGER,
     "temperature": NUMBER,
     "top_p": NUMBER,
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
+}
+SHARED_PARAMETERS = {  # of chats and legacy completions
+    **COMMON_PARAMETERS,
+    "stream_options": request_object({}, {"include_usage": BOOLEAN}),
+    "stop": any_of(STRING, array(STRING)),
+    "max_tokens": INTEGER,
+    "n": INTEGER,
     "seed": INTEGER,
     "logit_bias": OBJECT,
 }
@@ -986,7 +977,7 @@ CHAT_REQUEST = request_object(
     },
 )
 COMPLETION_REQUEST = request_object(  # of the legacy completions API
-    {"prompt": any_of(STRING, array(STRING, minItems=1, maxItems=1))},
+    {"prompt": any_of(STRING, array(STRING, maxItems=1))},
     {
         **SHARED_PARAMETERS,
         "echo": {"enum": [False]},
@@ -1012,7 +1003,6 @@ class ChatRequest:
 
     body: JSONObject  # includes unknown fields
     messages: list[Message]
-    model: str | None
     user: str | None
     stream: bool
     include_usage: bool
@@ -1030,7 +1020,7 @@ class ChatRequest:
     def parse_completion(cls, raw: bytes) -> ChatRequest:
         """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
-        prompt = "".join(body["prompt"])  # a text, or a list of one
+        prompt = "".join(body["prompt"])  # a text, or a list of at most one
         chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
         return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
@@ -1042,11 +1032,10 @@ class ChatRequest:
         return cls(
             body=body,
             messages=body["messages"],
-            model=body.get("model"),
             user=body.get("user"),
             stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
-            stop=[text for text in stop if text],
+            stop=list(filter(None, stop)),
             max_tokens=body.get("max_completion_tokens") or body.get("max_tokens"),
             tools=allowed_functions(body),
             must_call=must_call(body.get("tool_choice")),
@@ -1056,13 +1045,11 @@ class ChatRequest:
     def turns(self) -> list[Turn]:
         """Group the messages, without system messages, into turns: each begins with a user's message."""
         turns: list[list[Message]] = []
-        for message in self.messages:
-            if is_system(message):
-                continue
+        for message in itertools.filterfalse(is_system, self.messages):
             if message["role"] == "user" or not turns:
                 turns.append([])
             turns[-1].append(message)
-        return [tuple(turn) for turn in turns]
+        return list(map(tuple, turns))
 
     @property
     def has_history(self) -> bool:
@@ -1094,17 +1081,16 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
         return []
     if choice == "required" and not body.get("tools"):
         raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
-    if names_function(choice):
-        path = "tool_choice.function.name"
-        tools = [choice]
-    elif allows_tools(choice):
-        path = "tool_choice.allowed_tools.tools"
-        tools = list(filter(names_function, choice["allowed_tools"]["tools"]))
-    else:
+    if not isinstance(choice, dict):
         return functions
-    names = {tool["function"]["name"] for tool in tools}
+    path = "tool_choice.function.name"
+    tools = [choice]
+    if choice.get("type") == "allowed_tools":
+        path = "tool_choice.allowed_tools.tools"
+        tools = choice["allowed_tools"]["tools"]
+    names = {tool["function"]["name"] for tool in tools if names_function(tool)}
     allowed = [function for function in functions if function["name"] in names]
-    if must_call(choice) and tools and not allowed:
+    if must_call(choice) and names and not allowed:
         raise bad_request("'tool_choice' names no function that is in 'tools'.", path)
     return allowed
 
@@ -1114,13 +1100,9 @@ def names_function(choice: Any) -> TypeGuard[JSONObject]:
 
 
 def must_call(choice: Any) -> bool:
-    if allows_tools(choice):
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         choice = choice["allowed_tools"]["mode"]
     return choice not in (None, "none", "auto")
-
-
-def allows_tools(choice: Any) -> TypeGuard[JSONObject]:
-    return isinstance(choice, dict) and choice.get("type") == "allowed_tools"
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
@@ -1180,24 +1162,12 @@ class Delta:
     def is_final(self) -> bool:
         """Return whether the delta finishes a choice or has only the usage, and so may be the last."""
         choices = self.chunk["choices"]
-        if not choices:
-            return bool(self.chunk.get("usage"))
-        return any(choice["finish_reason"] for choice in choices)
+        return not choices or any(choice["finish_reason"] for choice in choices)
 
     @property
     def has_content(self) -> bool:
         """Return whether the delta has anything except the role."""
-        if self.is_final:
-            return True
-        for choice in self.chunk["choices"]:
-            for name, value in choice["delta"].items():
-                if value and name != "role":
-                    return True
-        return False
-
-
-class JoinedText(io.StringIO):
-    """The pieces of a text. A list of short pieces would take many times their memory."""
+        return self.is_final or any(any(without(choice["delta"], "role").values()) for choice in self.chunk["choices"])
 
 
 class IndexedList(dict[int, Any]):
@@ -1247,8 +1217,8 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
 def grown(known: Any, value: Any, name: str) -> Any:
     """Return a growing field with a value added. Takes time linear in the number of values."""
     if isinstance(value, str):
-        if not isinstance(known, JoinedText):
-            known = JoinedText()
+        if not isinstance(known, io.StringIO):
+            known = io.StringIO()  # a list of short pieces would take many times their memory
         known.write(value)
         return known
     if not isinstance(value, list):
@@ -1266,7 +1236,7 @@ def grown(known: Any, value: Any, name: str) -> Any:
 
 def plain_value(whole: Any) -> Any:
     """Convert the result of `merge` to plain JSON values."""
-    if isinstance(whole, JoinedText):
+    if isinstance(whole, io.StringIO):
         return whole.getvalue()
     if isinstance(whole, IndexedList):
         return [plain_value(whole[index]) for index in sorted(whole)]
@@ -1306,15 +1276,14 @@ class Fold:
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
         for choice in self.choices.values():
-            delta = choice["delta"]
+            delta = plain_value(choice["delta"])
             for name in ("content", "refusal"):
-                yield str(plain_value(delta.get(name)) or "")
-            yield reasoning_text(reasoning_fields(delta))
-            calls = delta.get("tool_calls") or {}
-            for call in calls.values():
+                yield str(delta.get(name) or "")
+            yield reasoning_text(delta)
+            for call in delta.get("tool_calls") or ():
                 function = call.get("function") or {}
                 yield function.get("name") or ""
-                yield str(plain_value(function.get("arguments")) or "")
+                yield str(function.get("arguments") or "")
 
 
 # Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
@@ -1322,9 +1291,12 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 
 
 def reasoning_fields(message: JSONObject) -> JSONObject:
-    """Return the fields of a message or a merged delta that contain reasoning."""
-    fields = {name: plain_value(message[name]) for name in REASONING_FIELDS if message.get(name)}
-    return {name: value for name, value in fields.items() if isinstance(value, (str, list))}
+    """Return the fields of a message or a delta that contain reasoning."""
+    fields = {}
+    for name in REASONING_FIELDS:
+        if message.get(name) and isinstance(message[name], (str, list)):
+            fields[name] = message[name]
+    return fields
 
 
 def reasoning_text(message: JSONObject) -> str:
@@ -1332,8 +1304,8 @@ def reasoning_text(message: JSONObject) -> str:
     for name in REASONING_FIELDS:
         value = message.get(name)
         if isinstance(value, list):
-            details = [entry for entry in value if isinstance(entry, dict)]
-            value = "".join(str(entry.get("text") or entry.get("summary") or "") for entry in details)
+            value = "".join(
+                str(entry.get("text") or entry.get("summary") or "") for entry in value if isinstance(entry, dict))
         if value and isinstance(value, str):
             return value
     return ""
@@ -1484,7 +1456,6 @@ class ChatCompletion:
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
             choice.setdefault("logprobs", None)
-            choice["finish_reason"] = choice.get("finish_reason") or "stop"
             del choice["delta"]
         return dump_json(self._with_head(completion))
 
@@ -1493,10 +1464,9 @@ class ChatCompletion:
         for delta in deltas:
             self._note(delta)
             chunk = self._with_head(delta.chunk)
-            usage = chunk.pop("usage", None)
             if self._include_usage:
-                chunk["usage"] = usage
-            elif usage and not chunk["choices"]:
+                chunk.setdefault("usage", None)
+            elif not chunk["choices"]:  # only the usage
                 continue
             yield b"data: " + dump_json(chunk) + b"\n\n"
         yield b"data: [DONE]\n\n"
@@ -1552,7 +1522,7 @@ class TextCompletion(ChatCompletion):
 
 TEXT_PART = request_object({"text": STRING})
 FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
-INPUT_PART = request_object_by_type(
+INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
     {
         "input_text": TEXT_PART,
         "output_text": TEXT_PART,
@@ -1564,12 +1534,13 @@ INPUT_PART = request_object_by_type(
             request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
     },
     allow_others=True,
-)
-INPUT_CONTENT = any_of(STRING, array(INPUT_PART))
+)))
 TOOL_SEARCH = request_object({}, {"description": STRING, "parameters": OBJECT})
 FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": TOOL_SEARCH}
-TOOL_OF_NAMESPACE = request_object_by_type(FUNCTIONS, allow_others=True)
-NAMESPACE = request_object({"name": NON_EMPTY, "tools": array(TOOL_OF_NAMESPACE)})
+NAMESPACE = request_object({
+    "name": NON_EMPTY,
+    "tools": array(request_object_by_type(FUNCTIONS, allow_others=True)),
+})
 RESPONSES_TOOLS = array(request_object_by_type({**FUNCTIONS, "namespace": NAMESPACE}, allow_others=True))
 CALL_FIELDS = {"call_id": STRING, "id": STRING, "namespace": STRING}
 CALL_OUTPUT = request_object({"output": INPUT_CONTENT}, CALL_FIELDS)
@@ -1627,10 +1598,14 @@ class ToolName:
 def flat_tools(tools: Iterable[JSONObject]) -> Iterator[tuple[ToolName, JSONObject]]:
     """Yield the tools, and those of namespaces, with their names."""
     for tool in tools:
-        is_namespace = tool["type"] == "namespace"
-        for member in tool["tools"] if is_namespace else [tool]:
+        namespace = None
+        members = [tool]
+        if tool["type"] == "namespace":
+            namespace = tool["name"]
+            members = tool["tools"]
+        for member in members:
             kind = member["type"]
-            yield ToolName(str(member.get("name") or kind), tool["name"] if is_namespace else None, kind), member
+            yield ToolName(str(member.get("name") or kind), namespace, kind), member
 
 
 def function_name(item: JSONObject) -> str:
@@ -1673,7 +1648,7 @@ class ItemReader:
         kind = item.get("type") or "message"
         if kind == "message":
             parts = self._read_parts(item["content"])
-            role = "system" if item["role"] == "developer" else item["role"]  # not every API knows developers
+            role = item["role"]
             return {"role": role, "content": parts if role == "assistant" else as_content(parts)}
         if kind == "reasoning":
             return {"role": "assistant", **read_reasoning(item)}
@@ -1681,9 +1656,10 @@ class ItemReader:
             return {"role": "assistant", "tool_calls": [self._read_call(item, kind)]}
         if kind.removesuffix("_output") in (*CALLS, "tool_search"):
             return self._read_result(item, kind)
-        summary = decoded(item.get("encrypted_content") or "") if kind == "compaction" else None
-        if isinstance(summary, str):
-            return {"role": "user", "content": SUMMARY + summary}
+        if kind == "compaction":
+            summary = decoded(item)
+            if isinstance(summary, str):
+                return {"role": "user", "content": SUMMARY + summary}
         if kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
@@ -1694,13 +1670,14 @@ class ItemReader:
 
     def _read_call(self, item: JSONObject, kind: str) -> JSONObject:
         self._last_call = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
+        name = kind.removesuffix("_call")
         arguments = item[CALLS[kind]]
+        if kind in ("function_call", "custom_tool_call"):
+            name = function_name(item)
         if kind == "custom_tool_call":
             arguments = {"input": arguments}
         if kind != "function_call":
             arguments = dump_json(arguments).decode()
-        is_named = kind in ("function_call", "custom_tool_call")
-        name = function_name(item) if is_named else kind.removesuffix("_call")
         return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _read_result(self, item: JSONObject, kind: str) -> Message:
@@ -1728,8 +1705,9 @@ class ItemReader:
         return parts
 
 
-def decoded(text: str) -> Any:
-    """Return the value that `encoded` has encoded, or None."""
+def decoded(item: JSONObject) -> Any:
+    """Return the value that `encoded` has encoded for an item, or None."""
+    text = item.get("encrypted_content") or ""
     with suppress(ValueError):
         if text.startswith(ENCODED):
             return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
@@ -1778,28 +1756,23 @@ def as_part(part: JSONObject) -> JSONObject | None:
             image["detail"] = part["detail"]
         return {"type": "image_url", "image_url": image}
     if kind == "input_file":
-        file = {name: part[name] for name in FILE_FIELDS if part.get(name)}
-        return {"type": "file", "file": file}
+        return {"type": "file", "file": {name: part[name] for name in FILE_FIELDS if part.get(name)}}
     return None
 
 
 def as_content(parts: list[JSONObject]) -> Any:
     """Return a text, or the parts if some are not text."""
     if all(part["type"] == "text" for part in parts):
-        return joined_text(parts)
+        return text_of({"content": parts})
     return parts
-
-
-def joined_text(parts: list[JSONObject]) -> str:
-    return "\n".join(part["text"] for part in parts)
 
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    fields = decoded(item.get("encrypted_content") or "")
+    fields = decoded(item)
     if isinstance(fields, dict):  # otherwise another server encoded it
         return reasoning_fields(fields)
-    text = joined_text(item.get("content") or item.get("summary") or [])
+    text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
     return {"reasoning_content": text} if text else {}
 
 
@@ -1819,11 +1792,7 @@ CHOSEN_TOOLS = request_object_by_type({
         "tools": array(request_object_by_type(CHOSEN_FUNCTIONS, allow_others=True)),
     }),
 })
-TEXT_FORMAT = request_object_by_type({
-    "text": OBJECT,
-    "json_object": OBJECT,
-    "json_schema": request_object({"schema": OBJECT}),
-})
+TEXT_FORMAT = request_object_by_type({"text": OBJECT, "json_object": OBJECT, "json_schema": JSON_SCHEMA})
 METADATA = {  # as OpenAI bounds it
     "type": "object",
     "maxProperties": 16,
@@ -1831,13 +1800,7 @@ METADATA = {  # as OpenAI bounds it
     "additionalProperties": {"type": "string", "maxLength": 512},
 }
 SAME_IN_CHATS = {
-    "model": STRING,
-    "stream": BOOLEAN,
-    "temperature": NUMBER,
-    "top_p": NUMBER,
-    "presence_penalty": NUMBER,
-    "frequency_penalty": NUMBER,
-    "user": USER,
+    **COMMON_PARAMETERS,
     "metadata": METADATA,
     "service_tier": STRING,
     "safety_identifier": STRING,
@@ -1889,7 +1852,6 @@ class ResponsesRequest:
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
-        self._functions: dict[str, JSONObject] = {}  # the tools in the form of chat requests, by name
 
     @classmethod
     def parse(cls, raw: bytes) -> ResponsesRequest:
@@ -1915,39 +1877,40 @@ class ResponsesRequest:
         items = body.get("input") or []
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        continues_previous = bool(body.get("previous_response_id"))
-        self.messages = self.reader.read(resolve_references(items, find_items), continues_previous)
+        self.messages = self.reader.read(
+            resolve_references(items, find_items), continues_previous=bool(body.get("previous_response_id")))
         messages = [*system]
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
         messages += self.messages
-        if self.reader.compacts:
-            messages.append({"role": "user", "content": COMPACT})
-        elif not self.messages:
-            raise bad_request("'input' has no message.", "input")
         fields = {name: body.get(name) for name in SAME_IN_CHATS}
         fields["messages"] = messages
         fields["max_tokens"] = body.get("max_output_tokens")
-        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort") or None
-        if not self.reader.compacts:
-            self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools])
-            self._add_form(fields)
-        chat = {name: value for name, value in fields.items() if value is not None}
-        return replace(ChatRequest.of(chat), user=None)
+        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
+        if self.reader.compacts:
+            messages.append({"role": "user", "content": COMPACT})
+        elif self.messages:
+            self._add_form(fields, self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools]))
+        else:
+            raise bad_request("'input' has no message.", "input")
+        given = {name: value for name, value in fields.items() if value is not None}
+        return replace(ChatRequest.of(given), user=None)
 
-    def _add_form(self, fields: JSONObject) -> None:
+    def _add_form(self, fields: JSONObject, tools: list[JSONObject]) -> None:
         """Add the fields for the form of the answer and for tools."""
         text = self.body.get("text") or {}
         fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
         fields["verbosity"] = text.get("verbosity")
         choice = self.body.get("tool_choice")
-        if self._functions:
-            fields["tools"] = [{"type": "function", "function": function} for function in self._functions.values()]
+        if tools:
+            fields["tools"] = tools
             fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
-        if self._functions or choice not in ("auto", "none"):
+        if tools or choice not in ("auto", "none"):
             fields["tool_choice"] = as_tool_choice(choice)
 
-    def _read_tools(self, tools: list[JSONObject]) -> None:
+    def _read_tools(self, tools: list[JSONObject]) -> list[JSONObject]:
+        """Return the tools in the form of chat requests."""
+        functions = {}
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
             if name.kind not in ("function", "custom") and not is_search:
@@ -1955,7 +1918,8 @@ class ResponsesRequest:
                 continue
             if self.tools.setdefault(name.function, name) != name:
                 raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-            self._functions[name.function] = as_function(tool, name)
+            functions[name.function] = {"type": "function", "function": as_function(tool, name)}
+        return list(functions.values())
 
 
 def translate_error(error: APIError) -> APIError:
@@ -2014,7 +1978,7 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
         if tool.get("strict"):
             function["strict"] = True
     if description:
-        function["description"] = description.removeprefix("\n")
+        function["description"] = description.strip()
     return function
 
 
@@ -2070,11 +2034,10 @@ TEXT_KINDS = {  # by the field of a delta
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
     "refusal": ItemKind("msg", MESSAGE_FIELDS, "refusal", "refusal", {"type": "refusal", "refusal": ""}),
 }
-FUNCTION_CALL = ItemKind(
-    "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
-    finish=lambda arguments: arguments or "{}")  # some APIs leave empty arguments out
 CALL_KINDS = {
-    "function": FUNCTION_CALL,
+    "function": ItemKind(
+        "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
+        finish=lambda arguments: arguments or "{}"),  # some APIs leave empty arguments out
     "custom": ItemKind(
         "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
         finish=custom_input, is_streamed=False),
@@ -2102,13 +2065,12 @@ class OutputItem:
 
     def add(self, text: str) -> None:
         self._pieces.append(text)
-        if self.kind.is_streamed and not self.is_done:
+        if text and self.kind.is_streamed and not self.is_done:
             self._emit_text(f"{self.kind.events}.delta", delta=text)
 
     def may_end(self) -> bool:
         """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
-        text = "".join(self._pieces)
-        return self.kind.part is not None or parse_upstream_object(text.encode()) is not None
+        return self.kind.part is not None or parse_upstream_object("".join(self._pieces).encode()) is not None
 
     def annotate(self, annotation: JSONObject) -> None:
         self._annotations.append(annotation)
@@ -2119,11 +2081,10 @@ class OutputItem:
         kind = self.kind
         self.is_done = True
         text = "".join(self._pieces)
-        was_sent = kind.is_streamed and text
         value = kind.finish(text) if status == "completed" or not kind.events else text
         written: JSONObject = {kind.field: value}
         if kind.events:
-            if value and not was_sent:
+            if value and not (kind.is_streamed and text):
                 self._emit_text(f"{kind.events}.delta", delta=value)
             self._emit_text(f"{kind.events}.done", **written)
         if kind.part:
@@ -2133,7 +2094,7 @@ class OutputItem:
             self._emit_text(f"{kind.part_events}.done", part=part)
             written = {kind.list_field: [part]}
         if kind.prefix == "rs" and "encrypted_content" in self.item:
-            written["encrypted_content"] = encoded(reasoning_fields(self.reasoning))
+            written["encrypted_content"] = encoded(plain_value(self.reasoning))
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
 
@@ -2151,23 +2112,17 @@ class OutputItem:
 
 
 # By words in the finish reason: why an answer is incomplete, or that it has failed
-UNFINISHED = (
-    ("length|max_tokens|context_window", "max_output_tokens"),
-    ("filter|sensitive|safety|blocklist|prohibited|recitation", "content_filter"),
-    ("error|resource|abort|overload|timeout|cancel|fail", "failed"),
-)
+UNFINISHED = re.compile(
+    "(?P<max_output_tokens>length|max_tokens|context_window)|"
+    "(?P<content_filter>filter|sensitive|safety|blocklist|prohibited|recitation)|"
+    "(?P<failed>error|resource|abort|overload|timeout|cancel|fail)",
+    re.I)
 ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
     "metadata": {},
     "parallel_tool_calls": True,
     "presence_penalty": 0.0,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
     "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
     "service_tier": "default",
     "store": True,
     "temperature": 1.0,
@@ -2176,7 +2131,9 @@ ECHOED: JSONObject = {  # settings of the request that the Response repeats, wit
     "tools": [],
     "top_p": 1.0,
     "truncation": "disabled",
-    "user": None,
+    **dict.fromkeys((
+        "instructions", "max_output_tokens", "max_tool_calls", "previous_response_id", "prompt_cache_key",
+        "safety_identifier", "user")),
 }
 
 
@@ -2238,14 +2195,13 @@ class ResponseWriter:
             yield from self._item_events()
         fields: JSONObject = {}
         status = "completed"
-        for pattern, reason in UNFINISHED:
-            if re.search(pattern, finish_reason.lower()):
-                status = "incomplete"
-                fields = {"incomplete_details": {"reason": reason}}
-                if reason == "failed":
-                    status = reason
-                    fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
-                break
+        unfinished = UNFINISHED.search(finish_reason)
+        if unfinished and unfinished["failed"]:
+            status = "failed"
+            fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
+        elif unfinished:
+            status = "incomplete"
+            fields = {"incomplete_details": {"reason": unfinished.lastgroup}}
         for item in self._items:
             if not item.is_done:
                 item.end("incomplete" if fields else "completed")
@@ -2279,10 +2235,10 @@ class ResponseWriter:
                 self._item(COMPACTION).add(delta["content"])
             return
         for name, kind in self._kinds.items():
-            text = reasoning_text(delta) if name == "reasoning_content" else delta.get(name)
+            text = reasoning_text(delta) if kind.prefix == "rs" else delta.get(name)
             if text:
                 self._item(kind).add(text)
-            if name == "reasoning_content" and self._items and self._items[-1].kind is kind:
+            if kind.prefix == "rs" and self._items:
                 merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
         for annotation in delta.get("annotations") or ():
             fields = annotation.get(annotation.get("type")) if isinstance(annotation, dict) else None
@@ -2291,18 +2247,17 @@ class ResponseWriter:
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] not in self._calls:
-                self._begin_call(call, function.get("name") or "")
-            if function.get("arguments"):
-                self._calls[call["index"]].add(function["arguments"])
+                self._calls[call["index"]] = self._begin_call(call["id"], function.get("name") or "")
+            self._calls[call["index"]].add(function.get("arguments") or "")
 
-    def _begin_call(self, call: JSONObject, name: str) -> None:
+    def _begin_call(self, id: str, name: str) -> OutputItem:
         tool = self._request.tools.get(name) or ToolName(name)
-        fields = {"call_id": call["id"]}
+        fields = {"call_id": id}
         if tool.kind != "tool_search":
             fields["name"] = tool.name
         if tool.namespace:
             fields["namespace"] = tool.namespace
-        self._calls[call["index"]] = self._begin_item(CALL_KINDS[tool.kind], fields)
+        return self._begin_item(CALL_KINDS[tool.kind], fields)
 
     def _item(self, kind: ItemKind) -> OutputItem:
         """Return the current item if it is of this kind, else a new item."""
@@ -2317,8 +2272,7 @@ class ResponseWriter:
             raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
         if index and self._items[-1].may_end():
             self._items[-1].end("completed")
-        included = self._request.body.get("include") or ()
-        if kind.prefix == "rs" and "reasoning.encrypted_content" in included:
+        if kind.prefix == "rs" and "reasoning.encrypted_content" in (self._request.body.get("include") or ()):
             fields["encrypted_content"] = None
         item = OutputItem(kind, f"{kind.prefix}_{self._id}_{index}", index, fields)
         self._items.append(item)
@@ -2368,15 +2322,12 @@ class CompactionWriter(ResponseWriter):
         for message in itertools.chain(*self.history, self._request.messages):
             text = text_of(message)
             if message["role"] == "user" and text and not text.startswith(SUMMARY):
-                content = [{"type": "input_text", "text": text}]
                 output.append({
                     "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
-                    "content": content,
+                    "content": [{"type": "input_text", "text": text}],
                 })
-        return dump_json({
-            "id": response["id"], "object": "response.compaction", "created_at": response["created_at"],
-            "output": [*output, *response["output"]], "usage": response["usage"],
-        })
+        output += response["output"]
+        return dump_json({**response, "object": "response.compaction", "output": output})
 
 
 def response_usage(usage: Any) -> JSONObject:
