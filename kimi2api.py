@@ -5222,29 +5222,23 @@ UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni
 
 
 @dataclass(frozen=True)
-class LeaveOut:
-    """Leave a parameter out if it has the refused value: the refusal says nothing of other clients' values."""
+class ChangeParameter:
+    """Replace a parameter or leave it out if it has the refused value: the refusal says nothing of other clients'
+    values."""
 
     name: str
-    value: str | None  # as repr() returns it, None for any value
+    refused: str | None  # as repr() returns it, None for any value
+    accepted: str | None = None  # None to leave the parameter out
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        applies = self.value in (None, repr(body.get(self.name)))
-        return without(body, self.name) if applies else body
+        if self.refused not in (None, repr(body.get(self.name))):
+            return body
+        if self.accepted is None:
+            return without(body, self.name)
+        return {**body, self.name: self.accepted}
 
 
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-@dataclass(frozen=True)
-class ChangeEffort:
-    """Replace an effort that a model refuses by the nearest that it accepts."""
-
-    refused: str
-    accepted: str
-
-    def __call__(self, body: JSONObject) -> JSONObject:
-        return {**body, "reasoning_effort": self.accepted} if body.get("reasoning_effort") == self.refused else body
 
 
 def nearest_effort(refused: str, complaint: str) -> str:
@@ -5262,25 +5256,13 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
     return {names.get(name, name): value for name, value in body.items()}
 
 
-def require_json_object(body: JSONObject) -> JSONObject:
-    """Require a JSON object in place of a schema, and describe the schema in words."""
-    if body["response_format"]["type"] != "json_schema":
-        return body
-    return {**describe_format(body), "response_format": {"type": "json_object"}}
-
-
-def ask_for_json(body: JSONObject) -> JSONObject:
-    """Describe the required form also in words."""
-    return {**describe_format(body), "response_format": body["response_format"]}
-
-
-def describe_format(body: JSONObject) -> JSONObject:
-    """Describe the required form of the answer in words alone."""
+def describe_format(body: JSONObject, **required: Any) -> JSONObject:
+    """Describe the required form of the answer in words, and require no form except this response_format."""
     instruction = form_instruction(body)
     if not instruction:
         return body
     messages = [*body["messages"], {"role": "system", "content": instruction}]
-    return move_system_first({**without(body, "response_format"), "messages": messages})
+    return move_system_first({**without(body, "response_format"), **required, "messages": messages})
 
 
 def portable_schemas(body: JSONObject) -> JSONObject:
@@ -5398,8 +5380,8 @@ ADAPTATIONS: list[tuple[str, str, Change]] = [
     (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens",
      "max_tokens", swap_max_tokens),
     (r"\bstream(ing)?\b", "stream", ask_without_stream),
-    (r"word .?json", "response_format", ask_for_json),
-    (r"response.format|json_schema|json_object", "response_format", require_json_object),
+    (r"word .?json|json_schema|response.format", "response_format",
+     partial(describe_format, response_format={"type": "json_object"})),
     (r"response.format|json_schema|json_object", "response_format", describe_format),
     (MISSING_REASONING, "reasoning", fill_reasoning_gaps),
     (MISSING_REASONING, "reasoning", partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
@@ -5426,13 +5408,16 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
         if not re.search(pattern, complaint):
             named.remove(name)
     for name in sent:
-        if name == "reasoning_effort" and name in named and sent[name] in EFFORTS:
+        if name not in named or name not in OPTIONAL_PARAMETERS or (name == "logprobs" and sent[name]):
+            continue
+        value = None if name in IDENTIFIERS else repr(sent[name])
+        if len(value or "") > MAX_REFUSED_VALUE:
+            continue
+        reason = f"{name}={value}"
+        if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
-            yield Adaptation(f"effort {sent[name]}", frozenset(named), ChangeEffort(sent[name], effort))
-        if name in named and name in OPTIONAL_PARAMETERS and not (name == "logprobs" and sent[name]):
-            value = None if name in IDENTIFIERS else repr(sent[name])
-            if len(value or "") <= MAX_REFUSED_VALUE:
-                yield Adaptation(f"{name}={value}", frozenset(named), LeaveOut(name, value))
+            yield Adaptation(reason, frozenset(named), ChangeParameter(name, value, effort))
+        yield Adaptation(reason, frozenset(named), ChangeParameter(name, value))
     for pattern, reason, change in ADAPTATIONS:
         adaptation = Adaptation(reason, frozenset(named), change)
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
