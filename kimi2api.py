@@ -5072,8 +5072,6 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
 
     status: of the response; 200 if the error is in an answer.
     """
-    if isinstance(answer, list) and answer:  # Gemini
-        answer = answer[0]
     error = answer.get("error") or answer if isinstance(answer, dict) else answer
     fields = error if isinstance(error, dict) else {}
     message = f"{api.name}: {error_message(error, api.key)}"
@@ -5152,10 +5150,7 @@ def portable(body: JSONObject) -> JSONObject:
         messages.append(message)
     system = list(itertools.takewhile(is_instruction, messages))
     body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
-    if body.get("tools") == []:
-        for name in ("tools", "tool_choice", "parallel_tool_calls"):
-            body.pop(name, None)
-    return body
+    return without(body, "tools", "tool_choice", "parallel_tool_calls") if body.get("tools") == [] else body
 
 
 def is_instruction(message: Message) -> bool:
@@ -5357,10 +5352,8 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to the requests of a model that have certain parameters. A later adaptation for the same reason and
-    parameters replaces it."""
+    """A change to the requests of a model that have certain parameters."""
 
-    reason: str
     named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
 
@@ -5376,20 +5369,18 @@ MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*rea
 # In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
-ADAPTATIONS: list[tuple[str, str, Change]] = [
-    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens",
-     "max_tokens", swap_max_tokens),
-    (r"\bstream(ing)?\b", "stream", ask_without_stream),
-    (r"word .?json|json_schema|response.format", "response_format",
-     partial(describe_format, response_format={"type": "json_object"})),
-    (r"response.format|json_schema|json_object", "response_format", describe_format),
-    (MISSING_REASONING, "reasoning", fill_reasoning_gaps),
-    (MISSING_REASONING, "reasoning", partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
-    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", "reasoning", leave_out_reasoning),
-    (r"\bsystem\b|chat setting", "system", move_system_first),
-    (r"tool_choice", "tool_choice", offer_forced_tool),
-    (r"tool_choice", "tool_choice", disable_thinking),
-    (r"schema|tools.function.parameters", "schema", portable_schemas),
+ADAPTATIONS: list[tuple[str, Change]] = [
+    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens", swap_max_tokens),
+    (r"\bstream(ing)?\b", ask_without_stream),
+    (r"word .?json|json_schema|response.format", partial(describe_format, response_format={"type": "json_object"})),
+    (r"response.format|json_schema|json_object", describe_format),
+    (MISSING_REASONING, fill_reasoning_gaps),
+    (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
+    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", leave_out_reasoning),
+    (r"\bsystem\b|chat setting", move_system_first),
+    (r"tool_choice", offer_forced_tool),
+    (r"tool_choice", disable_thinking),
+    (r"schema|tools.function.parameters", portable_schemas),
 ]
 
 
@@ -5413,13 +5404,12 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
         value = None if name in IDENTIFIERS else repr(sent[name])
         if len(value or "") > MAX_REFUSED_VALUE:
             continue
-        reason = f"{name}={value}"
         if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
-            yield Adaptation(reason, frozenset(named), ChangeParameter(name, value, effort))
-        yield Adaptation(reason, frozenset(named), ChangeParameter(name, value))
-    for pattern, reason, change in ADAPTATIONS:
-        adaptation = Adaptation(reason, frozenset(named), change)
+            yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
+        yield Adaptation(frozenset(named), ChangeParameter(name, value))
+    for pattern, change in ADAPTATIONS:
+        adaptation = Adaptation(frozenset(named), change)
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
             yield adaptation
 
@@ -5782,11 +5772,15 @@ class OpenAIProvider(Provider):
         self._api = api
         self._base_url = api.base_url.rstrip("/")
         self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats[""])
-        self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
+        self._headers = {
+            "User-Agent": f"kimi2api/{__version__}",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model, then by reason and parameters. Each has the time of its expiry, by time.monotonic()
-        self._adaptations: dict[str, dict[tuple[str, frozenset[str]], tuple[float, Adaptation]]] = {}
+        # By model; each with the time of its expiry, by time.monotonic()
+        self._adaptations: dict[str, dict[Adaptation, float]] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
@@ -5837,14 +5831,14 @@ class OpenAIProvider(Provider):
         model = body["model"]
         now = time.monotonic()
         known = self._adaptations.get(model, {})
-        trial = helpful = {key: entry for key, entry in known.items() if entry[0] > now}
+        trial = helpful = {adaptation: expiry for adaptation, expiry in known.items() if expiry > now}
         tried: list[Adaptation] = []
         refusal: APIError | None = None
         refusal_of_tool: APIError | None = None
         refused: JSONObject = {}
         while True:
             sent = body
-            for _, adaptation in trial.values():
+            for adaptation in trial:
                 sent = adaptation.apply(sent)
             try:
                 answer = self._retry(partial(send, sent), waiter)
@@ -5856,11 +5850,11 @@ class OpenAIProvider(Provider):
                 found = next((a for a in find_adaptations(refusal, refused) if a not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
                     raise refusal_of_tool or error from None
-                if found.reason == "tool_choice":
+                if found.change in (offer_forced_tool, disable_thinking):
                     refusal_of_tool = refusal_of_tool or refusal
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
-                trial = {**helpful, (found.reason, found.named): (now + ADAPTATION_MAX_AGE, found)}
+                trial = {**helpful, found: now + ADAPTATION_MAX_AGE}
             else:
                 if tried:
                     # Other chats may have learned something in the meantime
@@ -5937,16 +5931,13 @@ class OpenAIProvider(Provider):
     ) -> UpstreamResponse:
         """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
         a stream, and for all of another body."""
-        headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
-        response = self._transport.request(method, self._base_url + path, headers, data, deadline)
+        response = self._transport.request(method, self._base_url + path, self._headers, data, deadline)
         if response.status == 200:
             return response
         text = response.read()
-        answer: Any = text.decode("utf-8", "replace")
-        with suppress(ValueError):
-            answer = parse_upstream_json(text)
+        answer = parse_upstream_object(text) or text.decode("utf-8", "replace")
         raise api_error(self._api, response.status, answer, response.headers)
 
     # Models
