@@ -4242,10 +4242,8 @@ class AnswerStats:
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
         reported = self.fold.usage if isinstance(self.fold.usage, dict) else {}
-        prompt = count_of(reported, "prompt_tokens")
-        completion = count_of(reported, "completion_tokens")
-        prompt = prompt or estimate_tokens("\n".join(map(text_of, self.messages)))
-        completion = completion or estimate_tokens("".join(self.fold.texts()))
+        prompt = count_of(reported, "prompt_tokens") or estimate_tokens("\n".join(map(text_of, self.messages)))
+        completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
         total = max(prompt + completion, count_of(reported, "total_tokens"))
         return {**reported, "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
@@ -4339,9 +4337,7 @@ class Provider:
         """Make a call under the circuit breaker of its model, which may refuse it. Raises APIError."""
         with self._lock:
             breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
-            self._breakers[model] = breaker  # the last one, and the first one is dropped
-            if len(self._breakers) > MAX_BREAKERS:
-                del self._breakers[next(iter(self._breakers))]
+            self._breakers = latest({**self._breakers, model: breaker}, MAX_BREAKERS)
         is_probe = breaker.allow()
         try:
             yield
@@ -4692,12 +4688,10 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
     if not isinstance(value, dict):
         value = {}
     name = value.get("name")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if arguments is None:
-        arguments = {}
+    arguments = value.get("arguments") or value.get("parameters") or {}
     if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
         try:
-            arguments = parse_json(arguments.strip() or "{}")
+            arguments = parse_json(arguments)
         except ValueError as error:
             raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
     if not isinstance(name, str) or not name or (name not in offered and not allow_unknown_tools):
@@ -5148,8 +5142,7 @@ def portable(body: JSONObject) -> JSONObject:
         if message["role"] == "developer":
             message["role"] = "system"
         messages.append(message)
-    system = list(itertools.takewhile(is_instruction, messages))
-    body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
+    body = {**body, "messages": join_system(messages)}
     return without(body, "tools", "tool_choice", "parallel_tool_calls") if body.get("tools") == [] else body
 
 
@@ -5159,20 +5152,22 @@ def is_instruction(message: Message) -> bool:
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join system messages to one, if there are any."""
-    if len(messages) < 2:
+    """Join the system messages in front to one."""
+    system = list(itertools.takewhile(is_instruction, messages))
+    if len(system) < 2:
         return messages
-    contents = [message["content"] for message in messages]
+    contents = [message["content"] for message in system]
+    joined: Any = []
     if all(isinstance(content, str) for content in contents):
-        return [{**messages[0], "content": "\n\n".join(contents)}]
-    parts = [[{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents]
-    return [{**messages[0], "content": list(itertools.chain.from_iterable(parts))}]
+        joined = "\n\n".join(contents)
+    else:
+        for content in contents:
+            joined += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{**system[0], "content": joined}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
-    system = list(filter(is_instruction, body["messages"]))
-    others = [message for message in body["messages"] if not is_instruction(message)]
-    return {**body, "messages": [*join_system(system), *others]}
+    return {**body, "messages": join_system(sorted(body["messages"], key=is_instruction, reverse=True))}
 
 
 def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
@@ -5562,7 +5557,7 @@ class APIAnswer:
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
-                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
+                    if len(self.finished) >= max(len(self._fold.choices), self._wanted):
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
@@ -5592,8 +5587,9 @@ class APIAnswer:
         deadline = self.response.deadline
         deadline.may_reuse_connection = False  # until the stream's own end
         chunks = self.response.stream()
-        first = next(filter(bytes.strip, chunks), b"")  # DeepSeek sends empty lines before JSON
-        if first.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+        # DeepSeek sends empty lines before JSON
+        first = next(filter(bytes.strip, chunks), b"").removeprefix(BOM_UTF8)
+        if first.lstrip().startswith((b"{", b"[")):
             yield self._parse(first + self.response.read())
             self.is_done = True
             return
@@ -5628,11 +5624,10 @@ class APIAnswer:
 
     def _read_choice(self, choice: JSONObject) -> JSONObject:
         """Complete a choice. Raises LookupError, TypeError and the like for a malformed choice."""
-        choice = {"index": 0, **choice}
         self._note_usage(choice)
-        index = as_index(choice["index"]) or 0
+        index = as_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
-        delta = dict(choice.get("delta") or {})
+        delta = choice.get("delta") or {}
         # MiniMax ends with the whole message; an answer in JSON has nothing else
         message = choice.pop("message", None) or {}
         if any(map(before.get, REASONING_FIELDS)):
@@ -5642,8 +5637,9 @@ class APIAnswer:
                 delta[name] = value
         if isinstance(delta.get("content"), list):
             split_parts(delta)
-        for name in ("role", "content", "reasoning_content", "refusal"):
-            if not isinstance(delta.get(name) or "", str):
+        reason = choice.get("finish_reason") or None
+        for text in (reason, *map(delta.get, ("role", "content", "reasoning_content", "refusal"))):
+            if not isinstance(text or "", str):
                 raise TypeError
         if before.get("role") or not delta.get("role"):  # openai-python would join roles
             delta.pop("role", None)
@@ -5651,9 +5647,6 @@ class APIAnswer:
         calls = list(filter(None, map(self._calls[index].read, calls)))
         if calls:
             delta["tool_calls"] = calls
-        reason = choice.get("finish_reason") or None
-        if not isinstance(reason or "", str):
-            raise TypeError
         if index in self.finished:
             reason = None
         if reason:
@@ -5696,10 +5689,8 @@ def split_parts(delta: JSONObject) -> None:
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line = bytearray()  # whose end has not come
+    data = bytearray()  # of the event, each line with its end
     total = 0
-    data: list[bytes] = []
-    data_size = 0
-    is_first = True
     # The end of the stream ends the last event too
     for chunk in itertools.chain(chunks, [b"\n\n"]):
         line += chunk
@@ -5707,21 +5698,16 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
         if b"\n" in chunk:
             *lines, rest = bytes(line).split(b"\n")
             line = bytearray(rest)
-            if is_first:
-                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-                is_first = False
             for text in lines:
                 text = text.rstrip(b"\r")
                 if text.startswith(b"error:"):  # llama.cpp
                     text = b'data:{"error":%s}' % text[6:]
                 if text.startswith(b"data:"):
-                    data.append(text[5:].removeprefix(b" "))
-                    data_size += len(text)
+                    data += text[5:].removeprefix(b" ") + b"\n"
                 elif not text and data:
-                    yield b"\n".join(data)
-                    data = []
-                    data_size = 0
-        if len(line) + data_size > MAX_UPSTREAM_BYTES:
+                    yield bytes(data[:-1])
+                    data.clear()
+        if len(line) + len(data) > MAX_UPSTREAM_BYTES:
             raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
             raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
@@ -5893,9 +5879,10 @@ class OpenAIProvider(Provider):
                 extra = kept.pop("extra_content", {})
                 calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
                 message = {**message, "tool_calls": calls}
-                sent = [message[name] for name in REASONING_FIELDS if message.get(name) is not None]
+
                 # Clients send the text under a name of their own, only its last piece, or details joined wrongly
-                if not sent or (any(sent) and kept and reasoning_text(message).strip() in reasoning_text(kept)):
+                is_empty = "" in map(message.get, REASONING_FIELDS)  # which the client means
+                if kept and not is_empty and reasoning_text(message).strip() in reasoning_text(kept):
                     message = {**without(message, *REASONING_FIELDS), **kept}
             restored.append(message)
         return restored
@@ -6036,7 +6023,7 @@ class Providers:
         What the client must not see before it could still be another model's is held back: of a stream the role, of
         an answer in one piece everything, which then is one delta.
         """
-        failed: list[tuple[str, APIError]] = []
+        failures: list[APIError] = []
         stats = asked.stats
         messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
@@ -6052,23 +6039,22 @@ class Providers:
                     if not asked.request.stream:
                         del begun[1:]  # the fold has it
             except APIError as error:
-                failed.append((name, error.copy()))
+                prefix = f"Fallback {name}: " if failures else ""
+                failures.append(error.copy(message=prefix + error.message))
                 if not error.may_fall_back or isinstance(error, Abandoned):
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if not asked.request.stream:
                 begun[0].chunk = stats.fold.completion()
-            if failed:
+            if failures:
                 log.warning("%s answers instead of %s", name, model)
             begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
             for delta in itertools.chain(begun, deltas):
                 delta.chunk["model"] = name
                 yield delta
             return
-        (_, first), *others = failed
-        causes = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
-        raise first.copy(message=" ".join(causes))
+        raise failures[0].copy(message=" ".join(map(str, failures)))
 
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
