@@ -4164,12 +4164,13 @@ class CircuitBreaker:
         with self._lock:
             if self._error is None:
                 return False
-            wait = self._open_until - time.monotonic()
-            if wait <= 0:
+            now = time.monotonic()
+            if now >= self._open_until:
                 # Calls that hang must not all become probes
                 self._pause = min(2 * self._pause, MAX_PAUSE)
-                self._open_until += self._pause - wait
+                self._open_until = now + self._pause
                 return True
+            wait = self._open_until - now
             raise self._error.copy(headers={"Retry-After": str(max(1, ceil(wait)))})
 
     def ended(self, error: APIError | None, is_probe: bool) -> None:
@@ -5331,15 +5332,14 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
     if not names_function(choice) or "thinking" in body:
         return body
     name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
+    tools = [tool for tool in body["tools"] if tool.get("function", {}).get("name") == name]
     return {**body, "tool_choice": "required", "tools": tools}
 
 
 def disable_thinking(body: JSONObject) -> JSONObject:
-    choice = body.get("tool_choice")
-    if (choice != "required" and not names_function(choice)) or "thinking" in body:
-        return body
-    return {**body, "thinking": {"type": "disabled"}}
+    if must_call(body.get("tool_choice")):
+        return {"thinking": {"type": "disabled"}, **body}
+    return body
 
 
 def ask_without_stream(body: JSONObject) -> JSONObject:
@@ -5667,23 +5667,16 @@ def is_text(choice: Any) -> bool:
 
 def split_parts(delta: JSONObject) -> None:
     """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
-    content = []
-    reasoning = []
-    others = []
+    fields: JSONObject = {}
     for part in delta.pop("content"):
         if part["type"] == "text":
-            content.append(part["text"])
+            piece = {"content": part["text"]}
         elif part["type"] == "thinking":
-            thinking = part["thinking"]
-            reasoning.append(thinking if isinstance(thinking, str) else text_of({"content": thinking}))
+            piece = {"reasoning_content": text_of({"content": part["thinking"]})}
         else:
-            others.append(part)
-    if content:
-        delta["content"] = "".join(content)
-    if reasoning:
-        delta["reasoning_content"] = "".join(reasoning)
-    if others:
-        delta["content_parts"] = others
+            piece = {"content_parts": [part]}
+        merge(fields, piece, "delta")
+    delta.update(plain_value(fields))
 
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
@@ -5816,12 +5809,14 @@ class OpenAIProvider(Provider):
         refusal."""
         model = body["model"]
         now = time.monotonic()
-        known = self._adaptations.get(model, {})
-        trial = helpful = {adaptation: expiry for adaptation, expiry in known.items() if expiry > now}
+        trial = {}
+        for adaptation, expiry in self._adaptations.get(model, {}).items():
+            if expiry > now:
+                trial[adaptation] = expiry
+        helpful = trial
         tried: list[Adaptation] = []
         refusal: APIError | None = None
         refusal_of_tool: APIError | None = None
-        refused: JSONObject = {}
         while True:
             sent = body
             for adaptation in trial:
@@ -5832,8 +5827,9 @@ class OpenAIProvider(Provider):
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
                 if refusal is None or words_of(error) != words_of(refusal):  # the change before helped
-                    helpful, refusal, refused = trial, error.copy(), sent
-                found = next((a for a in find_adaptations(refusal, refused) if a not in tried), None)
+                    helpful, refusal = trial, error.copy()
+                    changes = find_adaptations(refusal, sent)
+                found = next((change for change in changes if change not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
                     raise refusal_of_tool or error from None
                 if found.change in (offer_forced_tool, disable_thinking):
