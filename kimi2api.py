@@ -4519,8 +4519,7 @@ def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
     for turn in turns:
         for message in turn:
             for call in message.get("tool_calls") or ():
-                if call.get("id"):
-                    names[call["id"]] = call["function"]["name"]
+                names[call.get("id") or ""] = call["function"]["name"]
     return names
 
 
@@ -5182,21 +5181,20 @@ def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
         name = function["name"]
         if len(name) > MAX_FUNCTION_NAME:
             short_names[name] = f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+    def rename(value: JSONObject) -> JSONObject:
+        name = value.get("name")
+        if isinstance(name, str):
+            value["name"] = short_names.get(name, name)
+        return value
+
     if short_names:
-        body = rename(body, short_names)
+        body = map_objects(rename, body)
     return body, {short: name for name, short in short_names.items()}
 
 
-def rename(value: Any, names: Mapping[str, str]) -> Any:
-    """Replace names wherever an object has one."""
-    if isinstance(value, list):
-        return [rename(inner, names) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    renamed = {name: rename(inner, names) for name, inner in value.items()}
-    if isinstance(value.get("name"), str):
-        renamed["name"] = names.get(value["name"], value["name"])
-    return renamed
+def map_objects(function: Change, value: Any) -> Any:
+    """Return a JSON value with a function applied to each of its objects, the innermost first."""
+    return json.loads(dump_json(value), object_hook=function)
 
 
 # Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
@@ -5270,7 +5268,7 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 def root_schema(schema: Any) -> Schema:
     """Return the schema of an object. Of another schema, keep the properties of all options."""
     schema = schema or {}
-    root: Schema = portable_schema(schema)
+    root: Schema = map_objects(portable_schema, schema)
     if root.get("type") != "object":
         properties: Schema = {}
         for option in (schema, *root.pop("anyOf", ())):
@@ -5289,17 +5287,11 @@ def resolved(schema: Schema, root: Schema) -> Schema:
     return target
 
 
-def portable_schema(schema: Any) -> Any:
-    """Return a schema whose references have no siblings, whose `type` is inside of `anyOf`, and that has no null among
+def portable_schema(schema: Schema) -> Schema:
+    """Return a schema whose reference has no siblings, whose `type` is inside of `anyOf`, and that has no null among
     its options."""
-    if isinstance(schema, list):
-        return list(map(portable_schema, schema))
-    if not isinstance(schema, dict):
-        return schema
     if isinstance(schema.get("$ref"), str):
-        siblings = ("$ref", "$defs", "definitions")
-        return {name: portable_schema(schema[name]) for name in siblings if name in schema}
-    schema = {name: portable_schema(value) for name, value in schema.items()}
+        return {name: schema[name] for name in ("$ref", "$defs", "definitions") if name in schema}
     if isinstance(schema.get("anyOf"), list):
         kind = schema.pop("type", None)
         options = []
