@@ -4602,10 +4602,6 @@ class UnusableAnswer(Exception):
     """The answer is not what the request asked for. The message tells the model what was wrong."""
 
 
-class NoDocument(UnusableAnswer):
-    """The answer has no JSON document, or a broken one."""
-
-
 def parse_answer(
     text: str, request: ChatRequest, allow_unknown_tools: bool = False,
 ) -> tuple[str, list[ToolCall]]:
@@ -4712,7 +4708,7 @@ def parse_document(text: str, kind: type) -> str:
     """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
 
     A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
-    is an error. Raises NoDocument.
+    is an error. Raises UnusableAnswer.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
@@ -4726,18 +4722,18 @@ def parse_document(text: str, kind: type) -> str:
         start = bracket.start()
         try:
             value, at = decode_json(text, start)
-        except UnusableAnswer as error:
+        except UnusableAnswer:
             prose = PROSE.match(text, start)
             if not prose:
-                raise NoDocument(str(error)) from None
+                raise
             at = prose.end()
         else:
             if isinstance(value, kind) and at - start >= len(longest):
                 longest = text[start:at]
     else:
-        raise NoDocument("there are too many brackets in it.")
+        raise UnusableAnswer("there are too many brackets in it.")
     if not longest:
-        raise NoDocument("there is no JSON document of the right kind in it.")
+        raise UnusableAnswer("there is no JSON document of the right kind in it.")
     return longest
 
 
@@ -4840,11 +4836,11 @@ class KimiProvider(Provider):
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
-        except NoDocument as fault:
+        except UnusableAnswer as fault:
+            if not form_instruction(request.body):
+                return prompt, text, []
             raise upstream_error(
                 502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
-        except UnusableAnswer:
-            return prompt, text, []
 
     def reach(self) -> tuple[str, str]:
         self._nonce.wait(Waiter())
@@ -5564,15 +5560,14 @@ class APIAnswer:
             message = f"{self._api.name} ended the stream before the answer was complete."
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._fold.choices:
-            raise self._malformed("an empty answer")
+            raise invalid_response(self._api.name, "an empty answer")
         unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
                       for index in self._fold.choices.keys() - self.finished]
         if unfinished:
             self._fold.add({"choices": unfinished})
             yield {"choices": unfinished}
 
-    def _malformed(self, what: str = "a malformed chunk") -> APIError:
-        return invalid_response(self._api.name, what)
+
 
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
@@ -5595,7 +5590,7 @@ class APIAnswer:
     def _parse(self, data: bytes) -> JSONObject:
         event = parse_upstream_object(data, halves=self._halves)
         if event is None:
-            raise self._malformed("something that is not a JSON object")
+            raise invalid_response(self._api.name, "something that is not a JSON object")
         self._note_usage(event)
         error = find_error(event)
         if error:
@@ -5612,7 +5607,7 @@ class APIAnswer:
         try:
             return [choice if is_text(choice) else self._read_choice(choice) for choice in event.get("choices") or ()]
         except (AttributeError, LookupError, TypeError, ValueError):
-            raise self._malformed() from None
+            raise invalid_response(self._api.name, "a malformed chunk") from None
 
     def _read_choice(self, choice: JSONObject) -> JSONObject:
         """Complete a choice. Raises LookupError, TypeError and the like for a malformed choice."""
