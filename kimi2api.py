@@ -5545,7 +5545,7 @@ class APIAnswer:
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
-                    if len(self.finished) >= max(len(self._fold.choices), self._wanted):
+                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
@@ -5669,7 +5669,8 @@ def split_parts(delta: JSONObject) -> None:
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line = bytearray()  # whose end has not come
-    data = bytearray()  # of the event, each line with its end
+    data: list[bytes] = []  # the lines of the event
+    data_size = 0
     total = 0
     # The end of the stream ends the last event too
     for chunk in itertools.chain(chunks, [b"\n\n"]):
@@ -5683,11 +5684,13 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                 if text.startswith(b"error:"):  # llama.cpp
                     text = b'data:{"error":%s}' % text[6:]
                 if text.startswith(b"data:"):
-                    data += text[5:].removeprefix(b" ") + b"\n"
+                    data.append(text[5:].removeprefix(b" "))
+                    data_size += len(text)
                 elif not text and data:
-                    yield bytes(data[:-1])
-                    data.clear()
-        if len(line) + len(data) > MAX_UPSTREAM_BYTES:
+                    yield b"\n".join(data)
+                    data = []
+                    data_size = 0
+        if len(line) + data_size > MAX_UPSTREAM_BYTES:
             raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
             raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
