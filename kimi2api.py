@@ -4115,12 +4115,13 @@ class CircuitBreaker:
         with self._lock:
             if self._error is None:
                 return False
-            wait = self._open_until - time.monotonic()
-            if wait <= 0:
+            now = time.monotonic()
+            if now >= self._open_until:
                 # Calls that hang must not all become probes
                 self._pause = min(2 * self._pause, MAX_PAUSE)
-                self._open_until += self._pause - wait
+                self._open_until = now + self._pause
                 return True
+            wait = self._open_until - now
             raise self._error.copy(headers={"Retry-After": str(max(1, ceil(wait)))})
 
     def ended(self, error: APIError | None, is_probe: bool) -> None:
@@ -4193,10 +4194,8 @@ class AnswerStats:
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
         reported = self.fold.usage if isinstance(self.fold.usage, dict) else {}
-        prompt = count_of(reported, "prompt_tokens")
-        completion = count_of(reported, "completion_tokens")
-        prompt = prompt or estimate_tokens("\n".join(map(text_of, self.messages)))
-        completion = completion or estimate_tokens("".join(self.fold.texts()))
+        prompt = count_of(reported, "prompt_tokens") or estimate_tokens("\n".join(map(text_of, self.messages)))
+        completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
         total = max(prompt + completion, count_of(reported, "total_tokens"))
         return {**reported, "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
@@ -4289,9 +4288,7 @@ class Provider:
         """Make a call under the circuit breaker of its model, which may refuse it. Raises APIError."""
         with self._lock:
             breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
-            self._breakers[model] = breaker  # the last one, and the first one is dropped
-            if len(self._breakers) > MAX_BREAKERS:
-                del self._breakers[next(iter(self._breakers))]
+            self._breakers = latest({**self._breakers, model: breaker}, MAX_BREAKERS)
         is_probe = breaker.allow()
         try:
             yield
@@ -4472,8 +4469,7 @@ def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
     for turn in turns:
         for message in turn:
             for call in message.get("tool_calls") or ():
-                if call.get("id"):
-                    names[call["id"]] = call["function"]["name"]
+                names[call.get("id") or ""] = call["function"]["name"]
     return names
 
 
@@ -4554,10 +4550,6 @@ ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
 
 class UnusableAnswer(Exception):
     """The answer is not what the request asked for. The message tells the model what was wrong."""
-
-
-class NoDocument(UnusableAnswer):
-    """The answer has no JSON document, or a broken one."""
 
 
 def parse_answer(
@@ -4642,12 +4634,10 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
     if not isinstance(value, dict):
         value = {}
     name = value.get("name")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if arguments is None:
-        arguments = {}
+    arguments = value.get("arguments") or value.get("parameters") or {}
     if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
         try:
-            arguments = parse_json(arguments.strip() or "{}")
+            arguments = parse_json(arguments)
         except ValueError as error:
             raise UnusableAnswer(f"its arguments are not valid JSON: {error}") from None
     if not isinstance(name, str) or not name or (name not in offered and not allow_unknown_tools):
@@ -4668,7 +4658,7 @@ def parse_document(text: str, kind: type) -> str:
     """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
 
     A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
-    is an error. Raises NoDocument.
+    is an error. Raises UnusableAnswer.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
@@ -4682,18 +4672,18 @@ def parse_document(text: str, kind: type) -> str:
         start = bracket.start()
         try:
             value, at = decode_json(text, start)
-        except UnusableAnswer as error:
+        except UnusableAnswer:
             prose = PROSE.match(text, start)
             if not prose:
-                raise NoDocument(str(error)) from None
+                raise
             at = prose.end()
         else:
             if isinstance(value, kind) and at - start >= len(longest):
                 longest = text[start:at]
     else:
-        raise NoDocument("there are too many brackets in it.")
+        raise UnusableAnswer("there are too many brackets in it.")
     if not longest:
-        raise NoDocument("there is no JSON document of the right kind in it.")
+        raise UnusableAnswer("there is no JSON document of the right kind in it.")
     return longest
 
 
@@ -4796,11 +4786,11 @@ class KimiProvider(Provider):
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
-        except NoDocument as fault:
+        except UnusableAnswer as fault:
+            if not form_instruction(request.body):
+                return prompt, text, []
             raise upstream_error(
                 502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
-        except UnusableAnswer:
-            return prompt, text, []
 
     def reach(self) -> tuple[str, str]:
         self._nonce.wait(Waiter())
@@ -5022,8 +5012,6 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
 
     status: of the response; 200 if the error is in an answer.
     """
-    if isinstance(answer, list) and answer:  # Gemini
-        answer = answer[0]
     error = answer.get("error") or answer if isinstance(answer, dict) else answer
     fields = error if isinstance(error, dict) else {}
     message = f"{api.name}: {error_message(error, api.key)}"
@@ -5100,12 +5088,8 @@ def portable(body: JSONObject) -> JSONObject:
         if message["role"] == "developer":
             message["role"] = "system"
         messages.append(message)
-    system = list(itertools.takewhile(is_instruction, messages))
-    body = {**body, "messages": [*join_system(system), *messages[len(system):]]}
-    if body.get("tools") == []:
-        for name in ("tools", "tool_choice", "parallel_tool_calls"):
-            body.pop(name, None)
-    return body
+    body = {**body, "messages": join_system(messages)}
+    return without(body, "tools", "tool_choice", "parallel_tool_calls") if body.get("tools") == [] else body
 
 
 def is_instruction(message: Message) -> bool:
@@ -5114,20 +5098,22 @@ def is_instruction(message: Message) -> bool:
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join system messages to one, if there are any."""
-    if len(messages) < 2:
+    """Join the system messages in front to one."""
+    system = list(itertools.takewhile(is_instruction, messages))
+    if len(system) < 2:
         return messages
-    contents = [message["content"] for message in messages]
+    contents = [message["content"] for message in system]
+    joined: Any = []
     if all(isinstance(content, str) for content in contents):
-        return [{**messages[0], "content": "\n\n".join(contents)}]
-    parts = [[{"type": "text", "text": c}] if isinstance(c, str) else c for c in contents]
-    return [{**messages[0], "content": list(itertools.chain.from_iterable(parts))}]
+        joined = "\n\n".join(contents)
+    else:
+        for content in contents:
+            joined += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{**system[0], "content": joined}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
-    system = list(filter(is_instruction, body["messages"]))
-    others = [message for message in body["messages"] if not is_instruction(message)]
-    return {**body, "messages": [*join_system(system), *others]}
+    return {**body, "messages": join_system(sorted(body["messages"], key=is_instruction, reverse=True))}
 
 
 def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
@@ -5141,21 +5127,20 @@ def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
         name = function["name"]
         if len(name) > MAX_FUNCTION_NAME:
             short_names[name] = f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+    def rename(value: JSONObject) -> JSONObject:
+        name = value.get("name")
+        if isinstance(name, str):
+            value["name"] = short_names.get(name, name)
+        return value
+
     if short_names:
-        body = rename(body, short_names)
+        body = map_objects(rename, body)
     return body, {short: name for name, short in short_names.items()}
 
 
-def rename(value: Any, names: Mapping[str, str]) -> Any:
-    """Replace names wherever an object has one."""
-    if isinstance(value, list):
-        return [rename(inner, names) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    renamed = {name: rename(inner, names) for name, inner in value.items()}
-    if isinstance(value.get("name"), str):
-        renamed["name"] = names.get(value["name"], value["name"])
-    return renamed
+def map_objects(function: Change, value: Any) -> Any:
+    """Return a JSON value with a function applied to each of its objects, the innermost first."""
+    return json.loads(dump_json(value), object_hook=function)
 
 
 # Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
@@ -5172,29 +5157,23 @@ UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni
 
 
 @dataclass(frozen=True)
-class LeaveOut:
-    """Leave a parameter out if it has the refused value: the refusal says nothing of other clients' values."""
+class ChangeParameter:
+    """Replace a parameter or leave it out if it has the refused value: the refusal says nothing of other clients'
+    values."""
 
     name: str
-    value: str | None  # as repr() returns it, None for any value
+    refused: str | None  # as repr() returns it, None for any value
+    accepted: str | None = None  # None to leave the parameter out
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        applies = self.value in (None, repr(body.get(self.name)))
-        return without(body, self.name) if applies else body
+        if self.refused not in (None, repr(body.get(self.name))):
+            return body
+        if self.accepted is None:
+            return without(body, self.name)
+        return {**body, self.name: self.accepted}
 
 
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-@dataclass(frozen=True)
-class ChangeEffort:
-    """Replace an effort that a model refuses by the nearest that it accepts."""
-
-    refused: str
-    accepted: str
-
-    def __call__(self, body: JSONObject) -> JSONObject:
-        return {**body, "reasoning_effort": self.accepted} if body.get("reasoning_effort") == self.refused else body
 
 
 def nearest_effort(refused: str, complaint: str) -> str:
@@ -5212,25 +5191,13 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
     return {names.get(name, name): value for name, value in body.items()}
 
 
-def require_json_object(body: JSONObject) -> JSONObject:
-    """Require a JSON object in place of a schema, and describe the schema in words."""
-    if body["response_format"]["type"] != "json_schema":
-        return body
-    return {**describe_format(body), "response_format": {"type": "json_object"}}
-
-
-def ask_for_json(body: JSONObject) -> JSONObject:
-    """Describe the required form also in words."""
-    return {**describe_format(body), "response_format": body["response_format"]}
-
-
-def describe_format(body: JSONObject) -> JSONObject:
-    """Describe the required form of the answer in words alone."""
+def describe_format(body: JSONObject, **required: Any) -> JSONObject:
+    """Describe the required form of the answer in words, and require no form except this response_format."""
     instruction = form_instruction(body)
     if not instruction:
         return body
     messages = [*body["messages"], {"role": "system", "content": instruction}]
-    return move_system_first({**without(body, "response_format"), "messages": messages})
+    return move_system_first({**without(body, "response_format"), **required, "messages": messages})
 
 
 def portable_schemas(body: JSONObject) -> JSONObject:
@@ -5247,7 +5214,7 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 def root_schema(schema: Any) -> Schema:
     """Return the schema of an object. Of another schema, keep the properties of all options."""
     schema = schema or {}
-    root: Schema = portable_schema(schema)
+    root: Schema = map_objects(portable_schema, schema)
     if root.get("type") != "object":
         properties: Schema = {}
         for option in (schema, *root.pop("anyOf", ())):
@@ -5266,17 +5233,11 @@ def resolved(schema: Schema, root: Schema) -> Schema:
     return target
 
 
-def portable_schema(schema: Any) -> Any:
-    """Return a schema whose references have no siblings, whose `type` is inside of `anyOf`, and that has no null among
+def portable_schema(schema: Schema) -> Schema:
+    """Return a schema whose reference has no siblings, whose `type` is inside of `anyOf`, and that has no null among
     its options."""
-    if isinstance(schema, list):
-        return list(map(portable_schema, schema))
-    if not isinstance(schema, dict):
-        return schema
     if isinstance(schema.get("$ref"), str):
-        siblings = ("$ref", "$defs", "definitions")
-        return {name: portable_schema(schema[name]) for name in siblings if name in schema}
-    schema = {name: portable_schema(value) for name, value in schema.items()}
+        return {name: schema[name] for name in ("$ref", "$defs", "definitions") if name in schema}
     if isinstance(schema.get("anyOf"), list):
         kind = schema.pop("type", None)
         options = []
@@ -5309,15 +5270,14 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
     if not names_function(choice) or "thinking" in body:
         return body
     name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
+    tools = [tool for tool in body["tools"] if tool.get("function", {}).get("name") == name]
     return {**body, "tool_choice": "required", "tools": tools}
 
 
 def disable_thinking(body: JSONObject) -> JSONObject:
-    choice = body.get("tool_choice")
-    if (choice != "required" and not names_function(choice)) or "thinking" in body:
-        return body
-    return {**body, "thinking": {"type": "disabled"}}
+    if must_call(body.get("tool_choice")):
+        return {"thinking": {"type": "disabled"}, **body}
+    return body
 
 
 def ask_without_stream(body: JSONObject) -> JSONObject:
@@ -5325,10 +5285,8 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to the requests of a model that have certain parameters. A later adaptation for the same reason and
-    parameters replaces it."""
+    """A change to the requests of a model that have certain parameters."""
 
-    reason: str
     named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
 
@@ -5344,20 +5302,18 @@ MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*rea
 # In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
-ADAPTATIONS: list[tuple[str, str, Change]] = [
-    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens",
-     "max_tokens", swap_max_tokens),
-    (r"\bstream(ing)?\b", "stream", ask_without_stream),
-    (r"word .?json", "response_format", ask_for_json),
-    (r"response.format|json_schema|json_object", "response_format", require_json_object),
-    (r"response.format|json_schema|json_object", "response_format", describe_format),
-    (MISSING_REASONING, "reasoning", fill_reasoning_gaps),
-    (MISSING_REASONING, "reasoning", partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
-    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", "reasoning", leave_out_reasoning),
-    (r"\bsystem\b|chat setting", "system", move_system_first),
-    (r"tool_choice", "tool_choice", offer_forced_tool),
-    (r"tool_choice", "tool_choice", disable_thinking),
-    (r"schema|tools.function.parameters", "schema", portable_schemas),
+ADAPTATIONS: list[tuple[str, Change]] = [
+    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens", swap_max_tokens),
+    (r"\bstream(ing)?\b", ask_without_stream),
+    (r"word .?json|json_schema|response.format", partial(describe_format, response_format={"type": "json_object"})),
+    (r"response.format|json_schema|json_object", describe_format),
+    (MISSING_REASONING, fill_reasoning_gaps),
+    (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
+    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", leave_out_reasoning),
+    (r"\bsystem\b|chat setting", move_system_first),
+    (r"tool_choice", offer_forced_tool),
+    (r"tool_choice", disable_thinking),
+    (r"schema|tools.function.parameters", portable_schemas),
 ]
 
 
@@ -5376,15 +5332,17 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
         if not re.search(pattern, complaint):
             named.remove(name)
     for name in sent:
-        if name == "reasoning_effort" and name in named and sent[name] in EFFORTS:
+        if name not in named or name not in OPTIONAL_PARAMETERS or (name == "logprobs" and sent[name]):
+            continue
+        value = None if name in IDENTIFIERS else repr(sent[name])
+        if len(value or "") > MAX_REFUSED_VALUE:
+            continue
+        if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
-            yield Adaptation(f"effort {sent[name]}", frozenset(named), ChangeEffort(sent[name], effort))
-        if name in named and name in OPTIONAL_PARAMETERS and not (name == "logprobs" and sent[name]):
-            value = None if name in IDENTIFIERS else repr(sent[name])
-            if len(value or "") <= MAX_REFUSED_VALUE:
-                yield Adaptation(f"{name}={value}", frozenset(named), LeaveOut(name, value))
-    for pattern, reason, change in ADAPTATIONS:
-        adaptation = Adaptation(reason, frozenset(named), change)
+            yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
+        yield Adaptation(frozenset(named), ChangeParameter(name, value))
+    for pattern, change in ADAPTATIONS:
+        adaptation = Adaptation(frozenset(named), change)
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
             yield adaptation
 
@@ -5552,23 +5510,23 @@ class APIAnswer:
             message = f"{self._api.name} ended the stream before the answer was complete."
             raise upstream_error(502, "upstream_unavailable", message)
         if not self._fold.choices:
-            raise self._malformed("an empty answer")
+            raise invalid_response(self._api.name, "an empty answer")
         unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
                       for index in self._fold.choices.keys() - self.finished]
         if unfinished:
             self._fold.add({"choices": unfinished})
             yield {"choices": unfinished}
 
-    def _malformed(self, what: str = "a malformed chunk") -> APIError:
-        return invalid_response(self._api.name, what)
+
 
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
         deadline = self.response.deadline
         deadline.may_reuse_connection = False  # until the stream's own end
         chunks = self.response.stream()
-        first = next(filter(bytes.strip, chunks), b"")  # DeepSeek sends empty lines before JSON
-        if first.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+        # DeepSeek sends empty lines before JSON
+        first = next(filter(bytes.strip, chunks), b"").removeprefix(BOM_UTF8)
+        if first.lstrip().startswith((b"{", b"[")):
             yield self._parse(first + self.response.read())
             self.is_done = True
             return
@@ -5582,7 +5540,7 @@ class APIAnswer:
     def _parse(self, data: bytes) -> JSONObject:
         event = parse_upstream_object(data, halves=self._halves)
         if event is None:
-            raise self._malformed("something that is not a JSON object")
+            raise invalid_response(self._api.name, "something that is not a JSON object")
         self._note_usage(event)
         error = find_error(event)
         if error:
@@ -5599,15 +5557,14 @@ class APIAnswer:
         try:
             return [choice if is_text(choice) else self._read_choice(choice) for choice in event.get("choices") or ()]
         except (AttributeError, LookupError, TypeError, ValueError):
-            raise self._malformed() from None
+            raise invalid_response(self._api.name, "a malformed chunk") from None
 
     def _read_choice(self, choice: JSONObject) -> JSONObject:
         """Complete a choice. Raises LookupError, TypeError and the like for a malformed choice."""
-        choice = {"index": 0, **choice}
         self._note_usage(choice)
-        index = as_index(choice["index"]) or 0
+        index = as_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
-        delta = dict(choice.get("delta") or {})
+        delta = choice.get("delta") or {}
         # MiniMax ends with the whole message; an answer in JSON has nothing else
         message = choice.pop("message", None) or {}
         if any(map(before.get, REASONING_FIELDS)):
@@ -5617,8 +5574,9 @@ class APIAnswer:
                 delta[name] = value
         if isinstance(delta.get("content"), list):
             split_parts(delta)
-        for name in ("role", "content", "reasoning_content", "refusal"):
-            if not isinstance(delta.get(name) or "", str):
+        reason = choice.get("finish_reason") or None
+        for text in (reason, *map(delta.get, ("role", "content", "reasoning_content", "refusal"))):
+            if not isinstance(text or "", str):
                 raise TypeError
         if before.get("role") or not delta.get("role"):  # openai-python would join roles
             delta.pop("role", None)
@@ -5626,9 +5584,6 @@ class APIAnswer:
         calls = list(filter(None, map(self._calls[index].read, calls)))
         if calls:
             delta["tool_calls"] = calls
-        reason = choice.get("finish_reason") or None
-        if not isinstance(reason or "", str):
-            raise TypeError
         if index in self.finished:
             reason = None
         if reason:
@@ -5649,32 +5604,24 @@ def is_text(choice: Any) -> bool:
 
 def split_parts(delta: JSONObject) -> None:
     """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
-    content = []
-    reasoning = []
-    others = []
+    fields: JSONObject = {}
     for part in delta.pop("content"):
         if part["type"] == "text":
-            content.append(part["text"])
+            piece = {"content": part["text"]}
         elif part["type"] == "thinking":
-            thinking = part["thinking"]
-            reasoning.append(thinking if isinstance(thinking, str) else text_of({"content": thinking}))
+            piece = {"reasoning_content": text_of({"content": part["thinking"]})}
         else:
-            others.append(part)
-    if content:
-        delta["content"] = "".join(content)
-    if reasoning:
-        delta["reasoning_content"] = "".join(reasoning)
-    if others:
-        delta["content_parts"] = others
+            piece = {"content_parts": [part]}
+        merge(fields, piece, "delta")
+    delta.update(plain_value(fields))
 
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
     line = bytearray()  # whose end has not come
-    total = 0
-    data: list[bytes] = []
+    data: list[bytes] = []  # the lines of the event
     data_size = 0
-    is_first = True
+    total = 0
     # The end of the stream ends the last event too
     for chunk in itertools.chain(chunks, [b"\n\n"]):
         line += chunk
@@ -5682,9 +5629,6 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
         if b"\n" in chunk:
             *lines, rest = bytes(line).split(b"\n")
             line = bytearray(rest)
-            if is_first:
-                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-                is_first = False
             for text in lines:
                 text = text.rstrip(b"\r")
                 if text.startswith(b"error:"):  # llama.cpp
@@ -5747,11 +5691,15 @@ class OpenAIProvider(Provider):
         self._api = api
         self._base_url = api.base_url.rstrip("/")
         self._transport = Transport(api.name, connections=2 * settings.max_concurrent_chats[""])
-        self._headers = {"User-Agent": f"kimi2api/{__version__}", "Accept-Encoding": "identity"}
+        self._headers = {
+            "User-Agent": f"kimi2api/{__version__}",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+        }
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model, then by reason and parameters. Each has the time of its expiry, by time.monotonic()
-        self._adaptations: dict[str, dict[tuple[str, frozenset[str]], tuple[float, Adaptation]]] = {}
+        # By model; each with the time of its expiry, by time.monotonic()
+        self._adaptations: dict[str, dict[Adaptation, float]] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
 
@@ -5801,15 +5749,17 @@ class OpenAIProvider(Provider):
         refusal."""
         model = body["model"]
         now = time.monotonic()
-        known = self._adaptations.get(model, {})
-        trial = helpful = {key: entry for key, entry in known.items() if entry[0] > now}
+        trial = {}
+        for adaptation, expiry in self._adaptations.get(model, {}).items():
+            if expiry > now:
+                trial[adaptation] = expiry
+        helpful = trial
         tried: list[Adaptation] = []
         refusal: APIError | None = None
         refusal_of_tool: APIError | None = None
-        refused: JSONObject = {}
         while True:
             sent = body
-            for _, adaptation in trial.values():
+            for adaptation in trial:
                 sent = adaptation.apply(sent)
             try:
                 answer = self._retry(partial(send, sent), waiter)
@@ -5817,15 +5767,16 @@ class OpenAIProvider(Provider):
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
                 if refusal is None or words_of(error) != words_of(refusal):  # the change before helped
-                    helpful, refusal, refused = trial, error.copy(), sent
-                found = next((a for a in find_adaptations(refusal, refused) if a not in tried), None)
+                    helpful, refusal = trial, error.copy()
+                    changes = find_adaptations(refusal, sent)
+                found = next((change for change in changes if change not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
                     raise refusal_of_tool or error from None
-                if found.reason == "tool_choice":
+                if found.change in (offer_forced_tool, disable_thinking):
                     refusal_of_tool = refusal_of_tool or refusal
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
-                trial = {**helpful, (found.reason, found.named): (now + ADAPTATION_MAX_AGE, found)}
+                trial = {**helpful, found: now + ADAPTATION_MAX_AGE}
             else:
                 if tried:
                     # Other chats may have learned something in the meantime
@@ -5864,9 +5815,10 @@ class OpenAIProvider(Provider):
                 extra = kept.pop("extra_content", {})
                 calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
                 message = {**message, "tool_calls": calls}
-                sent = [message[name] for name in REASONING_FIELDS if message.get(name) is not None]
+
                 # Clients send the text under a name of their own, only its last piece, or details joined wrongly
-                if not sent or (any(sent) and kept and reasoning_text(message).strip() in reasoning_text(kept)):
+                is_empty = "" in map(message.get, REASONING_FIELDS)  # which the client means
+                if kept and not is_empty and reasoning_text(message).strip() in reasoning_text(kept):
                     message = {**without(message, *REASONING_FIELDS), **kept}
             restored.append(message)
         return restored
@@ -5902,16 +5854,13 @@ class OpenAIProvider(Provider):
     ) -> UpstreamResponse:
         """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
         a stream, and for all of another body."""
-        headers = {**self._headers, "Content-Type": "application/json"} if body else self._headers
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
-        response = self._transport.request(method, self._base_url + path, headers, data, deadline)
+        response = self._transport.request(method, self._base_url + path, self._headers, data, deadline)
         if response.status == 200:
             return response
         text = response.read()
-        answer: Any = text.decode("utf-8", "replace")
-        with suppress(ValueError):
-            answer = parse_upstream_json(text)
+        answer = parse_upstream_object(text) or text.decode("utf-8", "replace")
         raise api_error(self._api, response.status, answer, response.headers)
 
     # Models
@@ -6010,7 +5959,7 @@ class Providers:
         What the client must not see before it could still be another model's is held back: of a stream the role, of
         an answer in one piece everything, which then is one delta.
         """
-        failed: list[tuple[str, APIError]] = []
+        failures: list[APIError] = []
         stats = asked.stats
         messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
@@ -6026,23 +5975,22 @@ class Providers:
                     if not asked.request.stream:
                         del begun[1:]  # the fold has it
             except APIError as error:
-                failed.append((name, error.copy()))
+                prefix = f"Fallback {name}: " if failures else ""
+                failures.append(error.copy(message=prefix + error.message))
                 if not error.may_fall_back or isinstance(error, Abandoned):
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if not asked.request.stream:
                 begun[0].chunk = stats.fold.completion()
-            if failed:
+            if failures:
                 log.warning("%s answers instead of %s", name, model)
             begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
             for delta in itertools.chain(begun, deltas):
                 delta.chunk["model"] = name
                 yield delta
             return
-        (_, first), *others = failed
-        causes = [first.message, *(f"Fallback {name}: {error.message}" for name, error in others)]
-        raise first.copy(message=" ".join(causes))
+        raise failures[0].copy(message=" ".join(map(str, failures)))
 
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
