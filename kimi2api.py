@@ -5777,6 +5777,8 @@ class OpenAIProvider(Provider):
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
                 trial = {**helpful, found: now + ADAPTATION_MAX_AGE}
+                if found.change is disable_thinking:  # kimi-k2.6 refuses "required" even then, but no named function
+                    trial = {known: expiry for known, expiry in trial.items() if known.change is not offer_forced_tool}
             else:
                 if tried:
                     # Other chats may have learned something in the meantime

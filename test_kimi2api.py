@@ -5517,7 +5517,7 @@ NAMED = {"type": "function", "function": {"name": "clock"}}
     ("knows", "choice", "sent"),
     [
         pytest.param("k3", NAMED, ("required", ["clock"], None), id="named, as required and alone"),
-        pytest.param("moonshot", NAMED, ("required", ["clock"], "disabled"), id="named, without thinking"),
+        pytest.param("moonshot", NAMED, (NAMED, ["get_weather", "clock"], "disabled"), id="named, without thinking"),
         pytest.param("moonshot", "required", ("required", ["get_weather", "clock"], "disabled"), id="required"),
         pytest.param("k3", "required", ("required", ["get_weather", "clock"], None), id="required, which it takes"),
     ],
