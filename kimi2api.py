@@ -423,9 +423,8 @@ class Settings:
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
         settings._check_models("FALLBACK_MODELS", settings.fallback_models)
-        settings._check_names("MAX_CONCURRENT_CHATS", settings.max_concurrent_chats)
-        settings._check_names("REQUESTS_PER_MINUTE", settings.requests_per_minute)
-        settings._check_names("TOKENS_PER_DAY", settings.tokens_per_day)
+        for name in ("max_concurrent_chats", "requests_per_minute", "tokens_per_day"):
+            settings._check_names(name.upper(), values[name])
         return settings
 
     @classmethod
@@ -489,7 +488,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
                         raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
                     values[entry["name"]] = entry[entry.lastindex or 0]
     except (OSError, UnicodeDecodeError) as error:
-        is_reachable = os.access(os.path.dirname(path) or os.curdir, os.X_OK)
+        is_reachable = os.access(os.curdir, os.X_OK)
         if required or (is_reachable and not isinstance(error, FileNotFoundError)):
             raise SettingError(f"{path}: cannot be read: {error}") from None
     return values
@@ -3934,7 +3933,12 @@ class Transport:
                 try:
                     pool: Any = self._adapter.get_connection_with_tls_context(request, environment["verify"], proxies)
                 except (ValueError, HTTPError) as error:  # requests' errors are ValueErrors
-                    raise self._unusable_proxy(select_proxy(origin, proxies), error) from None
+                    proxy = select_proxy(origin, proxies)
+                    names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
+                    raise upstream_error(
+                        502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
+                        f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
+                        "pip install 'kimi2api[socks]'") from None
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
@@ -3942,13 +3946,6 @@ class Transport:
                     pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
                 self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
-
-    def _unusable_proxy(self, proxy: str | None, error: Exception) -> APIError:
-        names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
-        return upstream_error(
-            502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
-            f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
-            "pip install 'kimi2api[socks]'")
 
     def forget_connections(self) -> None:
         """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
@@ -4005,12 +4002,10 @@ def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIErr
 
 def parse_retry_after(headers: Headers) -> float | None:
     """Return the seconds to wait by `retry-after-ms` or Retry-After (RFC 9110: seconds or a date), or None."""
-    milliseconds = headers.get("retry-after-ms", "").strip()
-    text = headers.get("Retry-After", "").strip()[:100]
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", milliseconds):
-        return float(milliseconds) / 1000
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        return float(text)
+    for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
+        text = headers.get(name, "").strip()[:100]
+        if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+            return float(text) * unit
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
@@ -6160,14 +6155,15 @@ class Access:
         origin = environ.get("HTTP_ORIGIN")
         # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
         # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
-        if not self._settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
-            raise APIError(
-                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to localhost "
-                "are accepted.", code="host_not_allowed")
-        if not self._settings.api_master_key and not all(map(is_loopback, forwarded_for(environ))):
-            raise APIError(
-                403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only this "
-                "machine may call.", code="host_not_allowed")
+        if not self._settings.api_master_key:
+            if host and not is_loopback(host_of(f"//{host}")):
+                raise APIError(
+                    403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to "
+                    "localhost are accepted.", code="host_not_allowed")
+            if not all(map(is_loopback, forwarded_for(environ))):
+                raise APIError(
+                    403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
+                    "this machine may call.", code="host_not_allowed")
         if origin and not self._origin_allowed(origin, host):
             raise APIError(
                 403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
@@ -6184,9 +6180,7 @@ class Access:
         if host and origin.partition("://")[2] == host:  # the server's own pages
             return True
         if allowed:
-            scheme, _, name = origin.partition("://")
-            domains = [f"{scheme}://*.{domain}" for domain in parents_of(name)]
-            return not {origin, "*", *domains}.isdisjoint(allowed)
+            return any(origin_matches(pattern, origin) for pattern in allowed)
         return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
 
     def _authenticate(self, authorization: str) -> ClientKey:
@@ -6205,10 +6199,12 @@ def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
     return [*split_commas(listed), *re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))]
 
 
-def parents_of(name: str) -> list[str]:
-    """Return the domains that contain a host, such as b.c and c for a.b.c."""
-    labels = name.split(".")
-    return [".".join(labels[start:]) for start in range(1, len(labels))]
+def origin_matches(pattern: str, origin: str) -> bool:
+    """Return whether an entry of CORS_ORIGINS, such as https://*.example.com, matches an origin."""
+    before, wildcard, after = pattern.partition("*")
+    if wildcard:
+        return origin.startswith(before) and origin.endswith(after)
+    return origin == pattern
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
@@ -6357,30 +6353,25 @@ class Slots:
     """The chats that run now. Their number is limited, of all keys and of named keys."""
 
     def __init__(self, limits: Mapping[str, int]) -> None:
-        self.limit = limits[""]
-        self._limits = limits
-        self._used: Counter[str] = Counter()  # by the name of a key; all chats by ""
-        self._lock = threading.Lock()  # guards _used
-
-    @property
-    def used(self) -> int:
-        return self._used[""]
+        self.limits = limits  # by the name of a key; of all chats by ""
+        self.used: Counter[str] = Counter()  # by the same names
+        self._lock = threading.Lock()  # guards `used`
 
     @contextmanager
     def held(self, client: ClientKey) -> Iterator[None]:
         """Hold a slot. Raises APIError 429 if there is none."""
         names = {"", client.name or ""}
         with self._lock:
-            if any(self._used[name] >= self._limits.get(name, inf) for name in names):
+            if any(self.used[name] >= self.limits.get(name, inf) for name in names):
                 raise APIError(
                     429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
                     "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
-            self._used.update(names)
+            self.used.update(names)
         try:
             yield
         finally:
             with self._lock:
-                self._used.subtract(names)
+                self.used.subtract(names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6736,8 +6727,8 @@ class App:
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         gauges: dict[str, dict[Labels, float]] = {
-            "kimi2api_chats_running": {(): self.chats.used},
-            "kimi2api_chats_limit": {(): self.chats.limit},
+            "kimi2api_chats_running": {(): self.chats.used[""]},
+            "kimi2api_chats_limit": {(): self.chats.limits[""]},
             "kimi2api_build_info": {(("version", __version__),): 1},
             "process_start_time_seconds": {(): self.started},
             "kimi2api_upstream_healthy": {},
@@ -6766,7 +6757,7 @@ class App:
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.monotonic() - self._began),
-            "chats": {"running": self.chats.used, "limit": self.chats.limit},
+            "chats": {"running": self.chats.used[""], "limit": self.chats.limits[""]},
             "sessions": {"kept": kept, "limit": self.store.limit},
             "store": {"kind": self.store.kind, "ok": kept is not None},
             "upstreams": upstreams,
@@ -6835,24 +6826,23 @@ def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
 
 def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
-    environ = bottle.request.environ
-    path = f"{bottle.request.method} {bottle.request.path[:100]}"
-    rules = {route.rule for route in ROUTES}
-    meant = re.sub("/{2,}", "/", bottle.request.path).rstrip("/").replace("/v1/v1/", "/v1/")
-    is_known = bottle.request.path in rules
-    if error.status_code == 404 or (error.status_code == 405 and not is_known and "HTTP_UPGRADE" not in environ):
+    path = bottle.request.path
+    asked = f"{bottle.request.method} {path[:100]}"
+    rules = [route.rule for route in ROUTES]
+    if error.status_code not in (404, 405):
+        ours = as_api_error(error)
+    elif path not in rules:  # also a path such as /v1/responses/input_tokens, which looks like one with an id
+        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
         advice = (
             "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
             "embeddings, models and sessions, and nothing else of OpenAI's API.")
-        if meant in rules and not is_known:
+        if meant in rules:
             advice = f"Did you mean {meant!r}? Check the base URL of the client."
-        ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
-    elif "HTTP_UPGRADE" in environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
+        ours = APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
+    elif "HTTP_UPGRADE" in bottle.request.environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
         ours = APIError(426, "This server has no WebSockets.", code="upgrade_required")
-    elif error.status_code == 405:
-        ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
-        ours = as_api_error(error)
+        ours = APIError(405, f"Method not allowed: {asked!r}.", code="method_not_allowed")
     bottle.response.content_type = "application/json"
     bottle.response.status = ours.status
     return dump_json(ours.body())
@@ -7282,25 +7272,16 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Return sockets bound to the addresses of a host. Skip addresses that this machine lacks, such as ::1 of localhost
     without IPv6, if there are others. Raises OSError."""
     sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
-            sock = socket.socket(family, kind, protocol)
-            # On Windows, SO_REUSEADDR would let two programs listen on one port
-            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-            sock.setsockopt(socket.SOL_SOCKET, option, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address[0], port, *address[2:]))
+            sockets.append(socket.create_server((address[0], port, *address[2:]), family=family))
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
-            missing = error
-            continue
-        port = sock.getsockname()[1]  # for a port of 0
-        sockets.append(sock)
-    if missing and not sockets:
-        raise missing
+        else:
+            port = sockets[-1].getsockname()[1]  # for a port of 0
+    if not sockets:
+        raise OSError("this machine does not have that address")
     return sockets
 
 
