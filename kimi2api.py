@@ -2435,10 +2435,12 @@ DocumentKey = tuple[str, str, str]  # owner, kind, name
 Amounts = Mapping[str, int]
 
 
-class CounterKey(NamedTuple):
+@dataclass(frozen=True)
+class CounterKey:
     owner: str
     period: str
-    expires: float  # seconds since the epoch; some time after the end of the period
+    lifetime: float  # seconds that its counters are kept, at least
+    created: float = field(default_factory=time.monotonic, compare=False)  # by time.monotonic(), as is `lifetime`
 
 
 @dataclass(frozen=True)
@@ -2535,8 +2537,8 @@ def store_unavailable() -> APIError:
 
 
 def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
-    now = time.time()
-    return {key: counters for key, counters in periods.items() if key.expires > now}
+    now = time.monotonic()
+    return {key: counters for key, counters in periods.items() if key.created + key.lifetime > now}
 
 
 class MemoryStore(Store):
@@ -2548,11 +2550,11 @@ class MemoryStore(Store):
         super().__init__(ttl, limit)
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
-        self._used: dict[DocumentKey, float] = {}  # by time.monotonic(): the system's clock may be set
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        self._versions = itertools.count(1)
+        # Each version is the time of its put in ns, by time.monotonic(): the system's clock may be set
+        self._newest_version = 0
         self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all five; held briefly
+        self._lock = threading.Lock()  # guards all four; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2568,8 +2570,8 @@ class MemoryStore(Store):
             if expected not in (ANY_VERSION, found.version):
                 return False
             self._drop(key)
-            documents[name] = replace(document, version=next(self._versions))
-            self._used[key] = time.monotonic()
+            self._newest_version = max(int(time.monotonic() * 1e9), self._newest_version + 1)
+            documents[name] = replace(document, version=self._newest_version)
             sizes = self._sizes[owner]
             sizes[kind] += len(document.data) + DOCUMENT_BYTES
             while len(documents) > self.max_documents(kind):
@@ -2613,16 +2615,15 @@ class MemoryStore(Store):
         document = self._documents[owner, kind].pop(name, None)
         if document:
             self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
-            del self._used[key]
         return document is not None
 
     def _drop_oldest(self, owner: str, kind: str) -> None:
         self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
 
     def _drop_expired(self) -> None:
-        cutoff = time.monotonic() - self.ttl
+        cutoff = (time.monotonic() - self.ttl) * 1e9
         for (owner, kind), documents in self._documents.items():
-            while documents and self._used[owner, kind, next(iter(documents))] <= cutoff:
+            while documents and next(iter(documents.values())).version <= cutoff:
                 self._drop_oldest(owner, kind)
 
 
@@ -2832,28 +2833,27 @@ class SQLiteStore(SharedStore):
         return count
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        owner, period, expires = key
-        with self._using(owner, is_write=True) as execute:
+        now = time.time()
+        with self._using(key.owner, is_write=True) as execute:
             # Few: a clock that is ahead for a moment must not delete all
             execute(
                 "DELETE FROM counters WHERE (owner, period, name) IN "
                 "(SELECT owner, period, name FROM counters WHERE expires <= ? LIMIT 10)",
-                (time.time(),))
+                (now,))
             for name, amount in amounts.items():
                 execute(
                     "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                     "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
-                    (owner, period, name, amount, expires))
+                    (key.owner, key.period, name, amount, now + key.lifetime))
             return dict(execute(
-                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
+                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         found: list[Amounts] = []
         for key in keys:
             with self._using(key.owner) as execute:
                 found.append(dict(execute(
-                    "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
-                    (key.owner, key.period, time.time()))))
+                    "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period))))
         return found
 
     @contextmanager
@@ -3096,7 +3096,7 @@ class RedisStore(SharedStore):
         with self._calling(is_write=True), self._redis.pipeline() as pipe:
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
-            pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
+            pipe.pexpire(counters, int(1000 * key.lifetime))
             *values, _ = pipe.execute()
         return dict(zip(amounts, values, strict=True))
 
@@ -3297,8 +3297,7 @@ def utc_date(now: float) -> str:
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    expires = now - now % DAY + (USAGE_DAYS + 1) * DAY
-    return CounterKey(client.owner, f"day {utc_date(now)}", expires)
+    return CounterKey(client.owner, f"day {utc_date(now)}", (USAGE_DAYS + 1) * DAY)
 
 
 def duration(seconds: float) -> str:
@@ -3413,7 +3412,7 @@ class UsageLimits:
         limit = key_limit(self._settings.requests_per_minute, client)
         if limit:
             reset = MINUTE - now % MINUTE
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now + reset + MINUTE)
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", 2 * MINUTE)
             used = self._counters.add(minute, {"requests": int(refusal is None)})["requests"]
             headers.update(limit_headers("requests", limit, used, reset))
             if used > limit:
@@ -3432,12 +3431,9 @@ class UsageLimits:
         chats that run now, and came before, have reserved all that is left of the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
         now = time.time()
-        day = day_key(client, now)
-        [counters] = self._counters.read([day])
-        reserved = self._counters.add(day, {"reserved": tokens})["reserved"]
-        used = sum_by_model(counters)[0]["total_tokens"] + reserved - tokens - counters["released"]
+        counters = self._counters.add(day_key(client, now), {"reserved": tokens})  # `admit` has read the others
+        used = sum_by_model(counters)[0]["total_tokens"] + counters["reserved"] - tokens - counters["released"]
         if used >= limit:
-            self._counters.add(day, {"released": tokens})
             raise quota_spent(used, limit, DAY - now % DAY)
 
     def record(
@@ -3451,14 +3447,13 @@ class UsageLimits:
     ) -> None:
         """Count the tokens of an answer. model: of a bounded set of ids; reserved: tokens, before; is_answered: the
         answer did not fail."""
-        amounts = {
+        amounts = Counter({
             f"requests {model}": int(is_answered),
             f"prompt_tokens {model}": prompt_tokens,
             f"completion_tokens {model}": completion_tokens,
-        }
-        if reserved:
-            amounts["released"] = reserved
-        self._counters.add(day_key(client, time.time()), amounts)
+            "released": reserved,
+        })
+        self._counters.add(day_key(client, time.time()), +amounts)  # without zeros: a refused chat is of no model
 
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
@@ -6588,9 +6583,8 @@ class App:
         """Count the prompt against its key's quota before an upstream is asked. Raises APIError 429."""
         stats.messages = messages
         if key_limit(self.settings.tokens_per_day, current_client()):
-            tokens = stats.tokens()[0]
-            self.limits.reserve(current_client(), tokens)
-            stats.reserved = tokens
+            stats.reserved = stats.tokens()[0]
+            self.limits.reserve(current_client(), stats.reserved)
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
