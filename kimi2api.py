@@ -51,7 +51,6 @@ import sys
 import threading
 import time
 from base64 import b64decode, b64encode
-from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -188,16 +187,15 @@ class ClientKey:
 
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
-    keys: list[ClientKey] = []
+    keys: dict[str, ClientKey] = {}
     for entry in split_commas(text):
         found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
         if not found or entry.endswith(":"):  # a name whose key is missing must not become a key
             raise ValueError
-        for known in keys:
-            if known.key == found[2] and known.name != found[1]:  # only the first would have its limits
-                raise SettingError("API_MASTER_KEY: the same key is listed under two names")
-        keys.append(ClientKey(found[2], found[1]))
-    return tuple(keys)
+        client = ClientKey(found[2], found[1])
+        if keys.setdefault(client.key, client) != client:  # only the first would have its limits
+            raise SettingError("API_MASTER_KEY: the same key is listed under two names")
+    return tuple(keys.values())
 
 
 def parse_limits(text: str, default: int = 0) -> dict[str, int]:
@@ -406,16 +404,14 @@ class Settings:
                 return setting_type.parse(text)
             except ValueError:
                 # An address may hold a password
-                is_secret = name.endswith("_KEY") or "@" in text
-                shown = "the value" if is_secret else repr(text)
+                shown = "the value" if name.endswith("_KEY") or "@" in text else repr(text)
                 raise SettingError(f"{name}: {shown} is not {setting_type.accepts}") from None
 
         values = {}
         for f in cls.table():
             values[f.name] = parsed(f.name.upper(), f.metadata["type"], f.metadata["default"])
-        presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
-        for name in (*presets, *values["providers"]):
+        for name in ("moonshot", "deepseek", "qianfan", *values["providers"]):
             key = parsed(f"{name}_api_key".upper(), ASCII_KEY)
             if key or name in values["providers"]:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
@@ -2742,10 +2738,6 @@ class SQLiteStore(SharedStore):
         except ImportError:
             raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
-        try:
-            self._path = os.path.abspath(os.path.expanduser(path))
-        except FileNotFoundError:
-            raise SettingError("SESSION_STORE: the working directory was deleted") from None
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
         # By owner. Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many
@@ -2754,13 +2746,15 @@ class SQLiteStore(SharedStore):
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
         try:
+            # sqlite3 would create the target of a link with mode 0644. Fails in a working directory that was deleted
+            self._path = os.path.realpath(os.path.expanduser(path))
             self._connect()
         except self.failures as error:
             self._close()
             # The message of an OSError contains the path
             if isinstance(error, OSError) or "locked" not in str(error):
-                raise SettingError(f"SESSION_STORE: {self._path} cannot be used: {error}") from None
-            log.warning("session store (sqlite) is locked by another program: %s", self._path)
+                raise SettingError(f"SESSION_STORE: {path} cannot be used: {error}") from None
+            log.warning("session store (sqlite) is locked by another program: %s", path)
 
     def check(self) -> None:
         with self._using(is_write=True) as execute:
@@ -2896,9 +2890,7 @@ class SQLiteStore(SharedStore):
             self._close()
         import sqlite3
         with suppress(FileExistsError):
-            # O_EXCL does not follow links, and sqlite3 would create the target with mode 0644
-            file = os.path.realpath(self._path)
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(
             self._path,
             timeout=STORE_TIMEOUT,
@@ -3178,9 +3170,10 @@ def stored_message(message: Message) -> Message:
         stored["tool_calls"] = []
         for call in message["tool_calls"]:
             function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            stored["tool_calls"].append({"id": call.get("id"), "type": "function", "function": function})
+            kept = {"id": call.get("id"), "type": "function", "function": function}
             if "extra_content" in call:
-                stored["tool_calls"][-1]["extra_content"] = call["extra_content"]
+                kept["extra_content"] = call["extra_content"]
+            stored["tool_calls"].append(kept)
         # APIs require the reasoning in later requests
         stored.update(reasoning_fields(message))
     return stored
@@ -3304,10 +3297,7 @@ def duration(seconds: float) -> str:
     """Format seconds as OpenAI's headers do: 12s, 1m3s, 5h0m1s."""
     minutes, rest = divmod(ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    text = f"{rest}s"
-    if minutes or hours:
-        text = f"{minutes}m{text}"
-    return f"{hours}h{text}" if hours else text
+    return f"{hours}h{minutes}m{rest}s".removeprefix("0h").removeprefix("0m")
 
 
 def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, str]:
@@ -3501,7 +3491,8 @@ def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str,
 # OpenTelemetry's conventions for generative AI.
 # ----------------------------------------------------------------------------------------------------------------------
 
-BUCKETS = [0.01 * 2 ** power for power in range(14)]  # seconds, up to 81.92
+# Seconds by their text: 0.01 doubled up to 81.92, and all
+BUCKETS = {**{str(0.01 * 2 ** power): 0.01 * 2 ** power for power in range(14)}, "+Inf": inf}
 METRICS = {
     "kimi2api_chats_total": ("counter", "Chats asked for, by the status of their answer."),
     "kimi2api_chat_duration_seconds": ("histogram", "From the request to the end of the answer."),
@@ -3531,10 +3522,8 @@ class Metrics:
         self._models = set(models)
         # Ids of APIs' models that have answered, by owner: nobody's made-up ids may displace another's
         self._models_of: defaultdict[str, set[str]] = defaultdict(set)
-        self._lock = threading.Lock()  # guards both below
-        self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
-        # Counts by bucket, the count above the last bucket, and the sum
-        self._histograms: dict[str, dict[Labels, list[float]]] = defaultdict(dict)
+        self._lock = threading.Lock()  # guards _counters
+        self._counters: defaultdict[str, Counter[Labels]] = defaultdict(Counter)  # also the series of histograms
 
     def count(self, metric: str, labels: Mapping[str, str], amount: int = 1) -> None:
         with self._lock:
@@ -3542,10 +3531,13 @@ class Metrics:
 
     def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
         """Add a duration to a histogram."""
+        key = tuple(labels.items())
         with self._lock:
-            histogram = self._histograms[metric].setdefault(tuple(labels.items()), [0.0] * (len(BUCKETS) + 2))
-            histogram[bisect_left(BUCKETS, seconds)] += 1
-            histogram[-1] += seconds
+            buckets = self._counters[f"{metric}_bucket"]
+            for text, bound in BUCKETS.items():
+                buckets[(*key, ("le", text))] += seconds <= bound
+            self._counters[f"{metric}_sum"][key] += seconds  # type: ignore[assignment]  # a Counter takes any number
+            self._counters[f"{metric}_count"][key] += 1
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
@@ -3564,21 +3556,10 @@ class Metrics:
             for name, (kind, about) in METRICS.items():
                 lines.append(f"# HELP {name} {about}")
                 lines.append(f"# TYPE {name} {kind}")
-                for labels, value in values.get(name, {}).items():
-                    lines.append(sample(name, labels, value))
-                for labels, histogram in self._histograms[name].items():
-                    lines += histogram_samples(name, labels, histogram)
+                for series in (name, f"{name}_bucket", f"{name}_sum", f"{name}_count"):
+                    for labels, value in values.get(series, {}).items():
+                        lines.append(sample(series, labels, value))
         return "\n".join(lines) + "\n"
-
-
-def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iterator[str]:
-    *counts, seconds = histogram
-    total = 0.0
-    for bound, count in zip([*BUCKETS, "+Inf"], counts, strict=True):
-        total += count
-        yield sample(f"{name}_bucket", (*labels, ("le", str(bound))), total)
-    yield sample(f"{name}_sum", labels, seconds)
-    yield sample(f"{name}_count", labels, total)
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
@@ -6140,8 +6121,7 @@ class Access:
             if environ["REQUEST_METHOD"] == "OPTIONS":
                 raise preflight(environ)
             is_public = environ["PATH_INFO"] in self._public_paths
-            authorization = environ.get("HTTP_AUTHORIZATION", "")
-            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(authorization)
+            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(environ)
         except APIError as error:
             raise error_response(error) from None
 
@@ -6178,8 +6158,9 @@ class Access:
             return any(origin_matches(pattern, origin) for pattern in allowed)
         return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _authenticate(self, authorization: str) -> ClientKey:
+    def _authenticate(self, environ: dict[str, Any]) -> ClientKey:
         """Return the key that the request carries, an empty one if no key is asked. Raises APIError 401."""
+        authorization = environ.get("HTTP_AUTHORIZATION", "")
         found = matching_key(self._settings.api_master_key, authorization)
         if found is None:
             message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
@@ -6312,13 +6293,12 @@ class Client(Waiter):
 
     def sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        self.attend()
         while True:
+            self.attend()
             pause = min(end - time.monotonic(), self.interval)
             if pause <= 0:
                 return
             self._stopping.wait(pause)
-            self.attend()
 
     def send(self, data: bytes) -> None:
         """Hand over an event. A client that has left is sent nothing."""
@@ -6683,31 +6663,34 @@ class App:
         return self.providers.model(id)
 
     def get_session(self, user: str) -> JSONObject:
-        session = self.sessions.get(current_owner(), user)
-        if session is None:
-            raise not_found(SESSION, user)
+        session = self._stored(SESSION, user)
         expires_at = int(session.document.used + self.store.ttl)
         return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
 
     def get_response(self, id: str) -> JSONObject:
-        session = self.sessions.get(current_owner(), id, RESPONSE)
+        return self._stored(RESPONSE, id).response
+
+    def _stored(self, kind: str, name: str) -> Session:
+        session = self.sessions.get(current_owner(), name, kind)
         if session is None:
-            raise not_found(RESPONSE, id)
-        return session.response
+            raise not_found(kind, name)
+        return session
 
     def _stored_items(self, response_id: str) -> dict[str, JSONObject]:
         """Return the output items of a stored response by their ids."""
         session = self.sessions.get(current_owner(), response_id, RESPONSE)
         return {item["id"]: item for item in session.response["output"]} if session else {}
 
+    def _delete(self, kind: str, name: str) -> None:
+        if not self.store.delete((current_owner(), kind, name)):
+            raise not_found(kind, name)
+
     def delete_response(self, id: str) -> JSONObject:
-        if not self.store.delete((current_owner(), RESPONSE, id)):
-            raise not_found(RESPONSE, id)
+        self._delete(RESPONSE, id)
         return {"id": id, "object": "response", "deleted": True}
 
     def delete_session(self, user: str) -> JSONObject:
-        if not self.store.delete((current_owner(), SESSION, user)):
-            raise not_found(SESSION, user)
+        self._delete(SESSION, user)
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def list_sessions(self) -> JSONObject:
@@ -7131,12 +7114,7 @@ class SocketMap(dict[int, Any]):
             self._dirty.add(key.fd)
             entry = self.get(key.fd)
             if entry and events & selectors.EVENT_READ:
-                known = len(self)
                 wasyncore.read(entry)
-                # A listener accepts one connection at a time
-                while len(self) > known and entry.readable():
-                    known = len(self)
-                    wasyncore.read(entry)
             elif entry:
                 wasyncore.write(entry)
 
