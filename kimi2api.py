@@ -6172,7 +6172,7 @@ def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
     """Return the addresses of clients that proxies name in headers."""
     names = ("HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP")
     listed = ",".join(environ.get(name, "") for name in names)
-    return [*split_commas(listed), *re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))]
+    return split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
 
 
 def origin_matches(pattern: str, origin: str) -> bool:
@@ -7114,7 +7114,12 @@ class SocketMap(dict[int, Any]):
             self._dirty.add(key.fd)
             entry = self.get(key.fd)
             if entry and events & selectors.EVENT_READ:
+                known = len(self)
                 wasyncore.read(entry)
+                # A listener accepts one connection at a time
+                while len(self) > known and entry.readable():
+                    known = len(self)
+                    wasyncore.read(entry)
             elif entry:
                 wasyncore.write(entry)
 
@@ -7308,15 +7313,10 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     return cli.parse_args(argv)
 
 
-def local_address(settings: Settings, port: int) -> str:
-    """Return the URL of the server for clients on this machine."""
-    every = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
-    host = every.get(settings.api_host, settings.api_host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def greeting(settings: Settings, port: int, demo: bool) -> str:
-    address = local_address(settings, port)
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}  # noqa: S104
+    host = settings.api_host
+    address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
     web_chat = "the built-in demo" if demo else without_credentials(settings.upstream_url)
     asked = "no key is asked, and only this machine may call"
     if settings.api_master_key:
@@ -7527,13 +7527,7 @@ SCHEMAS = {
         "version": STRING,
         "uptime_seconds": COUNT,
         "key_required": BOOLEAN,
-        "chats": object_of({"running": COUNT, "limit": COUNT}),
-        "sessions": object_of({"kept": any_of(COUNT, NULL), "limit": COUNT}),
-        "store": object_of({"kind": choice_of("memory", "sqlite", "redis"), "ok": BOOLEAN}),
-        "upstreams": {
-            "type": "object",
-            "additionalProperties": object_of({}, {"failing_since": INTEGER, "reason": STRING}),
-        },
+        **dict.fromkeys(("chats", "sessions", "store", "upstreams"), OBJECT),
     }),
     "OpenAPI": OBJECT,
     "Error": object_of({
