@@ -19,7 +19,7 @@ USER 65534:65534
 ENV API_HOST=0.0.0.0 PYTHONDONTWRITEBYTECODE=1
 EXPOSE 8088
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5s CMD ["python", "-c", \
-    "import http.client, os; host = os.environ['API_HOST']; host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host); c = http.client.HTTPConnection(host, int(os.environ.get('API_PORT') or 8088), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
+    "import http.client, os; c = http.client.HTTPConnection((os.environ['API_HOST'] or '127.0.0.1').strip('[]'), int(os.environ.get('API_PORT') or 8088), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
 # The list form starts Python as process 1, so that `docker stop` reaches it; flags go after the image's name. With -m
 # Python runs what is compiled already: a script's source stays in memory, 12 MB, while it runs
 ENTRYPOINT ["python", "-m", "kimi2api"]

@@ -51,7 +51,6 @@ import sys
 import threading
 import time
 from base64 import b64decode, b64encode
-from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -188,16 +187,15 @@ class ClientKey:
 
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
-    keys: list[ClientKey] = []
+    keys: dict[str, ClientKey] = {}
     for entry in split_commas(text):
         found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
         if not found or entry.endswith(":"):  # a name whose key is missing must not become a key
             raise ValueError
-        for known in keys:
-            if known.key == found[2] and known.name != found[1]:  # only the first would have its limits
-                raise SettingError("API_MASTER_KEY: the same key is listed under two names")
-        keys.append(ClientKey(found[2], found[1]))
-    return tuple(keys)
+        client = ClientKey(found[2], found[1])
+        if keys.setdefault(client.key, client) != client:  # only the first would have its limits
+            raise SettingError("API_MASTER_KEY: the same key is listed under two names")
+    return tuple(keys.values())
 
 
 def parse_limits(text: str, default: int = 0) -> dict[str, int]:
@@ -406,16 +404,14 @@ class Settings:
                 return setting_type.parse(text)
             except ValueError:
                 # An address may hold a password
-                is_secret = name.endswith("_KEY") or "@" in text
-                shown = "the value" if is_secret else repr(text)
+                shown = "the value" if name.endswith("_KEY") or "@" in text else repr(text)
                 raise SettingError(f"{name}: {shown} is not {setting_type.accepts}") from None
 
         values = {}
         for f in cls.table():
             values[f.name] = parsed(f.name.upper(), f.metadata["type"], f.metadata["default"])
-        presets = [name.removesuffix("_base_url") for name in values if name.endswith("_base_url")]
         apis = {}
-        for name in (*presets, *values["providers"]):
+        for name in ("moonshot", "deepseek", "qianfan", *values["providers"]):
             key = parsed(f"{name}_api_key".upper(), ASCII_KEY)
             if key or name in values["providers"]:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
@@ -423,9 +419,8 @@ class Settings:
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
         settings._check_models("FALLBACK_MODELS", settings.fallback_models)
-        settings._check_names("MAX_CONCURRENT_CHATS", settings.max_concurrent_chats)
-        settings._check_names("REQUESTS_PER_MINUTE", settings.requests_per_minute)
-        settings._check_names("TOKENS_PER_DAY", settings.tokens_per_day)
+        for name in ("max_concurrent_chats", "requests_per_minute", "tokens_per_day"):
+            settings._check_names(name.upper(), values[name])
         return settings
 
     @classmethod
@@ -489,7 +484,7 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
                         raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
                     values[entry["name"]] = entry[entry.lastindex or 0]
     except (OSError, UnicodeDecodeError) as error:
-        is_reachable = os.access(os.path.dirname(path) or os.curdir, os.X_OK)
+        is_reachable = os.access(os.curdir, os.X_OK)
         if required or (is_reachable and not isinstance(error, FileNotFoundError)):
             raise SettingError(f"{path}: cannot be read: {error}") from None
     return values
@@ -2387,10 +2382,12 @@ DocumentKey = tuple[str, str, str]  # owner, kind, name
 Amounts = Mapping[str, int]
 
 
-class CounterKey(NamedTuple):
+@dataclass(frozen=True)
+class CounterKey:
     owner: str
     period: str
-    expires: float  # seconds since the epoch; some time after the end of the period
+    lifetime: float  # seconds that its counters are kept, at least
+    created: float = field(default_factory=time.monotonic, compare=False)  # by time.monotonic(), as is `lifetime`
 
 
 @dataclass(frozen=True)
@@ -2487,8 +2484,8 @@ def store_unavailable() -> APIError:
 
 
 def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
-    now = time.time()
-    return {key: counters for key, counters in periods.items() if key.expires > now}
+    now = time.monotonic()
+    return {key: counters for key, counters in periods.items() if key.created + key.lifetime > now}
 
 
 class MemoryStore(Store):
@@ -2500,11 +2497,11 @@ class MemoryStore(Store):
         super().__init__(ttl, limit)
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
-        self._used: dict[DocumentKey, float] = {}  # by time.monotonic(): the system's clock may be set
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        self._versions = itertools.count(1)
+        # Each version is the time of its put in ns, by time.monotonic(): the system's clock may be set
+        self._newest_version = 0
         self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all five; held briefly
+        self._lock = threading.Lock()  # guards all four; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2520,8 +2517,8 @@ class MemoryStore(Store):
             if expected not in (ANY_VERSION, found.version):
                 return False
             self._drop(key)
-            documents[name] = replace(document, version=next(self._versions))
-            self._used[key] = time.monotonic()
+            self._newest_version = max(int(time.monotonic() * 1e9), self._newest_version + 1)
+            documents[name] = replace(document, version=self._newest_version)
             sizes = self._sizes[owner]
             sizes[kind] += len(document.data) + DOCUMENT_BYTES
             while len(documents) > self.max_documents(kind):
@@ -2565,16 +2562,15 @@ class MemoryStore(Store):
         document = self._documents[owner, kind].pop(name, None)
         if document:
             self._sizes[owner][kind] -= len(document.data) + DOCUMENT_BYTES
-            del self._used[key]
         return document is not None
 
     def _drop_oldest(self, owner: str, kind: str) -> None:
         self._drop((owner, kind, next(iter(self._documents[owner, kind]))))
 
     def _drop_expired(self) -> None:
-        cutoff = time.monotonic() - self.ttl
+        cutoff = (time.monotonic() - self.ttl) * 1e9
         for (owner, kind), documents in self._documents.items():
-            while documents and self._used[owner, kind, next(iter(documents))] <= cutoff:
+            while documents and next(iter(documents.values())).version <= cutoff:
                 self._drop_oldest(owner, kind)
 
 
@@ -2693,10 +2689,6 @@ class SQLiteStore(SharedStore):
         except ImportError:
             raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
-        try:
-            self._path = os.path.abspath(os.path.expanduser(path))
-        except FileNotFoundError:
-            raise SettingError("SESSION_STORE: the working directory was deleted") from None
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
         # By owner. Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many
@@ -2705,13 +2697,15 @@ class SQLiteStore(SharedStore):
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
         try:
+            # sqlite3 would create the target of a link with mode 0644. Fails in a working directory that was deleted
+            self._path = os.path.realpath(os.path.expanduser(path))
             self._connect()
         except self.failures as error:
             self._close()
             # The message of an OSError contains the path
             if isinstance(error, OSError) or "locked" not in str(error):
-                raise SettingError(f"SESSION_STORE: {self._path} cannot be used: {error}") from None
-            log.warning("session store (sqlite) is locked by another program: %s", self._path)
+                raise SettingError(f"SESSION_STORE: {path} cannot be used: {error}") from None
+            log.warning("session store (sqlite) is locked by another program: %s", path)
 
     def check(self) -> None:
         with self._using(is_write=True) as execute:
@@ -2784,28 +2778,27 @@ class SQLiteStore(SharedStore):
         return count
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        owner, period, expires = key
-        with self._using(owner, is_write=True) as execute:
+        now = time.time()
+        with self._using(key.owner, is_write=True) as execute:
             # Few: a clock that is ahead for a moment must not delete all
             execute(
                 "DELETE FROM counters WHERE (owner, period, name) IN "
                 "(SELECT owner, period, name FROM counters WHERE expires <= ? LIMIT 10)",
-                (time.time(),))
+                (now,))
             for name, amount in amounts.items():
                 execute(
                     "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                     "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
-                    (owner, period, name, amount, expires))
+                    (key.owner, key.period, name, amount, now + key.lifetime))
             return dict(execute(
-                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (owner, period)))
+                "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         found: list[Amounts] = []
         for key in keys:
             with self._using(key.owner) as execute:
                 found.append(dict(execute(
-                    "SELECT name, value FROM counters WHERE owner = ? AND period = ? AND expires > ?",
-                    (key.owner, key.period, time.time()))))
+                    "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period))))
         return found
 
     @contextmanager
@@ -2848,9 +2841,7 @@ class SQLiteStore(SharedStore):
             self._close()
         import sqlite3
         with suppress(FileExistsError):
-            # O_EXCL does not follow links, and sqlite3 would create the target with mode 0644
-            file = os.path.realpath(self._path)
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(
             self._path,
             timeout=STORE_TIMEOUT,
@@ -3048,7 +3039,7 @@ class RedisStore(SharedStore):
         with self._calling(is_write=True), self._redis.pipeline() as pipe:
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
-            pipe.pexpire(counters, max(1, int(1000 * (key.expires - time.time()))))
+            pipe.pexpire(counters, int(1000 * key.lifetime))
             *values, _ = pipe.execute()
         return dict(zip(amounts, values, strict=True))
 
@@ -3130,9 +3121,10 @@ def stored_message(message: Message) -> Message:
         stored["tool_calls"] = []
         for call in message["tool_calls"]:
             function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            stored["tool_calls"].append({"id": call.get("id"), "type": "function", "function": function})
+            kept = {"id": call.get("id"), "type": "function", "function": function}
             if "extra_content" in call:
-                stored["tool_calls"][-1]["extra_content"] = call["extra_content"]
+                kept["extra_content"] = call["extra_content"]
+            stored["tool_calls"].append(kept)
         # APIs require the reasoning in later requests
         stored.update(reasoning_fields(message))
     return stored
@@ -3249,18 +3241,14 @@ def utc_date(now: float) -> str:
 
 
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    expires = now - now % DAY + (USAGE_DAYS + 1) * DAY
-    return CounterKey(client.owner, f"day {utc_date(now)}", expires)
+    return CounterKey(client.owner, f"day {utc_date(now)}", (USAGE_DAYS + 1) * DAY)
 
 
 def duration(seconds: float) -> str:
     """Format seconds as OpenAI's headers do: 12s, 1m3s, 5h0m1s."""
     minutes, rest = divmod(ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    text = f"{rest}s"
-    if minutes or hours:
-        text = f"{minutes}m{text}"
-    return f"{hours}h{text}" if hours else text
+    return f"{hours}h{minutes}m{rest}s".removeprefix("0h").removeprefix("0m")
 
 
 def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, str]:
@@ -3365,7 +3353,7 @@ class UsageLimits:
         limit = key_limit(self._settings.requests_per_minute, client)
         if limit:
             reset = MINUTE - now % MINUTE
-            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", now + reset + MINUTE)
+            minute = CounterKey(client.owner, f"minute {int(now // MINUTE)}", 2 * MINUTE)
             used = self._counters.add(minute, {"requests": int(refusal is None)})["requests"]
             headers.update(limit_headers("requests", limit, used, reset))
             if used > limit:
@@ -3384,12 +3372,9 @@ class UsageLimits:
         chats that run now, and came before, have reserved all that is left of the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
         now = time.time()
-        day = day_key(client, now)
-        [counters] = self._counters.read([day])
-        reserved = self._counters.add(day, {"reserved": tokens})["reserved"]
-        used = sum_by_model(counters)[0]["total_tokens"] + reserved - tokens - counters["released"]
+        counters = self._counters.add(day_key(client, now), {"reserved": tokens})  # `admit` has read the others
+        used = sum_by_model(counters)[0]["total_tokens"] + counters["reserved"] - tokens - counters["released"]
         if used >= limit:
-            self._counters.add(day, {"released": tokens})
             raise quota_spent(used, limit, DAY - now % DAY)
 
     def record(
@@ -3403,14 +3388,13 @@ class UsageLimits:
     ) -> None:
         """Count the tokens of an answer. model: of a bounded set of ids; reserved: tokens, before; is_answered: the
         answer did not fail."""
-        amounts = {
+        amounts = Counter({
             f"requests {model}": int(is_answered),
             f"prompt_tokens {model}": prompt_tokens,
             f"completion_tokens {model}": completion_tokens,
-        }
-        if reserved:
-            amounts["released"] = reserved
-        self._counters.add(day_key(client, time.time()), amounts)
+            "released": reserved,
+        })
+        self._counters.add(day_key(client, time.time()), +amounts)  # without zeros: a refused chat is of no model
 
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
@@ -3458,7 +3442,8 @@ def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str,
 # OpenTelemetry's conventions for generative AI.
 # ----------------------------------------------------------------------------------------------------------------------
 
-BUCKETS = [0.01 * 2 ** power for power in range(14)]  # seconds, up to 81.92
+# Seconds by their text: 0.01 doubled up to 81.92, and all
+BUCKETS = {**{str(0.01 * 2 ** power): 0.01 * 2 ** power for power in range(14)}, "+Inf": inf}
 METRICS = {
     "kimi2api_chats_total": ("counter", "Chats asked for, by the status of their answer."),
     "kimi2api_chat_duration_seconds": ("histogram", "From the request to the end of the answer."),
@@ -3488,10 +3473,8 @@ class Metrics:
         self._models = set(models)
         # Ids of APIs' models that have answered, by owner: nobody's made-up ids may displace another's
         self._models_of: defaultdict[str, set[str]] = defaultdict(set)
-        self._lock = threading.Lock()  # guards both below
-        self._counters: dict[str, Counter[Labels]] = defaultdict(Counter)
-        # Counts by bucket, the count above the last bucket, and the sum
-        self._histograms: dict[str, dict[Labels, list[float]]] = defaultdict(dict)
+        self._lock = threading.Lock()  # guards _counters
+        self._counters: defaultdict[str, Counter[Labels]] = defaultdict(Counter)  # also the series of histograms
 
     def count(self, metric: str, labels: Mapping[str, str], amount: int = 1) -> None:
         with self._lock:
@@ -3499,10 +3482,13 @@ class Metrics:
 
     def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
         """Add a duration to a histogram."""
+        key = tuple(labels.items())
         with self._lock:
-            histogram = self._histograms[metric].setdefault(tuple(labels.items()), [0.0] * (len(BUCKETS) + 2))
-            histogram[bisect_left(BUCKETS, seconds)] += 1
-            histogram[-1] += seconds
+            buckets = self._counters[f"{metric}_bucket"]
+            for text, bound in BUCKETS.items():
+                buckets[(*key, ("le", text))] += seconds <= bound
+            self._counters[f"{metric}_sum"][key] += seconds  # type: ignore[assignment]  # a Counter takes any number
+            self._counters[f"{metric}_count"][key] += 1
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
@@ -3521,21 +3507,10 @@ class Metrics:
             for name, (kind, about) in METRICS.items():
                 lines.append(f"# HELP {name} {about}")
                 lines.append(f"# TYPE {name} {kind}")
-                for labels, value in values.get(name, {}).items():
-                    lines.append(sample(name, labels, value))
-                for labels, histogram in self._histograms[name].items():
-                    lines += histogram_samples(name, labels, histogram)
+                for series in (name, f"{name}_bucket", f"{name}_sum", f"{name}_count"):
+                    for labels, value in values.get(series, {}).items():
+                        lines.append(sample(series, labels, value))
         return "\n".join(lines) + "\n"
-
-
-def histogram_samples(name: str, labels: Labels, histogram: list[float]) -> Iterator[str]:
-    *counts, seconds = histogram
-    total = 0.0
-    for bound, count in zip([*BUCKETS, "+Inf"], counts, strict=True):
-        total += count
-        yield sample(f"{name}_bucket", (*labels, ("le", str(bound))), total)
-    yield sample(f"{name}_sum", labels, seconds)
-    yield sample(f"{name}_count", labels, total)
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
@@ -3885,7 +3860,12 @@ class Transport:
                 try:
                     pool: Any = self._adapter.get_connection_with_tls_context(request, environment["verify"], proxies)
                 except (ValueError, HTTPError) as error:  # requests' errors are ValueErrors
-                    raise self._unusable_proxy(select_proxy(origin, proxies), error) from None
+                    proxy = select_proxy(origin, proxies)
+                    names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
+                    raise upstream_error(
+                        502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
+                        f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
+                        "pip install PySocks") from None
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
@@ -3893,13 +3873,6 @@ class Transport:
                     pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
                 self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
-
-    def _unusable_proxy(self, proxy: str | None, error: Exception) -> APIError:
-        names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
-        return upstream_error(
-            502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
-            f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
-            "pip install PySocks")
 
     def forget_connections(self) -> None:
         """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
@@ -3956,12 +3929,10 @@ def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIErr
 
 def parse_retry_after(headers: Headers) -> float | None:
     """Return the seconds to wait by `retry-after-ms` or Retry-After (RFC 9110: seconds or a date), or None."""
-    milliseconds = headers.get("retry-after-ms", "").strip()
-    text = headers.get("Retry-After", "").strip()[:100]
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", milliseconds):
-        return float(milliseconds) / 1000
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
-        return float(text)
+    for name, unit in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
+        text = headers.get(name, "").strip()[:100]
+        if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+            return float(text) * unit
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
@@ -6050,8 +6021,7 @@ class Access:
             if environ["REQUEST_METHOD"] == "OPTIONS":
                 raise preflight(environ)
             is_public = environ["PATH_INFO"] in self._public_paths
-            authorization = environ.get("HTTP_AUTHORIZATION", "")
-            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(authorization)
+            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(environ)
         except APIError as error:
             raise error_response(error) from None
 
@@ -6060,14 +6030,15 @@ class Access:
         origin = environ.get("HTTP_ORIGIN")
         # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
         # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
-        if not self._settings.api_master_key and host and not is_loopback(host_of(f"//{host}")):
-            raise APIError(
-                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to localhost "
-                "are accepted.", code="host_not_allowed")
-        if not self._settings.api_master_key and not all(map(is_loopback, forwarded_for(environ))):
-            raise APIError(
-                403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only this "
-                "machine may call.", code="host_not_allowed")
+        if not self._settings.api_master_key:
+            if host and not is_loopback(host_of(f"//{host}")):
+                raise APIError(
+                    403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to "
+                    "localhost are accepted.", code="host_not_allowed")
+            if not all(map(is_loopback, forwarded_for(environ))):
+                raise APIError(
+                    403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
+                    "this machine may call.", code="host_not_allowed")
         if origin and not self._origin_allowed(origin, host):
             raise APIError(
                 403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
@@ -6084,13 +6055,12 @@ class Access:
         if host and origin.partition("://")[2] == host:  # the server's own pages
             return True
         if allowed:
-            scheme, _, name = origin.partition("://")
-            domains = [f"{scheme}://*.{domain}" for domain in parents_of(name)]
-            return not {origin, "*", *domains}.isdisjoint(allowed)
+            return any(origin_matches(pattern, origin) for pattern in allowed)
         return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _authenticate(self, authorization: str) -> ClientKey:
+    def _authenticate(self, environ: dict[str, Any]) -> ClientKey:
         """Return the key that the request carries, an empty one if no key is asked. Raises APIError 401."""
+        authorization = environ.get("HTTP_AUTHORIZATION", "")
         found = matching_key(self._settings.api_master_key, authorization)
         if found is None:
             message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
@@ -6102,13 +6072,15 @@ def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
     """Return the addresses of clients that proxies name in headers."""
     names = ("HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP")
     listed = ",".join(environ.get(name, "") for name in names)
-    return [*split_commas(listed), *re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))]
+    return split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
 
 
-def parents_of(name: str) -> list[str]:
-    """Return the domains that contain a host, such as b.c and c for a.b.c."""
-    labels = name.split(".")
-    return [".".join(labels[start:]) for start in range(1, len(labels))]
+def origin_matches(pattern: str, origin: str) -> bool:
+    """Return whether an entry of CORS_ORIGINS, such as https://*.example.com, matches an origin."""
+    before, wildcard, after = pattern.partition("*")
+    if wildcard:
+        return origin.startswith(before) and origin.endswith(after)
+    return origin == pattern
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
@@ -6221,13 +6193,12 @@ class Client(Waiter):
 
     def sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        self.attend()
         while True:
+            self.attend()
             pause = min(end - time.monotonic(), self.interval)
             if pause <= 0:
                 return
             self._stopping.wait(pause)
-            self.attend()
 
     def send(self, data: bytes) -> None:
         """Hand over an event. A client that has left is sent nothing."""
@@ -6257,30 +6228,25 @@ class Slots:
     """The chats that run now. Their number is limited, of all keys and of named keys."""
 
     def __init__(self, limits: Mapping[str, int]) -> None:
-        self.limit = limits[""]
-        self._limits = limits
-        self._used: Counter[str] = Counter()  # by the name of a key; all chats by ""
-        self._lock = threading.Lock()  # guards _used
-
-    @property
-    def used(self) -> int:
-        return self._used[""]
+        self.limits = limits  # by the name of a key; of all chats by ""
+        self.used: Counter[str] = Counter()  # by the same names
+        self._lock = threading.Lock()  # guards `used`
 
     @contextmanager
     def held(self, client: ClientKey) -> Iterator[None]:
         """Hold a slot. Raises APIError 429 if there is none."""
         names = {"", client.name or ""}
         with self._lock:
-            if any(self._used[name] >= self._limits.get(name, inf) for name in names):
+            if any(self.used[name] >= self.limits.get(name, inf) for name in names):
                 raise APIError(
                     429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
                     "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
-            self._used.update(names)
+            self.used.update(names)
         try:
             yield
         finally:
             with self._lock:
-                self._used.subtract(names)
+                self.used.subtract(names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6497,9 +6463,8 @@ class App:
         """Count the prompt against its key's quota before an upstream is asked. Raises APIError 429."""
         stats.messages = messages
         if key_limit(self.settings.tokens_per_day, current_client()):
-            tokens = stats.tokens()[0]
-            self.limits.reserve(current_client(), tokens)
-            stats.reserved = tokens
+            stats.reserved = stats.tokens()[0]
+            self.limits.reserve(current_client(), stats.reserved)
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
@@ -6599,32 +6564,35 @@ class App:
 
     def get_session(self, user: str) -> JSONObject:
         user = user or bottle.request.query.user
-        session = self.sessions.get(current_owner(), user)
-        if session is None:
-            raise not_found(SESSION, user)
+        session = self._stored(SESSION, user)
         expires_at = int(session.document.used + self.store.ttl)
         return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
 
     def get_response(self, id: str) -> JSONObject:
-        session = self.sessions.get(current_owner(), id, RESPONSE)
+        return self._stored(RESPONSE, id).response
+
+    def _stored(self, kind: str, name: str) -> Session:
+        session = self.sessions.get(current_owner(), name, kind)
         if session is None:
-            raise not_found(RESPONSE, id)
-        return session.response
+            raise not_found(kind, name)
+        return session
 
     def _stored_items(self, response_id: str) -> dict[str, JSONObject]:
         """Return the output items of a stored response by their ids."""
         session = self.sessions.get(current_owner(), response_id, RESPONSE)
         return {item["id"]: item for item in session.response["output"]} if session else {}
 
+    def _delete(self, kind: str, name: str) -> None:
+        if not self.store.delete((current_owner(), kind, name)):
+            raise not_found(kind, name)
+
     def delete_response(self, id: str) -> JSONObject:
-        if not self.store.delete((current_owner(), RESPONSE, id)):
-            raise not_found(RESPONSE, id)
+        self._delete(RESPONSE, id)
         return {"id": id, "object": "response", "deleted": True}
 
     def delete_session(self, user: str) -> JSONObject:
         user = user or bottle.request.query.user
-        if not self.store.delete((current_owner(), SESSION, user)):
-            raise not_found(SESSION, user)
+        self._delete(SESSION, user)
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def list_sessions(self) -> JSONObject:
@@ -6638,8 +6606,8 @@ class App:
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         gauges: dict[str, dict[Labels, float]] = {
-            "kimi2api_chats_running": {(): self.chats.used},
-            "kimi2api_chats_limit": {(): self.chats.limit},
+            "kimi2api_chats_running": {(): self.chats.used[""]},
+            "kimi2api_chats_limit": {(): self.chats.limits[""]},
             "kimi2api_build_info": {(("version", __version__),): 1},
             "process_start_time_seconds": {(): self.started},
             "kimi2api_upstream_healthy": {},
@@ -6668,7 +6636,7 @@ class App:
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.monotonic() - self._began),
-            "chats": {"running": self.chats.used, "limit": self.chats.limit},
+            "chats": {"running": self.chats.used[""], "limit": self.chats.limits[""]},
             "sessions": {"kept": kept, "limit": self.store.limit},
             "store": {"kind": self.store.kind, "ok": kept is not None},
             "upstreams": upstreams,
@@ -6737,24 +6705,23 @@ def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
 
 def routing_error(error: bottle.HTTPError) -> bytes:
     """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
-    environ = bottle.request.environ
-    path = f"{bottle.request.method} {bottle.request.path[:100]}"
-    rules = {route.rule for route in ROUTES}
-    meant = re.sub("/{2,}", "/", bottle.request.path).rstrip("/").replace("/v1/v1/", "/v1/")
-    is_known = bottle.request.path in rules
-    if error.status_code == 404 or (error.status_code == 405 and not is_known and "HTTP_UPGRADE" not in environ):
+    path = bottle.request.path
+    asked = f"{bottle.request.method} {path[:100]}"
+    rules = [route.rule for route in ROUTES]
+    if error.status_code not in (404, 405):
+        ours = as_api_error(error)
+    elif path not in rules:  # also a path such as /v1/responses/input_tokens, which looks like one with an id
+        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
         advice = (
             "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
             "embeddings, models and sessions, and nothing else of OpenAI's API.")
-        if meant in rules and not is_known:
+        if meant in rules:
             advice = f"Did you mean {meant!r}? Check the base URL of the client."
-        ours = APIError(404, f"Unknown path: {path!r}. {advice}", code="not_found")
-    elif "HTTP_UPGRADE" in environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
+        ours = APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
+    elif "HTTP_UPGRADE" in bottle.request.environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
         ours = APIError(426, "This server has no WebSockets.", code="upgrade_required")
-    elif error.status_code == 405:
-        ours = APIError(405, f"Method not allowed: {path!r}.", code="method_not_allowed")
     else:
-        ours = as_api_error(error)
+        ours = APIError(405, f"Method not allowed: {asked!r}.", code="method_not_allowed")
     bottle.response.content_type = "application/json"
     bottle.response.status = ours.status
     return dump_json(ours.body())
@@ -7185,25 +7152,16 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Return sockets bound to the addresses of a host. Skip addresses that this machine lacks, such as ::1 of localhost
     without IPv6, if there are others. Raises OSError."""
     sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
-            sock = socket.socket(family, kind, protocol)
-            # On Windows, SO_REUSEADDR would let two programs listen on one port
-            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-            sock.setsockopt(socket.SOL_SOCKET, option, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address[0], port, *address[2:]))
+            sockets.append(socket.create_server((address[0], port, *address[2:]), family=family))
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
-            missing = error
-            continue
-        port = sock.getsockname()[1]  # for a port of 0
-        sockets.append(sock)
-    if missing and not sockets:
-        raise missing
+        else:
+            port = sockets[-1].getsockname()[1]  # for a port of 0
+    if not sockets:
+        raise OSError("this machine does not have that address")
     return sockets
 
 
@@ -7258,15 +7216,10 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     return cli.parse_args(argv)
 
 
-def local_address(settings: Settings, port: int) -> str:
-    """Return the URL of the server for clients on this machine."""
-    every = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
-    host = every.get(settings.api_host, settings.api_host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def greeting(settings: Settings, port: int, demo: bool) -> str:
-    address = local_address(settings, port)
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}  # noqa: S104
+    host = settings.api_host
+    address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
     web_chat = "the built-in demo" if demo else without_credentials(settings.upstream_url)
     asked = "no key is asked, and only this machine may call"
     if settings.api_master_key:
@@ -7484,13 +7437,7 @@ SCHEMAS = {
         "version": STRING,
         "uptime_seconds": COUNT,
         "key_required": BOOLEAN,
-        "chats": object_of({"running": COUNT, "limit": COUNT}),
-        "sessions": object_of({"kept": any_of(COUNT, NULL), "limit": COUNT}),
-        "store": object_of({"kind": choice_of("memory", "sqlite", "redis"), "ok": BOOLEAN}),
-        "upstreams": {
-            "type": "object",
-            "additionalProperties": object_of({}, {"failing_since": INTEGER, "reason": STRING}),
-        },
+        **dict.fromkeys(("chats", "sessions", "store", "upstreams"), OBJECT),
     }),
     "OpenAPI": OBJECT,
     "Error": object_of({
