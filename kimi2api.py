@@ -7913,7 +7913,8 @@ async function fillModels() {
   fillConnect();
 }
 function fillConnect() {
-  const base = new URL('v1', location).href, bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const base = new URL('v1', location).href.replace('//localhost', '//127.0.0.1');
+  const bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
   const name = JSON.stringify(id), quoted = name.replaceAll("'", "'\\\\''");
   const hello = '[{"role": "user", "content": "Hello!"}]', texts = {
     curl: `curl ${base}/chat/completions -H 'Authorization: Bearer ${bearer}' -H 'Content-Type: application/json' -d '
