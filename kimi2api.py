@@ -2775,7 +2775,7 @@ class SQLiteStore(SharedStore):
             self._path = os.path.abspath(os.path.expanduser(path))
         except FileNotFoundError:
             raise SettingError("SESSION_STORE: the working directory was deleted") from None
-        self._reserve = f"{self._path}-reserve"
+        self._reserve = f"{os.path.realpath(self._path)}-reserve"
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
         # By owner. Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many
@@ -2926,7 +2926,7 @@ class SQLiteStore(SharedStore):
 
     def _fill_reserve(self) -> None:
         """Take room on the disk for deletions. Raises OSError if there is none."""
-        with open(self._reserve, "ab", 0) as file:
+        with open(self._reserve, "ab", 0, opener=partial(os.open, mode=0o600)) as file:
             missing = RESERVE_BYTES - file.tell()
             if missing > 0 and file.write(bytes(missing)) < missing:
                 raise OSError("the disk is full")
