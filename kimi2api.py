@@ -44,6 +44,7 @@ import logging
 import random
 import re
 import selectors
+import shutil
 import socket
 import ssl
 import struct
@@ -58,7 +59,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, astuple, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
@@ -2589,6 +2590,8 @@ class SharedStore(Store):
     failures: tuple[type[Exception], ...]
     # No lock guards these fields: an extra call or an extra line in the log does no harm
     is_failing = False  # no write has succeeded since a call failed
+    _told: tuple[str, float] = "", 0.0  # the latest failure, and the hour
+    _tells_recovery = False
     _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
@@ -2606,13 +2609,19 @@ class SharedStore(Store):
         except self.failures as error:
             now = time.monotonic()
             self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
+            failure = f"{type(error).__name__}: {error}", now // 3600
             if not self.is_failing:
-                log.warning("session store (%s) failed: %s: %s", self.kind, type(error).__name__, error)
+                # A damaged page fails with every read, between other calls that succeed
+                self._tells_recovery = failure != self._told
+                if self._tells_recovery:
+                    log.warning("session store (%s) failed: %s", self.kind, failure[0])
+            self._told = failure
             self.is_failing = True
             raise store_unavailable() from None
         if self.is_failing and is_write:  # a full disk can still be read
             self.is_failing = False
-            log.warning("session store (%s) recovered", self.kind)
+            if self._tells_recovery:
+                log.warning("session store (%s) recovered", self.kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2621,6 +2630,7 @@ class SharedStore(Store):
 # One file, which the processes of one machine may share.
 # ----------------------------------------------------------------------------------------------------------------------
 
+RESERVE_BYTES = 1 << 20  # in a file of its own, for deletions while the disk is full
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
@@ -2665,6 +2675,18 @@ SQLITE_PRAGMAS = (
 )
 
 
+def read_row(row: Sequence[Any]) -> Document:
+    """Return the document of a row. Raises ValueError for values of wrong types."""
+    document = Document(*row)
+    if list(map(type, astuple(document))) != [float, float, int, bytes, int]:
+        raise ValueError("a document has fields of wrong types")
+    return document
+
+
+def read_counts(rows: Iterable[tuple[str, Any]]) -> Amounts:
+    return {name: int(value) for name, value in rows}
+
+
 @contextmanager
 def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
     """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
@@ -2699,6 +2721,7 @@ class SQLiteStore(SharedStore):
         try:
             # sqlite3 would create the target of a link with mode 0644. Fails in a working directory that was deleted
             self._path = os.path.realpath(os.path.expanduser(path))
+            self._reserve = f"{self._path}-reserve"
             self._connect()
         except self.failures as error:
             self._close()
@@ -2709,7 +2732,8 @@ class SQLiteStore(SharedStore):
 
     def check(self) -> None:
         with self._using(is_write=True) as execute:
-            # A full disk refuses this write
+            # A full disk refuses these writes
+            self._fill_reserve()
             execute(f"PRAGMA user_version = {SQLITE_FORMAT}")
 
     def load(self, key: DocumentKey) -> Document | None:
@@ -2718,15 +2742,14 @@ class SQLiteStore(SharedStore):
                 "SELECT created, used, turns, data, number FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff())).fetchone()
-            if row and list(map(type, row)) != [float, float, int, bytes, int]:
-                raise ValueError("a document has fields of wrong types")
-        return Document(*row) if row else None
+            return read_row(row) if row else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, _ = key
         now = time.time()
         cutoff = self.expiry_cutoff()
         with self._using(owner, is_write=True) as execute:
+            self._fill_reserve()
             [version] = execute(
                 "SELECT ifnull(max(number), 0) FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
@@ -2737,8 +2760,11 @@ class SQLiteStore(SharedStore):
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
-            # A clock that was ahead would make these documents expire late
-            execute("UPDATE documents SET used = ? WHERE used > ?", (now, now))
+            # A clock that was ahead would make these documents expire late. Few: it may be behind for a moment
+            execute(
+                "UPDATE documents SET used = ?1 WHERE number IN "
+                "(SELECT number FROM documents WHERE used > ?1 LIMIT 2)",
+                (now,))
             # Delete only two: deleting 16 MiB takes 0.1 s, during which no other process can write
             execute(
                 "DELETE FROM documents WHERE number IN "
@@ -2756,6 +2782,9 @@ class SQLiteStore(SharedStore):
         return True
 
     def delete(self, key: DocumentKey) -> bool:
+        with suppress(OSError):
+            if shutil.disk_usage(self._reserve).free < RESERVE_BYTES:
+                os.truncate(self._reserve, 0)
         with self._using(key[0], is_write=True) as execute:
             deleted = execute(
                 "DELETE FROM documents WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
@@ -2768,7 +2797,7 @@ class SQLiteStore(SharedStore):
                 "SELECT name, created, used, turns FROM documents "
                 "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
                 (owner, kind, self.expiry_cutoff()))
-            return {name: Document(*row) for name, *row in rows}
+            return {name: read_row(row) for name, *row in rows}
 
     def count(self) -> int:
         with self._using() as execute:
@@ -2790,14 +2819,14 @@ class SQLiteStore(SharedStore):
                     "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                     "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
                     (key.owner, key.period, name, amount, now + key.lifetime))
-            return dict(execute(
+            return read_counts(execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         found: list[Amounts] = []
         for key in keys:
             with self._using(key.owner) as execute:
-                found.append(dict(execute(
+                found.append(read_counts(execute(
                     "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period))))
         return found
 
@@ -2831,6 +2860,13 @@ class SQLiteStore(SharedStore):
                 raise
 
     # Callers of the methods below hold the lock
+
+    def _fill_reserve(self) -> None:
+        """Take room on the disk for deletions. Raises OSError if there is none."""
+        with open(self._reserve, "ab", 0, opener=partial(os.open, mode=0o600)) as file:
+            missing = RESERVE_BYTES - file.tell()
+            if missing > 0 and file.write(bytes(missing)) < missing:
+                raise OSError("the disk is full")
 
     def _connect(self) -> None:
         """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
@@ -3157,10 +3193,16 @@ class Sessions:
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
-        head = json.loads(split_lines(document)[0])
-        return Session(
-            head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())),
-            head.get("response", {}))
+        try:
+            head = json.loads(split_lines(document)[0])
+            found = Session(
+                head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())),
+                head.get("response", {}))
+            found.turns  # noqa: B018  # read now
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
+            raise store_unavailable() from None
+        return found
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new session, which is stored when a turn is recorded."""
@@ -3280,7 +3322,7 @@ class Counters:
         self._known: dict[CounterKey, Counter[str]] = {}  # totals that the store has returned
         # Amounts that the store lacks; each Counter is replaced, never changed
         self._pending: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards both
+        self._lock = threading.Lock()  # guards these three
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
     def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
@@ -3367,15 +3409,18 @@ class UsageLimits:
             raise refusal.with_headers(headers)
         return headers
 
-    def reserve(self, client: ClientKey, tokens: int) -> None:
+    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int]:
         """Count the tokens of a prompt, by estimate, until `record` counts those that were used. Raises APIError 429 if
         chats that run now, and came before, have reserved all that is left of the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
         now = time.time()
-        counters = self._counters.add(day_key(client, now), {"reserved": tokens})  # `admit` has read the others
+        day = day_key(client, now)
+        counters = self._counters.add(day, {"reserved": tokens})  # `admit` has read the others
         used = sum_by_model(counters)[0]["total_tokens"] + counters["reserved"] - tokens - counters["released"]
         if used >= limit:
+            self._counters.add(day, {"released": tokens})
             raise quota_spent(used, limit, DAY - now % DAY)
+        return day, tokens
 
     def record(
         self,
@@ -3383,18 +3428,19 @@ class UsageLimits:
         model: str,
         prompt_tokens: int,
         completion_tokens: int,
-        reserved: int,
+        reserved: tuple[CounterKey, int] | None,
         is_answered: bool,
     ) -> None:
-        """Count the tokens of an answer. model: of a bounded set of ids; reserved: tokens, before; is_answered: the
-        answer did not fail."""
+        """Count the tokens of an answer. model: of a bounded set of ids; reserved: the day and the tokens, by
+        `reserve`; is_answered: the answer did not fail."""
+        day, released = reserved or (day_key(client, time.time()), 0)
         amounts = Counter({
             f"requests {model}": int(is_answered),
             f"prompt_tokens {model}": prompt_tokens,
             f"completion_tokens {model}": completion_tokens,
-            "released": reserved,
+            "released": released,
         })
-        self._counters.add(day_key(client, time.time()), +amounts)  # without zeros: a refused chat is of no model
+        self._counters.add(day, +amounts)  # without zeros: a refused chat is of no model
 
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
@@ -3909,7 +3955,7 @@ def root_cause(error: BaseException) -> str:
     """Return the innermost reason, without the URLs and object names that the layers above wrap around it."""
     error = innermost(error)
     reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
-    return re.sub(r"//[^/@\s]*@", "//…@", reason)
+    return re.sub(r"//\S*@", "//…@", reason)
 
 
 def basic_auth(user: str | None, password: str | None) -> str:
@@ -4141,7 +4187,7 @@ class AnswerStats:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.reserved = 0  # tokens of the key's quota, until the answer is counted
+        self.reserved: tuple[CounterKey, int] | None = None  # of the key's quota, until the answer is counted
         self.start("", "", [])
 
     def start(self, provider: str, model: str, messages: list[Message]) -> None:
@@ -5971,12 +6017,12 @@ class Providers:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
         stats.start(provider.name, model, [])
+        stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})
         answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
         stats.first_chunk = time.monotonic() - stats.began
         usage = answer.get("usage")
-        if not count_of(usage, "prompt_tokens"):
-            usage = {"prompt_tokens": estimate_input(body["input"])}
-        stats.fold.add({"usage": usage})
+        if isinstance(usage, dict) and count_of(usage, "prompt_tokens"):
+            stats.fold.replace_usage(usage)
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
 
@@ -6438,7 +6484,8 @@ class App:
         try:
             with self._counted(model, stats, client):
                 request, id, history, save = open_conversation()
-                self._reserve(stats, [*itertools.chain.from_iterable(history), *request.messages])
+                stats.messages = [*itertools.chain.from_iterable(history), *request.messages]
+                self._reserve(stats, stats.tokens()[0])
                 asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
                 deltas = self.providers.answer(model, asked)
                 if save:
@@ -6459,12 +6506,10 @@ class App:
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
 
-    def _reserve(self, stats: AnswerStats, messages: list[Message]) -> None:
-        """Count the prompt against its key's quota before an upstream is asked. Raises APIError 429."""
-        stats.messages = messages
+    def _reserve(self, stats: AnswerStats, tokens: int) -> None:
+        """Count a prompt against its key's quota before an upstream is asked. Raises APIError 429."""
         if key_limit(self.settings.tokens_per_day, current_client()):
-            stats.reserved = stats.tokens()[0]
-            self.limits.reserve(current_client(), stats.reserved)
+            stats.reserved = self.limits.reserve(current_client(), tokens)
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
@@ -6501,6 +6546,7 @@ class App:
         stats = AnswerStats()
         client = Client(bottle.request.environ, self.stopping)
         with self._counted(model, stats, client):
+            self._reserve(stats, estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers(headers)
             return answer
@@ -7079,6 +7125,7 @@ class Server:
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
             recv_bytes=65536,
             outbuf_high_watermark=MAX_UNSENT_BYTES,
+            outbuf_overflow=1 << 40,  # an answer needs no file: the disk may be full
             clear_untrusted_proxy_headers=False,
         )
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
@@ -7288,7 +7335,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings.load(vars(options), os.environ, env_file)
         start_logging(settings.log_level.upper())
         if options.demo:
-            origin = DemoUpstream.start()
+            try:
+                origin = DemoUpstream.start()
+            except RuntimeError as error:  # too few threads
+                raise SettingError(f"--demo: {error}") from None
             settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
         if not options.check:
             serve(settings, options.demo)

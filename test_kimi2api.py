@@ -45,6 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -456,10 +457,10 @@ def both(api: Api) -> dict[str, str]:
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for localhost, and its key."""
+    """A certificate for localhost and api.example, and its key."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    files = ["-addext", "subjectAltName=DNS:localhost,DNS:api.example", "-keyout", str(key), "-out", str(certificate)]
     try:
         subprocess.run(["openssl", *request.split(), *files], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -929,6 +930,36 @@ def test_a_preset_is_on_when_its_key_is_set(make: Make, api: Api) -> None:
         ("/v1/moonshot/chat/completions", "Bearer sk-m"),
         ("/v1/qianfan/chat/completions", "Bearer sk-q"),
     ]
+
+
+def test_a_blank_setting_hides_none_of_a_later_source() -> None:
+    settings = kimi2api.Settings.load({"API_MASTER_KEY": "  "}, {"API_MASTER_KEY": ""}, {"API_MASTER_KEY": "sk-1"})
+    assert settings.api_master_key == (kimi2api.ClientKey("sk-1"),)
+
+
+@pytest.mark.parametrize("origins", [
+    "https://*.example.com", "https://*.example.com:8443", "null", "*", "chrome-extension://abcdef", "http://[::1]:3000",
+    "tauri://localhost, app://-",
+])  # fmt: skip
+def test_origins_as_browsers_send_them_can_be_listed(origins: str) -> None:
+    assert ", ".join(kimi2api.Settings.load({"CORS_ORIGINS": origins}).cors_origins) == origins
+
+
+@pytest.mark.parametrize("origin", [
+    "chrome-extension://*", "https://Mine.example", "https://mine.example:443", "http://mine.example:80",
+    "https://a.*.example", "https://*", "NULL", "mine.example",
+])  # fmt: skip
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(kimi2api.SettingError, match=r"^CORS_ORIGINS: .* is not an origin as browsers send it"):
+        kimi2api.Settings.load({"CORS_ORIGINS": f"https://mine.example, {origin}"})
+
+
+@pytest.mark.parametrize("value", ["0", "4097", "2,ann=0", "2,carl=1", "ann=1,ann=2", "x", "2,3"])
+def test_slots_that_make_no_sense_are_refused(value: str) -> None:
+    with pytest.raises(kimi2api.SettingError, match=r"^MAX_CONCURRENT_CHATS: "):
+        kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1", "MAX_CONCURRENT_CHATS": value})
+    slots = kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1", "MAX_CONCURRENT_CHATS": "ann=1"})
+    assert slots.max_concurrent_chats == {"": 64, "ann": 1}
 
 
 def test_the_readmes_table_is_the_settings() -> None:
@@ -3152,6 +3183,24 @@ def test_documents_in_redis_expire_by_themselves_and_a_turn_costs_few_commands(r
     assert asked_in(store, "ada") == ["e"] and store.count() == 1
 
 
+def test_a_clock_that_is_wrong_for_a_moment_loses_and_keeps_nothing(
+    address: str, make: Make, clock: Clock, kimi: WebChat
+) -> None:
+    clock.now = time.time()  # Redis has a clock of its own
+    settings = {"SESSION_STORE": address, "TOKENS_PER_DAY": "1000", "SESSION_CACHE_TTL": "600"}
+    app = make(**settings)
+    for user in ("ada", "bob", "cid", "dan", "eve"):
+        assert said(chat(app, user=user))
+    used = tokens_today(app)
+    for error in (-400 * 86400, 400 * 86400):
+        clock.error = error
+        assert said(chat(app)) and said(chat(app, user=f"at {error}"))
+        clock.error = 0.0
+        kept = {entry["user"] for entry in app.get("/v1/sessions").json["data"]}
+        assert len(kept & {"ada", "bob", "cid", "dan", "eve"}) >= 2, "few are lost"
+        assert tokens_today(app) == used
+
+
 # A store that fails, and is well again
 
 
@@ -3457,6 +3506,86 @@ def test_a_database_that_cannot_be_written_is_opened_anew(tmp_path: Path) -> Non
     assert asked_in(store, "ada") == ["1", "3"]
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory whose disk has 4 MB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_lets_sessions_be_forgotten(
+    small_disk: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.0)
+    app = make(SESSION_STORE=f"sqlite:{small_disk}/sessions.db", CONTEXT_MAX_LENGTH="99999")
+    for number in range(5):
+        assert said(chat(app, "x" * 60_000, user=f"user {number}"))
+    with suppress(OSError), (small_disk / "other").open("wb", 0) as other:
+        while True:
+            other.write(b"x" * 4096)
+    assert [chat(app, "x" * 60_000, user="late").status_int for _ in range(9)][-1] == 503
+    assert [app.delete(f"/v1/sessions/user%20{number}").status_int for number in range(4)] == [200] * 4
+    assert app.get("/health").json["store"]["ok"] is False
+    (small_disk / "other").unlink()
+    wait_for(is_well(app), "there is room")
+    assert [app.get(f"/v1/sessions/user%20{number}").status_int for number in range(5)] == [404] * 4 + [200]
+
+
+def test_a_damaged_page_is_told_once(
+    tmp_path: Path, make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.0)
+    file = tmp_path / "sessions.db"
+    app = make(SESSION_STORE=f"sqlite:{file}", CONTEXT_MAX_LENGTH="999999")
+    for number in range(4):
+        assert said(chat(app, "x" * 60_000, user=f"user {number}"))
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        [root] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'documents'").fetchone()
+    with file.open("r+b") as pages:
+        pages.seek((root - 1) * 4096)
+        pages.write(b"\xff" * 4096)
+    for _ in range(3):
+        assert is_error(app.get("/v1/sessions/user%200"), 503, "session_store_unavailable")
+        app.get("/health")
+    told = [record.getMessage() for record in caplog.records if "session store" in record.getMessage()]
+    assert len(told) <= 2 and "malformed" in told[0], "and at most once that the rest is well"
+
+
+@pytest.mark.parametrize(("column", "value"), [
+    ("data", "'text'"), ("created", "'x'"), ("used", "'x'"), ("turns", "'many'"), ("data", "x'ff'"),
+    ("data", "CAST('{\"id\": \"a\"}' || char(10) || '[5' AS BLOB)"),
+])  # fmt: skip
+def test_rows_of_wrong_types_are_a_store_failure(
+    tmp_path: Path, make: Make, column: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.0)
+    file = tmp_path / "sessions.db"
+    app = make(SESSION_STORE=f"sqlite:{file}", TOKENS_PER_DAY="99")
+    assert said(chat(app, user="ada"))
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        db.execute(f"UPDATE documents SET {column} = {value}")
+    for asked in (chat(app, user="ada"), app.get("/v1/sessions/ada")):
+        assert is_error(asked, 503, "session_store_unavailable")
+    assert app.get("/v1/sessions").status_int in (200, 503)
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        db.execute("UPDATE counters SET value = 'many'")
+    assert said(chat(app)), "limits go by what this process has counted"
+    assert app.get("/v1/usage").status_int == 200 and app.delete("/v1/sessions/ada").status_int == 200
+
+
+def test_a_redis_user_who_may_run_no_scripts_is_told_at_the_start(make: Make, redis_server: RedisServer) -> None:
+    redis_server.client.acl_setuser(
+        "plain", enabled=True, passwords=["+s3cret"], keys=["*"], categories=["+@all", "-@scripting"])
+    with pytest.raises(kimi2api.SettingError, match=r"^SESSION_STORE: the user .* may not run scripts") as refused:
+        make(SESSION_STORE=redis_server.url.replace("redis://", "redis://plain:s3cret@"))
+    assert "s3cret" not in str(refused.value)
+    redis_server.client.acl_deluser("plain")
+
+
 def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> None:
     resource = pytest.importorskip("resource")
     program = run(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
@@ -3617,6 +3746,125 @@ def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
         assert tokens_today(app) == used
     finally:
         server.stop()
+
+
+@json_and_stream
+def test_a_client_that_leaves_before_the_first_chunk_has_used_its_prompt(
+    make: Make, both: dict[str, str], api: Api, stream: bool
+) -> None:
+    api.always = hangs
+    app = make(**both, TOKENS_PER_DAY="6", SSE_KEEPALIVE="0.05")
+    question = {"model": "local/k2", "stream": stream, "messages": [{"role": "user", "content": "four words of text"}]}
+    leaves = {"waitress.client_disconnected": lambda: bool(api.asked)}
+    for _ in range(2):
+        api.asked.clear()
+        app.post_json("/v1/chat/completions", question, extra_environ=leaves)
+    assert tokens_today(app) == (10, 0)
+    assert is_error(chat(app, model="local/k2"), 429, "insufficient_quota") and len(api.asked) == 1
+
+
+@pytest.mark.parametrize("kind", ["chat", "embeddings"])
+def test_many_at_once_do_not_get_past_a_quota(
+    address: str, make: Make, both: dict[str, str], api: Api, kind: str
+) -> None:
+    app = make(**both, SESSION_STORE=address, TOKENS_PER_DAY="14")
+    api.always = late(api_sends(200, EMBEDDINGS) if kind == "embeddings" else api_answers("Hi"))
+
+    def ask(_: int) -> int:
+        if kind == "embeddings":
+            return int(embed(app, model="local/e", input="four words of text").status_int)
+        return int(chat(app, "four words of text", model="local/k2").status_int)
+
+    with ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(ask, number) for number in range(60)]
+        wait_for(lambda: sum(done.done() for done in asked) >= 57, "those that are refused need no upstream")
+        api.gate.set()
+        statuses = sorted(done.result() for done in asked)
+    assert statuses == [200] * 3 + [429] * 57 and len(api.asked) == 3
+
+
+def test_what_fails_or_is_refused_leaves_nothing_of_the_quota_behind(
+    address: str, make: Make, both: dict[str, str], api: Api, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.0)
+    settings = {**both, "SESSION_STORE": address, "REQUEST_TIMEOUT": "0.3", "MAX_RETRIES": "0", "MODELS": "kimi=x"}
+    app = make(**settings, TOKENS_PER_DAY="12")
+    four_words = "four words of text"
+    for act in (sends(500), sends(403, JUST_A_MOMENT), resets, hangs, sends(200, "?")):
+        for model, stream in itertools.product(("kimi", "local/k2"), (False, True)):
+            kimi.always = api.always = act
+            assert chat(app, four_words, model=model, stream=stream, user="ada").status_int >= 400
+    assert chat(app, four_words, model="missing").status_int == 404
+    assert chat(app, four_words, tools=5).status_int == 400
+    assert chat(app, four_words * 900).status_int == 400
+    assert respond(app, four_words, previous_response_id="resp_0").status_int == 400
+    assert embed(app, model="kimi").status_int == 400 and embed(app, model="local/k2").status_int >= 500
+    assert tokens_today(app) == (0, 0)
+    kimi.always, api.always = answer, api_plays(api_chunk({"content": "x"}, "stop"), b"[DONE]")
+    store = open_store(address) if address != "memory" else None
+    for expected in (200, 200, 429):
+        assert chat(app, four_words, model="local/k2").status_int == expected
+    if store:
+        [counters] = store.read_counters([kimi2api.day_key(kimi2api.ClientKey(), time.time())])
+        assert counters["reserved"] == counters["released"] > 0
+
+
+def test_chats_that_fail_on_the_next_day_give_it_nothing(
+    make: Make, both: dict[str, str], api: Api, clock: Clock
+) -> None:
+    clock.now = 86400 * 10**4 - 5
+    app = make(**both, TOKENS_PER_DAY="14")
+    question = partial(chat, app, "four words of text", model="local/k2")
+    api.always = late(api_sends(400, {}))
+    with ThreadPoolExecutor(20) as pool:
+        failing = [pool.submit(question) for _ in range(3)]
+        wait_for(lambda: len(api.asked) == 3)
+        clock.now += 10
+        api.gate.set()
+        assert [done.result().status_int for done in failing] == [400] * 3
+        api.gate.clear()
+        asked = [pool.submit(question) for _ in range(20)]
+        wait_for(lambda: sum(done.done() for done in asked) == 17)
+        api.gate.set()
+    assert len(api.asked) == 6
+
+
+def test_a_quota_holds_through_an_outage_of_its_store(
+    tmp_path: Path, make: Make, both: dict[str, str], api: Api
+) -> None:
+    app = make(**both, SESSION_STORE=f"sqlite:{tmp_path}/sessions.db", TOKENS_PER_DAY="14")
+    api.always = late(api_plays(api_chunk({"content": "x"}, "stop"), b"[DONE]"))
+    with ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(chat, app, "four words of text", model="local/k2") for _ in range(20)]
+        wait_for(lambda: len(api.asked) == 3 and sum(done.done() for done in asked) == 17)
+        put_out_of_order(tmp_path)
+        assert is_error(chat(app, model="local/k2"), 429, "insufficient_quota")
+        (tmp_path / "sessions.db").rmdir()
+        api.gate.set()
+        assert sorted(done.result().status_int for done in asked) == [200] * 3 + [429] * 17
+    wait_for(lambda: app.get("/health").json["store"]["ok"])
+    assert is_error(chat(app, model="local/k2"), 429, "insufficient_quota")
+    assert tokens_today(app)[0] == 15
+
+
+def test_one_keys_made_up_models_do_not_turn_anothers_into_other(make: Make, both: dict[str, str]) -> None:
+    app = make(**both, **NAMED_KEYS)
+    for number in range(200):
+        assert said(chat(app, model=f"local/made-up-{number}", headers=bearer("sk-1")))
+    assert said(chat(app, model="local/k2", headers=bearer("sk-2")))
+    models = app.get("/v1/usage", headers=bearer("sk-2")).json["days"][-1]["models"]
+    assert set(models) == {"local/k2"}
+    assert len(app.get("/v1/usage", headers=bearer("sk-1")).json["days"][-1]["models"]) < 200
+
+
+@pytest.mark.parametrize("user", [".", "..", "a/b", "x" * 512])
+def test_any_user_can_be_listed_and_forgotten(address: str, make: Make, user: str) -> None:
+    app = make(SESSION_STORE=address)
+    assert said(chat(app, user=user))
+    assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == [user]
+    path = "/v1/sessions/" + quote(user, safe="").replace(".", "%2E")
+    assert app.get(path).json["user"] == user and app.delete(path).status_int == 200
+    assert is_error(chat(app, user=user + "x" * 512), 400, None, param="user")
 
 
 class FlakyStore(kimi2api.MemoryStore):
@@ -4307,6 +4555,169 @@ def test_proxies_of_the_environment_are_honoured(kimi: WebChat, monkeypatch: pyt
         assert len(proxy.posts) == 1, "loopback is never asked of a proxy"
     finally:
         proxy.stop()
+
+
+class ProxyHandler(StandInHandler):
+    def do_CONNECT(self) -> None:
+        self.server.heads.append(dict(self.headers))
+        near = self.connection
+        self.raw(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        tunnel(near, self.server.target)
+
+
+def tunnel(near: Any, port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as far:
+        other = {near: far, far: near}
+        while True:
+            is_decrypted = isinstance(near, ssl.SSLSocket) and near.pending()
+            for link in [near] if is_decrypted else select.select([near, far], [], [])[0]:
+                data = link.recv(65536)
+                if not data:
+                    return
+                other[link].sendall(data)
+
+
+class SocksHandler(StandInHandler):
+    """SOCKS 5 with a user and a password (RFC 1928, 1929) for hosts by name."""
+
+    def handle(self) -> None:
+        link = self.connection
+        link.recv(2 + link.recv(2, socket.MSG_PEEK)[1], socket.MSG_WAITALL)
+        link.sendall(b"\x05\x02")
+        user = self.text(link.recv(2, socket.MSG_WAITALL)[1:])
+        self.server.heads.append({"user": user, "password": self.text(link.recv(1))})
+        link.sendall(b"\x01\x00")
+        assert link.recv(4, socket.MSG_WAITALL) == b"\x05\x01\x00\x03"
+        self.server.heads[-1]["host"] = self.text(link.recv(1))
+        link.recv(2, socket.MSG_WAITALL)
+        link.sendall(b"\x05\x00\x00\x01" + bytes(6))
+        tunnel(link, self.server.target)
+
+    def text(self, length: bytes) -> str:
+        return self.connection.recv(length[0], socket.MSG_WAITALL).decode()
+
+
+class Proxy(StandIn):
+    """A proxy whose tunnels all lead to one port."""
+
+    def __init__(self, target: int, handler: type[StandInHandler] = ProxyHandler) -> None:
+        self.target = target
+        self.handler = handler
+        self.heads: list[dict[str, str]] = []  # of each tunnel
+        super().__init__()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "socks5h"])
+def test_chats_of_an_https_api_go_through_a_proxy(
+    make: Make, both: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    if scheme == "socks5h":
+        pytest.importorskip("socks", reason="the package PySocks is not installed")
+    caplog.set_level(logging.DEBUG)
+    certificate, key = self_signed(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    api.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    api.tls.load_cert_chain(certificate, key)
+    proxy = Proxy(api.port, SocksHandler if scheme == "socks5h" else ProxyHandler)
+    proxy.tls = api.tls if scheme == "https" else None
+    name = "ALL_PROXY" if scheme == "socks5h" else "HTTPS_PROXY"
+    monkeypatch.setenv(name, f"{scheme}://me:s3cret@localhost:{proxy.port}")
+    app = make(**{**both, "LOCAL_BASE_URL": "https://api.example/v1"}, MAX_RETRIES="0")
+    try:
+        for _ in range(3):
+            assert said(chat(app, model="local/k2")) == "Hi from the API."
+            assert streamed(events(chat(app, model="local/k2", stream=True))) == "Hi from the API."
+        assert scheme == "https" or len(proxy.heads) < 6, "a tunnel is used again"
+        if scheme == "socks5h":
+            assert proxy.heads[0] == {"user": "me", "password": "s3cret", "host": "api.example"}
+        else:
+            assert {head["Proxy-Authorization"] for head in proxy.heads} == {"Basic bWU6czNjcmV0"}
+        api.always = steady
+        for stream in (False, True):
+            api.words_sent = 0
+            api.hung_up.clear()
+            question = {"model": "local/k2", "stream": stream, "messages": [{"role": "user", "content": "x"}]}
+            leaves = {"waitress.client_disconnected": lambda: api.words_sent > 3}
+            app.post_json("/v1/chat/completions", question, extra_environ=leaves)
+            assert api.hung_up.wait(PATIENCE)
+        api.always = api_answers("fine")
+        assert said(chat(app, model="local/k2")) == "fine"
+    finally:
+        proxy.stop()
+    for path in ("/health", "/v1/models"):
+        assert "s3cret" not in app.get(path).text
+    assert is_error(chat(app, model="local/k2"), 502, "upstream_unavailable") and "s3cret" not in caplog.text
+
+
+def names_the_proxy(text: str) -> bool:
+    assert all(word in text for word in ("ALL_PROXY", "socks5h://", "pip install")), text
+    return not re.search("s3c|ret@|Traceback", text)
+
+
+@pytest.mark.parametrize("proxy", ["socks://me:s3cret@localhost:9", "ftp://me:s3c@ret@localhost"])
+def test_a_proxy_that_cannot_be_used_is_named(
+    make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    app = make(**{**both, "LOCAL_BASE_URL": "https://api.example/v1", "CHAT_PAGE_URL": "https://api.example/"})
+    for model in ("kimi", "local/k2"):
+        refused = chat(app, model=model)
+        assert is_error(refused, 502, "upstream_unavailable")
+        assert names_the_proxy(refused.text + app.get("/health").text + caplog.text)
+
+
+def test_a_socks_proxy_without_its_package_is_told() -> None:
+    without = "import sys; sys.modules['socks'] = None; import kimi2api; sys.exit(kimi2api.main(['--check']))"
+    proxy = {"ALL_PROXY": "socks5h://me:s3cret@localhost:9", "CHAT_PAGE_URL": "https://api.example/"}
+    done = subprocess.run(
+        [sys.executable, "-c", without], env={**os.environ, **COMPILED_ONCE, **proxy},
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 1 and names_the_proxy(done.stdout + done.stderr)
+
+
+def test_credentials_in_addresses_are_sent_and_shown_nowhere(
+    make: Make, kimi: WebChat, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    sites = {name: value.replace("://", "://me:s3%2Fcret@") for name, value in kimi.settings.items()}
+    settings = {**sites, "PROVIDERS": "local", "LOCAL_BASE_URL": api.url.replace("://", "://me:s3%2Fcret@")}
+    app = make(**settings, MAX_RETRIES="0")
+    assert said(chat(app)) and said(chat(app, model="local/k2"))
+    for headers in (kimi.pages[0], kimi.heads[0], api.asked[0][1]):
+        assert headers["Authorization"] == "Basic " + b64encode(b"me:s3/cret").decode()
+        assert "s3" not in str(headers).replace(headers["Authorization"], "")
+    shown = [app.get(path).text for path in ("/health", "/v1/models", "/metrics", "/openapi.json")]
+    for act in (resets, sends(403, JUST_A_MOMENT), sends(500), sends(302, Location="/")):
+        kimi.always = api.always = act
+        shown += [chat(app, model=model).text for model in ("kimi", "local/k2")]
+        shown.append(app.get("/health").text)
+    done = command("--check", **settings, LOG_LEVEL="DEBUG")
+    assert not re.search("s3|me:", "".join([*shown, caplog.text, done.stdout, done.stderr]))
+
+
+def test_an_idle_connection_is_not_used_again_and_all_are_kept_alive(
+    make: Make, both: dict[str, str], api: Api, clock: Clock
+) -> None:
+    links = []
+
+    def act(handler: ApiHandler) -> None:
+        links.append(handler.client_address)
+        if len(links) == 2 and links[0] == links[1]:
+            handler.server.gate.wait(PATIENCE)  # as over a connection that a NAT has forgotten
+        api_answers("x")(handler)
+
+    api.always = act
+    app = make(**both, REQUEST_TIMEOUT="1")
+    assert said(chat(app, model="local/k2"))
+    transports = [thing for thing in gc.get_objects() if type(thing) is kimi2api.Transport]
+    [(pool, _)] = [each._pools[api.url.replace("/v1", "/")] for each in transports if str(api.port) in str(each._pools)]
+    wait_for(lambda: pool.pool.queue[-1])
+    assert pool.pool.queue[-1].sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    clock.now += kimi2api.MAX_IDLE + 1
+    assert said(chat(app, model="local/k2")) and links[0] != links[1]
+    assert said(chat(app, model="local/k2")) and links[1] == links[2]
 
 
 def test_https_upstreams_are_verified(
@@ -7564,6 +7975,77 @@ def test_with_a_key_any_page_may_call_unless_origins_are_listed(make: Make) -> N
     assert said(chat(listed, headers={**key, "Origin": "http://localhost:80"})), "a page of the server itself"
 
 
+@pytest.mark.parametrize(
+    ("origin", "admitted"),
+    [
+        ("https://app.example.com", True), ("https://a.b.example.com", True), ("null", True),
+        ("https://app.other.com:8443", True), ("chrome-extension://abc", True),
+        ("https://example.com", False), ("http://app.example.com", False), ("https://app.example.com:8443", False),
+        ("https://badexample.com", False), ("https://app.example.com.evil.com", False),
+        ("chrome-extension://abcd", False),
+    ],
+)  # fmt: skip
+def test_listed_origins_are_matched_whole_or_by_their_domain(make: Make, origin: str, admitted: bool) -> None:
+    app = make(CORS_ORIGINS="https://*.example.com, https://*.other.com:8443, null, chrome-extension://abc")
+    response = app.get("/v1/models", headers={"Origin": origin})
+    assert (response.status_int == 200) == admitted or is_error(response, 403, "origin_not_allowed")
+    assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "admitted"),
+    [
+        ({"X-Forwarded-For": "203.0.113.9"}, False), ({"X-Forwarded-For": "127.0.0.1, 203.0.113.9"}, False),
+        ({"X-Real-IP": "2001:db8::1"}, False), ({"Forwarded": "proto=https;For=203.0.113.9"}, False),
+        ({"Forwarded": 'for="[2001:db8::1]:4711", for=127.0.0.1'}, False), ({"Forwarded": "for=unknown"}, False),
+        ({"X-Forwarded-For": "127.0.0.1", "X-Real-IP": "::1"}, True), ({"Forwarded": 'for="[::1]"'}, True),
+        ({"X-Forwarded-For": ""}, True),
+    ],
+)  # fmt: skip
+def test_without_a_key_a_proxy_opens_the_server_to_nobody_else(
+    make: Make, headers: dict[str, str], admitted: bool
+) -> None:
+    response = make().get("/v1/models", headers=headers)
+    assert (response.status_int == 200) == admitted or is_error(response, 403, "host_not_allowed")
+    assert admitted or "proxy" in response.json["error"]["message"]
+    assert make(API_MASTER_KEY="sk").get("/v1/models", headers={**headers, **bearer("sk")}).status_int == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said_in_it"),
+    [
+        ("POST", "/v1//chat/completions", 404, "'/v1/chat/completions'"),
+        ("POST", "/v1/chat/completions/", 404, "'/v1/chat/completions'"),
+        ("GET", "/v1/v1/models", 404, "'/v1/models'"),
+        ("POST", "/v1/responses/input_tokens", 404, "nothing else of OpenAI's API"),
+        ("POST", "/v1/audio/speech", 404, "nothing else of OpenAI's API"),
+        ("PUT", "/v1/chat/completions", 405, "PUT"), ("GET", "/v1/responses", 405, "GET"), ("POST", "/health", 405, ""),
+    ],
+)  # fmt: skip
+def test_a_path_that_is_nearly_right_is_404_with_advice(
+    make: Make, method: str, path: str, status: int, said_in_it: str
+) -> None:
+    response = make().request(path, method=method, body=b"{}")
+    assert is_error(response, status, "not_found" if status == 404 else "method_not_allowed")
+    assert said_in_it in response.json["error"]["message"]
+
+
+def test_a_named_key_has_its_share_of_the_slots(make: Make, kimi: WebChat) -> None:
+    app = make(API_MASTER_KEY="ann:sk-1,bob:sk-2", MAX_CONCURRENT_CHATS="3,ann=1")
+    kimi.always = at_the_gate
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(chat, app, headers=bearer("sk-1"))]
+        wait_for(lambda: len(kimi.posts) == 1)
+        assert is_error(chat(app, headers=bearer("sk-1")), 429, "server_busy")
+        running += [pool.submit(chat, app, headers=bearer("sk-2")) for _ in range(2)]
+        wait_for(lambda: len(kimi.posts) == 3)
+        assert is_error(chat(app, headers=bearer("sk-2")), 429, "server_busy")
+        assert app.get("/health").json["chats"] == {"running": 3, "limit": 3}
+        kimi.gate.set()
+        assert all(said(done.result()) for done in running)
+    assert app.get("/health").json["chats"]["running"] == 0 and said(chat(app, headers=bearer("sk-1")))
+
+
 def test_a_preflight_needs_no_key_and_echoes_the_headers_asked_for(make: Make) -> None:
     app = make(API_MASTER_KEY="sk-1")
     asked = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-retry-count"
@@ -7717,6 +8199,83 @@ def test_the_greeting_names_an_address_that_answers(run: Run, host: str, address
     assert not re.search("sk-one|s3cret", program.greeting) and program.greeting.count("\n") == 3
 
 
+def test_a_host_of_several_addresses_needs_only_those_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_ipv6(host: str, port: int, **how: Any) -> list[Any]:
+        local = [(socket.AF_INET6, ("2001:db8::1", port, 0, 0)), (socket.AF_INET, ("127.0.0.1", port))]
+        return [(family, socket.SOCK_STREAM, 0, "", address) for family, address in local]
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_ipv6)
+    [listening] = kimi2api.listening_sockets("localhost", 0)
+    with listening:
+        listening.listen()
+        assert listening.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(OSError, match="in use"):
+            kimi2api.listening_sockets("localhost", listening.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.2",) * 2, ("::1", "[::1]"), ("::", "[::1]"), ("0.0.0.0", "127.0.0.1"), ("192.0.2.2",) * 2],
+)
+def test_the_greeting_and_the_health_check_know_where_the_server_listens(host: str, address: str) -> None:
+    settings = kimi2api.Settings.load({"API_HOST": host, "API_MASTER_KEY": "sk-1"})
+    assert f"http://{address}:8088/v1 is the base URL" in kimi2api.greeting(settings, 8088, demo=False)
+    check = re.search(r"HEALTHCHECK.*?\n +\"(.*)\"\]", (HERE / "Dockerfile").read_text())[1]
+    asked = f"""import http.client
+class Connection:
+    def __init__(self, host, port, timeout): print(host, port)
+    def request(self, *what): raise SystemExit(0)
+http.client.HTTPConnection = Connection
+{check}"""
+    done = subprocess.run(
+        [sys.executable, "-c", asked], env={**os.environ, "API_HOST": host}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [host, "8088"], "a connection to 0.0.0.0 or :: reaches this machine"
+
+
+def test_too_few_threads_are_told_at_the_start() -> None:
+    few = (
+        "import sys, threading; sys.path.insert(0, %r); import kimi2api; start = threading.Thread.start; left = [%d]\n"
+        "def starts(thread):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] < 0: raise RuntimeError(\"can't start new thread\")\n"
+        "    start(thread)\n"
+        "threading.Thread.start = starts\n"
+        "sys.exit(kimi2api.main())"
+    )
+    for count in (0, 20):
+        done = subprocess.run(
+            [sys.executable, "-c", few % (str(HERE), count), "--demo", "--api-port", "0"],
+            capture_output=True, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+        assert_refused(done, "thread")
+
+
+def test_an_unreadable_directory_has_no_env_file_unless_one_was_named(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    code = (
+        "import os, kimi2api\nos.chmod('.', 0)\nos.getuid() or os.setuid(65534)\n"
+        "print(kimi2api.read_env_file('.env', required=False))\nkimi2api.read_env_file('.env', required=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "here", env={**os.environ, **COMPILED_ONCE},
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    (tmp_path / "here").chmod(0o700)
+    assert done.stdout == "{}\n" and "SettingError: .env: cannot be read" in done.stderr, done
+
+
+def test_a_deleted_working_directory_is_told_where_it_is_needed(tmp_path: Path, kimi: WebChat) -> None:
+    (tmp_path / "here").mkdir()
+    line = 'rmdir ../here; "$0" -m kimi2api --check; "$0" -m kimi2api --api-port 0 --session-store sqlite:sessions.db'
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable], cwd=tmp_path / "here", env={**os.environ, **COMPILED_ONCE, **kimi.settings},
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.stdout.count("✓") == 2 and done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("kimi2api: SESSION_STORE: sessions.db cannot be used: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_check_goes_through_the_upstream_step_by_step(kimi: WebChat) -> None:
     def check(*pages: Act) -> tuple[int, str]:
         kimi.page_script.extend(pages)
@@ -7779,6 +8338,37 @@ def test_what_is_not_proper_http_is_refused_in_openais_shape(demo: Program, requ
         response, body = read_response(link)
     assert response.status == status and set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     assert response.headers["X-Request-Id"] and response.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("version, length", [("1.1", "Content-Length: 5\r\n"), ("1.0", "")])
+def test_behind_two_lengths_of_a_body_nothing_is_a_request(demo: Program, version: str, length: str) -> None:
+    head = f"POST /v1/models HTTP/{version}\r\nHost: x.localhost\r\n{length}Transfer-Encoding: chunked\r\n"
+    head += "Connection: keep-alive\r\n\r\n0\r\n\r\n"
+    with demo.open(head.encode() + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
+        answered = read_all(link)
+    assert answered.count(b"HTTP/1.") == 1 and b"Connection: close" in answered
+
+
+def test_bodies_of_one_key_leave_room_for_other_requests(run: Run) -> None:
+    program = run(API_MASTER_KEY="sk-1,sk-2", MAX_CONCURRENT_CHATS="4")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-1\r\nContent-Length: 4000000\r\n\r\n"
+    with ExitStack() as links:
+        for _ in range(8):
+            links.enter_context(program.open(head + b"x" * 3_900_000))
+        assert program.ask("POST", "/v1/completions", {"prompt": "x"}, **bearer("sk-2"))[0] == 200
+
+
+def test_without_a_temporary_directory_large_bodies_are_errors_and_large_answers_are_sent(
+    run: Run, kimi: WebChat
+) -> None:
+    kimi.answer = "word " * 300_000
+    program = run(before="import tempfile; tempfile._candidate_tempdir_list = lambda: ['/no/such']")
+    for content, status in (("Hello", 200), ("x" * 600_000, 500), ("Hello", 200)):
+        link = program.open_chat(content)
+        response, body = read_response(link, "POST")
+        assert response.status == status and (status == 200 or b"The body cannot be kept" in body)
+        link.close()
+    assert not [line for line in program.log if "Traceback" in line]
 
 
 def test_a_client_that_sends_too_much_reads_the_413(run: Run) -> None:
