@@ -6598,9 +6598,12 @@ def test_a_client_that_leaves_before_the_end_leaves_no_upstream_connection(
     def act(handler: ApiHandler) -> None:
         api_plays_open(HALF, REST)(handler)
         handler.server.gate.wait(0.3)
-        handler.event(b"[DONE]")
         handler.connection.settimeout(PATIENCE)
-        received.append(handler.connection.recv(1))
+        try:
+            handler.event(b"[DONE]")
+            received.append(handler.connection.recv(1))
+        except ConnectionError:  # a connection that was closed before [DONE] is reset by it
+            received.append(b"")
         handler.close_connection = True
 
     api.always = act
