@@ -4093,7 +4093,7 @@ class Cached(Generic[T]):
 # ----------------------------------------------------------------------------------------------------------------------
 # Circuit breaker
 #
-# An upstream that keeps failing is not called for a while; its callers get the last error immediately.
+# An upstream that keeps failing is not called for a while. Its callers immediately get an error of ours.
 # ----------------------------------------------------------------------------------------------------------------------
 
 FAILURES_TO_OPEN = 5  # in a row
@@ -4103,10 +4103,10 @@ FAILING_MAX_AGE = 600.0  # seconds after its last failure; a client may ask once
 
 
 class CircuitBreaker:
-    """Spares an upstream that keeps failing.
+    """The circuit breaker of one model of an upstream.
 
-    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: they are refused with the last error.
-    Half-open, after a pause: a call is a probe, and so is another after each further pause, twice as long as the one
+    Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: calls are refused. Half-open, after a
+    pause: a call is a probe. Another call is a probe after each further pause, which is twice as long as the pause
     before, until a probe succeeds.
     """
 
@@ -4114,7 +4114,7 @@ class CircuitBreaker:
         self._name = name
         self._lock = threading.Lock()  # guards all below; never held while upstream is asked
         self._failures = 0
-        # The last one while the circuit is open or half-open
+        # For calls that are refused while the circuit is open or half-open
         self._error: APIError | None = None
         self._pause = FIRST_PAUSE  # seconds
         self._open_until = 0.0  # by the monotonic clock
@@ -4128,7 +4128,7 @@ class CircuitBreaker:
         return self._failing if is_recent else None
 
     def allow(self) -> bool:
-        """Let a call through; whether it is a probe. Raises the last error, with Retry-After, for a call refused."""
+        """Return whether a call is a probe. Raises APIError with Retry-After for a call that is refused."""
         with self._lock:
             if self._error is None:
                 return False
@@ -4142,14 +4142,14 @@ class CircuitBreaker:
             raise self._error.copy(headers={"Retry-After": str(max(1, ceil(wait)))})
 
     def ended(self, error: APIError | None, is_probe: bool) -> None:
-        """A call has ended, with this error or well."""
+        """Count the end of a call. error: None for a success."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
                 self._failing = None
             else:
                 self._failing = self.failing or (time.time(), error.reason)
                 self._last_failure = time.monotonic()
-            answers = ("upstream_refused", "upstream_auth")  # the upstream is well
+            answers = ("upstream_refused", "upstream_auth")  # the upstream works
             if error is None or error.status < 500 or error.code in answers:
                 self._failures = 0
                 self._error = None
@@ -4191,8 +4191,8 @@ class AnswerStats:
         self.start("", "", [])
 
     def start(self, provider: str, model: str, messages: list[Message]) -> None:
-        """A provider is asked, the first or one to fall back to."""
-        self.provider = provider  # the one that was asked last
+        """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
+        self.provider = provider  # the last one
         self.model = model  # by the id that clients know
         self.messages = messages  # of the prompt
         self.first_chunk: float | None = None  # seconds after the beginning
@@ -5025,9 +5025,9 @@ def error_message(error: Any, secret: str) -> str:
 
 
 def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
-    """Convert an API's error: in its name and never with our key for it. Type, code and rate-limit headers stay.
+    """Convert an API's error to ours, with the API's name and without our key. Keep type, code and rate-limit headers.
 
-    status: of the response; 200 if the error is in an answer.
+    status: of the response, 200 if the error is in an answer.
     """
     error = answer.get("error") or answer if isinstance(answer, dict) else answer
     fields = error if isinstance(error, dict) else {}
@@ -5035,10 +5035,10 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     if status == 200:
         status = error_status(fields)
 
-    def told(name: str) -> str | None:
+    def line(name: str) -> str | None:
         return plain_line(fields[name], api.key) if fields.get(name) else None
 
-    type, code, param = told("type"), told("code"), told("param")
+    type, code, param = map(line, ("type", "code", "param"))
     if status == 401 or (status == 400 and WRONG_KEY.search(message)):
         return upstream_error(
             502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
@@ -5071,7 +5071,7 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
 
 
 def rate_limits(headers: Headers) -> dict[str, str]:
-    """The rate-limit headers that may be passed on; clients refuse an answer whose head is too long."""
+    """Return the rate-limit headers of a bounded length: clients refuse an answer whose head is too long."""
     limits = {}
     for name, value in headers.items():
         if "ratelimit" in name.lower() and re.fullmatch(r"[\w-]{1,100}: [ -~]{0,100}", f"{name}: {value}", re.A):
@@ -5082,9 +5082,8 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: adapting requests
 #
-# Requests that every API accepts, as far as OpenAI's protocol allows. Beyond that, models of one API differ in what
-# they accept, and clients know little of it. A refusal changes the model's next requests, so that no table of models is
-# needed.
+# Requests take a form that every API accepts, as far as OpenAI's protocol allows. Beyond that, even models of one API
+# accept different requests. A refusal changes the model's next requests, so that no table of models is needed.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_FUNCTION_NAME = 64  # characters
@@ -5097,7 +5096,7 @@ Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 
 def portable(body: JSONObject) -> JSONObject:
-    """Return the request without what some APIs refuse and no API needs."""
+    """Return the request without fields and roles that some APIs refuse and no API needs."""
     messages = []
     for message in body["messages"]:
         # Clients send whole answers back, and Mistral and Groq refuse even null in a field that they do not know
@@ -5130,6 +5129,7 @@ def join_system(messages: list[Message]) -> list[Message]:
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
+    """Join all system messages to one at the beginning."""
     return {**body, "messages": join_system(sorted(body["messages"], key=is_instruction, reverse=True))}
 
 
@@ -5160,7 +5160,7 @@ def map_objects(function: Change, value: Any) -> Any:
     return json.loads(dump_json(value), object_hook=function)
 
 
-# Parameters that are left out when a model refuses them: many clients send them unasked, and thinking models fix them
+# Parameters that are left out when a model refuses them: many clients always send them, and thinking models fix them
 OPTIONAL_PARAMETERS = (
     "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
     "logprobs", "top_logprobs", "stream_options", "seed", "metadata", "store", "user", "service_tier",
@@ -5278,6 +5278,7 @@ def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
 
 
 def leave_out_reasoning(body: JSONObject) -> JSONObject:
+    """Remove reasoning from all messages."""
     return {**body, "messages": [without(message, *REASONING_FIELDS) for message in body["messages"]]}
 
 
@@ -5292,6 +5293,7 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
 
 
 def disable_thinking(body: JSONObject) -> JSONObject:
+    """Disable thinking for a forced tool, unless the client sets it."""
     if must_call(body.get("tool_choice")):
         return {"thinking": {"type": "disabled"}, **body}
     return body
@@ -5340,7 +5342,7 @@ def words_of(refusal: APIError) -> str:
 
 
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
-    """Yield what may make a model accept a request that it has refused, one change at a time."""
+    """Yield adaptations that may make a model accept a refused request. Each is a change on its own."""
     # xAI writes presencePenalty
     complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
     named = sent.keys() & set(re.findall(r"\w+", complaint))
@@ -5413,11 +5415,13 @@ def as_index(value: Any) -> int | None:
 
 @dataclass
 class StartedCall:
-    has_id: bool  # that the API gave it
-    fields: JSONObject  # until its name is known
-    arguments: list[str] = field(default_factory=list)  # pieces until then
+    """A tool call whose pieces are being read."""
+
+    has_id: bool  # the API sent an id
+    fields: JSONObject  # of the pieces before the name
+    arguments: list[str] = field(default_factory=list)  # pieces before the name
     name: str = ""
-    end: str = ""  # the last character of its arguments
+    end: str = ""  # the last character of the arguments
 
 
 class CallReader:
@@ -5479,8 +5483,8 @@ class CallReader:
 
 
 class APIAnswer:
-    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete:
-    what fails after that is no failure."""
+    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete,
+    and later errors do not count."""
 
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
@@ -5537,7 +5541,7 @@ class APIAnswer:
 
 
     def _read_events(self) -> Iterator[JSONObject]:
-        """Yield the parsed events. A complete answer in JSON is one event. Raises APIError for an error among them."""
+        """Yield the parsed events. An answer in JSON is one event. Raises APIError, also for an event with an error."""
         deadline = self.response.deadline
         deadline.may_reuse_connection = False  # until the stream's own end
         chunks = self.response.stream()
@@ -5611,7 +5615,7 @@ class APIAnswer:
 
 
 def is_text(choice: Any) -> bool:
-    """Return whether a choice is as nearly all are: a piece of text, which needs no completion."""
+    """Return whether a choice is a piece of text, as nearly all choices are: it needs no completion."""
     if type(choice) is not dict or "usage" in choice or choice.get("finish_reason", "") is not None:
         return False
     delta = choice.get("delta")
@@ -5634,7 +5638,7 @@ def split_parts(delta: JSONObject) -> None:
 
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
-    """The data of each server-sent event as it arrives; comments and other fields are passed over. Lines end in LF."""
+    """Yield the data of each server-sent event as it arrives. Skip comments and other fields. Lines end in LF."""
     line = bytearray()  # whose end has not come
     data: list[bytes] = []  # the lines of the event
     data_size = 0
@@ -5688,7 +5692,8 @@ def ignored_header(body: JSONObject, sent: JSONObject) -> dict[str, str]:
 
 
 def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
-    """Return an embedding as the client wants it: numbers, or base64 of their 32-bit little-endian form."""
+    """Return an embedding in the requested encoding: numbers, or base64 of their 32-bit little-endian form. Raises
+    ValueError, TypeError and the like for an invalid embedding."""
     embedding = entry["embedding"]
     if encoding == "base64" and not isinstance(embedding, str):
         embedding = b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()
@@ -5701,7 +5706,7 @@ def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
 
 
 class OpenAIProvider(Provider):
-    """One such API. When a client leaves, its connection is closed at once, because these answers cost money."""
+    """An API of OpenAI's kind. A client that disconnects ends the upstream call, because these answers cost money."""
 
     def __init__(self, api: API, settings: Settings, metrics: Metrics) -> None:
         super().__init__(api.name, settings, metrics)
@@ -5746,7 +5751,7 @@ class OpenAIProvider(Provider):
             kept: set[int] = set()  # choices whose reasoning is stored
             try:
                 for chunk in answer.chunks():
-                    # Before the client can ask with the results of its calls
+                    # Before the client can send the results of its calls
                     for index in answer.finished - kept:
                         kept.add(index)
                         self._keep_reasoning(asked.stats.fold.choices[index], messages, asked)
@@ -5805,7 +5810,7 @@ class OpenAIProvider(Provider):
                 return answer, sent
 
     def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
-        """Store what this API wants back with the tool calls of a choice: reasoning, and Google's signatures of calls.
+        """Store what this API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
 
         messages: the conversation before the answer.
         """
@@ -5822,8 +5827,8 @@ class OpenAIProvider(Provider):
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
     ) -> list[Message]:
-        """Return messages with what this API gave with their tool calls, in its own form, unless the client has sent
-        other reasoning."""
+        """Return messages with the reasoning and the signatures that this API sent with their tool calls, unless the
+        client sends other reasoning."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
         restored = []
@@ -5859,7 +5864,7 @@ class OpenAIProvider(Provider):
     def _read_json(
         self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
     ) -> JSONObject:
-        """The object in a response that is no stream. Raises APIError, also for an error with status 200."""
+        """Read the JSON object in a response. Raises APIError, also for an error in the object."""
         answer = parse_upstream_object(response.read(limit), max_values)
         if answer is None:
             raise invalid_response(self._api.name, "no JSON object")
@@ -5871,8 +5876,8 @@ class OpenAIProvider(Provider):
     def _send(
         self, method: str, path: str, body: JSONObject | None, waiter: Waiter,
     ) -> UpstreamResponse:
-        """A response with status 200, whose body is still to be read. The time-out is for all before the first event of
-        a stream, and for all of another body."""
+        """Send a request, and return the response with status 200, its body unread. The time-out covers everything up
+        to the first event of a stream, or another body to its end. Raises APIError for other statuses."""
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
         response = self._transport.request(method, self._base_url + path, self._headers, data, deadline)
@@ -5885,7 +5890,7 @@ class OpenAIProvider(Provider):
     # Models
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """What the API lists, by id, as far as is known after so many seconds; fetched again when it is old."""
+        """Return the models that the API lists, by id, as far as they are known after `wait` seconds."""
         with suppress(FutureTimeout):
             # result() would lengthen the traceback of the same error with each call
             self._models.latest().exception(wait)
