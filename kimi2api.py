@@ -1886,7 +1886,9 @@ class ResponsesRequest:
         if self.reader.compacts:
             messages.append({"role": "user", "content": COMPACT})
         elif self.messages:
-            self._add_form(fields, self._read_tools([*tools, *(body.get("tools") or ()), *self.reader.tools]))
+            offered = self._read_tools(body.get("tools") or [])
+            offered += self._read_tools([*tools, *self.reader.tools], are_items=True)
+            self._add_form(fields, offered)
         else:
             raise bad_request("'input' has no message.", "input")
         given = {name: value for name, value in fields.items() if value is not None}
@@ -1904,13 +1906,16 @@ class ResponsesRequest:
         if tools or choice not in ("auto", "none"):
             fields["tool_choice"] = as_tool_choice(choice)
 
-    def _read_tools(self, tools: list[JSONObject]) -> list[JSONObject]:
-        """Return the tools in the form of chat requests."""
+    def _read_tools(self, tools: list[JSONObject], are_items: bool = False) -> list[JSONObject]:
+        """Return the tools in the form of chat requests. Of tools among the items, a known name is left out: an error
+        would end the conversation for good."""
         functions = {}
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
             if name.kind not in ("function", "custom") and not is_search:
                 self.reader.ignore(name.kind)
+                continue
+            if are_items and name.function in self.tools:
                 continue
             if self.tools.setdefault(name.function, name) != name:
                 raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")

@@ -2226,6 +2226,13 @@ def test_tools_inside_the_input_are_tools_from_there_on(
     assert names_sent(api) == ["functions__exec", "functions__wait"], "the conversation has them"
 
 
+def test_a_tool_among_the_items_with_a_known_name_is_left_out(make: Make, both: dict[str, str], api: Api) -> None:
+    other = {"type": "tool_search_output", "call_id": "c", "tools": [{"type": "custom", "name": "wait"}, EXEC]}
+    search = {"type": "tool_search_call", "call_id": "c", "arguments": {}}
+    assert output_text(respond(make(**both), [USER, search, other], model="local/k2", tools=[SEARCH, WAIT]))
+    assert names_sent(api) == ["tool_search", "wait", "exec"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "input"),
     [
