@@ -2917,7 +2917,7 @@ class SQLiteStore(SharedStore):
                 for statement in SQLITE_TABLES:
                     db.execute(statement)
             db.execute("COMMIT")
-        db.execute("PRAGMA busy_timeout = 20")  # ms; `_execute` retries until its deadline
+        db.execute("PRAGMA busy_timeout = 20")  # ms; `_using` retries until its deadline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3327,7 +3327,7 @@ class Counters:
         self._known: dict[CounterKey, Counter[str]] = {}  # totals that the store has returned
         # Amounts that the store lacks; each Counter is replaced, never changed
         self._pending: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards these three
+        self._lock = threading.Lock()  # guards both
         self._sending = threading.Lock()  # held by the thread that sends pending amounts
 
     def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
