@@ -2767,9 +2767,9 @@ class SQLiteStore(SharedStore):
                 (*key, document.created, document.used, document.turns, document.data))
             # A clock that was ahead would make these documents expire late. Few: it may be behind for a moment
             execute(
-                "UPDATE documents SET used = ?1 WHERE number IN "
-                "(SELECT number FROM documents WHERE used > ?1 LIMIT 2)",
-                (now,))
+                "UPDATE documents SET used = ? WHERE number IN "
+                "(SELECT number FROM documents WHERE used > ? LIMIT 2)",
+                (now, now))
             # Delete only two: deleting 16 MiB takes 0.1 s, during which no other process can write
             execute(
                 "DELETE FROM documents WHERE number IN "
@@ -2777,9 +2777,9 @@ class SQLiteStore(SharedStore):
                 (cutoff,))
             execute(
                 "DELETE FROM documents WHERE number IN "
-                "(SELECT number FROM documents WHERE owner = ?1 AND kind = ?2 ORDER BY number LIMIT max(0, min(2, "
-                "(SELECT count(*) FROM documents WHERE owner = ?1 AND kind = ?2) - ?3)))",
-                (owner, kind, self.max_documents(kind)))
+                "(SELECT number FROM documents WHERE owner = ? AND kind = ? ORDER BY number LIMIT max(0, min(2, "
+                "(SELECT count(*) FROM documents WHERE owner = ? AND kind = ?) - ?)))",
+                (owner, kind, owner, kind, self.max_documents(kind)))
             [free] = execute("PRAGMA freelist_count").fetchone()
             for _ in range(min(free - MAX_FREE_PAGES, 500)):
                 # One execute() makes one step, which frees one page
