@@ -595,8 +595,13 @@ LINE_SEPARATORS = {  # some clients split events at these characters
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-
-Halves = dict[tuple[Any, ...], str]  # the first halves of surrogate pairs, by the path of their text
+# Escapes in a JSON text: a backslash, or a pair; half of a pair that ends a text, or begins one; any other half
+SURROGATES = re.compile(r"""
+    (?P<kept> \\\\ | \\u(?i:d[89ab][0-9a-f]{2}) \\u(?i:d[c-f][0-9a-f]{2}) )
+    | (?P<first> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
+    | (?P<second> (?<=") \\u(?i:d[c-f][0-9a-f]{2}) )
+    | \\u(?i:d[89a-f][0-9a-f]{2})
+    """, re.X)
 
 MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
 # In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
@@ -630,53 +635,36 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
             check_depth(inner, max_depth - 1)
 
 
-def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None) -> Any:
-    """Parse an upstream's JSON, and replace what cannot be encoded as UTF-8 by U+FFFD. Raises ValueError.
+def parse_upstream_object(
+    data: bytes, max_values: int = MAX_VALUES, halves: list[str] | None = None,
+) -> JSONObject | None:
+    """Parse an upstream's JSON object, or a list of one. Return None for anything else.
 
-    halves: of surrogate pairs that the documents of a stream divide.
+    U+FFFD replaces what cannot be encoded as UTF-8. halves: first halves of surrogate pairs that a stream divides.
     """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
-    value = parse_json(source, max_values)
-    if halves or SURROGATE_ESCAPE.search(source):
-        value = without_surrogates(value, halves)
-    return value
-
-
-def without_surrogates(value: Any, halves: Halves | None, path: tuple[Any, ...] = ()) -> Any:
-    """Replace lone surrogates, but move the first half of a pair from the end of a text to the next text with the same
-    path."""
-    if isinstance(value, dict):
-        return {
-            replace_lone_surrogates(name): without_surrogates(inner, halves, (*path, name))
-            for name, inner in value.items()}
-    if isinstance(value, list):
-        joined = []
-        for position, inner in enumerate(value):
-            index = inner.get("index") if isinstance(inner, dict) else None  # of a choice or a call
-            inner_path = (*path, position if index is None else str(index))
-            joined.append(without_surrogates(inner, halves, inner_path))
-        return joined
-    if not isinstance(value, str):
-        return value
-    if halves is not None and value:
-        value = halves.pop(path, "") + value
-        if "\ud800" <= value[-1] <= "\udbff":
-            halves[path] = value[-1]
-            value = value[:-1]
-    return replace_lone_surrogates(value)
-
-
-def parse_upstream_object(
-    data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None,
-) -> JSONObject | None:
-    """Parse an upstream's JSON object, or a list of one. Return None for anything else."""
+    if SURROGATE_ESCAPE.search(source):
+        source = SURROGATES.sub(partial(replace_half, halves), source)
     try:
-        value = parse_upstream_json(data, max_values, halves)
+        value = parse_json(source, max_values)
         if isinstance(value, list):
             [value] = value  # Gemini's errors
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
+    """Return the replacement of an escape in one JSON text of a stream. The first half of a pair moves from the end of
+    a text to the next text that begins with a second half."""
+    if found["kept"]:
+        return found["kept"]
+    if found["first"] and halves is not None:
+        halves.append(found["first"])
+        return ""
+    if found["second"] and halves:
+        return halves.pop() + found["second"]
+    return r"\ufffd"
 
 
 def dump_json(value: Any) -> bytes:
@@ -1574,7 +1562,6 @@ INPUT_ITEM = request_object_by_type(
     default="message",
     allow_others=True,
 )
-ENCODED = "kimi2api:"  # prefix of base64 of JSON: of reasoning or of a summary; the client may read it
 SUMMARY = "This conversation was compacted. Its summary:\n\n"
 
 
@@ -1653,7 +1640,7 @@ class ItemReader:
         if kind.removesuffix("_output") in (*CALLS, "tool_search"):
             return self._read_result(item, kind)
         if kind == "compaction":
-            summary = decoded(item)
+            summary = decoded(item).get("summary")
             if isinstance(summary, str):
                 return {"role": "user", "content": SUMMARY + summary}
         if kind == "compaction_trigger":
@@ -1701,17 +1688,14 @@ class ItemReader:
         return parts
 
 
-def decoded(item: JSONObject) -> Any:
-    """Return the value that `encoded` has encoded for an item, or None."""
-    text = item.get("encrypted_content") or ""
-    with suppress(ValueError):
-        if text.startswith(ENCODED):
-            return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
-    return None
+def encoded(fields: JSONObject) -> str:
+    """Return the `encrypted_content` for the fields of an item. The client may read it."""
+    return dump_json(fields).decode()
 
 
-def encoded(value: Any) -> str:
-    return ENCODED + b64encode(dump_json(value)).decode()
+def decoded(item: JSONObject) -> JSONObject:
+    """Return the fields that `encoded` has encoded for an item. Other servers' content has none."""
+    return parse_upstream_object((item.get("encrypted_content") or "").encode()) or {}
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
@@ -1765,9 +1749,9 @@ def as_content(parts: list[JSONObject]) -> Any:
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    fields = decoded(item)
-    if isinstance(fields, dict):  # otherwise another server encoded it
-        return reasoning_fields(fields)
+    fields = reasoning_fields(decoded(item))
+    if fields:
+        return fields
     text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
     return {"reasoning_content": text} if text else {}
 
@@ -2027,7 +2011,7 @@ SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing
     {"type": "summary_text", "text": ""}, "summary", "reasoning_summary_part")
 COMPACTION = ItemKind(
     "cmp", {"type": "compaction", "encrypted_content": ""}, "", "encrypted_content",
-    finish=encoded, is_streamed=False)
+    finish=lambda text: encoded({"summary": text}), is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
     "reasoning_content": REASONING_KIND,
     "content": ItemKind(
@@ -5502,7 +5486,7 @@ class APIAnswer:
         self._fold = fold
         self._wanted = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
-        self._halves: Halves = {}
+        self._halves: list[str] = []
         self._events = self._read_events()
         try:
             self._first = list(itertools.islice(self._events, 1))
