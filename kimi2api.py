@@ -199,12 +199,12 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     return tuple(keys.values())
 
 
-def parse_limits(text: str, default: int = 0) -> dict[str, int]:
+def parse_limits(text: str, low: int = 0, high: int = 10**15, default: int = 0) -> dict[str, int]:
     """Return limits by key name; the limit of "" is for all other keys."""
     limits: dict[str, int] = {}
     for entry in split_commas(text):
         name, equals, limit = map(str.strip, entry.rpartition("="))
-        if name in limits or (equals and not name) or not re.fullmatch(r"\d{1,15}", limit, re.A):
+        if name in limits or (equals and not name) or not low <= int(limit) <= high:
             raise ValueError
         limits[name] = int(limit)
     return {"": default, **limits}
@@ -215,14 +215,6 @@ def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
     if parts.scheme not in schemes or not parts.hostname or parts.port == 0:
         raise ValueError
     return text
-
-
-def parse_slots(text: str) -> dict[str, int]:
-    """Return the number of concurrent chats of all keys, by the name "", and of named keys."""
-    slots = parse_limits(text, default=64)
-    if not all(1 <= count <= 4096 for count in slots.values()):
-        raise ValueError
-    return slots
 
 
 def without_credentials(url: str) -> str:
@@ -285,7 +277,9 @@ class Settings:
     max_concurrent_chats: dict[str, int] = setting(
         "64",
         "chats running at once; one more is answered 429. `64,ann=4` also bounds a named key",
-        SettingType("a whole number from 1 to 4096, and name=number for named keys", parse_slots))
+        SettingType(
+            "a whole number from 1 to 4096, and name=number for named keys",
+            partial(parse_limits, low=1, high=4096, default=64)))
     session_cache_ttl: float = setting(
         "3600",
         "seconds a session lives after its last turn",
@@ -420,8 +414,10 @@ class Settings:
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
         settings._check_models("FALLBACK_MODELS", settings.fallback_models)
-        for name in ("max_concurrent_chats", "requests_per_minute", "tokens_per_day"):
-            settings._check_names(name.upper(), values[name])
+        names = {"", *(client.name for client in settings.api_master_key)}
+        for setting_name in ("max_concurrent_chats", "requests_per_minute", "tokens_per_day"):
+            for name in values[setting_name].keys() - names:
+                raise SettingError(f"{setting_name.upper()}: {name!r} is not the name of a key in API_MASTER_KEY")
         return settings
 
     @classmethod
@@ -446,12 +442,6 @@ class Settings:
                 raise SettingError(
                     f"{setting_name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a "
                     f"configured API ({', '.join(self.apis) or 'none'})")
-
-    def _check_names(self, setting_name: str, limits: Mapping[str, int]) -> None:
-        names = {client.name for client in self.api_master_key}
-        for name in limits:
-            if name and name not in names:
-                raise SettingError(f"{setting_name}: {name!r} is not the name of a key in API_MASTER_KEY")
 
 
 def is_loopback(host: str | None) -> bool:
@@ -735,15 +725,14 @@ def choice_of(*values: str) -> Schema:
     return {"type": "string", "enum": list(values)}
 
 
-def object_of(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
-    properties = {**required, **(optional or {})}
-    return {"type": "object", "properties": properties, "required": sorted(required), **more}
+def object_of(fields: Schema) -> Schema:
+    return {"type": "object", "properties": fields, "required": sorted(fields)}
 
 
 def request_object(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
     """Return the schema of a request object. Optional fields also accept null, as on OpenAI's server."""
     nullable = {name: any_of(schema, NULL) for name, schema in (optional or {}).items()}
-    return object_of(required, nullable, **more)
+    return {**object_of(required), "properties": {**required, **nullable}, **more}
 
 
 def if_field(name: str, values: list[Any], then: Schema) -> Schema:
@@ -773,10 +762,13 @@ def request_object_by_type(
     return request_object(types, allOf=rules)
 
 
-MAXIMA = {  # with their units
-    "maxItems": "",
-    "maxLength": " characters",
-    "maxProperties": " fields",
+BOUNDS = {  # keywords, and their descriptions
+    "minimum": "of at least {}",
+    "minItems": "of at least {}",
+    "minLength": "that is not empty",
+    "maxItems": "of at most {}",
+    "maxLength": "of at most {} characters",
+    "maxProperties": "of at most {} fields",
 }
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
@@ -842,11 +834,10 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
         return False
     if "enum" in schema and value not in schema["enum"]:
         return False
-    for keyword in ("minimum", "minLength", "minItems"):
-        if keyword in schema and size_of(value) < schema[keyword]:
+    for keyword, bound in schema.items():
+        if keyword.startswith("min") and size_of(value) < bound:
             return False
-    for keyword in MAXIMA:
-        if keyword in schema and size_of(value) > schema[keyword]:
+        if keyword.startswith("max") and size_of(value) > bound:
             return False
     return "propertyNames" not in schema or all(len(name) <= schema["propertyNames"]["maxLength"] for name in value)
 
@@ -871,14 +862,9 @@ def describe(schema: Schema) -> str:
         values = [str(value or json.dumps(value)) for value in schema["enum"]]
         return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
     words = TYPES[schema["type"]][1]
-    if "minLength" in schema:
-        words += " that is not empty"
-    for keyword in ("minimum", "minItems"):
+    for keyword, bound in BOUNDS.items():
         if keyword in schema:
-            words += f" of at least {schema[keyword]}"
-    for keyword, unit in MAXIMA.items():
-        if keyword in schema:
-            words += f" of at most {schema[keyword]}{unit}"
+            words += f" {bound.format(schema[keyword])}"
     if "propertyNames" in schema:
         words += f" with names of at most {schema['propertyNames']['maxLength']} characters"
     return words
@@ -1058,25 +1044,24 @@ def parse_body(raw: bytes, schema: Schema) -> JSONObject:
 
 
 def allowed_functions(body: JSONObject) -> list[JSONObject]:
-    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 for a choice not in 'tools'."""
-    functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
+    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 if it requires a call, and
+    'tools' has none of its tools."""
+    tools = body.get("tools")
+    functions = [tool["function"] for tool in tools or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
     if choice == "none":
         return []
-    if choice == "required" and not body.get("tools"):
-        raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
-    if not isinstance(choice, dict):
-        return functions
-    path = "tool_choice.function.name"
-    tools = [choice]
-    if choice.get("type") == "allowed_tools":
-        path = "tool_choice.allowed_tools.tools"
-        tools = choice["allowed_tools"]["tools"]
-    names = {tool["function"]["name"] for tool in tools if names_function(tool)}
-    allowed = [function for function in functions if function["name"] in names]
-    if must_call(choice) and names and not allowed:
-        raise bad_request("'tool_choice' names no function that is in 'tools'.", path)
-    return allowed
+    if isinstance(choice, dict):
+        chosen = [choice]
+        if choice.get("type") == "allowed_tools":
+            chosen = choice["allowed_tools"]["tools"]
+        names = {tool["function"]["name"] for tool in chosen if names_function(tool)}
+        if not names:  # a tool of another type
+            return []
+        tools = functions = [function for function in functions if function["name"] in names]
+    if must_call(choice) and not tools:
+        raise bad_request("'tool_choice' requires a tool that is not in 'tools'.", "tool_choice")
+    return functions
 
 
 def names_function(choice: Any) -> TypeGuard[JSONObject]:
@@ -1233,18 +1218,18 @@ class Fold:
     """The chunks of an answer, merged: for the JSON body, the session, the stored reasoning and estimates."""
 
     def __init__(self) -> None:
-        self._whole: JSONObject = {}
+        self._whole: JSONObject = {"choices": IndexedList(), "usage": None}
 
     def add(self, chunk: JSONObject) -> None:
         merge(self._whole, chunk)
 
     @property
     def choices(self) -> IndexedList:
-        return self._whole.get("choices") or IndexedList()
+        return self._whole["choices"]
 
     @property
     def usage(self) -> Any:
-        return self._whole.get("usage")
+        return self._whole["usage"]
 
     def replace_usage(self, usage: JSONObject) -> None:
         self._whole["usage"] = usage
@@ -1255,7 +1240,7 @@ class Fold:
 
     def message(self) -> Message:
         """Return the message of the first choice."""
-        return message_of(plain_value(self.choices.get(0, {"delta": {}})))
+        return message_of(self.choices.get(0, {"delta": {}}))
 
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
@@ -1265,9 +1250,7 @@ class Fold:
                 yield str(delta.get(name) or "")
             yield reasoning_text(delta)
             for call in delta.get("tool_calls") or ():
-                function = call.get("function") or {}
-                yield function.get("name") or ""
-                yield str(function.get("arguments") or "")
+                yield from (call.get("function") or call["custom"]).values()
 
 
 # Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
@@ -1285,19 +1268,18 @@ def reasoning_fields(message: JSONObject) -> JSONObject:
 
 def reasoning_text(message: JSONObject) -> str:
     """Return the reasoning in a message or a delta. If several fields contain it, return the first."""
-    for name in REASONING_FIELDS:
-        value = message.get(name)
+    for value in reasoning_fields(message).values():
         if isinstance(value, list):
             value = "".join(
                 str(entry.get("text") or entry.get("summary") or "") for entry in value if isinstance(entry, dict))
-        if value and isinstance(value, str):
+        if value:
             return value
     return ""
 
 
 def message_of(choice: JSONObject) -> Message:
     """Convert the merged delta of a choice to a message."""
-    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
+    message = {"role": "assistant", "content": None, "refusal": None, **plain_value(choice["delta"])}
     for call in message.get("tool_calls") or ():
         call.pop("index", None)  # only merging needs it
     return message
@@ -1505,7 +1487,6 @@ class TextCompletion(ChatCompletion):
 # ----------------------------------------------------------------------------------------------------------------------
 
 TEXT_PART = request_object({"text": STRING})
-FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
 INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
     {
         "input_text": TEXT_PART,
@@ -1513,9 +1494,7 @@ INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
         "text": TEXT_PART,
         "refusal": request_object({"refusal": STRING}),
         "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
-        "input_file": any_of(
-            request_object({"file_data": NON_EMPTY}, FILE_FIELDS),
-            request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
+        "input_file": OBJECT,
     },
     allow_others=True,
 )))
@@ -1711,16 +1690,17 @@ def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
 
 def move_results(messages: list[Message], continues_previous: bool) -> list[Message]:
     """Move the results of tools directly behind the message that made their calls, as APIs require."""
-    callers: dict[str, int] = {}  # indexes of messages by the ids of their calls
-    placed = []
-    for index, message in enumerate(messages):
-        for call in message.get("tool_calls", ()):
-            callers[call["id"]] = index
+    groups: list[list[Message]] = [[]]  # each a message and its results; the first: results of previous calls
+    callers: dict[str, list[Message]] = {}  # groups by call id
+    for message in messages:
         if message["role"] == "tool":
-            index = callers.get(message["tool_call_id"], -1 if continues_previous else index)
-        placed.append((index, message))
-    placed.sort(key=itemgetter(0))
-    return [message for _, message in placed]
+            unknown = groups[0 if continues_previous else -1]
+            callers.get(message["tool_call_id"], unknown).append(message)
+            continue
+        groups.append([message])
+        for call in message.get("tool_calls", ()):
+            callers[call["id"]] = groups[-1]
+    return list(itertools.chain.from_iterable(groups))
 
 
 def as_part(part: JSONObject) -> JSONObject | None:
@@ -1729,14 +1709,14 @@ def as_part(part: JSONObject) -> JSONObject | None:
     if kind in ("input_text", "output_text", "text"):
         return {"type": "text", "text": part["text"]}
     if kind == "refusal":
-        return {"type": "refusal", "refusal": part["refusal"]}
+        return part
     if kind == "input_image":
         image = {"url": part["image_url"]}
         if part.get("detail"):
             image["detail"] = part["detail"]
         return {"type": "image_url", "image_url": image}
     if kind == "input_file":
-        return {"type": "file", "file": {name: part[name] for name in FILE_FIELDS if part.get(name)}}
+        return {"type": "file", "file": {name: value for name, value in part.items() if value and name != "type"}}
     return None
 
 
@@ -1809,12 +1789,11 @@ RESPONSES_REQUEST = request_object(
 PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
     "messages": "input",
     "tools": "tools",
+    "tool_choice": "tool_choice",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
-    "tool_choice.function": "tool_choice.name",
-    "tool_choice.allowed_tools": "tool_choice.tools",
 }
 
 
@@ -1870,9 +1849,7 @@ class ResponsesRequest:
         if self.reader.compacts:
             messages.append({"role": "user", "content": COMPACT})
         elif self.messages:
-            offered = self._read_tools(body.get("tools") or [])
-            offered += self._read_tools([*tools, *self.reader.tools], are_items=True)
-            self._add_form(fields, offered)
+            self._add_form(fields, self._read_tools([*(body.get("tools") or ()), *tools, *self.reader.tools]))
         else:
             raise bad_request("'input' has no message.", "input")
         given = {name: value for name, value in fields.items() if value is not None}
@@ -1883,28 +1860,22 @@ class ResponsesRequest:
         text = self.body.get("text") or {}
         fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
         fields["verbosity"] = text.get("verbosity")
-        choice = self.body.get("tool_choice")
-        if tools:
-            fields["tools"] = tools
-            fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
-        if tools or choice not in ("auto", "none"):
-            fields["tool_choice"] = as_tool_choice(choice)
+        fields["tool_choice"] = as_tool_choice(self.body.get("tool_choice"))
+        fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
+        fields["tools"] = tools
 
-    def _read_tools(self, tools: list[JSONObject], are_items: bool = False) -> list[JSONObject]:
-        """Return the tools in the form of chat requests. Of tools among the items, a known name is left out: an error
-        would end the conversation for good."""
-        functions = {}
+    def _read_tools(self, tools: Iterable[JSONObject]) -> list[JSONObject]:
+        """Return the tools in the form of chat requests. Of tools with the same name, only the first counts: an error
+        for a tool among the items would end the conversation for good."""
+        functions = []
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
             if name.kind not in ("function", "custom") and not is_search:
                 self.reader.ignore(name.kind)
-                continue
-            if are_items and name.function in self.tools:
-                continue
-            if self.tools.setdefault(name.function, name) != name:
-                raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-            functions[name.function] = {"type": "function", "function": as_function(tool, name)}
-        return list(functions.values())
+            elif name.function not in self.tools:
+                self.tools[name.function] = name
+                functions.append({"type": "function", "function": as_function(tool, name)})
+        return functions
 
 
 def translate_error(error: APIError) -> APIError:
@@ -1951,17 +1922,16 @@ def as_response_format(form: JSONObject) -> JSONObject | None:
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     """Convert a tool to the function that the upstream gets."""
-    function: JSONObject = {"name": name.function}
     description = tool.get("description") or ""
+    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
     if name.kind == "custom":
-        function["parameters"] = object_of({"input": STRING})
+        parameters = object_of({"input": STRING})
         grammar = tool.get("format")
         if isinstance(grammar, dict) and grammar.get("definition"):
             description += f"\nThe input follows this grammar ({grammar.get('syntax')}): {grammar['definition']}"
-    else:
-        function["parameters"] = tool.get("parameters") or {"type": "object", "properties": {}}
-        if tool.get("strict"):
-            function["strict"] = True
+    function = {"name": name.function, "parameters": parameters}
+    if tool.get("strict"):
+        function["strict"] = True
     if description:
         function["description"] = description.strip()
     return function
@@ -1983,8 +1953,9 @@ def custom_input(arguments: str) -> str:
     or `patch`, and fence it."""
     fields = parse_upstream_object(arguments.encode()) or {}
     texts = [value for value in fields.values() if isinstance(value, str)]
-    value = fields.get("input", texts[0] if len(texts) == 1 else arguments)
-    return strip_code_fence(value if isinstance(value, str) else arguments)
+    if isinstance(fields.get("input"), str):
+        texts = [fields["input"]]
+    return strip_code_fence(texts[0] if len(texts) == 1 else arguments)
 
 
 @dataclass(frozen=True)
@@ -2013,7 +1984,6 @@ COMPACTION = ItemKind(
     "cmp", {"type": "compaction", "encrypted_content": ""}, "", "encrypted_content",
     finish=lambda text: encoded({"summary": text}), is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
-    "reasoning_content": REASONING_KIND,
     "content": ItemKind(
         "msg", MESSAGE_FIELDS, "output_text", "text",
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
@@ -2139,9 +2109,9 @@ class ResponseWriter:
         self._items: list[OutputItem] = []
         self._sent = 0  # number of items whose events are all sent
         self._calls: dict[int, OutputItem] = {}  # by index in deltas
-        self._kinds = TEXT_KINDS
+        self._reasoning_kind = REASONING_KIND
         if (request.body.get("reasoning") or {}).get("summary"):
-            self._kinds = {**TEXT_KINDS, "reasoning_content": SUMMARY_KIND}
+            self._reasoning_kind = SUMMARY_KIND
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         *_, last = self._events(deltas)
@@ -2167,11 +2137,10 @@ class ResponseWriter:
         usage: Any = None
         for number, delta in enumerate(deltas):
             chunk = delta.chunk
-            if delta.headers:
-                self.headers = self._with_ignored(delta.headers)
             self._model = chunk.get("model") or self._model
             usage = chunk.get("usage") or usage
             if number == 0:
+                self.headers = self._with_ignored(delta.headers)
                 yield from self._begin()
             for choice in chunk["choices"]:
                 if choice["index"] == 0:
@@ -2219,12 +2188,14 @@ class ResponseWriter:
             if delta.get("content"):
                 self._item(COMPACTION).add(delta["content"])
             return
-        for name, kind in self._kinds.items():
-            text = reasoning_text(delta) if kind.prefix == "rs" else delta.get(name)
-            if text:
-                self._item(kind).add(text)
-            if kind.prefix == "rs" and self._items:
-                merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
+        reasoning = reasoning_text(delta)
+        if reasoning:
+            self._item(self._reasoning_kind).add(reasoning)
+        if self._items:
+            merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
+        for name, kind in TEXT_KINDS.items():
+            if delta.get(name):
+                self._item(kind).add(delta[name])
         for annotation in delta.get("annotations") or ():
             fields = annotation.get(annotation.get("type")) if isinstance(annotation, dict) else None
             if isinstance(fields, dict):
@@ -2267,8 +2238,7 @@ class ResponseWriter:
         names = sorted(self._request.reader.ignored)
         if not names:
             return headers
-        if "X-Kimi2api-Ignored" in headers:
-            names.append(headers["X-Kimi2api-Ignored"])
+        names += filter(None, [headers.get("X-Kimi2api-Ignored")])
         return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
@@ -5803,7 +5773,7 @@ class OpenAIProvider(Provider):
 
         messages: the conversation before the answer.
         """
-        message = message_of(plain_value(choice))
+        message = message_of(choice)
         calls = message.get("tool_calls")
         kept = reasoning_fields(message)
         extra = {call["id"]: call["extra_content"] for call in calls or () if call.get("extra_content")}

@@ -1132,7 +1132,7 @@ def says_call(**call: Any) -> list[Any]:
         pytest.param({"tool_choice": "required"}, "tool_choice", id="tool_choice without tools"),
         pytest.param(
             {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "tool_choice.function.name",
+            "tool_choice",
             id="tool_choice of no tool",
         ),
         pytest.param(
@@ -1212,7 +1212,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
         response = app.post_json("/v1/chat/completions", body)
         by_program = response.status_int == 400 and response.json["error"]["code"] is None
         beyond = response.json["error"]["param"] if by_program else ""  # what compares two fields is no schema's
-        if beyond not in ("tool_choice", "tool_choice.function.name") and "no text" not in response.text:
+        if beyond != "tool_choice" and "no text" not in response.text:
             assert valid(body) != by_program, (body, response.text)
         refused += by_program
     assert 100 < refused < len(bodies) - 100
@@ -1738,9 +1738,7 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
         pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
         pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
-        pytest.param(
-            parts({"type": "input_file", "filename": "f"}), "input[0].content[0].file_data", id="a file's name alone"
-        ),
+        pytest.param(parts({"type": "input_file", "filename": "f"}), "input", id="file for the web chat"),
         pytest.param(
             {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
             "input",
@@ -1761,16 +1759,8 @@ def parts(*content: Any) -> dict[str, Any]:
             id="nested tool without a name",
         ),
         pytest.param({"tools": [{"name": "f"}]}, "tools[0].type", id="tool without a type"),
-        pytest.param(
-            {"tools": [
-                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
-                {"type": "function", "name": "n__f"},
-            ]},
-            "tools",
-            id="two tools of one name",
-        ),
         pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
-        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
+        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", id="unknown choice"),
         pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
         pytest.param(
             {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}]}},
@@ -1806,7 +1796,7 @@ def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
         ("messages.[3].content", "input"),
         ("tools[1].function.name", "tools"),
         ("response_format.json_schema.name", "text.format"),
-        ("tool_choice.function.name", "tool_choice.name"),
+        ("tool_choice.function.name", "tool_choice"),
         ("max_completion_tokens", "max_output_tokens"),
         ("service_tier", "service_tier"),
     ],
