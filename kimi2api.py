@@ -1585,12 +1585,8 @@ class ItemReader:
         self.compacts = False  # the conversation is to be summarized
         self._last_call = ""  # its id
 
-    def read(self, items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
-        """Return the messages.
-
-        continues_previous: results whose calls are not among the items come first, as they follow the previous
-        response.
-        """
+    def read(self, items: Iterable[JSONObject]) -> list[Message]:
+        """Return the messages."""
         messages: list[Message] = []
         converted = filter(None, map(self._as_message, items))
         for role, group in itertools.groupby(converted, itemgetter("role")):
@@ -1598,7 +1594,7 @@ class ItemReader:
                 messages += join_answer(group)
             else:
                 messages += group
-        return move_results(messages, continues_previous)
+        return move_results(messages)
 
     def ignore(self, kind: str) -> None:
         if kind.isascii() and kind.isidentifier():  # other names may break the header
@@ -1688,18 +1684,18 @@ def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
         yield answer
 
 
-def move_results(messages: list[Message], continues_previous: bool) -> list[Message]:
-    """Move the results of tools directly behind the message that made their calls, as APIs require."""
-    groups: list[list[Message]] = [[]]  # each a message and its results; the first: results of previous calls
-    callers: dict[str, list[Message]] = {}  # groups by call id
+def move_results(messages: Iterable[Message]) -> list[Message]:
+    """Move the results of tools directly behind the message that made their calls, as APIs require. Other results come
+    first: their calls are in the previous response."""
+    groups: list[list[Message]] = [[]]  # each a message and its results; the first has results of other calls
+    callers: dict[str, int] = {}  # indexes of groups by call id
     for message in messages:
         if message["role"] == "tool":
-            unknown = groups[0 if continues_previous else -1]
-            callers.get(message["tool_call_id"], unknown).append(message)
+            groups[callers.get(message["tool_call_id"], 0)].append(message)
             continue
-        groups.append([message])
         for call in message.get("tool_calls", ()):
-            callers[call["id"]] = groups[-1]
+            callers[call["id"]] = len(groups)
+        groups.append([message])
     return list(itertools.chain.from_iterable(groups))
 
 
@@ -1836,8 +1832,7 @@ class ResponsesRequest:
         items = body.get("input") or []
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        self.messages = self.reader.read(
-            resolve_references(items, find_items), continues_previous=bool(body.get("previous_response_id")))
+        self.messages = self.reader.read(resolve_references(items, find_items))
         messages = [*system]
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})

@@ -1836,7 +1836,7 @@ def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[
     items = [USER, call("a"), call("b"), rule, result("b"), USER, result("a"), call("a"), result("a"), result("other")]
     assert output_text(respond(make(**both), items, model="local/k2"))
     order = [message.get("tool_call_id") or message["role"] for message in api.asked[0][2]["messages"]]
-    assert order == ["user", "assistant", "b", "a", "system", "user", "assistant", "a", "other"]
+    assert order == ["other", "user", "assistant", "b", "a", "system", "user", "assistant", "a"]
 
 
 def test_what_tools_gave_stands_right_behind_the_response_that_called_them(
