@@ -1170,7 +1170,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
     """
     growing = GROWING.get(path, ())
     for name, value in part.items():
-        if value is None or value == "":
+        if value in (None, "", []):
             whole.setdefault(name, value)
         elif name in growing:
             whole[name] = grown(whole.get(name), value, name)
@@ -1179,7 +1179,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
             if type(known) is not dict:
                 known = whole[name] = {}
             merge(known, value, name)
-        elif value != [] or name not in whole:
+        else:
             whole[name] = value
 
 
@@ -1403,13 +1403,13 @@ class ChatCompletion:
     """
 
     id_prefix = "chatcmpl"
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
 
     def __init__(self, include_usage: bool) -> None:
         self.headers: Headers = {}  # for the response, known once the first delta is there
         self._head: JSONObject = {
-            "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
+            "id": f"{self.id_prefix}-{random_hex()}",
+            "created": int(time.time()),
+            "object": "chat.completion.chunk",
         }
         self._include_usage = include_usage
 
@@ -1418,7 +1418,7 @@ class ChatCompletion:
         *_, whole = deltas
         self._note(whole)
         completion = whole.chunk
-        self._head["object"] = self.kind
+        self._head["object"] = "chat.completion"
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
             choice.setdefault("logprobs", None)
@@ -1456,8 +1456,6 @@ class TextCompletion(ChatCompletion):
     """A writer of one completion of the legacy API. The fields follow OpenAI's CreateCompletionResponse."""
 
     id_prefix = "cmpl"
-    kind = "text_completion"
-    chunk_kind = "text_completion"
 
     def _with_head(self, fields: JSONObject) -> JSONObject:
         choices = []
@@ -1469,7 +1467,7 @@ class TextCompletion(ChatCompletion):
                 "logprobs": None,
                 "finish_reason": choice["finish_reason"],
             })
-        return super()._with_head({**fields, "choices": choices})
+        return {**super()._with_head(fields), "object": "text_completion", "choices": choices}
 
 
 ########################################################################################################################
@@ -1493,7 +1491,7 @@ INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
         "output_text": TEXT_PART,
         "text": TEXT_PART,
         "refusal": request_object({"refusal": STRING}),
-        "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
+        "input_image": request_object({"image_url": NON_EMPTY}, {"detail": STRING}),
         "input_file": OBJECT,
     },
     allow_others=True,
@@ -1557,17 +1555,14 @@ class ToolName:
         return f"{self.namespace}__{self.name}" if self.namespace else self.name
 
 
-def flat_tools(tools: Iterable[JSONObject]) -> Iterator[tuple[ToolName, JSONObject]]:
+def flat_tools(tools: Iterable[JSONObject], namespace: str | None = None) -> Iterator[tuple[ToolName, JSONObject]]:
     """Yield the tools, and those of namespaces, with their names."""
     for tool in tools:
-        namespace = None
-        members = [tool]
-        if tool["type"] == "namespace":
-            namespace = tool["name"]
-            members = tool["tools"]
-        for member in members:
-            kind = member["type"]
-            yield ToolName(str(member.get("name") or kind), namespace, kind), member
+        kind = tool["type"]
+        if kind == "namespace" and namespace is None:
+            yield from flat_tools(tool["tools"], tool["name"])
+        else:
+            yield ToolName(str(tool.get("name") or kind), namespace, kind), tool
 
 
 def function_name(item: JSONObject) -> str:
@@ -1706,13 +1701,12 @@ def as_part(part: JSONObject) -> JSONObject | None:
         return {"type": "text", "text": part["text"]}
     if kind == "refusal":
         return part
+    fields = {name: value for name, value in part.items() if value and name != "type"}
     if kind == "input_image":
-        image = {"url": part["image_url"]}
-        if part.get("detail"):
-            image["detail"] = part["detail"]
-        return {"type": "image_url", "image_url": image}
+        fields["url"] = fields.pop("image_url")
+        return {"type": "image_url", "image_url": fields}
     if kind == "input_file":
-        return {"type": "file", "file": {name: value for name, value in part.items() if value and name != "type"}}
+        return {"type": "file", "file": fields}
     return None
 
 
@@ -1804,6 +1798,7 @@ class ResponsesRequest:
 
     def __init__(self, body: JSONObject) -> None:
         self.body = body
+        self.is_compaction = False  # the response repeats the users' messages before the summary
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
@@ -1823,7 +1818,7 @@ class ResponsesRequest:
         tools: Iterable[JSONObject],
         find_items: Callable[[str], Mapping[str, JSONObject]],
     ) -> ChatRequest:
-        """Convert to a chat request without `user`, which opens no session.
+        """Convert to a chat request.
 
         system, tools: of previous responses; find_items: returns the items of a stored response by their ids.
         Raises APIError 400 in the terms of chat requests; see `translate_error`.
@@ -1847,8 +1842,7 @@ class ResponsesRequest:
             self._add_form(fields, self._read_tools([*(body.get("tools") or ()), *tools, *self.reader.tools]))
         else:
             raise bad_request("'input' has no message.", "input")
-        given = {name: value for name, value in fields.items() if value is not None}
-        return replace(ChatRequest.of(given), user=None)
+        return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
 
     def _add_form(self, fields: JSONObject, tools: list[JSONObject]) -> None:
         """Add the fields for the form of the answer and for tools."""
@@ -2110,7 +2104,11 @@ class ResponseWriter:
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         *_, last = self._events(deltas)
-        return dump_json(last["response"])
+        response = last["response"]
+        if self._request.is_compaction:
+            response["object"] = "response.compaction"
+            response["output"][:0] = self._user_messages()
+        return dump_json(response)
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         return map(write_event, self._events(deltas), itertools.count())
@@ -2229,6 +2227,19 @@ class ResponseWriter:
         self._items.append(item)
         return item
 
+    def _user_messages(self) -> Iterator[JSONObject]:
+        """Yield the users' messages of the conversation as items, without earlier summaries."""
+        for message in itertools.chain(*self.history, self._request.messages):
+            text = text_of(message)
+            if message["role"] == "user" and text and not text.startswith(SUMMARY):
+                yield {
+                    "id": f"msg_{random_hex()}",
+                    "type": "message",
+                    "role": "user",
+                    "status": "completed",
+                    "content": [{"type": "input_text", "text": text}],
+                }
+
     def _with_ignored(self, headers: Headers) -> Headers:
         names = sorted(self._request.reader.ignored)
         if not names:
@@ -2260,24 +2271,6 @@ class ResponseWriter:
             response[name] = default if value is None else value
         response["tools"] = list(map(echoed_tool, response["tools"]))
         return response
-
-
-class CompactionWriter(ResponseWriter):
-    """A writer of a compacted conversation: the users' messages, and the item with the summary."""
-
-    def json(self, deltas: Iterable[Delta]) -> bytes:
-        *_, last = self._events(deltas)
-        response = last["response"]
-        output = []
-        for message in itertools.chain(*self.history, self._request.messages):
-            text = text_of(message)
-            if message["role"] == "user" and text and not text.startswith(SUMMARY):
-                output.append({
-                    "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
-                    "content": [{"type": "input_text", "text": text}],
-                })
-        output += response["output"]
-        return dump_json({**response, "object": "response.compaction", "output": output})
 
 
 def response_usage(usage: Any) -> JSONObject:
@@ -6381,17 +6374,17 @@ class App:
         return self._complete_in_session(request, TextCompletion(request.include_usage))
 
     def create_response(self) -> bytes:
-        return self._respond(ResponsesRequest.parse(self._body()), ResponseWriter)
+        return self._respond(ResponsesRequest.parse(self._body()))
 
     def compact_response(self) -> bytes:
         asked = ResponsesRequest.parse(self._body())
-        asked.reader.compacts = True
+        asked.is_compaction = asked.reader.compacts = True
         asked.body["stream"] = asked.body["store"] = False
-        return self._respond(asked, CompactionWriter)
+        return self._respond(asked)
 
-    def _respond(self, asked: ResponsesRequest, make_writer: type[ResponseWriter]) -> bytes:
+    def _respond(self, asked: ResponsesRequest) -> bytes:
         stats = AnswerStats()
-        writer = make_writer(asked)
+        writer = ResponseWriter(asked)
 
         def open_conversation() -> Conversation:
             previous = self._previous_response(asked.body.get("previous_response_id"))
