@@ -153,22 +153,26 @@ def split_commas(text: str) -> list[str]:
     return list(filter(None, map(str.strip, text.split(","))))
 
 
-def comma_separated(pattern: str, accepts: str) -> SettingType:
-    entry = matching(pattern, accepts)
+def match_entries(pattern: str, text: str) -> Iterator[re.Match[str]]:
+    """Match the entries of a list that is separated by commas. Raises ValueError."""
+    for entry in split_commas(text):
+        found = re.fullmatch(pattern, entry, re.A)
+        if not found:
+            raise ValueError
+        yield found
 
+
+def comma_separated(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> tuple[str, ...]:
-        return tuple(map(entry.parse, split_commas(text)))
+        return tuple(found[0] for found in match_entries(pattern, text))
 
     return SettingType(f"{accepts}; several are separated by commas", parse)
 
 
 def parse_model_table(text: str) -> dict[str, str]:
     table = {}
-    for entry in split_commas(text):
-        model, _, upstream_name = map(str.strip, entry.partition("="))
-        if not (model and upstream_name):
-            raise ValueError
-        table[model] = upstream_name
+    for found in match_entries(r"([^=]*[^=\s])\s*=\s*(\S.*)", text):
+        table[found[1]] = found[2]
     if not table:
         raise ValueError
     return {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
@@ -189,10 +193,8 @@ class ClientKey:
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     keys: dict[str, ClientKey] = {}
-    for entry in split_commas(text):
-        found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
-        if not found or entry.endswith(":"):  # a name whose key is missing must not become a key
-            raise ValueError
+    # A name whose key is missing must not become a key
+    for found in match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text):
         client = ClientKey(found[2], found[1])
         if keys.setdefault(client.key, client) != client:  # only the first would have its limits
             raise SettingError("API_MASTER_KEY: the same key is listed under two names")
@@ -202,11 +204,12 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
 def parse_limits(text: str, low: int = 0, high: int = 10**15, default: int = 0) -> dict[str, int]:
     """Return limits by key name; the limit of "" is for all other keys."""
     limits: dict[str, int] = {}
-    for entry in split_commas(text):
-        name, equals, limit = map(str.strip, entry.rpartition("="))
-        if name in limits or (equals and not name) or not low <= int(limit) <= high:
+    for found in match_entries(r"(?:(\S.*?)\s*=\s*)?(\d+)", text):
+        name = found[1] or ""
+        limit = int(found[2])
+        if name in limits or not low <= limit <= high:
             raise ValueError
-        limits[name] = int(limit)
+        limits[name] = limit
     return {"": default, **limits}
 
 
@@ -426,15 +429,13 @@ class Settings:
 
     def resolve(self, model: str) -> tuple[str, str] | None:
         """Return (provider, upstream model) for a model id, or None if no provider serves it."""
-        name = self.models.get(model, model)
-        prefix, _, own_name = name.partition("/")
+        name = self.models.get(model)
+        prefix, _, own_name = (name or model).partition("/")
         if prefix in self.apis and own_name:
             return prefix, own_name
-        if model in self.models:
+        if name:
             return WEB_CHAT, name
-        if "*" in self.models:
-            return self.resolve("*")
-        return None
+        return None if model == "*" else self.resolve("*")
 
     def _check_models(self, setting_name: str, models: Iterable[str]) -> None:
         for model in models:
@@ -579,6 +580,7 @@ def finite(text: str) -> float:
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)  # or the rest of an invalid text
 SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # lone surrogates enter only as escapes
 LINE_SEPARATORS = {  # some clients split events at these characters
     "\x85": "\\u0085",
@@ -602,7 +604,7 @@ def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = sum(map(source.count, "{["))
     if brackets + source.count(",") > max_values:  # perhaps only inside of strings
-        outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+        outside = JSON_STRING.sub("", source)
         if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
     try:
@@ -859,8 +861,7 @@ def describe(schema: Schema) -> str:
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
     if "enum" in schema:
-        values = [str(value or json.dumps(value)) for value in schema["enum"]]
-        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
+        return " or ".join(str(value or json.dumps(value)) for value in schema["enum"])
     words = TYPES[schema["type"]][1]
     for keyword, bound in BOUNDS.items():
         if keyword in schema:
@@ -878,7 +879,8 @@ def describe(schema: Schema) -> str:
 # explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
-CONTENT_PART = request_object_by_type({"text": request_object({"text": STRING})}, allow_others=True)
+TEXT_PART = request_object({"text": STRING})
+CONTENT_PART = request_object_by_type({"text": TEXT_PART}, allow_others=True)
 TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
 MESSAGE = request_object(
     {"role": choice_of("system", "developer", "user", "assistant", "tool", "function")},
@@ -1377,7 +1379,8 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     message = dict(choice["delta"])
     calls = message.pop("tool_calls", ())
     content = message["content"]
-    message["content"] = None if content is None else ""
+    if content is not None:
+        message["content"] = ""
     first = Delta.of(message)
     first.chunk["model"] = delta.chunk["model"]
     first.headers = delta.headers
@@ -1484,7 +1487,6 @@ class TextCompletion(ChatCompletion):
 # Items of a conversation are converted to the messages of a chat.
 # ----------------------------------------------------------------------------------------------------------------------
 
-TEXT_PART = request_object({"text": STRING})
 INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
     {
         "input_text": TEXT_PART,
