@@ -1079,22 +1079,18 @@ def must_call(choice: Any) -> bool:
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
     """Append turns to the history. A turn that begins with a tool's result continues the turn of the tool call, or else
     the newest turn; the continued turn becomes the newest."""
-    whole = list(history)
-    for turn in turns:
-        if whole and turn[0]["role"] != "user":
-            turn = whole.pop(place_of_call(whole, turn[0])) + turn
-        whole.append(turn)
-    return tuple(whole)
-
-
-def place_of_call(turns: list[Turn], result: Message) -> int:
-    """Return the index of the turn in which the tool was called, else of the last turn."""
-    call_id = result.get("tool_call_id")
-    for index in reversed(range(len(turns))):
-        for message in turns[index]:
-            if call_id and any(call.get("id") == call_id for call in message.get("tool_calls") or ()):
-                return index
-    return len(turns) - 1
+    joined: list[Turn] = []
+    callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
+    for turn in itertools.chain(history, turns):
+        if joined and turn[0]["role"] != "user":
+            index = callers.get(turn[0].get("tool_call_id"), -1)
+            turn = joined[index] + turn
+            joined[index] = ()
+        for message in turn:
+            for call in message.get("tool_calls") or ():
+                callers[call.get("id")] = len(joined)
+        joined.append(turn)
+    return tuple(filter(None, joined))
 
 
 def is_system(message: Message) -> bool:
@@ -1418,8 +1414,8 @@ class ChatCompletion:
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         """Return the answer, which is one delta, as one object."""
-        *_, whole = deltas
-        self._note(whole)
+        [whole] = deltas
+        self.headers = whole.headers
         completion = whole.chunk
         self._head["object"] = "chat.completion"
         for choice in completion["choices"]:
@@ -1431,7 +1427,10 @@ class ChatCompletion:
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         """Yield server-sent events, and [DONE] at the end."""
         for delta in deltas:
-            self._note(delta)
+            if delta.headers:
+                self.headers = delta.headers
+            if "model" in delta.chunk:
+                self._head["model"] = delta.chunk["model"]
             chunk = self._with_head(delta.chunk)
             if self._include_usage:
                 chunk.setdefault("usage", None)
@@ -1443,12 +1442,6 @@ class ChatCompletion:
     def failure(self, error: APIError, sent: int) -> bytes:
         """Return the event that ends a stream. No [DONE] follows: a partial answer must not look complete."""
         return b"data: " + dump_json(error.body()) + b"\n\n"
-
-    def _note(self, delta: Delta) -> None:
-        if delta.headers:
-            self.headers = delta.headers
-        if "model" in delta.chunk:
-            self._head["model"] = delta.chunk["model"]
 
     def _with_head(self, fields: JSONObject) -> JSONObject:
         """Add our fields. They come first for readers, and override the upstream's."""
@@ -1834,26 +1827,26 @@ class ResponsesRequest:
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
         messages += self.messages
-        fields = {name: body.get(name) for name in SAME_IN_CHATS}
-        fields["messages"] = messages
-        fields["max_tokens"] = body.get("max_output_tokens")
-        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
+        text = body.get("text") or {}
+        fields = {
+            "messages": messages,
+            "max_tokens": body.get("max_output_tokens"),
+            "reasoning_effort": (body.get("reasoning") or {}).get("effort"),
+            "response_format": as_response_format(text.get("format") or {"type": "text"}),
+            "verbosity": text.get("verbosity"),
+            "tools": self._read_tools([*(body.get("tools") or ()), *tools, *self.reader.tools]),
+            "tool_choice": as_tool_choice(body.get("tool_choice")),
+            "parallel_tool_calls": body.get("parallel_tool_calls"),
+        }
+        for name in SAME_IN_CHATS:
+            fields[name] = body.get(name)
         if self.reader.compacts:
+            fields = without(
+                fields, "response_format", "verbosity", "tools", "tool_choice", "parallel_tool_calls")
             messages.append({"role": "user", "content": COMPACT})
-        elif self.messages:
-            self._add_form(fields, self._read_tools([*(body.get("tools") or ()), *tools, *self.reader.tools]))
-        else:
+        elif not self.messages:
             raise bad_request("'input' has no message.", "input")
         return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
-
-    def _add_form(self, fields: JSONObject, tools: list[JSONObject]) -> None:
-        """Add the fields for the form of the answer and for tools."""
-        text = self.body.get("text") or {}
-        fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
-        fields["verbosity"] = text.get("verbosity")
-        fields["tool_choice"] = as_tool_choice(self.body.get("tool_choice"))
-        fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
-        fields["tools"] = tools
 
     def _read_tools(self, tools: Iterable[JSONObject]) -> list[JSONObject]:
         """Return the tools in the form of chat requests. Of tools with the same name, only the first counts: an error
