@@ -192,13 +192,9 @@ class ClientKey:
 
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
-    keys: dict[str, ClientKey] = {}
     # A name whose key is missing must not become a key
-    for found in match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text):
-        client = ClientKey(found[2], found[1])
-        if keys.setdefault(client.key, client) != client:  # only the first would have its limits
-            raise SettingError("API_MASTER_KEY: the same key is listed under two names")
-    return tuple(keys.values())
+    entries = match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text)
+    return tuple(ClientKey(found[2], found[1]) for found in entries)
 
 
 def parse_limits(text: str, low: int = 0, high: int = 10**15, default: int = 0) -> dict[str, int]:
@@ -449,7 +445,7 @@ def is_loopback(host: str | None) -> bool:
     """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
     # RFC 6761 keeps the whole domain on this machine
-    if host == "localhost" or host.endswith(".localhost"):
+    if re.fullmatch(r"(.*\.)?localhost", host):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -649,14 +645,12 @@ def parse_upstream_object(
 def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
     """Return the replacement of an escape in one JSON text of a stream. The first half of a pair moves from the end of
     a text to the next text that begins with a second half."""
-    if found["kept"]:
-        return found["kept"]
     if found["first"] and halves is not None:
         halves.append(found["first"])
         return ""
     if found["second"] and halves:
         return halves.pop() + found["second"]
-    return r"\ufffd"
+    return found["kept"] or r"\ufffd"
 
 
 def dump_json(value: Any) -> bytes:
@@ -771,6 +765,7 @@ BOUNDS = {  # keywords, and their descriptions
     "maxItems": "of at most {}",
     "maxLength": "of at most {} characters",
     "maxProperties": "of at most {} fields",
+    "propertyNames": "with names of at most {0[maxLength]} characters",
 }
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
@@ -866,8 +861,6 @@ def describe(schema: Schema) -> str:
     for keyword, bound in BOUNDS.items():
         if keyword in schema:
             words += f" {bound.format(schema[keyword])}"
-    if "propertyNames" in schema:
-        words += f" with names of at most {schema['propertyNames']['maxLength']} characters"
     return words
 
 
@@ -1245,7 +1238,7 @@ class Fold:
         for choice in self.choices.values():
             delta = plain_value(choice["delta"])
             for name in ("content", "refusal"):
-                yield str(delta.get(name) or "")
+                yield delta.get(name) or ""
             yield reasoning_text(delta)
             for call in delta.get("tool_calls") or ():
                 yield from (call.get("function") or call["custom"]).values()
@@ -1491,8 +1484,11 @@ INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
     },
     allow_others=True,
 )))
-TOOL_SEARCH = request_object({}, {"description": STRING, "parameters": OBJECT})
-FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": TOOL_SEARCH}
+FUNCTIONS = {
+    "function": FUNCTION,
+    "custom": FUNCTION,
+    "tool_search": request_object({}, {"description": STRING, "parameters": OBJECT}),
+}
 NAMESPACE = request_object({
     "name": NON_EMPTY,
     "tools": array(request_object_by_type(FUNCTIONS, allow_others=True)),
@@ -1832,7 +1828,7 @@ class ResponsesRequest:
             "messages": messages,
             "max_tokens": body.get("max_output_tokens"),
             "reasoning_effort": (body.get("reasoning") or {}).get("effort"),
-            "response_format": as_response_format(text.get("format") or {"type": "text"}),
+            "response_format": as_response_format(text.get("format")),
             "verbosity": text.get("verbosity"),
             "tools": self._read_tools([*(body.get("tools") or ()), *tools, *self.reader.tools]),
             "tool_choice": as_tool_choice(body.get("tool_choice")),
@@ -1876,16 +1872,14 @@ def resolve_references(
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
     items_of = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
-    known: set[str] = set()
+    known: set[str] = set()  # once only: a small request could repeat a large item many times
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            # Only once: a small request could repeat a large item many times
-            found = None if id in known else items_of(response_of(id)).get(id)
-            if found is None:
+            item = items_of(response_of(id)).get(id, {})
+            if id in known or not item:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
             known.add(id)
-            item = found
         yield item
 
 
@@ -1898,10 +1892,12 @@ def as_tool_choice(choice: Any) -> Any:
     return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
 
 
-def as_response_format(form: JSONObject) -> JSONObject | None:
-    if form["type"] == "json_schema":
-        return {"type": "json_schema", "json_schema": {"name": "answer", **without(form, "type")}}
-    return form if form["type"] == "json_object" else None
+def as_response_format(form: JSONObject | None) -> JSONObject | None:
+    if not form or form["type"] == "text":
+        return None
+    if form["type"] == "json_object":
+        return form
+    return {"type": "json_schema", "json_schema": {"name": "answer", **without(form, "type")}}
 
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
@@ -2237,10 +2233,10 @@ class ResponseWriter:
 
     def _with_ignored(self, headers: Headers) -> Headers:
         names = sorted(self._request.reader.ignored)
-        if not names:
-            return headers
-        names += filter(None, [headers.get("X-Kimi2api-Ignored")])
-        return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
+        if names:
+            names.append(headers.get("X-Kimi2api-Ignored", ""))
+            headers = {**headers, "X-Kimi2api-Ignored": ", ".join(filter(None, names))[:1000]}
+        return headers
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
         """Return the Response object with the effective settings of the request."""
