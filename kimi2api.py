@@ -127,7 +127,12 @@ class SettingType:
     parse: Callable[[str], Any]  # raises ValueError
 
 
-def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> SettingType:
+def number(
+    low: float,
+    high: float,
+    parse: Callable[[str], float] = float,
+    name: str = "a number",
+) -> SettingType:
     def parse_within(text: str) -> float:
         value = parse(text)
         if not low <= value <= high:  # NaN is refused too
@@ -173,8 +178,6 @@ def parse_model_table(text: str) -> dict[str, str]:
     table = {}
     for found in match_entries(r"([^=]*[^=\s])\s*=\s*(\S.*)", text):
         table[found[1]] = found[2]
-    if not table:
-        raise ValueError
     return {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
 
 
@@ -231,7 +234,9 @@ def parse_store(text: str) -> str:
 TEXT = SettingType("any text", str)
 URL = SettingType("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-LIMITS = SettingType("a whole number, and name=number for named keys, separated by commas", parse_limits)
+LIMITS = SettingType(
+    "a whole number, and name=number for named keys, separated by commas",
+    parse_limits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -535,7 +540,9 @@ class APIError(Exception):
     @property
     def may_fall_back(self) -> bool:
         """Return whether another upstream may succeed: this upstream failed, wants money, or has too little room."""
-        return self.status >= 500 or self.status in (402, 403, 429) or self.code == "context_length_exceeded"
+        if self.code == "context_length_exceeded":
+            return True
+        return self.status >= 500 or self.status in (402, 403, 429)
 
     def body(self) -> JSONObject:
         return {"error": {
@@ -836,7 +843,9 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
             return False
         if keyword.startswith("max") and size_of(value) > bound:
             return False
-    return "propertyNames" not in schema or all(len(name) <= schema["propertyNames"]["maxLength"] for name in value)
+    if "propertyNames" in schema:
+        return max(map(len, value), default=0) <= schema["propertyNames"]["maxLength"]
+    return True
 
 
 def is_of_type(value: Any, name: str) -> bool:
@@ -874,7 +883,8 @@ def describe(schema: Schema) -> str:
 
 TEXT_PART = request_object({"text": STRING})
 CONTENT_PART = request_object_by_type({"text": TEXT_PART}, allow_others=True)
-TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
+CALLED_FUNCTION = request_object({"name": STRING, "arguments": STRING})
+TOOL_CALL = request_object({"function": CALLED_FUNCTION}, {"id": STRING})
 MESSAGE = request_object(
     {"role": choice_of("system", "developer", "user", "assistant", "tool", "function")},
     {
@@ -1127,7 +1137,10 @@ class Delta:
     @property
     def has_content(self) -> bool:
         """Return whether the delta has anything except the role."""
-        return self.is_final or any(any(without(choice["delta"], "role").values()) for choice in self.chunk["choices"])
+        for choice in self.chunk["choices"]:
+            if any(without(choice["delta"], "role").values()):
+                return True
+        return self.is_final
 
 
 class IndexedList(dict[int, Any]):
@@ -1622,7 +1635,11 @@ class ItemReader:
             arguments = {"input": arguments}
         if kind != "function_call":
             arguments = dump_json(arguments).decode()
-        return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "id": self._last_call,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
 
     def _read_result(self, item: JSONObject, kind: str) -> Message:
         content = item.get("output")
@@ -1633,7 +1650,11 @@ class ItemReader:
             content = as_content(self._read_parts(content))
         elif not isinstance(content, str):
             content = dump_json(content).decode()
-        return {"role": "tool", "tool_call_id": item.get("call_id") or self._last_call, "content": content}
+        return {
+            "role": "tool",
+            "tool_call_id": item.get("call_id") or self._last_call,
+            "content": content,
+        }
 
     def _read_parts(self, content: Any) -> list[JSONObject]:
         """Convert content to parts that chats have, without empty texts."""
@@ -1733,7 +1754,11 @@ CHOSEN_TOOLS = request_object_by_type({
         "tools": array(request_object_by_type(CHOSEN_FUNCTIONS, allow_others=True)),
     }),
 })
-TEXT_FORMAT = request_object_by_type({"text": OBJECT, "json_object": OBJECT, "json_schema": JSON_SCHEMA})
+TEXT_FORMAT = request_object_by_type({
+    "text": OBJECT,
+    "json_object": OBJECT,
+    "json_schema": JSON_SCHEMA,
+})
 METADATA = {  # as OpenAI bounds it
     "type": "object",
     "maxProperties": 16,
@@ -1955,30 +1980,61 @@ class ItemKind:
 
 MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
 REASONING_KIND = ItemKind(
-    "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
+    "rs",
+    {"type": "reasoning", "summary": [], "content": []},
+    "reasoning_text",
+    "text",
     {"type": "reasoning_text", "text": ""})
 SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing else
-    "rs", {"type": "reasoning", "summary": []}, "reasoning_summary_text", "text",
-    {"type": "summary_text", "text": ""}, "summary", "reasoning_summary_part")
+    "rs",
+    {"type": "reasoning", "summary": []},
+    "reasoning_summary_text",
+    "text",
+    {"type": "summary_text", "text": ""},
+    "summary",
+    "reasoning_summary_part")
 COMPACTION = ItemKind(
-    "cmp", {"type": "compaction", "encrypted_content": ""}, "", "encrypted_content",
-    finish=lambda text: encoded({"summary": text}), is_streamed=False)
+    "cmp",
+    {"type": "compaction", "encrypted_content": ""},
+    "",
+    "encrypted_content",
+    finish=lambda text: encoded({"summary": text}),
+    is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
     "content": ItemKind(
-        "msg", MESSAGE_FIELDS, "output_text", "text",
+        "msg",
+        MESSAGE_FIELDS,
+        "output_text",
+        "text",
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
-    "refusal": ItemKind("msg", MESSAGE_FIELDS, "refusal", "refusal", {"type": "refusal", "refusal": ""}),
+    "refusal": ItemKind(
+        "msg",
+        MESSAGE_FIELDS,
+        "refusal",
+        "refusal",
+        {"type": "refusal", "refusal": ""}),
 }
 CALL_KINDS = {
     "function": ItemKind(
-        "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
+        "fc",
+        {"type": "function_call", "arguments": ""},
+        "function_call_arguments",
+        "arguments",
         finish=lambda arguments: arguments or "{}"),  # some APIs leave empty arguments out
     "custom": ItemKind(
-        "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
-        finish=custom_input, is_streamed=False),
+        "ctc",
+        {"type": "custom_tool_call", "input": ""},
+        "custom_tool_call_input",
+        "input",
+        finish=custom_input,
+        is_streamed=False),
     "tool_search": ItemKind(
-        "tsc", {"type": "tool_search_call", "execution": "client", "arguments": {}}, "", "arguments",
-        finish=lambda arguments: parse_upstream_object(arguments.encode()) or {}, is_streamed=False),
+        "tsc",
+        {"type": "tool_search_call", "execution": "client", "arguments": {}},
+        "",
+        "arguments",
+        finish=lambda arguments: parse_upstream_object(arguments.encode()) or {},
+        is_streamed=False),
 }
 
 
@@ -2005,7 +2061,9 @@ class OutputItem:
 
     def may_end(self) -> bool:
         """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
-        return self.kind.part is not None or parse_upstream_object("".join(self._pieces).encode()) is not None
+        if self.kind.part:
+            return True
+        return parse_upstream_object("".join(self._pieces).encode()) is not None
 
     def annotate(self, annotation: JSONObject) -> None:
         self._annotations.append(annotation)
@@ -2136,10 +2194,10 @@ class ResponseWriter:
         unfinished = UNFINISHED.search(finish_reason)
         if unfinished and unfinished["failed"]:
             status = "failed"
-            fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
+            fields["error"] = {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}
         elif unfinished:
             status = "incomplete"
-            fields = {"incomplete_details": {"reason": unfinished.lastgroup}}
+            fields["incomplete_details"] = {"reason": unfinished.lastgroup}
         for item in self._items:
             if not item.is_done:
                 item.end("incomplete" if fields else "completed")
@@ -2268,11 +2326,12 @@ def response_usage(usage: Any) -> JSONObject:
     """Convert an upstream's usage to the fields of this API."""
     count = partial(count_of, usage)
     cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
+    reasoning = count("completion_tokens_details", "reasoning_tokens")
     return {
         "input_tokens": count("prompt_tokens"),
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": count("completion_tokens"),
-        "output_tokens_details": {"reasoning_tokens": count("completion_tokens_details", "reasoning_tokens")},
+        "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": count("total_tokens"),
     }
 
