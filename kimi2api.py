@@ -127,7 +127,12 @@ class SettingType:
     parse: Callable[[str], Any]  # raises ValueError
 
 
-def number(low: float, high: float, parse: Callable[[str], float] = float, name: str = "a number") -> SettingType:
+def number(
+    low: float,
+    high: float,
+    parse: Callable[[str], float] = float,
+    name: str = "a number",
+) -> SettingType:
     def parse_within(text: str) -> float:
         value = parse(text)
         if not low <= value <= high:  # NaN is refused too
@@ -153,24 +158,26 @@ def split_commas(text: str) -> list[str]:
     return list(filter(None, map(str.strip, text.split(","))))
 
 
-def comma_separated(pattern: str, accepts: str) -> SettingType:
-    entry = matching(pattern, accepts)
+def match_entries(pattern: str, text: str) -> Iterator[re.Match[str]]:
+    """Match the entries of a list that is separated by commas. Raises ValueError."""
+    for entry in split_commas(text):
+        found = re.fullmatch(pattern, entry, re.A)
+        if not found:
+            raise ValueError
+        yield found
 
+
+def comma_separated(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> tuple[str, ...]:
-        return tuple(map(entry.parse, split_commas(text)))
+        return tuple(found[0] for found in match_entries(pattern, text))
 
     return SettingType(f"{accepts}; several are separated by commas", parse)
 
 
 def parse_model_table(text: str) -> dict[str, str]:
     table = {}
-    for entry in split_commas(text):
-        model, _, upstream_name = map(str.strip, entry.partition("="))
-        if not (model and upstream_name):
-            raise ValueError
-        table[model] = upstream_name
-    if not table:
-        raise ValueError
+    for found in match_entries(r"([^=]*[^=\s])\s*=\s*(\S.*)", text):
+        table[found[1]] = found[2]
     return {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
 
 
@@ -188,25 +195,20 @@ class ClientKey:
 
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
-    keys: dict[str, ClientKey] = {}
-    for entry in split_commas(text):
-        found = re.fullmatch(r"(?:([\w.-]+):)?([!-~]+)", entry, re.A)
-        if not found or entry.endswith(":"):  # a name whose key is missing must not become a key
-            raise ValueError
-        client = ClientKey(found[2], found[1])
-        if keys.setdefault(client.key, client) != client:  # only the first would have its limits
-            raise SettingError("API_MASTER_KEY: the same key is listed under two names")
-    return tuple(keys.values())
+    # A name whose key is missing must not become a key
+    entries = match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text)
+    return tuple(ClientKey(found[2], found[1]) for found in entries)
 
 
-def parse_limits(text: str, default: int = 0) -> dict[str, int]:
+def parse_limits(text: str, low: int = 0, high: int = 10**15, default: int = 0) -> dict[str, int]:
     """Return limits by key name; the limit of "" is for all other keys."""
     limits: dict[str, int] = {}
-    for entry in split_commas(text):
-        name, equals, limit = map(str.strip, entry.rpartition("="))
-        if name in limits or (equals and not name) or not re.fullmatch(r"\d{1,15}", limit, re.A):
+    for found in match_entries(r"(?:(\S.*?)\s*=\s*)?(\d+)", text):
+        name = found[1] or ""
+        limit = int(found[2])
+        if name in limits or not low <= limit <= high:
             raise ValueError
-        limits[name] = int(limit)
+        limits[name] = limit
     return {"": default, **limits}
 
 
@@ -215,14 +217,6 @@ def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
     if parts.scheme not in schemes or not parts.hostname or parts.port == 0:
         raise ValueError
     return text
-
-
-def parse_slots(text: str) -> dict[str, int]:
-    """Return the number of concurrent chats of all keys, by the name "", and of named keys."""
-    slots = parse_limits(text, default=64)
-    if not all(1 <= count <= 4096 for count in slots.values()):
-        raise ValueError
-    return slots
 
 
 def without_credentials(url: str) -> str:
@@ -240,7 +234,9 @@ def parse_store(text: str) -> str:
 TEXT = SettingType("any text", str)
 URL = SettingType("an http:// or https:// address", parse_url)
 ASCII_KEY = matching("[!-~]*", "printable ASCII without spaces")
-LIMITS = SettingType("a whole number, and name=number for named keys, separated by commas", parse_limits)
+LIMITS = SettingType(
+    "a whole number, and name=number for named keys, separated by commas",
+    parse_limits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +281,9 @@ class Settings:
     max_concurrent_chats: dict[str, int] = setting(
         "64",
         "chats running at once; one more is answered 429. `64,ann=4` also bounds a named key",
-        SettingType("a whole number from 1 to 4096, and name=number for named keys", parse_slots))
+        SettingType(
+            "a whole number from 1 to 4096, and name=number for named keys",
+            partial(parse_limits, low=1, high=4096, default=64)))
     session_cache_ttl: float = setting(
         "3600",
         "seconds a session lives after its last turn",
@@ -420,8 +418,10 @@ class Settings:
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
         settings._check_models("FALLBACK_MODELS", settings.fallback_models)
-        for name in ("max_concurrent_chats", "requests_per_minute", "tokens_per_day"):
-            settings._check_names(name.upper(), values[name])
+        names = {"", *(client.name for client in settings.api_master_key)}
+        for setting_name in ("max_concurrent_chats", "requests_per_minute", "tokens_per_day"):
+            for name in values[setting_name].keys() - names:
+                raise SettingError(f"{setting_name.upper()}: {name!r} is not the name of a key in API_MASTER_KEY")
         return settings
 
     @classmethod
@@ -430,15 +430,13 @@ class Settings:
 
     def resolve(self, model: str) -> tuple[str, str] | None:
         """Return (provider, upstream model) for a model id, or None if no provider serves it."""
-        name = self.models.get(model, model)
-        prefix, _, own_name = name.partition("/")
+        name = self.models.get(model)
+        prefix, _, own_name = (name or model).partition("/")
         if prefix in self.apis and own_name:
             return prefix, own_name
-        if model in self.models:
+        if name:
             return WEB_CHAT, name
-        if "*" in self.models:
-            return self.resolve("*")
-        return None
+        return None if model == "*" else self.resolve("*")
 
     def _check_models(self, setting_name: str, models: Iterable[str]) -> None:
         for model in models:
@@ -447,18 +445,12 @@ class Settings:
                     f"{setting_name}: {model!r} is neither in MODELS ({', '.join(self.models)}) nor a model of a "
                     f"configured API ({', '.join(self.apis) or 'none'})")
 
-    def _check_names(self, setting_name: str, limits: Mapping[str, int]) -> None:
-        names = {client.name for client in self.api_master_key}
-        for name in limits:
-            if name and name not in names:
-                raise SettingError(f"{setting_name}: {name!r} is not the name of a key in API_MASTER_KEY")
-
 
 def is_loopback(host: str | None) -> bool:
     """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
     # RFC 6761 keeps the whole domain on this machine
-    if host == "localhost" or host.endswith(".localhost"):
+    if re.fullmatch(r"(.*\.)?localhost", host):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -548,7 +540,9 @@ class APIError(Exception):
     @property
     def may_fall_back(self) -> bool:
         """Return whether another upstream may succeed: this upstream failed, wants money, or has too little room."""
-        return self.status >= 500 or self.status in (402, 403, 429) or self.code == "context_length_exceeded"
+        if self.code == "context_length_exceeded":
+            return True
+        return self.status >= 500 or self.status in (402, 403, 429)
 
     def body(self) -> JSONObject:
         return {"error": {
@@ -589,14 +583,20 @@ def finite(text: str) -> float:
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)  # or the rest of an invalid text
 SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # lone surrogates enter only as escapes
 LINE_SEPARATORS = {  # some clients split events at these characters
     "\x85": "\\u0085",
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-
-Halves = dict[tuple[Any, ...], str]  # the first halves of surrogate pairs, by the path of their text
+# Escapes in a JSON text: a backslash, or a pair; half of a pair that ends a text, or begins one; any other half
+SURROGATES = re.compile(r"""
+    (?P<kept> \\\\ | \\u(?i:d[89ab][0-9a-f]{2}) \\u(?i:d[c-f][0-9a-f]{2}) )
+    | (?P<first> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
+    | (?P<second> (?<=") \\u(?i:d[c-f][0-9a-f]{2}) )
+    | \\u(?i:d[89a-f][0-9a-f]{2})
+    """, re.X)
 
 MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
 # In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
@@ -607,7 +607,7 @@ def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = sum(map(source.count, "{["))
     if brackets + source.count(",") > max_values:  # perhaps only inside of strings
-        outside = "".join(source.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+        outside = JSON_STRING.sub("", source)
         if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
     try:
@@ -630,53 +630,34 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
             check_depth(inner, max_depth - 1)
 
 
-def parse_upstream_json(data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None) -> Any:
-    """Parse an upstream's JSON, and replace what cannot be encoded as UTF-8 by U+FFFD. Raises ValueError.
+def parse_upstream_object(
+    data: bytes, max_values: int = MAX_VALUES, halves: list[str] | None = None,
+) -> JSONObject | None:
+    """Parse an upstream's JSON object, or a list of one. Return None for anything else.
 
-    halves: of surrogate pairs that the documents of a stream divide.
+    U+FFFD replaces what cannot be encoded as UTF-8. halves: first halves of surrogate pairs that a stream divides.
     """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
-    value = parse_json(source, max_values)
-    if halves or SURROGATE_ESCAPE.search(source):
-        value = without_surrogates(value, halves)
-    return value
-
-
-def without_surrogates(value: Any, halves: Halves | None, path: tuple[Any, ...] = ()) -> Any:
-    """Replace lone surrogates, but move the first half of a pair from the end of a text to the next text with the same
-    path."""
-    if isinstance(value, dict):
-        return {
-            replace_lone_surrogates(name): without_surrogates(inner, halves, (*path, name))
-            for name, inner in value.items()}
-    if isinstance(value, list):
-        joined = []
-        for position, inner in enumerate(value):
-            index = inner.get("index") if isinstance(inner, dict) else None  # of a choice or a call
-            inner_path = (*path, position if index is None else str(index))
-            joined.append(without_surrogates(inner, halves, inner_path))
-        return joined
-    if not isinstance(value, str):
-        return value
-    if halves is not None and value:
-        value = halves.pop(path, "") + value
-        if "\ud800" <= value[-1] <= "\udbff":
-            halves[path] = value[-1]
-            value = value[:-1]
-    return replace_lone_surrogates(value)
-
-
-def parse_upstream_object(
-    data: bytes, max_values: int = MAX_VALUES, halves: Halves | None = None,
-) -> JSONObject | None:
-    """Parse an upstream's JSON object, or a list of one. Return None for anything else."""
+    if SURROGATE_ESCAPE.search(source):
+        source = SURROGATES.sub(partial(replace_half, halves), source)
     try:
-        value = parse_upstream_json(data, max_values, halves)
+        value = parse_json(source, max_values)
         if isinstance(value, list):
             [value] = value  # Gemini's errors
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
+    """Return the replacement of an escape in one JSON text of a stream. The first half of a pair moves from the end of
+    a text to the next text that begins with a second half."""
+    if found["first"] and halves is not None:
+        halves.append(found["first"])
+        return ""
+    if found["second"] and halves:
+        return halves.pop() + found["second"]
+    return found["kept"] or r"\ufffd"
 
 
 def dump_json(value: Any) -> bytes:
@@ -747,15 +728,14 @@ def choice_of(*values: str) -> Schema:
     return {"type": "string", "enum": list(values)}
 
 
-def object_of(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
-    properties = {**required, **(optional or {})}
-    return {"type": "object", "properties": properties, "required": sorted(required), **more}
+def object_of(fields: Schema) -> Schema:
+    return {"type": "object", "properties": fields, "required": sorted(fields)}
 
 
 def request_object(required: Schema, optional: Schema | None = None, **more: Any) -> Schema:
     """Return the schema of a request object. Optional fields also accept null, as on OpenAI's server."""
     nullable = {name: any_of(schema, NULL) for name, schema in (optional or {}).items()}
-    return object_of(required, nullable, **more)
+    return {**object_of(required), "properties": {**required, **nullable}, **more}
 
 
 def if_field(name: str, values: list[Any], then: Schema) -> Schema:
@@ -785,10 +765,14 @@ def request_object_by_type(
     return request_object(types, allOf=rules)
 
 
-MAXIMA = {  # with their units
-    "maxItems": "",
-    "maxLength": " characters",
-    "maxProperties": " fields",
+BOUNDS = {  # keywords, and their descriptions
+    "minimum": "of at least {}",
+    "minItems": "of at least {}",
+    "minLength": "that is not empty",
+    "maxItems": "of at most {}",
+    "maxLength": "of at most {} characters",
+    "maxProperties": "of at most {} fields",
+    "propertyNames": "with names of at most {0[maxLength]} characters",
 }
 TYPES: dict[str, tuple[Any, str]] = {
     "object": (dict, "an object"),
@@ -854,13 +838,14 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
         return False
     if "enum" in schema and value not in schema["enum"]:
         return False
-    for keyword in ("minimum", "minLength", "minItems"):
-        if keyword in schema and size_of(value) < schema[keyword]:
+    for keyword, bound in schema.items():
+        if keyword.startswith("min") and size_of(value) < bound:
             return False
-    for keyword in MAXIMA:
-        if keyword in schema and size_of(value) > schema[keyword]:
+        if keyword.startswith("max") and size_of(value) > bound:
             return False
-    return "propertyNames" not in schema or all(len(name) <= schema["propertyNames"]["maxLength"] for name in value)
+    if "propertyNames" in schema:
+        return max(map(len, value), default=0) <= schema["propertyNames"]["maxLength"]
+    return True
 
 
 def is_of_type(value: Any, name: str) -> bool:
@@ -880,19 +865,11 @@ def describe(schema: Schema) -> str:
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option is not NULL)
     if "enum" in schema:
-        values = [str(value or json.dumps(value)) for value in schema["enum"]]
-        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
+        return " or ".join(str(value or json.dumps(value)) for value in schema["enum"])
     words = TYPES[schema["type"]][1]
-    if "minLength" in schema:
-        words += " that is not empty"
-    for keyword in ("minimum", "minItems"):
+    for keyword, bound in BOUNDS.items():
         if keyword in schema:
-            words += f" of at least {schema[keyword]}"
-    for keyword, unit in MAXIMA.items():
-        if keyword in schema:
-            words += f" of at most {schema[keyword]}{unit}"
-    if "propertyNames" in schema:
-        words += f" with names of at most {schema['propertyNames']['maxLength']} characters"
+            words += f" {bound.format(schema[keyword])}"
     return words
 
 
@@ -904,8 +881,10 @@ def describe(schema: Schema) -> str:
 # explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
-CONTENT_PART = request_object_by_type({"text": request_object({"text": STRING})}, allow_others=True)
-TOOL_CALL = request_object({"function": request_object({"name": STRING, "arguments": STRING})}, {"id": STRING})
+TEXT_PART = request_object({"text": STRING})
+CONTENT_PART = request_object_by_type({"text": TEXT_PART}, allow_others=True)
+CALLED_FUNCTION = request_object({"name": STRING, "arguments": STRING})
+TOOL_CALL = request_object({"function": CALLED_FUNCTION}, {"id": STRING})
 MESSAGE = request_object(
     {"role": choice_of("system", "developer", "user", "assistant", "tool", "function")},
     {
@@ -1070,25 +1049,24 @@ def parse_body(raw: bytes, schema: Schema) -> JSONObject:
 
 
 def allowed_functions(body: JSONObject) -> list[JSONObject]:
-    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 for a choice not in 'tools'."""
-    functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
+    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 if it requires a call, and
+    'tools' has none of its tools."""
+    tools = body.get("tools")
+    functions = [tool["function"] for tool in tools or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
     if choice == "none":
         return []
-    if choice == "required" and not body.get("tools"):
-        raise bad_request("'tool_choice' is 'required', but there are no 'tools'.", "tool_choice")
-    if not isinstance(choice, dict):
-        return functions
-    path = "tool_choice.function.name"
-    tools = [choice]
-    if choice.get("type") == "allowed_tools":
-        path = "tool_choice.allowed_tools.tools"
-        tools = choice["allowed_tools"]["tools"]
-    names = {tool["function"]["name"] for tool in tools if names_function(tool)}
-    allowed = [function for function in functions if function["name"] in names]
-    if must_call(choice) and names and not allowed:
-        raise bad_request("'tool_choice' names no function that is in 'tools'.", path)
-    return allowed
+    if isinstance(choice, dict):
+        chosen = [choice]
+        if choice.get("type") == "allowed_tools":
+            chosen = choice["allowed_tools"]["tools"]
+        names = {tool["function"]["name"] for tool in chosen if names_function(tool)}
+        if not names:  # a tool of another type
+            return []
+        tools = functions = [function for function in functions if function["name"] in names]
+    if must_call(choice) and not tools:
+        raise bad_request("'tool_choice' requires a tool that is not in 'tools'.", "tool_choice")
+    return functions
 
 
 def names_function(choice: Any) -> TypeGuard[JSONObject]:
@@ -1104,22 +1082,18 @@ def must_call(choice: Any) -> bool:
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
     """Append turns to the history. A turn that begins with a tool's result continues the turn of the tool call, or else
     the newest turn; the continued turn becomes the newest."""
-    whole = list(history)
-    for turn in turns:
-        if whole and turn[0]["role"] != "user":
-            turn = whole.pop(place_of_call(whole, turn[0])) + turn
-        whole.append(turn)
-    return tuple(whole)
-
-
-def place_of_call(turns: list[Turn], result: Message) -> int:
-    """Return the index of the turn in which the tool was called, else of the last turn."""
-    call_id = result.get("tool_call_id")
-    for index in reversed(range(len(turns))):
-        for message in turns[index]:
-            if call_id and any(call.get("id") == call_id for call in message.get("tool_calls") or ()):
-                return index
-    return len(turns) - 1
+    joined: list[Turn] = []
+    callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
+    for turn in itertools.chain(history, turns):
+        if joined and turn[0]["role"] != "user":
+            index = callers.get(turn[0].get("tool_call_id"), -1)
+            turn = joined[index] + turn
+            joined[index] = ()
+        for message in turn:
+            for call in message.get("tool_calls") or ():
+                callers[call.get("id")] = len(joined)
+        joined.append(turn)
+    return tuple(filter(None, joined))
 
 
 def is_system(message: Message) -> bool:
@@ -1163,7 +1137,10 @@ class Delta:
     @property
     def has_content(self) -> bool:
         """Return whether the delta has anything except the role."""
-        return self.is_final or any(any(without(choice["delta"], "role").values()) for choice in self.chunk["choices"])
+        for choice in self.chunk["choices"]:
+            if any(without(choice["delta"], "role").values()):
+                return True
+        return self.is_final
 
 
 class IndexedList(dict[int, Any]):
@@ -1197,7 +1174,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
     """
     growing = GROWING.get(path, ())
     for name, value in part.items():
-        if value is None or value == "":
+        if value in (None, "", []):
             whole.setdefault(name, value)
         elif name in growing:
             whole[name] = grown(whole.get(name), value, name)
@@ -1206,7 +1183,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
             if type(known) is not dict:
                 known = whole[name] = {}
             merge(known, value, name)
-        elif value != [] or name not in whole:
+        else:
             whole[name] = value
 
 
@@ -1245,18 +1222,18 @@ class Fold:
     """The chunks of an answer, merged: for the JSON body, the session, the stored reasoning and estimates."""
 
     def __init__(self) -> None:
-        self._whole: JSONObject = {}
+        self._whole: JSONObject = {"choices": IndexedList(), "usage": None}
 
     def add(self, chunk: JSONObject) -> None:
         merge(self._whole, chunk)
 
     @property
     def choices(self) -> IndexedList:
-        return self._whole.get("choices") or IndexedList()
+        return self._whole["choices"]
 
     @property
     def usage(self) -> Any:
-        return self._whole.get("usage")
+        return self._whole["usage"]
 
     def replace_usage(self, usage: JSONObject) -> None:
         self._whole["usage"] = usage
@@ -1267,19 +1244,17 @@ class Fold:
 
     def message(self) -> Message:
         """Return the message of the first choice."""
-        return message_of(plain_value(self.choices.get(0, {"delta": {}})))
+        return message_of(self.choices.get(0, {"delta": {}}))
 
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
         for choice in self.choices.values():
             delta = plain_value(choice["delta"])
             for name in ("content", "refusal"):
-                yield str(delta.get(name) or "")
+                yield delta.get(name) or ""
             yield reasoning_text(delta)
             for call in delta.get("tool_calls") or ():
-                function = call.get("function") or {}
-                yield function.get("name") or ""
-                yield str(function.get("arguments") or "")
+                yield from (call.get("function") or call["custom"]).values()
 
 
 # Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
@@ -1297,19 +1272,18 @@ def reasoning_fields(message: JSONObject) -> JSONObject:
 
 def reasoning_text(message: JSONObject) -> str:
     """Return the reasoning in a message or a delta. If several fields contain it, return the first."""
-    for name in REASONING_FIELDS:
-        value = message.get(name)
+    for value in reasoning_fields(message).values():
         if isinstance(value, list):
             value = "".join(
                 str(entry.get("text") or entry.get("summary") or "") for entry in value if isinstance(entry, dict))
-        if value and isinstance(value, str):
+        if value:
             return value
     return ""
 
 
 def message_of(choice: JSONObject) -> Message:
     """Convert the merged delta of a choice to a message."""
-    message = {"role": "assistant", "content": None, "refusal": None, **choice["delta"]}
+    message = {"role": "assistant", "content": None, "refusal": None, **plain_value(choice["delta"])}
     for call in message.get("tool_calls") or ():
         call.pop("index", None)  # only merging needs it
     return message
@@ -1407,7 +1381,8 @@ def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     message = dict(choice["delta"])
     calls = message.pop("tool_calls", ())
     content = message["content"]
-    message["content"] = None if content is None else ""
+    if content is not None:
+        message["content"] = ""
     first = Delta.of(message)
     first.chunk["model"] = delta.chunk["model"]
     first.headers = delta.headers
@@ -1433,22 +1408,22 @@ class ChatCompletion:
     """
 
     id_prefix = "chatcmpl"
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
 
     def __init__(self, include_usage: bool) -> None:
         self.headers: Headers = {}  # for the response, known once the first delta is there
         self._head: JSONObject = {
-            "id": f"{self.id_prefix}-{random_hex()}", "created": int(time.time()), "object": self.chunk_kind,
+            "id": f"{self.id_prefix}-{random_hex()}",
+            "created": int(time.time()),
+            "object": "chat.completion.chunk",
         }
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         """Return the answer, which is one delta, as one object."""
-        *_, whole = deltas
-        self._note(whole)
+        [whole] = deltas
+        self.headers = whole.headers
         completion = whole.chunk
-        self._head["object"] = self.kind
+        self._head["object"] = "chat.completion"
         for choice in completion["choices"]:
             choice["message"] = message_of(choice)
             choice.setdefault("logprobs", None)
@@ -1458,7 +1433,10 @@ class ChatCompletion:
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         """Yield server-sent events, and [DONE] at the end."""
         for delta in deltas:
-            self._note(delta)
+            if delta.headers:
+                self.headers = delta.headers
+            if "model" in delta.chunk:
+                self._head["model"] = delta.chunk["model"]
             chunk = self._with_head(delta.chunk)
             if self._include_usage:
                 chunk.setdefault("usage", None)
@@ -1471,12 +1449,6 @@ class ChatCompletion:
         """Return the event that ends a stream. No [DONE] follows: a partial answer must not look complete."""
         return b"data: " + dump_json(error.body()) + b"\n\n"
 
-    def _note(self, delta: Delta) -> None:
-        if delta.headers:
-            self.headers = delta.headers
-        if "model" in delta.chunk:
-            self._head["model"] = delta.chunk["model"]
-
     def _with_head(self, fields: JSONObject) -> JSONObject:
         """Add our fields. They come first for readers, and override the upstream's."""
         return {**self._head, **fields, **self._head}
@@ -1486,8 +1458,6 @@ class TextCompletion(ChatCompletion):
     """A writer of one completion of the legacy API. The fields follow OpenAI's CreateCompletionResponse."""
 
     id_prefix = "cmpl"
-    kind = "text_completion"
-    chunk_kind = "text_completion"
 
     def _with_head(self, fields: JSONObject) -> JSONObject:
         choices = []
@@ -1499,7 +1469,7 @@ class TextCompletion(ChatCompletion):
                 "logprobs": None,
                 "finish_reason": choice["finish_reason"],
             })
-        return super()._with_head({**fields, "choices": choices})
+        return {**super()._with_head(fields), "object": "text_completion", "choices": choices}
 
 
 ########################################################################################################################
@@ -1516,23 +1486,22 @@ class TextCompletion(ChatCompletion):
 # Items of a conversation are converted to the messages of a chat.
 # ----------------------------------------------------------------------------------------------------------------------
 
-TEXT_PART = request_object({"text": STRING})
-FILE_FIELDS = {"file_data": STRING, "file_id": STRING, "filename": STRING}
 INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
     {
         "input_text": TEXT_PART,
         "output_text": TEXT_PART,
         "text": TEXT_PART,
         "refusal": request_object({"refusal": STRING}),
-        "input_image": request_object({"image_url": STRING}, {"detail": STRING}),
-        "input_file": any_of(
-            request_object({"file_data": NON_EMPTY}, FILE_FIELDS),
-            request_object({"file_id": NON_EMPTY}, FILE_FIELDS)),
+        "input_image": request_object({"image_url": NON_EMPTY}, {"detail": STRING}),
+        "input_file": OBJECT,
     },
     allow_others=True,
 )))
-TOOL_SEARCH = request_object({}, {"description": STRING, "parameters": OBJECT})
-FUNCTIONS = {"function": FUNCTION, "custom": FUNCTION, "tool_search": TOOL_SEARCH}
+FUNCTIONS = {
+    "function": FUNCTION,
+    "custom": FUNCTION,
+    "tool_search": request_object({}, {"description": STRING, "parameters": OBJECT}),
+}
 NAMESPACE = request_object({
     "name": NON_EMPTY,
     "tools": array(request_object_by_type(FUNCTIONS, allow_others=True)),
@@ -1574,7 +1543,6 @@ INPUT_ITEM = request_object_by_type(
     default="message",
     allow_others=True,
 )
-ENCODED = "kimi2api:"  # prefix of base64 of JSON: of reasoning or of a summary; the client may read it
 SUMMARY = "This conversation was compacted. Its summary:\n\n"
 
 
@@ -1591,17 +1559,14 @@ class ToolName:
         return f"{self.namespace}__{self.name}" if self.namespace else self.name
 
 
-def flat_tools(tools: Iterable[JSONObject]) -> Iterator[tuple[ToolName, JSONObject]]:
+def flat_tools(tools: Iterable[JSONObject], namespace: str | None = None) -> Iterator[tuple[ToolName, JSONObject]]:
     """Yield the tools, and those of namespaces, with their names."""
     for tool in tools:
-        namespace = None
-        members = [tool]
-        if tool["type"] == "namespace":
-            namespace = tool["name"]
-            members = tool["tools"]
-        for member in members:
-            kind = member["type"]
-            yield ToolName(str(member.get("name") or kind), namespace, kind), member
+        kind = tool["type"]
+        if kind == "namespace" and namespace is None:
+            yield from flat_tools(tool["tools"], tool["name"])
+        else:
+            yield ToolName(str(tool.get("name") or kind), namespace, kind), tool
 
 
 def function_name(item: JSONObject) -> str:
@@ -1619,12 +1584,8 @@ class ItemReader:
         self.compacts = False  # the conversation is to be summarized
         self._last_call = ""  # its id
 
-    def read(self, items: Iterable[JSONObject], continues_previous: bool = False) -> list[Message]:
-        """Return the messages.
-
-        continues_previous: results whose calls are not among the items come first, as they follow the previous
-        response.
-        """
+    def read(self, items: Iterable[JSONObject]) -> list[Message]:
+        """Return the messages."""
         messages: list[Message] = []
         converted = filter(None, map(self._as_message, items))
         for role, group in itertools.groupby(converted, itemgetter("role")):
@@ -1632,7 +1593,7 @@ class ItemReader:
                 messages += join_answer(group)
             else:
                 messages += group
-        return move_results(messages, continues_previous)
+        return move_results(messages)
 
     def ignore(self, kind: str) -> None:
         if kind.isascii() and kind.isidentifier():  # other names may break the header
@@ -1653,7 +1614,7 @@ class ItemReader:
         if kind.removesuffix("_output") in (*CALLS, "tool_search"):
             return self._read_result(item, kind)
         if kind == "compaction":
-            summary = decoded(item)
+            summary = decoded(item).get("summary")
             if isinstance(summary, str):
                 return {"role": "user", "content": SUMMARY + summary}
         if kind == "compaction_trigger":
@@ -1674,7 +1635,11 @@ class ItemReader:
             arguments = {"input": arguments}
         if kind != "function_call":
             arguments = dump_json(arguments).decode()
-        return {"id": self._last_call, "type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "id": self._last_call,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
 
     def _read_result(self, item: JSONObject, kind: str) -> Message:
         content = item.get("output")
@@ -1685,7 +1650,11 @@ class ItemReader:
             content = as_content(self._read_parts(content))
         elif not isinstance(content, str):
             content = dump_json(content).decode()
-        return {"role": "tool", "tool_call_id": item.get("call_id") or self._last_call, "content": content}
+        return {
+            "role": "tool",
+            "tool_call_id": item.get("call_id") or self._last_call,
+            "content": content,
+        }
 
     def _read_parts(self, content: Any) -> list[JSONObject]:
         """Convert content to parts that chats have, without empty texts."""
@@ -1701,17 +1670,14 @@ class ItemReader:
         return parts
 
 
-def decoded(item: JSONObject) -> Any:
-    """Return the value that `encoded` has encoded for an item, or None."""
-    text = item.get("encrypted_content") or ""
-    with suppress(ValueError):
-        if text.startswith(ENCODED):
-            return parse_upstream_json(b64decode(text.removeprefix(ENCODED), validate=True))
-    return None
+def encoded(fields: JSONObject) -> str:
+    """Return the `encrypted_content` for the fields of an item. The client may read it."""
+    return dump_json(fields).decode()
 
 
-def encoded(value: Any) -> str:
-    return ENCODED + b64encode(dump_json(value)).decode()
+def decoded(item: JSONObject) -> JSONObject:
+    """Return the fields that `encoded` has encoded for an item. Other servers' content has none."""
+    return parse_upstream_object((item.get("encrypted_content") or "").encode()) or {}
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
@@ -1725,18 +1691,19 @@ def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
         yield answer
 
 
-def move_results(messages: list[Message], continues_previous: bool) -> list[Message]:
-    """Move the results of tools directly behind the message that made their calls, as APIs require."""
-    callers: dict[str, int] = {}  # indexes of messages by the ids of their calls
-    placed = []
-    for index, message in enumerate(messages):
-        for call in message.get("tool_calls", ()):
-            callers[call["id"]] = index
+def move_results(messages: Iterable[Message]) -> list[Message]:
+    """Move the results of tools directly behind the message that made their calls, as APIs require. Other results come
+    first: their calls are in the previous response."""
+    groups: list[list[Message]] = [[]]  # each a message and its results; the first has results of other calls
+    callers: dict[str, int] = {}  # indexes of groups by call id
+    for message in messages:
         if message["role"] == "tool":
-            index = callers.get(message["tool_call_id"], -1 if continues_previous else index)
-        placed.append((index, message))
-    placed.sort(key=itemgetter(0))
-    return [message for _, message in placed]
+            groups[callers.get(message["tool_call_id"], 0)].append(message)
+            continue
+        for call in message.get("tool_calls", ()):
+            callers[call["id"]] = len(groups)
+        groups.append([message])
+    return list(itertools.chain.from_iterable(groups))
 
 
 def as_part(part: JSONObject) -> JSONObject | None:
@@ -1745,14 +1712,13 @@ def as_part(part: JSONObject) -> JSONObject | None:
     if kind in ("input_text", "output_text", "text"):
         return {"type": "text", "text": part["text"]}
     if kind == "refusal":
-        return {"type": "refusal", "refusal": part["refusal"]}
+        return part
+    fields = {name: value for name, value in part.items() if value and name != "type"}
     if kind == "input_image":
-        image = {"url": part["image_url"]}
-        if part.get("detail"):
-            image["detail"] = part["detail"]
-        return {"type": "image_url", "image_url": image}
+        fields["url"] = fields.pop("image_url")
+        return {"type": "image_url", "image_url": fields}
     if kind == "input_file":
-        return {"type": "file", "file": {name: part[name] for name in FILE_FIELDS if part.get(name)}}
+        return {"type": "file", "file": fields}
     return None
 
 
@@ -1765,9 +1731,9 @@ def as_content(parts: list[JSONObject]) -> Any:
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    fields = decoded(item)
-    if isinstance(fields, dict):  # otherwise another server encoded it
-        return reasoning_fields(fields)
+    fields = reasoning_fields(decoded(item))
+    if fields:
+        return fields
     text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
     return {"reasoning_content": text} if text else {}
 
@@ -1788,7 +1754,11 @@ CHOSEN_TOOLS = request_object_by_type({
         "tools": array(request_object_by_type(CHOSEN_FUNCTIONS, allow_others=True)),
     }),
 })
-TEXT_FORMAT = request_object_by_type({"text": OBJECT, "json_object": OBJECT, "json_schema": JSON_SCHEMA})
+TEXT_FORMAT = request_object_by_type({
+    "text": OBJECT,
+    "json_object": OBJECT,
+    "json_schema": JSON_SCHEMA,
+})
 METADATA = {  # as OpenAI bounds it
     "type": "object",
     "maxProperties": 16,
@@ -1825,12 +1795,11 @@ RESPONSES_REQUEST = request_object(
 PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
     "messages": "input",
     "tools": "tools",
+    "tool_choice": "tool_choice",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
-    "tool_choice.function": "tool_choice.name",
-    "tool_choice.allowed_tools": "tool_choice.tools",
 }
 
 
@@ -1845,6 +1814,7 @@ class ResponsesRequest:
 
     def __init__(self, body: JSONObject) -> None:
         self.body = body
+        self.is_compaction = False  # the response repeats the users' messages before the summary
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
@@ -1864,7 +1834,7 @@ class ResponsesRequest:
         tools: Iterable[JSONObject],
         find_items: Callable[[str], Mapping[str, JSONObject]],
     ) -> ChatRequest:
-        """Convert to a chat request without `user`, which opens no session.
+        """Convert to a chat request.
 
         system, tools: of previous responses; find_items: returns the items of a stored response by their ids.
         Raises APIError 400 in the terms of chat requests; see `translate_error`.
@@ -1873,54 +1843,44 @@ class ResponsesRequest:
         items = body.get("input") or []
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        self.messages = self.reader.read(
-            resolve_references(items, find_items), continues_previous=bool(body.get("previous_response_id")))
+        self.messages = self.reader.read(resolve_references(items, find_items))
         messages = [*system]
         if body.get("instructions"):
             messages.append({"role": "system", "content": body["instructions"]})
         messages += self.messages
-        fields = {name: body.get(name) for name in SAME_IN_CHATS}
-        fields["messages"] = messages
-        fields["max_tokens"] = body.get("max_output_tokens")
-        fields["reasoning_effort"] = (body.get("reasoning") or {}).get("effort")
+        text = body.get("text") or {}
+        fields = {
+            "messages": messages,
+            "max_tokens": body.get("max_output_tokens"),
+            "reasoning_effort": (body.get("reasoning") or {}).get("effort"),
+            "response_format": as_response_format(text.get("format")),
+            "verbosity": text.get("verbosity"),
+            "tools": self._read_tools([*(body.get("tools") or ()), *tools, *self.reader.tools]),
+            "tool_choice": as_tool_choice(body.get("tool_choice")),
+            "parallel_tool_calls": body.get("parallel_tool_calls"),
+        }
+        for name in SAME_IN_CHATS:
+            fields[name] = body.get(name)
         if self.reader.compacts:
+            fields = without(
+                fields, "response_format", "verbosity", "tools", "tool_choice", "parallel_tool_calls")
             messages.append({"role": "user", "content": COMPACT})
-        elif self.messages:
-            offered = self._read_tools(body.get("tools") or [])
-            offered += self._read_tools([*tools, *self.reader.tools], are_items=True)
-            self._add_form(fields, offered)
-        else:
+        elif not self.messages:
             raise bad_request("'input' has no message.", "input")
-        given = {name: value for name, value in fields.items() if value is not None}
-        return replace(ChatRequest.of(given), user=None)
+        return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
 
-    def _add_form(self, fields: JSONObject, tools: list[JSONObject]) -> None:
-        """Add the fields for the form of the answer and for tools."""
-        text = self.body.get("text") or {}
-        fields["response_format"] = as_response_format(text.get("format") or {"type": "text"})
-        fields["verbosity"] = text.get("verbosity")
-        choice = self.body.get("tool_choice")
-        if tools:
-            fields["tools"] = tools
-            fields["parallel_tool_calls"] = self.body.get("parallel_tool_calls")
-        if tools or choice not in ("auto", "none"):
-            fields["tool_choice"] = as_tool_choice(choice)
-
-    def _read_tools(self, tools: list[JSONObject], are_items: bool = False) -> list[JSONObject]:
-        """Return the tools in the form of chat requests. Of tools among the items, a known name is left out: an error
-        would end the conversation for good."""
-        functions = {}
+    def _read_tools(self, tools: Iterable[JSONObject]) -> list[JSONObject]:
+        """Return the tools in the form of chat requests. Of tools with the same name, only the first counts: an error
+        for a tool among the items would end the conversation for good."""
+        functions = []
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
             if name.kind not in ("function", "custom") and not is_search:
                 self.reader.ignore(name.kind)
-                continue
-            if are_items and name.function in self.tools:
-                continue
-            if self.tools.setdefault(name.function, name) != name:
-                raise bad_request(f"'tools' has two tools that become {name.function!r}.", "tools")
-            functions[name.function] = {"type": "function", "function": as_function(tool, name)}
-        return list(functions.values())
+            elif name.function not in self.tools:
+                self.tools[name.function] = name
+                functions.append({"type": "function", "function": as_function(tool, name)})
+        return functions
 
 
 def translate_error(error: APIError) -> APIError:
@@ -1937,16 +1897,14 @@ def resolve_references(
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
     items_of = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
-    known: set[str] = set()
+    known: set[str] = set()  # once only: a small request could repeat a large item many times
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            # Only once: a small request could repeat a large item many times
-            found = None if id in known else items_of(response_of(id)).get(id)
-            if found is None:
+            item = items_of(response_of(id)).get(id, {})
+            if id in known or not item:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
             known.add(id)
-            item = found
         yield item
 
 
@@ -1959,25 +1917,26 @@ def as_tool_choice(choice: Any) -> Any:
     return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
 
 
-def as_response_format(form: JSONObject) -> JSONObject | None:
-    if form["type"] == "json_schema":
-        return {"type": "json_schema", "json_schema": {"name": "answer", **without(form, "type")}}
-    return form if form["type"] == "json_object" else None
+def as_response_format(form: JSONObject | None) -> JSONObject | None:
+    if not form or form["type"] == "text":
+        return None
+    if form["type"] == "json_object":
+        return form
+    return {"type": "json_schema", "json_schema": {"name": "answer", **without(form, "type")}}
 
 
 def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
     """Convert a tool to the function that the upstream gets."""
-    function: JSONObject = {"name": name.function}
     description = tool.get("description") or ""
+    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
     if name.kind == "custom":
-        function["parameters"] = object_of({"input": STRING})
+        parameters = object_of({"input": STRING})
         grammar = tool.get("format")
         if isinstance(grammar, dict) and grammar.get("definition"):
             description += f"\nThe input follows this grammar ({grammar.get('syntax')}): {grammar['definition']}"
-    else:
-        function["parameters"] = tool.get("parameters") or {"type": "object", "properties": {}}
-        if tool.get("strict"):
-            function["strict"] = True
+    function = {"name": name.function, "parameters": parameters}
+    if tool.get("strict"):
+        function["strict"] = True
     if description:
         function["description"] = description.strip()
     return function
@@ -1999,8 +1958,9 @@ def custom_input(arguments: str) -> str:
     or `patch`, and fence it."""
     fields = parse_upstream_object(arguments.encode()) or {}
     texts = [value for value in fields.values() if isinstance(value, str)]
-    value = fields.get("input", texts[0] if len(texts) == 1 else arguments)
-    return strip_code_fence(value if isinstance(value, str) else arguments)
+    if isinstance(fields.get("input"), str):
+        texts = [fields["input"]]
+    return strip_code_fence(texts[0] if len(texts) == 1 else arguments)
 
 
 @dataclass(frozen=True)
@@ -2020,31 +1980,61 @@ class ItemKind:
 
 MESSAGE_FIELDS = {"type": "message", "role": "assistant", "content": []}
 REASONING_KIND = ItemKind(
-    "rs", {"type": "reasoning", "summary": [], "content": []}, "reasoning_text", "text",
+    "rs",
+    {"type": "reasoning", "summary": [], "content": []},
+    "reasoning_text",
+    "text",
     {"type": "reasoning_text", "text": ""})
 SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing else
-    "rs", {"type": "reasoning", "summary": []}, "reasoning_summary_text", "text",
-    {"type": "summary_text", "text": ""}, "summary", "reasoning_summary_part")
+    "rs",
+    {"type": "reasoning", "summary": []},
+    "reasoning_summary_text",
+    "text",
+    {"type": "summary_text", "text": ""},
+    "summary",
+    "reasoning_summary_part")
 COMPACTION = ItemKind(
-    "cmp", {"type": "compaction", "encrypted_content": ""}, "", "encrypted_content",
-    finish=encoded, is_streamed=False)
+    "cmp",
+    {"type": "compaction", "encrypted_content": ""},
+    "",
+    "encrypted_content",
+    finish=lambda text: encoded({"summary": text}),
+    is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
-    "reasoning_content": REASONING_KIND,
     "content": ItemKind(
-        "msg", MESSAGE_FIELDS, "output_text", "text",
+        "msg",
+        MESSAGE_FIELDS,
+        "output_text",
+        "text",
         {"type": "output_text", "text": "", "annotations": [], "logprobs": []}),
-    "refusal": ItemKind("msg", MESSAGE_FIELDS, "refusal", "refusal", {"type": "refusal", "refusal": ""}),
+    "refusal": ItemKind(
+        "msg",
+        MESSAGE_FIELDS,
+        "refusal",
+        "refusal",
+        {"type": "refusal", "refusal": ""}),
 }
 CALL_KINDS = {
     "function": ItemKind(
-        "fc", {"type": "function_call", "arguments": ""}, "function_call_arguments", "arguments",
+        "fc",
+        {"type": "function_call", "arguments": ""},
+        "function_call_arguments",
+        "arguments",
         finish=lambda arguments: arguments or "{}"),  # some APIs leave empty arguments out
     "custom": ItemKind(
-        "ctc", {"type": "custom_tool_call", "input": ""}, "custom_tool_call_input", "input",
-        finish=custom_input, is_streamed=False),
+        "ctc",
+        {"type": "custom_tool_call", "input": ""},
+        "custom_tool_call_input",
+        "input",
+        finish=custom_input,
+        is_streamed=False),
     "tool_search": ItemKind(
-        "tsc", {"type": "tool_search_call", "execution": "client", "arguments": {}}, "", "arguments",
-        finish=lambda arguments: parse_upstream_object(arguments.encode()) or {}, is_streamed=False),
+        "tsc",
+        {"type": "tool_search_call", "execution": "client", "arguments": {}},
+        "",
+        "arguments",
+        finish=lambda arguments: parse_upstream_object(arguments.encode()) or {},
+        is_streamed=False),
 }
 
 
@@ -2071,7 +2061,9 @@ class OutputItem:
 
     def may_end(self) -> bool:
         """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
-        return self.kind.part is not None or parse_upstream_object("".join(self._pieces).encode()) is not None
+        if self.kind.part:
+            return True
+        return parse_upstream_object("".join(self._pieces).encode()) is not None
 
     def annotate(self, annotation: JSONObject) -> None:
         self._annotations.append(annotation)
@@ -2155,13 +2147,17 @@ class ResponseWriter:
         self._items: list[OutputItem] = []
         self._sent = 0  # number of items whose events are all sent
         self._calls: dict[int, OutputItem] = {}  # by index in deltas
-        self._kinds = TEXT_KINDS
+        self._reasoning_kind = REASONING_KIND
         if (request.body.get("reasoning") or {}).get("summary"):
-            self._kinds = {**TEXT_KINDS, "reasoning_content": SUMMARY_KIND}
+            self._reasoning_kind = SUMMARY_KIND
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
         *_, last = self._events(deltas)
-        return dump_json(last["response"])
+        response = last["response"]
+        if self._request.is_compaction:
+            response["object"] = "response.compaction"
+            response["output"][:0] = self._user_messages()
+        return dump_json(response)
 
     def events(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
         return map(write_event, self._events(deltas), itertools.count())
@@ -2183,11 +2179,10 @@ class ResponseWriter:
         usage: Any = None
         for number, delta in enumerate(deltas):
             chunk = delta.chunk
-            if delta.headers:
-                self.headers = self._with_ignored(delta.headers)
             self._model = chunk.get("model") or self._model
             usage = chunk.get("usage") or usage
             if number == 0:
+                self.headers = self._with_ignored(delta.headers)
                 yield from self._begin()
             for choice in chunk["choices"]:
                 if choice["index"] == 0:
@@ -2199,10 +2194,10 @@ class ResponseWriter:
         unfinished = UNFINISHED.search(finish_reason)
         if unfinished and unfinished["failed"]:
             status = "failed"
-            fields = {"error": {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}}
+            fields["error"] = {"code": "server_error", "message": f"The upstream stopped: {finish_reason}."}
         elif unfinished:
             status = "incomplete"
-            fields = {"incomplete_details": {"reason": unfinished.lastgroup}}
+            fields["incomplete_details"] = {"reason": unfinished.lastgroup}
         for item in self._items:
             if not item.is_done:
                 item.end("incomplete" if fields else "completed")
@@ -2235,12 +2230,14 @@ class ResponseWriter:
             if delta.get("content"):
                 self._item(COMPACTION).add(delta["content"])
             return
-        for name, kind in self._kinds.items():
-            text = reasoning_text(delta) if kind.prefix == "rs" else delta.get(name)
-            if text:
-                self._item(kind).add(text)
-            if kind.prefix == "rs" and self._items:
-                merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
+        reasoning = reasoning_text(delta)
+        if reasoning:
+            self._item(self._reasoning_kind).add(reasoning)
+        if self._items:
+            merge(self._items[-1].reasoning, reasoning_fields(delta), "delta")
+        for name, kind in TEXT_KINDS.items():
+            if delta.get(name):
+                self._item(kind).add(delta[name])
         for annotation in delta.get("annotations") or ():
             fields = annotation.get(annotation.get("type")) if isinstance(annotation, dict) else None
             if isinstance(fields, dict):
@@ -2279,13 +2276,25 @@ class ResponseWriter:
         self._items.append(item)
         return item
 
+    def _user_messages(self) -> Iterator[JSONObject]:
+        """Yield the users' messages of the conversation as items, without earlier summaries."""
+        for message in itertools.chain(*self.history, self._request.messages):
+            text = text_of(message)
+            if message["role"] == "user" and text and not text.startswith(SUMMARY):
+                yield {
+                    "id": f"msg_{random_hex()}",
+                    "type": "message",
+                    "role": "user",
+                    "status": "completed",
+                    "content": [{"type": "input_text", "text": text}],
+                }
+
     def _with_ignored(self, headers: Headers) -> Headers:
         names = sorted(self._request.reader.ignored)
-        if not names:
-            return headers
-        if "X-Kimi2api-Ignored" in headers:
-            names.append(headers["X-Kimi2api-Ignored"])
-        return {**headers, "X-Kimi2api-Ignored": ", ".join(names)[:1000]}
+        if names:
+            names.append(headers.get("X-Kimi2api-Ignored", ""))
+            headers = {**headers, "X-Kimi2api-Ignored": ", ".join(filter(None, names))[:1000]}
+        return headers
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
         """Return the Response object with the effective settings of the request."""
@@ -2313,33 +2322,16 @@ class ResponseWriter:
         return response
 
 
-class CompactionWriter(ResponseWriter):
-    """A writer of a compacted conversation: the users' messages, and the item with the summary."""
-
-    def json(self, deltas: Iterable[Delta]) -> bytes:
-        *_, last = self._events(deltas)
-        response = last["response"]
-        output = []
-        for message in itertools.chain(*self.history, self._request.messages):
-            text = text_of(message)
-            if message["role"] == "user" and text and not text.startswith(SUMMARY):
-                output.append({
-                    "id": f"msg_{random_hex()}", "type": "message", "role": "user", "status": "completed",
-                    "content": [{"type": "input_text", "text": text}],
-                })
-        output += response["output"]
-        return dump_json({**response, "object": "response.compaction", "output": output})
-
-
 def response_usage(usage: Any) -> JSONObject:
     """Convert an upstream's usage to the fields of this API."""
     count = partial(count_of, usage)
     cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
+    reasoning = count("completion_tokens_details", "reasoning_tokens")
     return {
         "input_tokens": count("prompt_tokens"),
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": count("completion_tokens"),
-        "output_tokens_details": {"reasoning_tokens": count("completion_tokens_details", "reasoning_tokens")},
+        "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": count("total_tokens"),
     }
 
@@ -5502,7 +5494,7 @@ class APIAnswer:
         self._fold = fold
         self._wanted = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
-        self._halves: Halves = {}
+        self._halves: list[str] = []
         self._events = self._read_events()
         try:
             self._first = list(itertools.islice(self._events, 1))
@@ -5819,7 +5811,7 @@ class OpenAIProvider(Provider):
 
         messages: the conversation before the answer.
         """
-        message = message_of(plain_value(choice))
+        message = message_of(choice)
         calls = message.get("tool_calls")
         kept = reasoning_fields(message)
         extra = {call["id"]: call["extra_content"] for call in calls or () if call.get("extra_content")}
@@ -6432,17 +6424,17 @@ class App:
         return self._complete_in_session(request, TextCompletion(request.include_usage))
 
     def create_response(self) -> bytes:
-        return self._respond(ResponsesRequest.parse(self._body()), ResponseWriter)
+        return self._respond(ResponsesRequest.parse(self._body()))
 
     def compact_response(self) -> bytes:
         asked = ResponsesRequest.parse(self._body())
-        asked.reader.compacts = True
+        asked.is_compaction = asked.reader.compacts = True
         asked.body["stream"] = asked.body["store"] = False
-        return self._respond(asked, CompactionWriter)
+        return self._respond(asked)
 
-    def _respond(self, asked: ResponsesRequest, make_writer: type[ResponseWriter]) -> bytes:
+    def _respond(self, asked: ResponsesRequest) -> bytes:
         stats = AnswerStats()
-        writer = make_writer(asked)
+        writer = ResponseWriter(asked)
 
         def open_conversation() -> Conversation:
             previous = self._previous_response(asked.body.get("previous_response_id"))

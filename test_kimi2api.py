@@ -1032,8 +1032,8 @@ def test_compressed_answers_lone_surrogates_and_line_separators_arrive_whole(app
 def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(make: Make, both: dict[str, str], api: Api) -> None:
     api.always = api_answers("a\ud83d", "\ude00b \U0001f600 \ude00 c\ud83d", "d")
     app = make(**both)
-    assert said(chat(app, model="local/k2", user="ada")) == "a\U0001f600b \U0001f600 \ufffd c\ufffdd"
-    assert streamed(events(chat(app, model="local/k2", stream=True))) == "a\U0001f600b \U0001f600 \ufffd c\ufffdd"
+    assert said(chat(app, model="local/k2", user="ada")) == "a\U0001f600b \U0001f600 \ufffd cd"
+    assert streamed(events(chat(app, model="local/k2", stream=True))) == "a\U0001f600b \U0001f600 \ufffd cd"
     assert app.get("/v1/sessions/ada").status_int == 200
 
 
@@ -1132,7 +1132,7 @@ def says_call(**call: Any) -> list[Any]:
         pytest.param({"tool_choice": "required"}, "tool_choice", id="tool_choice without tools"),
         pytest.param(
             {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "tool_choice.function.name",
+            "tool_choice",
             id="tool_choice of no tool",
         ),
         pytest.param(
@@ -1212,7 +1212,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
         response = app.post_json("/v1/chat/completions", body)
         by_program = response.status_int == 400 and response.json["error"]["code"] is None
         beyond = response.json["error"]["param"] if by_program else ""  # what compares two fields is no schema's
-        if beyond not in ("tool_choice", "tool_choice.function.name") and "no text" not in response.text:
+        if beyond != "tool_choice" and "no text" not in response.text:
             assert valid(body) != by_program, (body, response.text)
         refused += by_program
     assert 100 < refused < len(bodies) - 100
@@ -1738,9 +1738,7 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
         pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
         pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
-        pytest.param(
-            parts({"type": "input_file", "filename": "f"}), "input[0].content[0].file_data", id="a file's name alone"
-        ),
+        pytest.param(parts({"type": "input_file", "filename": "f"}), "input", id="file for the web chat"),
         pytest.param(
             {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
             "input",
@@ -1761,16 +1759,8 @@ def parts(*content: Any) -> dict[str, Any]:
             id="nested tool without a name",
         ),
         pytest.param({"tools": [{"name": "f"}]}, "tools[0].type", id="tool without a type"),
-        pytest.param(
-            {"tools": [
-                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
-                {"type": "function", "name": "n__f"},
-            ]},
-            "tools",
-            id="two tools of one name",
-        ),
         pytest.param({"tool_choice": {"type": "web_search"}}, "tool_choice.type", id="choice of what only OpenAI has"),
-        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name", id="unknown choice"),
+        pytest.param({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", id="unknown choice"),
         pytest.param({"tool_choice": "required"}, "tool_choice", id="choice without tools"),
         pytest.param(
             {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}]}},
@@ -1806,7 +1796,7 @@ def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
         ("messages.[3].content", "input"),
         ("tools[1].function.name", "tools"),
         ("response_format.json_schema.name", "text.format"),
-        ("tool_choice.function.name", "tool_choice.name"),
+        ("tool_choice.function.name", "tool_choice"),
         ("max_completion_tokens", "max_output_tokens"),
         ("service_tier", "service_tier"),
     ],
@@ -1846,7 +1836,7 @@ def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[
     items = [USER, call("a"), call("b"), rule, result("b"), USER, result("a"), call("a"), result("a"), result("other")]
     assert output_text(respond(make(**both), items, model="local/k2"))
     order = [message.get("tool_call_id") or message["role"] for message in api.asked[0][2]["messages"]]
-    assert order == ["user", "assistant", "b", "a", "system", "user", "assistant", "a", "other"]
+    assert order == ["other", "user", "assistant", "b", "a", "system", "user", "assistant", "a"]
 
 
 def test_what_tools_gave_stands_right_behind_the_response_that_called_them(
@@ -2167,7 +2157,7 @@ def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, 
     items = [
         {"role": "user", "content": "x"},
         {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAB"},
-        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "kimi2api:%%%"},
+        {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "{}"},
         {"role": "assistant", "content": [{"type": "output_text", "text": "y"}]},
         {"role": "user", "content": "z"},
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "nothing followed"}]},
@@ -2279,8 +2269,8 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
         {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot"}},
         {"type": "compaction", "encrypted_content": "gAAAA"},
         {"type": "compaction", "encrypted_content": None},
-        {"type": "compaction", "encrypted_content": "kimi2api:!!"},
-        {"type": "compaction", "encrypted_content": "kimi2api:eyJyb2xlIjoic3lzdGVtIn0="},  # an object
+        {"type": "compaction", "encrypted_content": "[]"},
+        {"type": "compaction", "encrypted_content": '{"summary": 5}'},
         {"type": "configuration_update", "reasoning": {"effort": "high"}},
         {"type": "of_the_future", "content": [{"x": 1}], "output": 5},
     ],
@@ -3635,12 +3625,6 @@ def test_keys_may_have_names_which_the_log_tells_and_the_keys_never(
 def test_a_name_without_its_key_is_refused(keys: str) -> None:
     with pytest.raises(kimi2api.SettingError, match=r"^API_MASTER_KEY: the value is not "):
         kimi2api.Settings.load({"API_MASTER_KEY": keys})
-
-
-def test_two_names_of_one_key_are_refused() -> None:
-    with pytest.raises(kimi2api.SettingError, match=r"^API_MASTER_KEY: the same key is listed under two names$"):
-        kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1,bob:sk-1"})
-    assert kimi2api.Settings.load({"API_MASTER_KEY": "sk-1,sk-1"})
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "20,ann", "1.5", "carl=3", "20,30", "ann=1,ann=2", "=5"])
