@@ -2594,9 +2594,8 @@ class SharedStore(Store):
 
     failures: tuple[type[Exception], ...]
     # No lock guards these fields: an extra call or an extra line in the log does no harm
-    is_failing = False  # no write has succeeded since a call failed
-    _told: tuple[str, float] = "", 0.0  # the latest failure, and the hour
-    _tells_recovery = False
+    _is_failing = False  # a failure has been logged, and no write has succeeded since
+    _latest_failure: tuple[str, float] = "", 0.0  # with its hour
     _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
@@ -2615,18 +2614,15 @@ class SharedStore(Store):
             now = time.monotonic()
             self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
             failure = f"{type(error).__name__}: {error}", now // 3600
-            if not self.is_failing:
-                # A damaged page fails with every read, between other calls that succeed
-                self._tells_recovery = failure != self._told
-                if self._tells_recovery:
-                    log.warning("session store (%s) failed: %s", self.kind, failure[0])
-            self._told = failure
-            self.is_failing = True
+            # A damaged page fails with every read, between other calls that succeed
+            if not self._is_failing and failure != self._latest_failure:
+                self._is_failing = True
+                log.warning("session store (%s) failed: %s", self.kind, failure[0])
+            self._latest_failure = failure
             raise store_unavailable() from None
-        if self.is_failing and is_write:  # a full disk can still be read
-            self.is_failing = False
-            if self._tells_recovery:
-                log.warning("session store (%s) recovered", self.kind)
+        if self._is_failing and is_write:  # a full disk can still be read
+            self._is_failing = False
+            log.warning("session store (%s) recovered", self.kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2867,11 +2863,12 @@ class SQLiteStore(SharedStore):
     # Callers of the methods below hold the lock
 
     def _fill_reserve(self) -> None:
-        """Take room on the disk for deletions. Raises OSError if there is none."""
-        with open(self._reserve, "ab", 0, opener=partial(os.open, mode=0o600)) as file:
-            missing = RESERVE_BYTES - file.tell()
-            if missing > 0 and file.write(bytes(missing)) < missing:
-                raise OSError("the disk is full")
+        """Take room on the disk for deletions, unless it is taken. Raises OSError if there is none."""
+        with suppress(FileNotFoundError):
+            if os.path.getsize(self._reserve) >= RESERVE_BYTES:
+                return
+        with open(self._reserve, "wb", opener=partial(os.open, mode=0o600)) as file:
+            file.write(bytes(RESERVE_BYTES))
 
     def _connect(self) -> None:
         """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
