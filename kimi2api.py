@@ -2457,11 +2457,11 @@ class Store:
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         """Add to counters of a period. Return the new values of these counters, or of all counters of the period."""
-        raise NotImplementedError
+        raise store_unavailable()
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         """Return the counters of each period."""
-        raise NotImplementedError
+        raise store_unavailable()
 
     def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
         """Replace a document by change(document). document: the loaded document, or an empty document.
@@ -2489,13 +2489,22 @@ def store_unavailable() -> APIError:
         "session_store_unavailable")
 
 
-def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
-    now = time.monotonic()
-    return {key: counters for key, counters in periods.items() if key.created + key.lifetime > now}
+@contextmanager
+def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
+    """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise store_unavailable()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class MemoryStore(Store):
-    """Dicts with expiry, guarded by a lock. Their content ends with the process."""
+    """Dicts with expiry, guarded by a lock. Their content ends with the process.
+
+    It has no counters: `Counters` counts in this process while a store has none.
+    """
 
     kind = "memory"
 
@@ -2506,8 +2515,7 @@ class MemoryStore(Store):
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
         # Each version is the time of its put in ns, by time.monotonic(): the system's clock may be set
         self._newest_version = 0
-        self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all four; held briefly
+        self._lock = threading.Lock()  # guards all three; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2548,18 +2556,6 @@ class MemoryStore(Store):
         with self._lock:
             self._drop_expired()
             return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
-
-    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        with self._lock:
-            if key not in self._counters:
-                self._counters = without_expired(self._counters)
-            counters = self._counters.setdefault(key, Counter())
-            counters.update(amounts)
-            return {name: counters[name] for name in amounts}
-
-    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        with self._lock:
-            return [dict(self._counters.get(key, {})) for key in keys]
 
     # Callers of the methods below hold the lock
 
@@ -2686,17 +2682,6 @@ def read_row(row: Sequence[Any]) -> Document:
 
 def read_counts(rows: Iterable[tuple[str, Any]]) -> Amounts:
     return {name: int(value) for name, value in rows}
-
-
-@contextmanager
-def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
-    """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
-    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise store_unavailable()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class SQLiteStore(SharedStore):
@@ -3315,8 +3300,13 @@ def quota_spent(used: int, limit: int, reset: float) -> APIError:
 NOTHING: Counter[str] = Counter()
 
 
+def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
+    now = time.monotonic()
+    return {key: counters for key, counters in periods.items() if key.created + key.lifetime > now}
+
+
 class Counters:
-    """Counters in a store that may fail. While the store fails, added amounts are pending. Totals are the known totals
+    """Counters in a store that may fail, or has none. Meanwhile added amounts are pending. Totals are the known totals
     plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
@@ -3333,11 +3323,14 @@ class Counters:
             total = self._total(key, self._store.add_counters(key, amounts))
         except APIError:
             return self._total(key, pending=amounts)
-        if self._pending and self._sending.acquire(blocking=False):
-            try:
-                self._send_pending()
-            finally:
-                self._sending.release()
+        with suppress(APIError), held(self._sending, 0.0):  # unless another thread sends them
+            for other, pending in self._pending.copy().items():
+                # Until they are removed below, the amounts briefly count twice; they must never be missing
+                self._total(other, self._store.add_counters(other, pending))
+                with self._lock:
+                    rest = self._pending.pop(other, NOTHING) - pending
+                    if rest:
+                        self._pending[other] = rest
         return total
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
@@ -3347,16 +3340,6 @@ class Counters:
         except APIError:
             return list(map(self._total, keys))
         return list(map(self._total, keys, found))
-
-    def _send_pending(self) -> None:
-        with suppress(APIError):
-            for key, amounts in self._pending.copy().items():
-                # Until they are removed below, the amounts briefly count twice; they must never be missing
-                self._total(key, self._store.add_counters(key, amounts))
-                with self._lock:
-                    rest = self._pending.pop(key, NOTHING) - amounts
-                    if rest:
-                        self._pending[key] = rest
 
     def _total(self, key: CounterKey, known: Amounts = NOTHING, pending: Amounts = NOTHING) -> Counter[str]:
         """Return the totals of a period, after adding what the store has returned or what it lacks."""
