@@ -2968,8 +2968,6 @@ class RedisStore(SharedStore):
         super().__init__(ttl, limit)
         try:
             import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
         except ImportError:
             raise SettingError("SESSION_STORE: the package redis is missing: pip install redis") from None
         self.failures = (
@@ -2978,6 +2976,7 @@ class RedisStore(SharedStore):
             AttributeError, LookupError, TypeError, ValueError,
         )
         try:
+            # It does not retry, unlike a Redis() without a pool: a write whose reply was lost may have succeeded
             pool = redis.BlockingConnectionPool.from_url(
                 url,
                 max_connections=REDIS_CONNECTIONS,
@@ -2986,21 +2985,16 @@ class RedisStore(SharedStore):
                 socket_timeout=REDIS_TIMEOUT,
                 socket_keepalive=True,
                 protocol=2,
-                retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
             )
             pool.make_connection()  # parses the options in the address
         except self.failures as error:
             raise SettingError(f"SESSION_STORE: the address of Redis cannot be used: {error}") from None
         self._redis = redis.Redis(connection_pool=pool)
-        self._put = self._redis.register_script(PUT_DOCUMENT)
-        with suppress(APIError):  # it has been logged
-            self.check()
-        try:
-            self._redis.script_load(PUT_DOCUMENT)
-        except redis.exceptions.NoPermissionError as error:
-            raise SettingError(f"SESSION_STORE: the user of Redis may not run scripts: {error}") from None
-        except self.failures as error:
-            log.debug("Redis: %s", error)
+        with suppress(APIError), self._calling():  # a failure has been logged
+            try:
+                self._redis.eval("return 1", 0)
+            except redis.exceptions.NoPermissionError as error:
+                raise SettingError(f"SESSION_STORE: the user of Redis may not run scripts: {error}") from None
 
     def check(self) -> None:
         with self._calling(is_write=True):
@@ -3019,15 +3013,13 @@ class RedisStore(SharedStore):
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, name = key
-        keys = [index_name(owner, kind), REDIS_INDEXES]
-        milliseconds = int(self.ttl * 1000)
         head = dump_json([document.created, document.used, document.turns])
-        arguments = [
-            name, expected, milliseconds, self.max_documents(kind),
-            "head", head, "data", document.data,
-        ]
         with self._calling(is_write=True):
-            return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
+            reply = self._redis.eval(
+                PUT_DOCUMENT, 2, index_name(owner, kind), REDIS_INDEXES,
+                name, expected, int(self.ttl * 1000), self.max_documents(kind),
+                "head", head, "data", document.data)
+            return bool(int(reply))  # int() raises for a reply that is not a number
 
     def delete(self, key: DocumentKey) -> bool:
         owner, kind, name = key
@@ -3104,12 +3096,14 @@ MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not s
 class Session:
     """A user's conversation, or a stored response and the conversation up to its end."""
 
+    # The head of the document
     id: str
-    document: Document = NO_DOCUMENT  # in which the session is stored
     # Of a stored response: the system messages, and the tools, in its input and in the inputs that it continues
-    system: Turn = ()
-    tools: tuple[JSONObject, ...] = ()
+    system: Sequence[Message] = ()
+    tools: Sequence[JSONObject] = ()
     response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
+
+    document: Document = NO_DOCUMENT  # in which the session is stored
 
     @cached_property
     def turns(self) -> Turns:
@@ -3181,10 +3175,7 @@ class Sessions:
         if document is None:
             return None
         try:
-            head = json.loads(split_lines(document)[0])
-            found = Session(
-                head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())),
-                head.get("response", {}))
+            found = Session(**json.loads(split_lines(document)[0]), document=document)
             found.turns  # noqa: B018  # read now
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
@@ -3265,12 +3256,9 @@ def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
     return limits.get(client.name or "", limits[""])
 
 
-def utc_date(now: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(now))
-
-
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {utc_date(now)}", (USAGE_DAYS + 1) * DAY)
+    """Return the key of the counters of a UTC day."""
+    return CounterKey(client.owner, time.strftime("day %Y-%m-%d", time.gmtime(now)), (USAGE_DAYS + 1) * DAY)
 
 
 def duration(seconds: float) -> str:
@@ -3430,14 +3418,11 @@ class UsageLimits:
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
         now = time.time()
-        times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
-        counters_of_days = self._counters.read([day_key(client, then) for then in times])
-        today: JSONObject = {}
+        keys = [day_key(client, now - ago * DAY) for ago in reversed(range(USAGE_DAYS))]
         days = []
-        for then, counters in zip(times, counters_of_days, strict=True):
+        for key, counters in zip(keys, self._counters.read(keys), strict=True):
             total, models = sum_by_model(counters)
-            today = {"date": utc_date(then), **total}
-            days.append({**today, "models": models})
+            days.append({"date": key.period.removeprefix("day "), **total, "models": models})
         return {
             "object": "usage",
             "key": client.name,
@@ -3445,7 +3430,7 @@ class UsageLimits:
                 "requests_per_minute": key_limit(self._settings.requests_per_minute, client),
                 "tokens_per_day": key_limit(self._settings.tokens_per_day, client),
             },
-            "today": today,
+            "today": without(days[-1], "models"),
             "days": days,
         }
 
@@ -3505,21 +3490,19 @@ class Metrics:
         # Ids of APIs' models that have answered, by owner: nobody's made-up ids may displace another's
         self._models_of: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
-        self._counters: defaultdict[str, Counter[Labels]] = defaultdict(Counter)  # also the series of histograms
+        # Also the series of histograms
+        self._counters: defaultdict[str, defaultdict[Labels, float]] = defaultdict(partial(defaultdict, float))
 
-    def count(self, metric: str, labels: Mapping[str, str], amount: int = 1) -> None:
+    def count(self, metric: str, labels: Mapping[str, str], amount: float = 1) -> None:
         with self._lock:
             self._counters[metric][tuple(labels.items())] += amount
 
     def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
         """Add a duration to a histogram."""
-        key = tuple(labels.items())
-        with self._lock:
-            buckets = self._counters[f"{metric}_bucket"]
-            for text, bound in BUCKETS.items():
-                buckets[(*key, ("le", text))] += seconds <= bound
-            self._counters[f"{metric}_sum"][key] += seconds  # type: ignore[assignment]  # a Counter takes any number
-            self._counters[f"{metric}_count"][key] += 1
+        for text, bound in BUCKETS.items():
+            self.count(f"{metric}_bucket", {**labels, "le": text}, seconds <= bound)
+        self.count(f"{metric}_sum", labels, seconds)
+        self.count(f"{metric}_count", labels)
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
