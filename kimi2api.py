@@ -77,7 +77,7 @@ import cloudscraper
 import requests
 import waitress
 from requests.adapters import HTTPAdapter
-from requests.cookies import extract_cookies_to_jar, get_cookie_header
+from requests.cookies import extract_cookies_to_jar
 from requests.utils import select_proxy
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError
@@ -3748,12 +3748,13 @@ class UpstreamConnection:
         self._last_request = time.monotonic()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
-        # TLS inside TLS loses what a time-out interrupts
-        can_resume = isinstance(self.sock, socket.socket)
         unsent = memoryview(data)
         while unsent:
             seconds = deadline.next_wait()
-            set_timeout(self.sock, seconds if can_resume else deadline.remaining())
+            # TLS inside TLS loses what a time-out interrupts
+            if not isinstance(self.sock, socket.socket):
+                seconds = deadline.remaining()
+            set_timeout(self.sock, seconds)
             with suppress(TimeoutError):  # one slice has passed
                 unsent = unsent[self.sock.send(unsent):]
 
@@ -3787,9 +3788,8 @@ class UpstreamResponse:
     def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
         """Read all of the body, at most so many bytes, within the deadline."""
         try:
-            self.body = self.raw.read(limit + 1, decode_content=True)
-        except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
+            with self._transport.errors(self.deadline):
+                self.body = self.raw.read(limit + 1, decode_content=True)
         finally:
             self.close()
         if len(self.body) > limit:
@@ -3798,14 +3798,12 @@ class UpstreamResponse:
 
     def stream(self) -> Iterator[bytes]:
         """The body as it comes."""
-        try:
+        with self._transport.errors(self.deadline):
             while True:
                 data = self.raw.read1(READ_SIZE, decode_content=True)
                 if not data:
                     return
                 yield data
-        except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
@@ -3847,16 +3845,12 @@ class Transport:
             headers = {**headers, "Authorization": basic_auth(parts.username, parts.password)}
         previous = CURRENT_DEADLINE.set(deadline)
         try:
-            pool, absolute_form = self._pool(url)
-            target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            # StrictHTTPResponse reads within the deadline; urllib3's time-out is that of the first slice
-            timeout = Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining()), read=deadline.next_wait())
-            raw = pool.urlopen(
-                method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
-                assert_same_host=False, timeout=timeout)
-        # RequestException: for a proxy's URL that is invalid
-        except (TimeoutError, HTTPError, requests.RequestException) as error:
-            raise self.failure(error, deadline) from None
+            with self.errors(deadline):
+                pool, absolute_form = self._pool(url)
+                target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                raw = pool.urlopen(
+                    method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
+                    assert_same_host=False, timeout=Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining())))
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
@@ -3883,8 +3877,8 @@ class Transport:
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
-                if not issubclass(pool.ConnectionCls, UpstreamConnection):
-                    pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
+                # Not the pool's own class: urllib3 has one pool for all spellings of a host
+                pool.ConnectionCls = type("Connection", (UpstreamConnection, type(pool).ConnectionCls), {})
                 self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
 
@@ -3894,21 +3888,26 @@ class Transport:
             self._adapter.close()
             self._pools.clear()
 
-    # Failures
-
-    def failure(self, error: Exception, deadline: Deadline) -> APIError:
-        # urllib3's functions hold the error that holds them, and so the request
-        clear_frames(error.__traceback__)
-        if isinstance(innermost(error), TimeoutError):
-            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
-            # No other attempt: the prompt was taken
-            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
-        if isinstance(error, DecodeError):
-            return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
-        what = f"cannot be reached: {root_cause(error)}"
-        if isinstance(innermost(error), IncompleteRead):
-            what = "closed the connection before the end of its answer"
-        return upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True)
+    @contextmanager
+    def errors(self, deadline: Deadline) -> Iterator[None]:
+        """Raise APIError for every failure to connect, send or read."""
+        try:
+            yield
+        # RequestException: for an invalid URL of a proxy or a redirect
+        except (TimeoutError, HTTPError, requests.RequestException) as error:
+            # urllib3's functions hold the error that holds them, and so the request
+            clear_frames(error.__traceback__)
+            cause = innermost(error)
+            if isinstance(cause, TimeoutError):
+                message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
+                # No other attempt: the prompt was taken
+                raise upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY) from None
+            if isinstance(error, DecodeError):
+                raise invalid_response(self.name, "an answer that cannot be decoded", retryable=True) from None
+            what = f"cannot be reached: {root_cause(cause)}"
+            if isinstance(cause, IncompleteRead):
+                what = "closed the connection before the end of its answer"
+            raise upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True) from None
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -3981,15 +3980,10 @@ class Scraper(Transport):
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
     ) -> UpstreamResponse:
         """Send a request, and read the response to its end."""
-        request = requests.PreparedRequest()
-        request.url = url  # cookie jars match it, and read nothing else
-        sent = {**self._headers, **headers}
-        request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
-        with self._lock:
-            cookies = get_cookie_header(self._cookies, request) if self._cookies else None
-        if cookies:
-            sent["Cookie"] = cookies
-        response = super().request(method, url, sent, body, deadline)
+        with self._lock, self.errors(deadline):
+            # requests adds the cookies; a POST would get a Content-Length
+            request = requests.Request("GET", url, {**self._headers, **headers}, cookies=self._cookies).prepare()
+        response = super().request(method, url, request.headers, body, deadline)  # type: ignore[arg-type]  # no bytes
         if "Set-Cookie" in response.headers:
             with self._lock:
                 extract_cookies_to_jar(self._cookies, request, response.raw)
