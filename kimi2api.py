@@ -2456,7 +2456,7 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period. Return the new values of these counters, or of all counters of the period."""
+        """Add to counters of a period. Return all counters of the period."""
         raise store_unavailable()
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
@@ -3055,8 +3055,9 @@ class RedisStore(SharedStore):
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
             pipe.pexpire(counters, int(1000 * key.lifetime))
-            *values, _ = pipe.execute()
-        return dict(zip(amounts, values, strict=True))
+            pipe.hgetall(counters)
+            *_, found = pipe.execute()
+            return {name.decode(): int(value) for name, value in found.items()}
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._calling(), self._redis.pipeline(transaction=False) as pipe:
@@ -3307,19 +3308,23 @@ class Counters:
 
     def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
         """Add amounts to the counters of a period, and return the totals of the period."""
+        with self._lock:
+            pending = self._pending.get(key, NOTHING)
         try:
-            total = self._total(key, self._store.add_counters(key, amounts))
+            known = self._store.add_counters(key, amounts)
         except APIError:
             return self._total(key, pending=amounts)
+        self._total(key, known)
         with suppress(APIError), held(self._sending, 0.0):  # unless another thread sends them
-            for other, pending in self._pending.copy().items():
+            for other, sent in self._pending.copy().items():
                 # Until they are removed below, the amounts briefly count twice; they must never be missing
-                self._total(other, self._store.add_counters(other, pending))
+                self._total(other, self._store.add_counters(other, sent))
                 with self._lock:
-                    rest = self._pending.pop(other, NOTHING) - pending
+                    rest = self._pending.pop(other, NOTHING) - sent
                     if rest:
                         self._pending[other] = rest
-        return total
+        # Without later additions of other threads, which would make a limit refuse this one
+        return Counter(known) + pending
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
         """Return the totals of each period."""
@@ -3336,13 +3341,10 @@ class Counters:
                 self._known = without_expired(self._known)
                 self._pending = without_expired(self._pending)
             total = self._known.setdefault(key, Counter())
-            for name, value in known.items():
-                total[name] = max(value, total[name])  # replies may arrive in any order
+            total |= known  # the larger of two values: replies may arrive in any order
             if pending:
                 self._pending[key] = self._pending.get(key, NOTHING) + Counter(pending)
-            if key in self._pending:
-                return total + self._pending[key]
-            return total.copy()
+            return total + self._pending.get(key, NOTHING)
 
 
 class UsageLimits:
