@@ -3104,15 +3104,8 @@ class Session:
     tools: Sequence[JSONObject] = ()
     response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
 
+    turns: Turns = ()
     document: Document = NO_DOCUMENT  # in which the session is stored
-
-    @cached_property
-    def turns(self) -> Turns:
-        return read_turns(split_lines(self.document)[1:])
-
-
-def split_lines(document: Document) -> list[bytes]:
-    return document.data.split(b"\n")
 
 
 def read_turns(lines: Iterable[bytes]) -> Turns:
@@ -3175,13 +3168,12 @@ class Sessions:
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
+        head, *lines = document.data.split(b"\n")
         try:
-            found = Session(**json.loads(split_lines(document)[0]), document=document)
-            found.turns  # noqa: B018  # read now
+            return Session(**json.loads(head), turns=read_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
             raise store_unavailable() from None
-        return found
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new session, which is stored when a turn is recorded."""
@@ -3194,38 +3186,32 @@ class Sessions:
         continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
-            lines = split_lines(document)
-            head = lines.pop(0) or dump_json({"id": opened.id})
+            head, *lines = document.data.split(b"\n")
             if replace_turns:  # except turns that were recorded in the meantime
-                recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
+                recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
             elif continues_turn:
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
-            return new_document(head, latest_lines(lines), document.created)
+            return new_document(head or dump_json({"id": opened.id}), latest_lines(lines), document.created)
 
         self.store.update((owner, SESSION, user), opened.document, change)
 
-    def record_response(
-        self,
-        owner: str,
-        opened: Session,
-        response: JSONObject,
-        system: Iterable[Message],
-        tools: Sequence[JSONObject],
-        turns: Iterable[Turn],
-    ) -> None:
+    def record_response(self, owner: str, session: Session) -> None:
         """Store a response with its conversation, which later responses may continue."""
         head = {
-            "id": opened.id, "system": list(map(stored_message, system)), "tools": tools, "response": response,
+            "id": session.id,
+            "system": list(map(stored_message, session.system)),
+            "tools": session.tools,
+            "response": session.response,
         }
-        document = new_document(dump_json(head), dump_turns(turns))
+        document = new_document(dump_json(head), dump_turns(session.turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
             log.warning("a response is not stored: with its conversation it has %d bytes", size)
         else:
-            self.store.put((owner, RESPONSE, response["id"]), document)
+            self.store.put((owner, RESPONSE, session.response["id"]), document)
 
     def keep_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
         document = new_document(dump_json(fields))
@@ -6507,7 +6493,7 @@ class App:
         # Later responses inherit system messages and tools of the input, unlike the instructions
         system = [*previous.system, *filter(is_system, asked.messages)]
         tools = [*previous.tools, *asked.reader.tools]
-        self.sessions.record_response(current_owner(), previous, response, system, tools, turns)
+        self.sessions.record_response(current_owner(), Session(previous.id, system, tools, response, turns))
 
     def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
