@@ -2538,8 +2538,7 @@ class MemoryStore(Store):
             while len(documents) > self.max_documents(kind):
                 self._drop_oldest(owner, kind)
             while sizes.total() > MAX_OWNER_BYTES:
-                [(largest, _)] = sizes.most_common(1)
-                self._drop_oldest(owner, largest)
+                self._drop_oldest(owner, max(sizes, key=sizes.__getitem__))
         return True
 
     def delete(self, key: DocumentKey) -> bool:
@@ -3370,10 +3369,12 @@ class UsageLimits:
             raise refusal.with_headers(headers)
         return headers
 
-    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int]:
-        """Count the tokens of a prompt, by estimate, until `record` counts those that were used. Raises APIError 429 if
-        chats that run now, and came before, have reserved all that is left of the quota."""
+    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int] | None:
+        """Count the tokens of a prompt against a quota, by estimate, until `record` counts those that were used. Raises
+        APIError 429 if chats that run now, and came before, have reserved all that is left of the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
+        if not limit:
+            return None
         now = time.time()
         day = day_key(client, now)
         counters = self._counters.add(day, {"reserved": tokens})  # `admit` has read the others
@@ -3830,7 +3831,8 @@ class Transport:
         parts = urlsplit(url)
         if parts.username or parts.password:
             url = without_credentials(url)
-            headers = {**headers, "Authorization": basic_auth(parts.username, parts.password)}
+            credentials = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+            headers = {**headers, "Authorization": f"Basic {b64encode(credentials.encode()).decode()}"}
         previous = CURRENT_DEADLINE.set(deadline)
         try:
             with self.errors(deadline):
@@ -3912,10 +3914,6 @@ def root_cause(error: BaseException) -> str:
     reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
     return re.sub(r"//\S*@", "//…@", reason)
 
-
-def basic_auth(user: str | None, password: str | None) -> str:
-    credentials = f"{unquote(user or '')}:{unquote(password or '')}"
-    return f"Basic {b64encode(credentials.encode()).decode()}"
 
 
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
@@ -6440,7 +6438,7 @@ class App:
             with self._counted(model, stats, client):
                 request, id, history, save = open_conversation()
                 stats.messages = [*itertools.chain.from_iterable(history), *request.messages]
-                self._reserve(stats, stats.tokens()[0])
+                stats.reserved = self.limits.reserve(current_client(), stats.tokens()[0])
                 asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
                 deltas = self.providers.answer(model, asked)
                 if save:
@@ -6461,10 +6459,6 @@ class App:
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
 
-    def _reserve(self, stats: AnswerStats, tokens: int) -> None:
-        """Count a prompt against its key's quota before an upstream is asked. Raises APIError 429."""
-        if key_limit(self.settings.tokens_per_day, current_client()):
-            stats.reserved = self.limits.reserve(current_client(), tokens)
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
@@ -6501,7 +6495,7 @@ class App:
         stats = AnswerStats()
         client = Client(bottle.request.environ, self.stopping)
         with self._counted(model, stats, client):
-            self._reserve(stats, estimate_input(body["input"]))
+            stats.reserved = self.limits.reserve(current_client(), estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers(headers)
             return answer
