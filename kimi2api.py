@@ -2630,45 +2630,48 @@ RESERVE_BYTES = 1 << 20  # in a file of its own, for deletions while the disk is
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
-SQLITE_TABLES = (
-    # Tables of format 1, except its counters
-    "DROP TABLE IF EXISTS turns",
-    "DROP TABLE IF EXISTS sessions",
-    "DROP TABLE IF EXISTS reasoning",
-    "DROP TABLE IF EXISTS probe",
-    "DROP TABLE IF EXISTS totals",
-    # Each put gives a document a new number: its version and its place in the order of use, independent of the clock
-    """CREATE TABLE documents (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        owner TEXT NOT NULL,
-        kind TEXT NOT NULL,
-        name TEXT NOT NULL,
-        created REAL NOT NULL,
-        used REAL NOT NULL,
-        turns INTEGER NOT NULL,
-        data BLOB NOT NULL,
-        UNIQUE (owner, kind, name))""",
-    "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
-    "CREATE INDEX documents_by_use ON documents (used, kind)",
-    """CREATE TABLE IF NOT EXISTS counters (
-        owner TEXT NOT NULL,
-        period TEXT NOT NULL,
-        name TEXT NOT NULL,
-        value INTEGER NOT NULL,
-        expires REAL NOT NULL,
-        PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
-    "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
-    f"PRAGMA application_id = {SQLITE_APPLICATION}",
-    f"PRAGMA user_version = {SQLITE_FORMAT}",
-)
-SQLITE_PRAGMAS = (
-    # auto_vacuum has an effect only on an empty file
-    "PRAGMA auto_vacuum = INCREMENTAL",
-    "PRAGMA journal_mode = WAL",
-    # Commits survive the end of the process; a power failure may lose the latest
-    "PRAGMA synchronous = NORMAL",
-    "PRAGMA journal_size_limit = 4194304",
-)
+SQLITE_PRAGMAS = """
+-- Has an effect only on an empty file
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+-- Commits survive the end of the process; a power failure may lose the latest
+PRAGMA synchronous = NORMAL;
+PRAGMA journal_size_limit = 4194304;
+"""
+# Changes nothing if another process has run it in the meantime
+SQLITE_TABLES = f"""
+BEGIN IMMEDIATE;
+-- Tables of format 1, except its counters
+DROP TABLE IF EXISTS turns;
+DROP TABLE IF EXISTS sessions;
+DROP TABLE IF EXISTS reasoning;
+DROP TABLE IF EXISTS probe;
+DROP TABLE IF EXISTS totals;
+-- Each put gives a document a new number: its version and its place in the order of use, independent of the clock
+CREATE TABLE IF NOT EXISTS documents (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    owner TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    created REAL NOT NULL,
+    used REAL NOT NULL,
+    turns INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    UNIQUE (owner, kind, name));
+CREATE INDEX IF NOT EXISTS documents_by_number ON documents (owner, kind, number);
+CREATE INDEX IF NOT EXISTS documents_by_use ON documents (used, kind);
+CREATE TABLE IF NOT EXISTS counters (
+    owner TEXT NOT NULL,
+    period TEXT NOT NULL,
+    name TEXT NOT NULL,
+    value INTEGER NOT NULL,
+    expires REAL NOT NULL,
+    PRIMARY KEY (owner, period, name)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires);
+PRAGMA application_id = {SQLITE_APPLICATION};
+PRAGMA user_version = {SQLITE_FORMAT};
+COMMIT;
+"""
 
 
 def read_row(row: Sequence[Any]) -> Document:
@@ -2881,23 +2884,17 @@ class SQLiteStore(SharedStore):
 
     def _prepare(self, db: Any) -> None:
         """Set up the connection, and upgrade the file to our format. Raises ValueError if the file is not ours."""
-        [application] = db.execute("PRAGMA application_id").fetchone()
-        [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        application, version, tables = db.execute(
+            "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
+            "FROM pragma_application_id, pragma_user_version").fetchone()
         if tables and application != SQLITE_APPLICATION:
             raise ValueError("it is the database of another program")
-        [version] = db.execute("PRAGMA user_version").fetchone()
         if version > SQLITE_FORMAT:
             raise ValueError(
                 f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-        for pragma in SQLITE_PRAGMAS:
-            db.execute(pragma).fetchall()
+        db.executescript(SQLITE_PRAGMAS)
         if version < SQLITE_FORMAT:
-            db.execute("BEGIN IMMEDIATE")
-            # Another process may have upgraded it
-            if db.execute("PRAGMA user_version").fetchone() == (version,):
-                for statement in SQLITE_TABLES:
-                    db.execute(statement)
-            db.execute("COMMIT")
+            db.executescript(SQLITE_TABLES)
         db.execute("PRAGMA busy_timeout = 20")  # ms; `_using` retries until its deadline
 
 
@@ -3579,7 +3576,6 @@ class Deadline:
         self.waiter = waiter
         self.is_per_read = False  # the timeout is for each read alone, not for all of the call
         self.may_reuse_connection = True  # False while an answer may be left unread
-        self._began = waiter.clock()
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
@@ -3589,7 +3585,7 @@ class Deadline:
     @property
     def waited(self) -> float:
         """Return the seconds that were given to the wait that has timed out."""
-        return min(self.waiter.clock() - self._began, self.timeout)
+        return self.timeout - max(0.0, self._end - self.waiter.clock())
 
     def remaining(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
