@@ -692,6 +692,11 @@ def without(fields: JSONObject, *names: str) -> JSONObject:
     return {name: value for name, value in fields.items() if name not in names}
 
 
+def only(fields: JSONObject, names: Iterable[str]) -> JSONObject:
+    """Return an object with the fields of these names that it has."""
+    return {name: fields[name] for name in names if name in fields}
+
+
 def replace_lone_surrogates(text: str) -> str:
     """Replace lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -1017,7 +1022,7 @@ class ChatRequest:
         """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
         prompt = "".join(body["prompt"])  # a text, or a list of at most one
-        chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
+        chat = only(body, SHARED_PARAMETERS)
         return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
     @classmethod
@@ -3127,10 +3132,9 @@ def stored_message(message: Message) -> Message:
         stored["content"] = stored["content"] or None
         stored["tool_calls"] = []
         for call in message["tool_calls"]:
-            function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            kept = {"id": call.get("id"), "type": "function", "function": function}
-            if "extra_content" in call:
-                kept["extra_content"] = call["extra_content"]
+            kept = only(call, ("id", "extra_content"))
+            kept["type"] = "function"
+            kept["function"] = only(call["function"], ("name", "arguments"))
             stored["tool_calls"].append(kept)
         # APIs require the reasoning in later requests
         stored.update(reasoning_fields(message))
@@ -3833,10 +3837,20 @@ class Transport:
         try:
             with self.errors(deadline):
                 pool, absolute_form = self._pool(url)
-                target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                target = url
+                if not absolute_form:
+                    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
                 raw = pool.urlopen(
-                    method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
-                    assert_same_host=False, timeout=Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining())))
+                    method,
+                    target,
+                    body,
+                    dict(headers),
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                    assert_same_host=False,
+                    timeout=Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining())),
+                )
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
@@ -5198,7 +5212,7 @@ def portable_schema(schema: Schema) -> Schema:
     """Return a schema whose reference has no siblings, whose `type` is inside of `anyOf`, and that has no null among
     its options."""
     if isinstance(schema.get("$ref"), str):
-        return {name: schema[name] for name in ("$ref", "$defs", "definitions") if name in schema}
+        return only(schema, ("$ref", "$defs", "definitions"))
     if isinstance(schema.get("anyOf"), list):
         kind = schema.pop("type", None)
         options = []
