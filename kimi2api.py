@@ -77,7 +77,7 @@ import cloudscraper
 import requests
 import waitress
 from requests.adapters import HTTPAdapter
-from requests.cookies import extract_cookies_to_jar, get_cookie_header
+from requests.cookies import extract_cookies_to_jar
 from requests.utils import select_proxy
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError
@@ -673,6 +673,11 @@ def without(fields: JSONObject, *names: str) -> JSONObject:
     return {name: value for name, value in fields.items() if name not in names}
 
 
+def only(fields: JSONObject, names: Iterable[str]) -> JSONObject:
+    """Return an object with the fields of these names that it has."""
+    return {name: fields[name] for name in names if name in fields}
+
+
 def replace_lone_surrogates(text: str) -> str:
     """Replace lone surrogates, which cannot be encoded as UTF-8, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -996,7 +1001,7 @@ class ChatRequest:
         """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
         prompt = "".join(body["prompt"])  # a text, or a list of at most one
-        chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
+        chat = only(body, SHARED_PARAMETERS)
         return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
     @classmethod
@@ -2448,12 +2453,12 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period. Return the new values of these counters, or of all counters of the period."""
-        raise NotImplementedError
+        """Add to counters of a period. Return all counters of the period."""
+        raise store_unavailable()
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         """Return the counters of each period."""
-        raise NotImplementedError
+        raise store_unavailable()
 
     def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
         """Replace a document by change(document). document: the loaded document, or an empty document.
@@ -2481,13 +2486,22 @@ def store_unavailable() -> APIError:
         "session_store_unavailable")
 
 
-def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
-    now = time.monotonic()
-    return {key: counters for key, counters in periods.items() if key.created + key.lifetime > now}
+@contextmanager
+def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
+    """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise store_unavailable()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class MemoryStore(Store):
-    """Dicts with expiry, guarded by a lock. Their content ends with the process."""
+    """Dicts with expiry, guarded by a lock. Their content ends with the process.
+
+    It has no counters: `Counters` counts in this process while a store has none.
+    """
 
     kind = "memory"
 
@@ -2498,8 +2512,7 @@ class MemoryStore(Store):
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
         # Each version is the time of its put in ns, by time.monotonic(): the system's clock may be set
         self._newest_version = 0
-        self._counters: dict[CounterKey, Counter[str]] = {}
-        self._lock = threading.Lock()  # guards all four; held briefly
+        self._lock = threading.Lock()  # guards all three; held briefly
 
     def load(self, key: DocumentKey) -> Document | None:
         with self._lock:
@@ -2522,8 +2535,7 @@ class MemoryStore(Store):
             while len(documents) > self.max_documents(kind):
                 self._drop_oldest(owner, kind)
             while sizes.total() > MAX_OWNER_BYTES:
-                [(largest, _)] = sizes.most_common(1)
-                self._drop_oldest(owner, largest)
+                self._drop_oldest(owner, max(sizes, key=sizes.__getitem__))
         return True
 
     def delete(self, key: DocumentKey) -> bool:
@@ -2540,18 +2552,6 @@ class MemoryStore(Store):
         with self._lock:
             self._drop_expired()
             return sum(len(documents) for (_, kind), documents in self._documents.items() if kind != REASONING)
-
-    def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        with self._lock:
-            if key not in self._counters:
-                self._counters = without_expired(self._counters)
-            counters = self._counters.setdefault(key, Counter())
-            counters.update(amounts)
-            return {name: counters[name] for name in amounts}
-
-    def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
-        with self._lock:
-            return [dict(self._counters.get(key, {})) for key in keys]
 
     # Callers of the methods below hold the lock
 
@@ -2586,9 +2586,8 @@ class SharedStore(Store):
 
     failures: tuple[type[Exception], ...]
     # No lock guards these fields: an extra call or an extra line in the log does no harm
-    is_failing = False  # no write has succeeded since a call failed
-    _told: tuple[str, float] = "", 0.0  # the latest failure, and the hour
-    _tells_recovery = False
+    _is_failing = False  # a failure has been logged, and no write has succeeded since
+    _latest_failure: tuple[str, float] = "", 0.0  # with its hour
     _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
@@ -2607,18 +2606,15 @@ class SharedStore(Store):
             now = time.monotonic()
             self._paused_until = now + min(5 * (now - began), MAX_STORE_PAUSE)
             failure = f"{type(error).__name__}: {error}", now // 3600
-            if not self.is_failing:
-                # A damaged page fails with every read, between other calls that succeed
-                self._tells_recovery = failure != self._told
-                if self._tells_recovery:
-                    log.warning("session store (%s) failed: %s", self.kind, failure[0])
-            self._told = failure
-            self.is_failing = True
+            # A damaged page fails with every read, between other calls that succeed
+            if not self._is_failing and failure != self._latest_failure:
+                self._is_failing = True
+                log.warning("session store (%s) failed: %s", self.kind, failure[0])
+            self._latest_failure = failure
             raise store_unavailable() from None
-        if self.is_failing and is_write:  # a full disk can still be read
-            self.is_failing = False
-            if self._tells_recovery:
-                log.warning("session store (%s) recovered", self.kind)
+        if self._is_failing and is_write:  # a full disk can still be read
+            self._is_failing = False
+            log.warning("session store (%s) recovered", self.kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2631,45 +2627,48 @@ RESERVE_BYTES = 1 << 20  # in a file of its own, for deletions while the disk is
 MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
-SQLITE_TABLES = (
-    # Tables of format 1, except its counters
-    "DROP TABLE IF EXISTS turns",
-    "DROP TABLE IF EXISTS sessions",
-    "DROP TABLE IF EXISTS reasoning",
-    "DROP TABLE IF EXISTS probe",
-    "DROP TABLE IF EXISTS totals",
-    # Each put gives a document a new number: its version and its place in the order of use, independent of the clock
-    """CREATE TABLE documents (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        owner TEXT NOT NULL,
-        kind TEXT NOT NULL,
-        name TEXT NOT NULL,
-        created REAL NOT NULL,
-        used REAL NOT NULL,
-        turns INTEGER NOT NULL,
-        data BLOB NOT NULL,
-        UNIQUE (owner, kind, name))""",
-    "CREATE INDEX documents_by_number ON documents (owner, kind, number)",
-    "CREATE INDEX documents_by_use ON documents (used, kind)",
-    """CREATE TABLE IF NOT EXISTS counters (
-        owner TEXT NOT NULL,
-        period TEXT NOT NULL,
-        name TEXT NOT NULL,
-        value INTEGER NOT NULL,
-        expires REAL NOT NULL,
-        PRIMARY KEY (owner, period, name)) WITHOUT ROWID""",
-    "CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires)",
-    f"PRAGMA application_id = {SQLITE_APPLICATION}",
-    f"PRAGMA user_version = {SQLITE_FORMAT}",
-)
-SQLITE_PRAGMAS = (
-    # auto_vacuum has an effect only on an empty file
-    "PRAGMA auto_vacuum = INCREMENTAL",
-    "PRAGMA journal_mode = WAL",
-    # Commits survive the end of the process; a power failure may lose the latest
-    "PRAGMA synchronous = NORMAL",
-    "PRAGMA journal_size_limit = 4194304",
-)
+SQLITE_PRAGMAS = """
+-- Has an effect only on an empty file
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+-- Commits survive the end of the process; a power failure may lose the latest
+PRAGMA synchronous = NORMAL;
+PRAGMA journal_size_limit = 4194304;
+"""
+# Changes nothing if another process has run it in the meantime
+SQLITE_TABLES = f"""
+BEGIN IMMEDIATE;
+-- Tables of format 1, except its counters
+DROP TABLE IF EXISTS turns;
+DROP TABLE IF EXISTS sessions;
+DROP TABLE IF EXISTS reasoning;
+DROP TABLE IF EXISTS probe;
+DROP TABLE IF EXISTS totals;
+-- Each put gives a document a new number: its version and its place in the order of use, independent of the clock
+CREATE TABLE IF NOT EXISTS documents (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    owner TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    created REAL NOT NULL,
+    used REAL NOT NULL,
+    turns INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    UNIQUE (owner, kind, name));
+CREATE INDEX IF NOT EXISTS documents_by_number ON documents (owner, kind, number);
+CREATE INDEX IF NOT EXISTS documents_by_use ON documents (used, kind);
+CREATE TABLE IF NOT EXISTS counters (
+    owner TEXT NOT NULL,
+    period TEXT NOT NULL,
+    name TEXT NOT NULL,
+    value INTEGER NOT NULL,
+    expires REAL NOT NULL,
+    PRIMARY KEY (owner, period, name)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS counters_by_expiry ON counters (expires);
+PRAGMA application_id = {SQLITE_APPLICATION};
+PRAGMA user_version = {SQLITE_FORMAT};
+COMMIT;
+"""
 
 
 def read_row(row: Sequence[Any]) -> Document:
@@ -2682,17 +2681,6 @@ def read_row(row: Sequence[Any]) -> Document:
 
 def read_counts(rows: Iterable[tuple[str, Any]]) -> Amounts:
     return {name: int(value) for name, value in rows}
-
-
-@contextmanager
-def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
-    """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
-    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise store_unavailable()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class SQLiteStore(SharedStore):
@@ -2859,11 +2847,12 @@ class SQLiteStore(SharedStore):
     # Callers of the methods below hold the lock
 
     def _fill_reserve(self) -> None:
-        """Take room on the disk for deletions. Raises OSError if there is none."""
-        with open(self._reserve, "ab", 0, opener=partial(os.open, mode=0o600)) as file:
-            missing = RESERVE_BYTES - file.tell()
-            if missing > 0 and file.write(bytes(missing)) < missing:
-                raise OSError("the disk is full")
+        """Take room on the disk for deletions, unless it is taken. Raises OSError if there is none."""
+        with suppress(FileNotFoundError):
+            if os.path.getsize(self._reserve) >= RESERVE_BYTES:
+                return
+        with open(self._reserve, "wb", opener=partial(os.open, mode=0o600)) as file:
+            file.write(bytes(RESERVE_BYTES))
 
     def _connect(self) -> None:
         """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
@@ -2892,23 +2881,17 @@ class SQLiteStore(SharedStore):
 
     def _prepare(self, db: Any) -> None:
         """Set up the connection, and upgrade the file to our format. Raises ValueError if the file is not ours."""
-        [application] = db.execute("PRAGMA application_id").fetchone()
-        [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        application, version, tables = db.execute(
+            "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
+            "FROM pragma_application_id, pragma_user_version").fetchone()
         if tables and application != SQLITE_APPLICATION:
             raise ValueError("it is the database of another program")
-        [version] = db.execute("PRAGMA user_version").fetchone()
         if version > SQLITE_FORMAT:
             raise ValueError(
                 f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
-        for pragma in SQLITE_PRAGMAS:
-            db.execute(pragma).fetchall()
+        db.executescript(SQLITE_PRAGMAS)
         if version < SQLITE_FORMAT:
-            db.execute("BEGIN IMMEDIATE")
-            # Another process may have upgraded it
-            if db.execute("PRAGMA user_version").fetchone() == (version,):
-                for statement in SQLITE_TABLES:
-                    db.execute(statement)
-            db.execute("COMMIT")
+            db.executescript(SQLITE_TABLES)
         db.execute("PRAGMA busy_timeout = 20")  # ms; `_using` retries until its deadline
 
 
@@ -2978,8 +2961,6 @@ class RedisStore(SharedStore):
         super().__init__(ttl, limit)
         try:
             import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
         except ImportError:
             raise SettingError("SESSION_STORE: the package redis is missing: pip install redis") from None
         self.failures = (
@@ -2988,6 +2969,7 @@ class RedisStore(SharedStore):
             AttributeError, LookupError, TypeError, ValueError,
         )
         try:
+            # It does not retry, unlike a Redis() without a pool: a write whose reply was lost may have succeeded
             pool = redis.BlockingConnectionPool.from_url(
                 url,
                 max_connections=REDIS_CONNECTIONS,
@@ -2996,21 +2978,16 @@ class RedisStore(SharedStore):
                 socket_timeout=REDIS_TIMEOUT,
                 socket_keepalive=True,
                 protocol=2,
-                retry=Retry(NoBackoff(), 0),  # a write whose reply was lost may have succeeded
             )
             pool.make_connection()  # parses the options in the address
         except self.failures as error:
             raise SettingError(f"SESSION_STORE: the address of Redis cannot be used: {error}") from None
         self._redis = redis.Redis(connection_pool=pool)
-        self._put = self._redis.register_script(PUT_DOCUMENT)
-        with suppress(APIError):  # it has been logged
-            self.check()
-        try:
-            self._redis.script_load(PUT_DOCUMENT)
-        except redis.exceptions.NoPermissionError as error:
-            raise SettingError(f"SESSION_STORE: the user of Redis may not run scripts: {error}") from None
-        except self.failures as error:
-            log.debug("Redis: %s", error)
+        with suppress(APIError), self._calling():  # a failure has been logged
+            try:
+                self._redis.eval("return 1", 0)
+            except redis.exceptions.NoPermissionError as error:
+                raise SettingError(f"SESSION_STORE: the user of Redis may not run scripts: {error}") from None
 
     def check(self) -> None:
         with self._calling(is_write=True):
@@ -3029,15 +3006,13 @@ class RedisStore(SharedStore):
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, name = key
-        keys = [index_name(owner, kind), REDIS_INDEXES]
-        milliseconds = int(self.ttl * 1000)
         head = dump_json([document.created, document.used, document.turns])
-        arguments = [
-            name, expected, milliseconds, self.max_documents(kind),
-            "head", head, "data", document.data,
-        ]
         with self._calling(is_write=True):
-            return bool(int(self._put(keys, arguments)))  # int() raises for a reply that is not a number
+            reply = self._redis.eval(
+                PUT_DOCUMENT, 2, index_name(owner, kind), REDIS_INDEXES,
+                name, expected, int(self.ttl * 1000), self.max_documents(kind),
+                "head", head, "data", document.data)
+            return bool(int(reply))  # int() raises for a reply that is not a number
 
     def delete(self, key: DocumentKey) -> bool:
         owner, kind, name = key
@@ -3073,8 +3048,9 @@ class RedisStore(SharedStore):
             for name, amount in amounts.items():
                 pipe.hincrby(counters, name, amount)
             pipe.pexpire(counters, int(1000 * key.lifetime))
-            *values, _ = pipe.execute()
-        return dict(zip(amounts, values, strict=True))
+            pipe.hgetall(counters)
+            *_, found = pipe.execute()
+            return {name.decode(): int(value) for name, value in found.items()}
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._calling(), self._redis.pipeline(transaction=False) as pipe:
@@ -3114,20 +3090,15 @@ MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not s
 class Session:
     """A user's conversation, or a stored response and the conversation up to its end."""
 
+    # The head of the document
     id: str
-    document: Document = NO_DOCUMENT  # in which the session is stored
     # Of a stored response: the system messages, and the tools, in its input and in the inputs that it continues
-    system: Turn = ()
-    tools: tuple[JSONObject, ...] = ()
+    system: Sequence[Message] = ()
+    tools: Sequence[JSONObject] = ()
     response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
 
-    @cached_property
-    def turns(self) -> Turns:
-        return read_turns(split_lines(self.document)[1:])
-
-
-def split_lines(document: Document) -> list[bytes]:
-    return document.data.split(b"\n")
+    turns: Turns = ()
+    document: Document = NO_DOCUMENT  # in which the session is stored
 
 
 def read_turns(lines: Iterable[bytes]) -> Turns:
@@ -3153,10 +3124,9 @@ def stored_message(message: Message) -> Message:
         stored["content"] = stored["content"] or None
         stored["tool_calls"] = []
         for call in message["tool_calls"]:
-            function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            kept = {"id": call.get("id"), "type": "function", "function": function}
-            if "extra_content" in call:
-                kept["extra_content"] = call["extra_content"]
+            kept = only(call, ("id", "extra_content"))
+            kept["type"] = "function"
+            kept["function"] = only(call["function"], ("name", "arguments"))
             stored["tool_calls"].append(kept)
         # APIs require the reasoning in later requests
         stored.update(reasoning_fields(message))
@@ -3190,16 +3160,12 @@ class Sessions:
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
+        head, *lines = document.data.split(b"\n")
         try:
-            head = json.loads(split_lines(document)[0])
-            found = Session(
-                head["id"], document, tuple(head.get("system", ())), tuple(head.get("tools", ())),
-                head.get("response", {}))
-            found.turns  # noqa: B018  # read now
+            return Session(**json.loads(head), turns=read_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
             raise store_unavailable() from None
-        return found
 
     def open(self, owner: str, user: str | None) -> Session:
         """Return the user's session, or a new session, which is stored when a turn is recorded."""
@@ -3212,38 +3178,32 @@ class Sessions:
         continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
-            lines = split_lines(document)
-            head = lines.pop(0) or dump_json({"id": opened.id})
+            head, *lines = document.data.split(b"\n")
             if replace_turns:  # except turns that were recorded in the meantime
-                recorded = Counter(lines) - Counter(split_lines(opened.document)[1:])
+                recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
             elif continues_turn:
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
-            return new_document(head, latest_lines(lines), document.created)
+            return new_document(head or dump_json({"id": opened.id}), latest_lines(lines), document.created)
 
         self.store.update((owner, SESSION, user), opened.document, change)
 
-    def record_response(
-        self,
-        owner: str,
-        opened: Session,
-        response: JSONObject,
-        system: Iterable[Message],
-        tools: Sequence[JSONObject],
-        turns: Iterable[Turn],
-    ) -> None:
+    def record_response(self, owner: str, session: Session) -> None:
         """Store a response with its conversation, which later responses may continue."""
         head = {
-            "id": opened.id, "system": list(map(stored_message, system)), "tools": tools, "response": response,
+            "id": session.id,
+            "system": list(map(stored_message, session.system)),
+            "tools": session.tools,
+            "response": session.response,
         }
-        document = new_document(dump_json(head), dump_turns(turns))
+        document = new_document(dump_json(head), dump_turns(session.turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
             log.warning("a response is not stored: with its conversation it has %d bytes", size)
         else:
-            self.store.put((owner, RESPONSE, response["id"]), document)
+            self.store.put((owner, RESPONSE, session.response["id"]), document)
 
     def keep_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
         document = new_document(dump_json(fields))
@@ -3275,12 +3235,9 @@ def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
     return limits.get(client.name or "", limits[""])
 
 
-def utc_date(now: float) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(now))
-
-
 def day_key(client: ClientKey, now: float) -> CounterKey:
-    return CounterKey(client.owner, f"day {utc_date(now)}", (USAGE_DAYS + 1) * DAY)
+    """Return the key of the counters of a UTC day."""
+    return CounterKey(client.owner, time.strftime("day %Y-%m-%d", time.gmtime(now)), (USAGE_DAYS + 1) * DAY)
 
 
 def duration(seconds: float) -> str:
@@ -3310,8 +3267,13 @@ def quota_spent(used: int, limit: int, reset: float) -> APIError:
 NOTHING: Counter[str] = Counter()
 
 
+def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
+    now = time.monotonic()
+    return {key: counters for key, counters in periods.items() if key.created + key.lifetime > now}
+
+
 class Counters:
-    """Counters in a store that may fail. While the store fails, added amounts are pending. Totals are the known totals
+    """Counters in a store that may fail, or has none. Meanwhile added amounts are pending. Totals are the known totals
     plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
@@ -3324,16 +3286,23 @@ class Counters:
 
     def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
         """Add amounts to the counters of a period, and return the totals of the period."""
+        with self._lock:
+            pending = self._pending.get(key, NOTHING)
         try:
-            total = self._total(key, self._store.add_counters(key, amounts))
+            known = self._store.add_counters(key, amounts)
         except APIError:
             return self._total(key, pending=amounts)
-        if self._pending and self._sending.acquire(blocking=False):
-            try:
-                self._send_pending()
-            finally:
-                self._sending.release()
-        return total
+        self._total(key, known)
+        with suppress(APIError), held(self._sending, 0.0):  # unless another thread sends them
+            for other, sent in self._pending.copy().items():
+                # Until they are removed below, the amounts briefly count twice; they must never be missing
+                self._total(other, self._store.add_counters(other, sent))
+                with self._lock:
+                    rest = self._pending.pop(other, NOTHING) - sent
+                    if rest:
+                        self._pending[other] = rest
+        # Without later additions of other threads, which would make a limit refuse this one
+        return Counter(known) + pending
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
         """Return the totals of each period."""
@@ -3343,16 +3312,6 @@ class Counters:
             return list(map(self._total, keys))
         return list(map(self._total, keys, found))
 
-    def _send_pending(self) -> None:
-        with suppress(APIError):
-            for key, amounts in self._pending.copy().items():
-                # Until they are removed below, the amounts briefly count twice; they must never be missing
-                self._total(key, self._store.add_counters(key, amounts))
-                with self._lock:
-                    rest = self._pending.pop(key, NOTHING) - amounts
-                    if rest:
-                        self._pending[key] = rest
-
     def _total(self, key: CounterKey, known: Amounts = NOTHING, pending: Amounts = NOTHING) -> Counter[str]:
         """Return the totals of a period, after adding what the store has returned or what it lacks."""
         with self._lock:
@@ -3360,13 +3319,10 @@ class Counters:
                 self._known = without_expired(self._known)
                 self._pending = without_expired(self._pending)
             total = self._known.setdefault(key, Counter())
-            for name, value in known.items():
-                total[name] = max(value, total[name])  # replies may arrive in any order
+            total |= known  # the larger of two values: replies may arrive in any order
             if pending:
                 self._pending[key] = self._pending.get(key, NOTHING) + Counter(pending)
-            if key in self._pending:
-                return total + self._pending[key]
-            return total.copy()
+            return total + self._pending.get(key, NOTHING)
 
 
 class UsageLimits:
@@ -3406,10 +3362,12 @@ class UsageLimits:
             raise refusal.with_headers(headers)
         return headers
 
-    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int]:
-        """Count the tokens of a prompt, by estimate, until `record` counts those that were used. Raises APIError 429 if
-        chats that run now, and came before, have reserved all that is left of the quota."""
+    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int] | None:
+        """Count the tokens of a prompt against a quota, by estimate, until `record` counts those that were used. Raises
+        APIError 429 if chats that run now, and came before, have reserved all that is left of the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
+        if not limit:
+            return None
         now = time.time()
         day = day_key(client, now)
         counters = self._counters.add(day, {"reserved": tokens})  # `admit` has read the others
@@ -3442,14 +3400,11 @@ class UsageLimits:
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
         now = time.time()
-        times = [now - ago * DAY for ago in reversed(range(USAGE_DAYS))]
-        counters_of_days = self._counters.read([day_key(client, then) for then in times])
-        today: JSONObject = {}
+        keys = [day_key(client, now - ago * DAY) for ago in reversed(range(USAGE_DAYS))]
         days = []
-        for then, counters in zip(times, counters_of_days, strict=True):
+        for key, counters in zip(keys, self._counters.read(keys), strict=True):
             total, models = sum_by_model(counters)
-            today = {"date": utc_date(then), **total}
-            days.append({**today, "models": models})
+            days.append({"date": key.period.removeprefix("day "), **total, "models": models})
         return {
             "object": "usage",
             "key": client.name,
@@ -3457,7 +3412,7 @@ class UsageLimits:
                 "requests_per_minute": key_limit(self._settings.requests_per_minute, client),
                 "tokens_per_day": key_limit(self._settings.tokens_per_day, client),
             },
-            "today": today,
+            "today": without(days[-1], "models"),
             "days": days,
         }
 
@@ -3517,21 +3472,19 @@ class Metrics:
         # Ids of APIs' models that have answered, by owner: nobody's made-up ids may displace another's
         self._models_of: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
-        self._counters: defaultdict[str, Counter[Labels]] = defaultdict(Counter)  # also the series of histograms
+        # Also the series of histograms
+        self._counters: defaultdict[str, defaultdict[Labels, float]] = defaultdict(partial(defaultdict, float))
 
-    def count(self, metric: str, labels: Mapping[str, str], amount: int = 1) -> None:
+    def count(self, metric: str, labels: Mapping[str, str], amount: float = 1) -> None:
         with self._lock:
             self._counters[metric][tuple(labels.items())] += amount
 
     def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
         """Add a duration to a histogram."""
-        key = tuple(labels.items())
-        with self._lock:
-            buckets = self._counters[f"{metric}_bucket"]
-            for text, bound in BUCKETS.items():
-                buckets[(*key, ("le", text))] += seconds <= bound
-            self._counters[f"{metric}_sum"][key] += seconds  # type: ignore[assignment]  # a Counter takes any number
-            self._counters[f"{metric}_count"][key] += 1
+        for text, bound in BUCKETS.items():
+            self.count(f"{metric}_bucket", {**labels, "le": text}, seconds <= bound)
+        self.count(f"{metric}_sum", labels, seconds)
+        self.count(f"{metric}_count", labels)
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
@@ -3619,7 +3572,6 @@ class Deadline:
         self.waiter = waiter
         self.is_per_read = False  # the timeout is for each read alone, not for all of the call
         self.may_reuse_connection = True  # False while an answer may be left unread
-        self._began = waiter.clock()
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
@@ -3629,7 +3581,7 @@ class Deadline:
     @property
     def waited(self) -> float:
         """Return the seconds that were given to the wait that has timed out."""
-        return min(self.waiter.clock() - self._began, self.timeout)
+        return self.timeout - max(0.0, self._end - self.waiter.clock())
 
     def remaining(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
@@ -3777,12 +3729,13 @@ class UpstreamConnection:
         self._last_request = time.monotonic()
         if self.sock is None:
             self.connect()  # type: ignore[attr-defined]
-        # TLS inside TLS loses what a time-out interrupts
-        can_resume = isinstance(self.sock, socket.socket)
         unsent = memoryview(data)
         while unsent:
             seconds = deadline.next_wait()
-            set_timeout(self.sock, seconds if can_resume else deadline.remaining())
+            # TLS inside TLS loses what a time-out interrupts
+            if not isinstance(self.sock, socket.socket):
+                seconds = deadline.remaining()
+            set_timeout(self.sock, seconds)
             with suppress(TimeoutError):  # one slice has passed
                 unsent = unsent[self.sock.send(unsent):]
 
@@ -3816,9 +3769,8 @@ class UpstreamResponse:
     def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
         """Read all of the body, at most so many bytes, within the deadline."""
         try:
-            self.body = self.raw.read(limit + 1, decode_content=True)
-        except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
+            with self._transport.errors(self.deadline):
+                self.body = self.raw.read(limit + 1, decode_content=True)
         finally:
             self.close()
         if len(self.body) > limit:
@@ -3827,14 +3779,12 @@ class UpstreamResponse:
 
     def stream(self) -> Iterator[bytes]:
         """The body as it comes."""
-        try:
+        with self._transport.errors(self.deadline):
             while True:
                 data = self.raw.read1(READ_SIZE, decode_content=True)
                 if not data:
                     return
                 yield data
-        except HTTPError as error:
-            raise self._transport.failure(error, self.deadline) from None
 
     def drain(self) -> None:
         """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
@@ -3873,19 +3823,26 @@ class Transport:
         parts = urlsplit(url)
         if parts.username or parts.password:
             url = without_credentials(url)
-            headers = {**headers, "Authorization": basic_auth(parts.username, parts.password)}
+            credentials = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+            headers = {**headers, "Authorization": f"Basic {b64encode(credentials.encode()).decode()}"}
         previous = CURRENT_DEADLINE.set(deadline)
         try:
-            pool, absolute_form = self._pool(url)
-            target = url if absolute_form else urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            # StrictHTTPResponse reads within the deadline; urllib3's time-out is that of the first slice
-            timeout = Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining()), read=deadline.next_wait())
-            raw = pool.urlopen(
-                method, target, body, dict(headers), retries=False, redirect=False, preload_content=False,
-                assert_same_host=False, timeout=timeout)
-        # RequestException: for a proxy's URL that is invalid
-        except (TimeoutError, HTTPError, requests.RequestException) as error:
-            raise self.failure(error, deadline) from None
+            with self.errors(deadline):
+                pool, absolute_form = self._pool(url)
+                target = url
+                if not absolute_form:
+                    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                raw = pool.urlopen(
+                    method,
+                    target,
+                    body,
+                    dict(headers),
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                    assert_same_host=False,
+                    timeout=Timeout(connect=min(CONNECT_TIMEOUT, deadline.remaining())),
+                )
         finally:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
@@ -3912,8 +3869,8 @@ class Transport:
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
-                if not issubclass(pool.ConnectionCls, UpstreamConnection):
-                    pool.ConnectionCls = type("Connection", (UpstreamConnection, pool.ConnectionCls), {})
+                # Not the pool's own class: urllib3 has one pool for all spellings of a host
+                pool.ConnectionCls = type("Connection", (UpstreamConnection, type(pool).ConnectionCls), {})
                 self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
             return self._pools[origin]
 
@@ -3923,21 +3880,26 @@ class Transport:
             self._adapter.close()
             self._pools.clear()
 
-    # Failures
-
-    def failure(self, error: Exception, deadline: Deadline) -> APIError:
-        # urllib3's functions hold the error that holds them, and so the request
-        clear_frames(error.__traceback__)
-        if isinstance(innermost(error), TimeoutError):
-            message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
-            # No other attempt: the prompt was taken
-            return upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY)
-        if isinstance(error, DecodeError):
-            return invalid_response(self.name, "an answer that cannot be decoded", retryable=True)
-        what = f"cannot be reached: {root_cause(error)}"
-        if isinstance(innermost(error), IncompleteRead):
-            what = "closed the connection before the end of its answer"
-        return upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True)
+    @contextmanager
+    def errors(self, deadline: Deadline) -> Iterator[None]:
+        """Raise APIError for every failure to connect, send or read."""
+        try:
+            yield
+        # RequestException: for an invalid URL of a proxy or a redirect
+        except (TimeoutError, HTTPError, requests.RequestException) as error:
+            # urllib3's functions hold the error that holds them, and so the request
+            clear_frames(error.__traceback__)
+            cause = innermost(error)
+            if isinstance(cause, TimeoutError):
+                message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
+                # No other attempt: the prompt was taken
+                raise upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY) from None
+            if isinstance(error, DecodeError):
+                raise invalid_response(self.name, "an answer that cannot be decoded", retryable=True) from None
+            what = f"cannot be reached: {root_cause(cause)}"
+            if isinstance(cause, IncompleteRead):
+                what = "closed the connection before the end of its answer"
+            raise upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True) from None
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -3954,10 +3916,6 @@ def root_cause(error: BaseException) -> str:
     reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
     return re.sub(r"//\S*@", "//…@", reason)
 
-
-def basic_auth(user: str | None, password: str | None) -> str:
-    credentials = f"{unquote(user or '')}:{unquote(password or '')}"
-    return f"Basic {b64encode(credentials.encode()).decode()}"
 
 
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
@@ -4010,15 +3968,10 @@ class Scraper(Transport):
         self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
     ) -> UpstreamResponse:
         """Send a request, and read the response to its end."""
-        request = requests.PreparedRequest()
-        request.url = url  # cookie jars match it, and read nothing else
-        sent = {**self._headers, **headers}
-        request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
-        with self._lock:
-            cookies = get_cookie_header(self._cookies, request) if self._cookies else None
-        if cookies:
-            sent["Cookie"] = cookies
-        response = super().request(method, url, sent, body, deadline)
+        with self._lock, self.errors(deadline):
+            # requests adds the cookies; a POST would get a Content-Length
+            request = requests.Request("GET", url, {**self._headers, **headers}, cookies=self._cookies).prepare()
+        response = super().request(method, url, request.headers, body, deadline)  # type: ignore[arg-type]  # no bytes
         if "Set-Cookie" in response.headers:
             with self._lock:
                 extract_cookies_to_jar(self._cookies, request, response.raw)
@@ -5251,7 +5204,7 @@ def portable_schema(schema: Schema) -> Schema:
     """Return a schema whose reference has no siblings, whose `type` is inside of `anyOf`, and that has no null among
     its options."""
     if isinstance(schema.get("$ref"), str):
-        return {name: schema[name] for name in ("$ref", "$defs", "definitions") if name in schema}
+        return only(schema, ("$ref", "$defs", "definitions"))
     if isinstance(schema.get("anyOf"), list):
         kind = schema.pop("type", None)
         options = []
@@ -6487,7 +6440,7 @@ class App:
             with self._counted(model, stats, client):
                 request, id, history, save = open_conversation()
                 stats.messages = [*itertools.chain.from_iterable(history), *request.messages]
-                self._reserve(stats, stats.tokens()[0])
+                stats.reserved = self.limits.reserve(current_client(), stats.tokens()[0])
                 asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
                 deltas = self.providers.answer(model, asked)
                 if save:
@@ -6508,10 +6461,6 @@ class App:
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
 
-    def _reserve(self, stats: AnswerStats, tokens: int) -> None:
-        """Count a prompt against its key's quota before an upstream is asked. Raises APIError 429."""
-        if key_limit(self.settings.tokens_per_day, current_client()):
-            stats.reserved = self.limits.reserve(current_client(), tokens)
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
@@ -6540,7 +6489,7 @@ class App:
         # Later responses inherit system messages and tools of the input, unlike the instructions
         system = [*previous.system, *filter(is_system, asked.messages)]
         tools = [*previous.tools, *asked.reader.tools]
-        self.sessions.record_response(current_owner(), previous, response, system, tools, turns)
+        self.sessions.record_response(current_owner(), Session(previous.id, system, tools, response, turns))
 
     def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
@@ -6548,7 +6497,7 @@ class App:
         stats = AnswerStats()
         client = Client(bottle.request.environ, self.stopping)
         with self._counted(model, stats, client):
-            self._reserve(stats, estimate_input(body["input"]))
+            stats.reserved = self.limits.reserve(current_client(), estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers(headers)
             return answer
