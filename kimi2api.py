@@ -4317,9 +4317,8 @@ class Provider:
         except APIError as error:
             if not isinstance(error, Abandoned):
                 breaker.ended(error, is_probe)
-                code = error.code or ""
-                if not code.startswith("upstream_"):  # an API's own codes are unbounded
-                    code = f"http_{error.status}"
+                # An API's own codes are unbounded
+                code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
         breaker.ended(None, is_probe)
