@@ -5227,7 +5227,9 @@ def portable_schemas(body: JSONObject) -> JSONObject:
     for tool in body.get("tools") or ():
         if tool["type"] == "function":
             function = tool["function"]
-            tool = {**tool, "function": {**function, "parameters": root_schema(function.get("parameters"))}}
+            with suppress(AttributeError, LookupError, TypeError, ValueError):  # of an invalid schema
+                function = {**function, "parameters": root_schema(function.get("parameters"))}
+            tool = {**tool, "function": function}
         tools.append(tool)
     return {**body, "tools": tools} if tools else body
 
@@ -5292,7 +5294,7 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
     if not names_function(choice) or "thinking" in body:
         return body
     name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool.get("function", {}).get("name") == name]
+    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
     return {**body, "tool_choice": "required", "tools": tools}
 
 
@@ -5310,15 +5312,12 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 class Adaptation(NamedTuple):
     """A change to the requests of a model that have certain parameters."""
 
-    named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
+    named: frozenset[str]  # parameters in the refusal: the model may refuse only their combination
     change: Change
 
     def apply(self, body: JSONObject) -> JSONObject:
-        """Return the changed request, or the same request if the change does not fit."""
-        if body.keys() >= self.named:
-            with suppress(AttributeError, LookupError, TypeError, ValueError):  # for a schema that is none, for example
-                return self.change(body)
-        return body
+        """Return the changed request, or the same request if it lacks a parameter."""
+        return self.change(body) if body.keys() >= self.named else body
 
 
 MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
@@ -5365,7 +5364,7 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
             yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
         yield Adaptation(frozenset(named), ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
-        adaptation = Adaptation(frozenset(named), change)
+        adaptation = Adaptation(frozenset({*named, "messages"}), change)  # not of embeddings
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
             yield adaptation
 
