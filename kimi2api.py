@@ -5408,21 +5408,22 @@ def canonical_call(call: JSONObject) -> list[Any]:
 
 
 def as_index(value: Any) -> int | None:
-    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError."""
+    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError or TypeError."""
     if value in (None, ""):
         return None
-    if not re.fullmatch(r"\d{1,4}(?:\.0)?", str(value)):
+    index = int(value)
+    if not 0 <= index < 10_000:
         raise ValueError
-    return int(float(value))
+    return index
 
 
 @dataclass
 class StartedCall:
     """A tool call whose pieces are being read."""
 
+    index: int  # ours
     has_id: bool  # the API sent an id
-    fields: JSONObject  # of the pieces before the name
-    arguments: list[str] = field(default_factory=list)  # pieces before the name
+    unsent: JSONObject  # pieces that wait for the name, merged
     name: str = ""
     end: str = ""  # the last character of the arguments
 
@@ -5432,9 +5433,9 @@ class CallReader:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names  # of functions, by their short forms
-        self._calls: list[StartedCall] = []
-        self._by_id: dict[str, int] = {}
-        self._by_index: dict[int, int] = {}  # by the API's index
+        self._count = 0
+        # By the API's id, by its index, and under None the call of the last piece
+        self._calls: dict[str | int | None, StartedCall] = {}
 
     def read(self, piece: JSONObject) -> JSONObject | None:
         """Complete a piece. Return None until the name of the function is known. Raises TypeError and the like for an
@@ -5447,42 +5448,34 @@ class CallReader:
         arguments = function.get(field_name) or ""
         if not isinstance(arguments, str):
             arguments = dump_json(arguments).decode()
-        index = self._find(id, api_index, name)
-        if index is None:
-            index = len(self._calls)
+        call = self._find(id, api_index, name)
+        if call is None:
             fields = {"id": id or f"call_{random_hex()[:24]}", "type": piece.get("type") or kind}
-            self._calls.append(StartedCall(bool(id), fields))
-        if id:
-            self._by_id[id] = index
-        if api_index is not None:
-            self._by_index[api_index] = index
-        call = self._calls[index]
+            call = StartedCall(self._count, bool(id), fields)
+            self._count += 1
+        self._calls.update({id: call, api_index: call, None: call})
         call.end = arguments.strip()[-1:] or call.end
         # Clients would join an id or a name that is repeated
-        piece = without(piece, "id", "type", kind)
-        if call.name:
-            return {**piece, "index": index, kind: {field_name: arguments}}
-        call.fields.update(piece)
-        call.arguments.append(arguments)
-        if not name:
-            return None
-        call.name = name
-        function = {"name": self._names.get(name, name), field_name: "".join(call.arguments)}
-        return {**call.fields, "index": index, kind: function}
+        merge(call.unsent, {**without(piece, "id", "type", kind), kind: {field_name: arguments}})
+        if not call.name:
+            if not name:
+                return None
+            call.name = name
+            call.unsent[kind]["name"] = self._names.get(name, name)
+        sent = plain_value(call.unsent)
+        call.unsent = {}
+        return {**sent, "index": call.index}
 
-    def _find(self, id: str, index: int | None, name: str) -> int | None:
-        """Return our index of the call that a piece continues, or None if it begins a call."""
-        if id in self._by_id:
-            return self._by_id[id]
-        found = len(self._calls) - 1 if index is None else self._by_index.get(index, -1)
-        if found < 0:
+    def _find(self, id: str, index: int | None, name: str) -> StartedCall | None:
+        """Return the call that a piece continues, or None if it begins a call."""
+        if id and id in self._calls:
+            return self._calls[id]
+        call = self._calls.get(index)
+        if call is None or (id and (call.has_id or name)):
             return None
-        call = self._calls[found]
-        if id:
-            return None if call.has_id or name else found
         # A name begins a call, unless the piece repeats the name of its call
         is_repeated = index is not None and name == call.name and call.end != "}"
-        return found if not name or not call.name or is_repeated else None
+        return call if id or not name or not call.name or is_repeated else None
 
 
 class APIAnswer:
