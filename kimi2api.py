@@ -5028,12 +5028,11 @@ def error_message(error: Any, secret: str) -> str:
     return ": ".join(plain_line(cause, secret) for cause in causes if cause)
 
 
-def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
+def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
     """Convert an API's error to ours, with the API's name and without our key. Keep type, code and rate-limit headers.
 
     status: of the response, 200 if the error is in an answer.
     """
-    error = answer.get("error") or answer if isinstance(answer, dict) else answer
     fields = error if isinstance(error, dict) else {}
     message = f"{api.name}: {error_message(error, api.key)}"
     if status == 200:
@@ -5072,6 +5071,16 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
             headers={} if wait is None else {"Retry-After": str(ceil(wait))},
         )
     return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
+
+
+def checked_answer(api: API, answer: JSONObject | None, headers: Headers) -> JSONObject:
+    """Return an API's answer or event. Raises APIError for the error in it, or if it is no JSON object."""
+    if answer is None:
+        raise invalid_response(api.name, "something that is not a JSON object")
+    error = find_error(answer)
+    if error:
+        raise api_error(api, 200, error, headers)
+    return answer
 
 
 def rate_limits(headers: Headers) -> dict[str, str]:
@@ -5488,31 +5497,32 @@ class APIAnswer:
         """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
         self.response = response
         self.is_done = False  # [DONE] has come
-        self.finished: set[int] = set()  # the indexes of choices that have their finish reason
+        self._finished: set[int] = set()  # the indexes of choices that have their finish reason
         self._api = api
         self._fold = fold
         self._wanted = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
         self._halves: Halves = {}
-        self._events = self._read_events()
+        chunks = self._read_chunks()
         try:
-            self._first = list(itertools.islice(self._events, 1))
+            self.chunks = itertools.chain([next(chunks)], chunks)
         except APIError:
             response.close()
             raise
 
-    def chunks(self) -> Iterator[JSONObject]:
+    def _read_chunks(self) -> Iterator[JSONObject]:
+        """Yield the chunks, at least one. Raises APIError, also for an answer without choices."""
         deadline = self.response.deadline
         is_complete = False
         chunk: JSONObject = {}
         try:
-            for event in itertools.chain(self._first, self._events):
+            for event in self._read_events():
                 event["choices"] = self._read_choices(event)
                 self._fold.add(event)
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
-                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
+                    if self._finished and len(self._finished) >= max(len(self._fold.choices), self._wanted):
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
@@ -5529,12 +5539,10 @@ class APIAnswer:
         if not self._fold.choices:
             raise invalid_response(self._api.name, "an empty answer")
         unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
-                      for index in self._fold.choices.keys() - self.finished]
+                      for index in self._fold.choices.keys() - self._finished]
         if unfinished:
             self._fold.add({"choices": unfinished})
             yield {"choices": unfinished}
-
-
 
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. An answer in JSON is one event. Raises APIError, also for an event with an error."""
@@ -5556,13 +5564,9 @@ class APIAnswer:
 
     def _parse(self, data: bytes) -> JSONObject:
         event = parse_upstream_object(data, halves=self._halves)
-        if event is None:
-            raise invalid_response(self._api.name, "something that is not a JSON object")
-        self._note_usage(event)
-        error = find_error(event)
-        if error:
-            raise api_error(self._api, 200, error, self.response.headers)
-        return event
+        if event:
+            self._note_usage(event)
+        return checked_answer(self._api, event, self.response.headers)
 
     def _note_usage(self, fields: JSONObject) -> None:
         """Move the usage from a chunk or a choice to the fold: clients get it once, at the end."""
@@ -5601,10 +5605,10 @@ class APIAnswer:
         calls = list(filter(None, map(self._calls[index].read, calls)))
         if calls:
             delta["tool_calls"] = calls
-        if index in self.finished:
+        if index in self._finished:
             reason = None
         if reason:
-            self.finished.add(index)
+            self._finished.add(index)
         if reason == "stop" and (before.get("tool_calls") or calls):
             reason = "tool_calls"
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
@@ -5744,13 +5748,11 @@ class OpenAIProvider(Provider):
         with self._through_breaker(asked.model):
             answer, sent = self._ask(body, send, asked.waiter)
             headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
-            kept: set[int] = set()  # choices whose reasoning is stored
             try:
-                for chunk in answer.chunks():
-                    # Before the client can send the results of its calls
-                    for index in answer.finished - kept:
-                        kept.add(index)
-                        self._keep_reasoning(asked.stats.fold.choices[index], messages, asked)
+                for chunk in answer.chunks:
+                    for choice in chunk["choices"]:
+                        if choice["finish_reason"]:  # before the client can send the results of its calls
+                            self._keep_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
@@ -5846,7 +5848,8 @@ class OpenAIProvider(Provider):
     def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
         def send(sent: JSONObject) -> Embeddings:
             response = self._send("POST", "/embeddings", sent, waiter)
-            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
+            parsed = parse_upstream_object(response.read(MAX_EMBEDDINGS_BYTES), MAX_EMBEDDINGS_VALUES)
+            answer = checked_answer(self._api, parsed, response.headers)
             try:
                 data = [encoded_embedding(entry, body.get("encoding_format")) for entry in answer["data"]]
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
@@ -5856,18 +5859,6 @@ class OpenAIProvider(Provider):
         with self._through_breaker(body["model"]):
             (answer, headers), sent = self._ask(body, send, waiter)
             return answer, {**headers, **ignored_header(body, sent)}
-
-    def _read_json(
-        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
-    ) -> JSONObject:
-        """Read the JSON object in a response. Raises APIError, also for an error in the object."""
-        answer = parse_upstream_object(response.read(limit), max_values)
-        if answer is None:
-            raise invalid_response(self._api.name, "no JSON object")
-        error = find_error(answer)
-        if error:
-            raise api_error(self._api, response.status, error, response.headers)
-        return answer
 
     def _send(
         self, method: str, path: str, body: JSONObject | None, waiter: Waiter,
@@ -5880,8 +5871,9 @@ class OpenAIProvider(Provider):
         if response.status == 200:
             return response
         text = response.read()
-        answer = parse_upstream_object(text) or text.decode("utf-8", "replace")
-        raise api_error(self._api, response.status, answer, response.headers)
+        answer = parse_upstream_object(text) or {}
+        error = find_error(answer) or answer or text.decode("utf-8", "replace")
+        raise api_error(self._api, response.status, error, response.headers)
 
     # Models
 
@@ -5900,7 +5892,8 @@ class OpenAIProvider(Provider):
             raise
 
     def _list_models(self) -> dict[str, JSONObject]:
-        listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
+        response = self._send("GET", "/models", None, Waiter())
+        listed = checked_answer(self._api, parse_upstream_object(response.read()), response.headers).get("data")
         if not isinstance(listed, list):
             raise invalid_response(self._api.name, "no list of models")
         models = {}
