@@ -5587,18 +5587,15 @@ class APIAnswer:
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
         # MiniMax ends with the whole message; an answer in JSON has nothing else
-        message = choice.pop("message", None) or {}
-        if any(map(before.get, REASONING_FIELDS)):
-            message = without(message, *REASONING_FIELDS)
-        for name, value in message.items():
-            if not before.get(name) and not delta.get(name):
+        for name, value in (choice.pop("message", None) or {}).items():
+            names = REASONING_FIELDS if name in REASONING_FIELDS else [name]
+            if not delta.get(name) and not any(map(before.get, names)):
                 delta[name] = value
         if isinstance(delta.get("content"), list):
             split_parts(delta)
         reason = choice.get("finish_reason") or None
-        for text in (reason, *map(delta.get, ("role", "content", "reasoning_content", "refusal"))):
-            if not isinstance(text or "", str):
-                raise TypeError
+        texts = reason, *map(delta.get, ("role", "content", "reasoning_content", "refusal"))
+        "".join(filter(None, texts))  # raises TypeError for other values
         if before.get("role") or not delta.get("role"):  # openai-python would join roles
             delta.pop("role", None)
         calls = delta.pop("tool_calls", None) or ()
@@ -5614,13 +5611,12 @@ class APIAnswer:
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 
 
-def is_text(choice: Any) -> bool:
+def is_text(choice: JSONObject) -> bool:
     """Return whether a choice is a piece of text, as nearly all choices are: it needs no completion."""
-    if type(choice) is not dict or "usage" in choice or choice.get("finish_reason", "") is not None:
+    if "usage" in choice or choice.get("finish_reason", "") is not None or type(choice.get("index")) is not int:
         return False
-    delta = choice.get("delta")
-    is_content = type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str
-    return is_content and type(choice.get("index")) is int and choice["index"] == 0
+    delta = choice.get("delta") or {}
+    return choice["index"] == 0 and len(delta) == 1 and type(delta.get("content")) is str
 
 
 def split_parts(delta: JSONObject) -> None:
