@@ -4045,11 +4045,10 @@ class Cached(Generic[T]):
     """A value that all chats share: a separate thread fetches it once for all that wait, and it is kept."""
 
     def __init__(
-        self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0,
+        self, name: str, fetch: Callable[[], T], max_age: float,
     ) -> None:
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
-        self._retry_after = retry_after  # seconds before it is fetched again after a failure
         self._thread = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
@@ -4059,11 +4058,8 @@ class Cached(Generic[T]):
         """The latest fetch, under way or done; a new one if that is too old."""
         with self._lock:
             fetch = self._latest
-            if fetch and fetch.done():
-                max_age = self._retry_after if fetch.exception() else self._max_age
-                if time.monotonic() - self._began >= max_age:
-                    fetch = None
-            if fetch is None:
+            is_old = time.monotonic() - self._began >= self._max_age
+            if fetch is None or (fetch.done() and (is_old or fetch.exception())):
                 self._began = time.monotonic()
                 fetch = self._latest = self._thread.submit(self._fetch)
             return fetch
@@ -5636,8 +5632,7 @@ def split_parts(delta: JSONObject) -> None:
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """Yield the data of each server-sent event as it arrives. Skip comments and other fields. Lines end in LF."""
     line = bytearray()  # whose end has not come
-    data: list[bytes] = []  # the lines of the event
-    data_size = 0
+    data = bytearray()  # the lines of the event
     total = 0
     # The end of the stream ends the last event too
     for chunk in itertools.chain(chunks, [b"\n\n"]):
@@ -5651,13 +5646,11 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                 if text.startswith(b"error:"):  # llama.cpp
                     text = b'data:{"error":%s}' % text[6:]
                 if text.startswith(b"data:"):
-                    data.append(text[5:].removeprefix(b" "))
-                    data_size += len(text)
+                    data += text[5:].removeprefix(b" ") + b"\n"
                 elif not text and data:
-                    yield b"\n".join(data)
-                    data = []
-                    data_size = 0
-        if len(line) + data_size > MAX_UPSTREAM_BYTES:
+                    yield bytes(data[:-1])
+                    data.clear()
+        if len(line) + len(data) > MAX_UPSTREAM_BYTES:
             raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
             raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
@@ -5670,8 +5663,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 # Requests and chunks pass through; the model's name, the messages of a session and the streaming are ours.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
-MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+MODELS_MAX_AGE = 60.0  # seconds before a list of models is fetched again, also after a failure
 # Of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
 MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
@@ -5719,7 +5711,7 @@ class OpenAIProvider(Provider):
         # By model; each with the time of its expiry, by time.monotonic()
         self._adaptations: dict[str, dict[Adaptation, float]] = {}
         self._last_models: dict[str, JSONObject] = {}
-        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
+        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
         request = asked.request
@@ -5876,8 +5868,7 @@ class OpenAIProvider(Provider):
     def models(self, wait: float) -> Mapping[str, JSONObject]:
         """Return the models that the API lists, by id, as far as they are known after `wait` seconds."""
         with suppress(FutureTimeout):
-            # result() would lengthen the traceback of the same error with each call
-            self._models.latest().exception(wait)
+            self._models.latest().result(wait)
         return self._last_models
 
     def _fetch_models(self) -> None:
@@ -5885,7 +5876,6 @@ class OpenAIProvider(Provider):
             self._last_models = self._list_models()
         except APIError as error:
             log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
-            raise
 
     def _list_models(self) -> dict[str, JSONObject]:
         response = self._send("GET", "/models", None, Waiter())
