@@ -5097,8 +5097,7 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 
 MAX_FUNCTION_NAME = 64  # characters
 ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 50  # of one model
-MAX_ADAPTED_MODELS = 1000  # of one API: a client may make up any number of ids
+MAX_ADAPTATIONS = 1000  # of one API: a client may make up any number of models and values
 MAX_CHANGES = 12  # of one request
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
@@ -5178,7 +5177,6 @@ OPTIONAL_PARAMETERS = (
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
 # Of these parameters each conversation may have other values, and no value changes an answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
-MAX_REFUSED_VALUE = 100  # characters of a value that is remembered
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
@@ -5188,11 +5186,11 @@ class ChangeParameter:
     values."""
 
     name: str
-    refused: str | None  # as repr() returns it, None for any value
+    refused: int | None  # the hash of the value's repr(), None for any value
     accepted: str | None = None  # None to leave the parameter out
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        if self.refused not in (None, repr(body.get(self.name))):
+        if self.refused not in (None, hash(repr(body.get(self.name)))):
             return body
         if self.accepted is None:
             return without(body, self.name)
@@ -5361,9 +5359,7 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
     for name in sent:
         if name not in named or name not in OPTIONAL_PARAMETERS or (name == "logprobs" and sent[name]):
             continue
-        value = None if name in IDENTIFIERS else repr(sent[name])
-        if len(value or "") > MAX_REFUSED_VALUE:
-            continue
+        value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
             yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
@@ -5708,8 +5704,8 @@ class OpenAIProvider(Provider):
         }
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model; each with the time of its expiry, by time.monotonic()
-        self._adaptations: dict[str, dict[Adaptation, float]] = {}
+        # By model and change: when it expires, by time.monotonic()
+        self._adaptations: dict[tuple[str, Adaptation], float] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
 
@@ -5757,13 +5753,13 @@ class OpenAIProvider(Provider):
         refusal."""
         model = body["model"]
         now = time.monotonic()
-        trial = {}
-        for adaptation, expiry in self._adaptations.get(model, {}).items():
-            if expiry > now:
-                trial[adaptation] = expiry
-        helpful = trial
+        helpful = []
+        for (name, adaptation), expiry in self._adaptations.items():
+            if name == model and expiry > now:
+                helpful.append(adaptation)
+        trial = helpful
         tried: list[Adaptation] = []
-        refusal: APIError | None = None
+        refusal = bad_request("")
         refusal_of_tool: APIError | None = None
         while True:
             sent = body
@@ -5774,25 +5770,24 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if refusal is None or words_of(error) != words_of(refusal):  # the change before helped
-                    helpful, refusal = trial, error.copy()
+                if words_of(error) != words_of(refusal):  # the change before helped
+                    helpful = trial
+                    refusal = error.copy()
                     changes = find_adaptations(refusal, sent)
                 found = next((change for change in changes if change not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
                     raise refusal_of_tool or error from None
                 if found.change in (offer_forced_tool, disable_thinking):
                     refusal_of_tool = refusal_of_tool or refusal
+                    # kimi-k2.6 refuses "required" even without thinking, but no named function
+                    helpful = [known for known in helpful if known.change is not offer_forced_tool]
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
-                trial = {**helpful, found: now + ADAPTATION_MAX_AGE}
-                if found.change is disable_thinking:  # kimi-k2.6 refuses "required" even then, but no named function
-                    trial = {known: expiry for known, expiry in trial.items() if known.change is not offer_forced_tool}
+                trial = [*helpful, found]
             else:
-                if tried:
-                    # Other chats may have learned something in the meantime
-                    learned = {**self._adaptations.get(model, {}), **trial}
-                    models = {**without(self._adaptations, model), model: latest(learned, MAX_ADAPTATIONS)}
-                    self._adaptations = latest(models, MAX_ADAPTED_MODELS)
+                learned = {(model, found): now + ADAPTATION_MAX_AGE for found in tried if found in trial}
+                if learned:
+                    self._adaptations = latest({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
     def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
