@@ -4189,13 +4189,13 @@ class AnswerStats:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.reserved: tuple[CounterKey, int] | None = None  # of the key's quota, until the answer is counted
-        self.start("", "", [])
+        self.messages: list[Message] = []  # of the prompt
+        self.start("", "")
 
-    def start(self, provider: str, model: str, messages: list[Message]) -> None:
+    def start(self, provider: str, model: str) -> None:
         """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
         self.provider = provider  # the last one
         self.model = model  # by the id that clients know
-        self.messages = messages  # of the prompt
         self.first_chunk: float | None = None  # seconds after the beginning
         self.fold = Fold()  # the provider adds each chunk before it yields it
 
@@ -4391,9 +4391,10 @@ def write_prompt(
 ) -> Prompt:
     """Write a request as one text of at most `limit` characters.
 
-    Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
-    of the limit, oldest first; the middle of results in the last round, down to a third of the limit each; tools, the
-    last first; the rest of the past; the results again, down to SHORTEST_RESULT each. Tools stay if one must be called.
+    Until the text fits, these make room, in this order: tools longer than a third of the limit, the last first; the
+    past beyond a third of the limit, oldest first; the middle of results in the last round, down to a third of the
+    limit each; then the same without the thirds, but SHORTEST_RESULT of each result stays. Tools stay if one must be
+    called.
     remark: why the model's last answer was unusable.
     Raises APIError 400 if the text is too long even then, or if there is none.
     """
@@ -4415,16 +4416,12 @@ def write_prompt(
     )
     if len(newest) == 1 and prompt.text == prompt.question:
         prompt.question = text_of(newest[0])  # a single message needs no speaker
-    share = limit // 3
-    if prompt.excess > 0 and not request.must_call:
-        prompt.tools = [tool for tool in prompt.tools if len(tool) <= share]
-    beyond_share = len(join_lines(prompt.past)) - share
-    prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
-    clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
-    if not request.must_call:
-        prompt.tools = drop_first(prompt.tools[::-1], prompt.excess)[::-1]
-    prompt.past = drop_first(prompt.past, prompt.excess)
-    clip_results(prompt.last_round, prompt.excess, SHORTEST_RESULT)
+    for share in (limit // 3, 0):
+        if not request.must_call:
+            prompt.tools = drop_first(prompt.tools[::-1], prompt.excess, share)[::-1]
+        beyond_share = len(join_lines(prompt.past)) - share
+        prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
+        clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
     if prompt.excess > 0:
         raise too_long(prompt)
     if not prompt.text.strip():
@@ -4451,13 +4448,15 @@ def join_lines(lines: Iterable[str]) -> str:
     return "\n".join(filter(None, lines))
 
 
-def drop_first(texts: list[str], excess: int) -> list[str]:
-    """Return the texts without the first ones, so that `excess` characters are gone."""
-    count = 0
-    while count < len(texts) and excess > 0:
-        excess -= len(texts[count]) + 1
-        count += 1
-    return texts[count:]
+def drop_first(texts: list[str], excess: int, longer_than: int = 0) -> list[str]:
+    """Return the texts without the first of those longer than `longer_than`, so that `excess` characters are gone."""
+    kept = []
+    for text in texts:
+        if excess > 0 and len(text) > longer_than:
+            excess -= len(text) + 1
+        else:
+            kept.append(text)
+    return kept
 
 
 def clip_results(lines: list[str], excess: int, shortest: int) -> None:
@@ -4514,20 +4513,26 @@ def how_to_call(request: ChatRequest) -> str:
         f"arguments being JSON. {TOOLS_FOLLOW}")
 
 
-def form_instruction(body: JSONObject) -> str:
+def answer_schema(body: JSONObject) -> Schema | None:
+    """Return the schema of the JSON document that is asked for, or None if text is."""
     answer = body.get("response_format") or {}
-    if answer.get("type") not in ("json_object", "json_schema"):
-        return ""
-    schema = (answer.get("json_schema") or {}).get("schema")
-    form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
-    return f"{JSON_ONLY}{form}"
+    if answer.get("type") == "json_schema":
+        return answer["json_schema"]["schema"]
+    return {"type": "object"} if answer.get("type") == "json_object" else None
+
+
+def form_instruction(body: JSONObject) -> str:
+    schema = answer_schema(body)
+    return "" if schema is None else f"{JSON_ONLY}, valid by this schema: {dump_json(schema).decode()}"
 
 
 def describe_tool(tool: JSONObject) -> str:
     """Describe a tool in few characters."""
     schema = tool.get("parameters") or {}
-    source = dump_json(schema).decode()
-    form = source if '"$ref"' in source else signature(schema)
+    form = dump_json(schema).decode()
+    if '"$ref"' not in form:
+        with suppress(AttributeError, TypeError):  # of an invalid schema
+            form = signature(schema)
     purpose = " ".join((tool.get("description") or "").split())
     return f"- {tool['name']}{form}: {purpose}".removesuffix(": ")
 
@@ -4537,16 +4542,13 @@ def signature(schema: Any) -> str:
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
     kind = schema.get("type")
-    if isinstance(schema.get("enum"), list):
+    if "enum" in schema:
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
-    if isinstance(schema.get("properties"), dict):
-        required = schema.get("required")
-        if not isinstance(required, list):
-            required = []
-        names = set(map(str, required))
+    if "properties" in schema:
+        required = set(schema.get("required", ()))
         fields = []
         for name, field_schema in schema["properties"].items():
-            optional = "" if name in names else "?"
+            optional = "" if name in required else "?"
             fields.append(f"{name}{optional}: {signature(field_schema)}")
         return "{" + ", ".join(fields) + "}"
     if kind == "array" and schema.get("items"):
@@ -4584,15 +4586,11 @@ def parse_answer(
             return content, calls
         if request.must_call:
             raise UnusableAnswer("it must contain a tool call.")
-    answer = request.body.get("response_format") or {}
-    kind = answer.get("type")
-    if kind == "json_schema":
-        kind = answer["json_schema"]["schema"].get("type")
-    elif kind != "json_object":
+    schema = answer_schema(request.body)
+    if schema is None:
         return text, []
-    if kind in ("json_object", "object"):
-        return parse_document(text, dict), []
-    return parse_document(text, list if kind == "array" else object), []
+    kinds: dict[str, type] = {"object": dict, "array": list}
+    return parse_document(text, kinds.get(str(schema.get("type")), object)), []
 
 
 # The form that how_to_call() asks for, and the form that Kimi K2 was trained on
@@ -4637,13 +4635,11 @@ def parse_tool_calls(
     if calls:
         around.append(text[at:])
         return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
-    try:
+    with suppress(ValueError):
         value = parse_json(strip_code_fence(text))
-    except ValueError:
-        return text, []
-    if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
-        # Nothing but a call, without its marks
-        return "", [parse_call(value, offered, allow_unknown_tools)]
+        if isinstance(value, dict) and str(value.get("name")) in offered and "arguments" in value:
+            # Nothing but a call, without its marks
+            return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
 
@@ -4763,7 +4759,6 @@ class KimiProvider(Provider):
         reject_unsupported(request)
         asked.waiter.must_finish = bool(request.user)  # its turn is remembered
         prompt, content, calls = self._answer(asked)
-        asked.stats.messages = [{"role": "user", "content": prompt.text}]
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -4783,7 +4778,7 @@ class KimiProvider(Provider):
         if dropped:
             delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
             log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
-        asked.stats.fold.add(delta.chunk)
+        asked.stats.fold.add({**delta.chunk, "usage": {"prompt_tokens": estimate_tokens(prompt.text)}})
         yield delta
 
     def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
@@ -5955,10 +5950,9 @@ class Providers:
         """
         failures: list[APIError] = []
         stats = asked.stats
-        messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            stats.start(provider.name, name, messages)
+            stats.start(provider.name, name)
             deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
             begun: list[Delta] = []
             try:
@@ -5991,12 +5985,12 @@ class Providers:
     ) -> Embeddings:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
-        stats.start(provider.name, model, [])
+        stats.start(provider.name, model)
         stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})
         answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
         stats.first_chunk = time.monotonic() - stats.began
-        usage = answer.get("usage")
-        if isinstance(usage, dict) and count_of(usage, "prompt_tokens"):
+        usage = answer.get("usage") or {}
+        if count_of(usage, "prompt_tokens"):
             stats.fold.replace_usage(usage)
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
