@@ -4128,21 +4128,20 @@ class CircuitBreaker:
         is_recent = time.monotonic() - self._last_failure < FAILING_MAX_AGE
         return self._failing if is_recent else None
 
-    def allow(self) -> bool:
-        """Return whether a call is a probe. Raises APIError with Retry-After for a call that is refused."""
+    def allow(self) -> None:
+        """Let a call through, or raise APIError with Retry-After."""
         with self._lock:
             if self._error is None:
-                return False
+                return
             now = time.monotonic()
-            if now >= self._open_until:
-                # Calls that hang must not all become probes
-                self._pause = min(2 * self._pause, MAX_PAUSE)
-                self._open_until = now + self._pause
-                return True
             wait = self._open_until - now
-            raise self._error.copy(headers={"Retry-After": str(max(1, ceil(wait)))})
+            if wait > 0:
+                raise self._error.copy(headers={"Retry-After": str(ceil(wait))})
+            # Calls that hang must not all become probes
+            self._pause = min(2 * self._pause, MAX_PAUSE)
+            self._open_until = now + self._pause
 
-    def ended(self, error: APIError | None, is_probe: bool) -> None:
+    def ended(self, error: APIError | None) -> None:
         """Count the end of a call. error: None for a success."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
@@ -4155,7 +4154,7 @@ class CircuitBreaker:
                 self._failures = 0
                 self._error = None
                 self._pause = FIRST_PAUSE
-            elif is_probe or self._error is None:  # else the call began before the circuit opened
+            elif self._error is None:  # calls that end later say nothing new
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
@@ -4163,8 +4162,7 @@ class CircuitBreaker:
                     message = f"after {self._failures} failures in a row it is not called for now: HTTP {error.status}."
                     self._error = upstream_error(error.status, code, f"{self._name}: {message}")
                     self._open_until = time.monotonic() + self._pause
-                    log.warning(
-                        "%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
+                    log.warning("%s failed %d times in a row; not called for now", self._name, self._failures)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4211,7 +4209,7 @@ class AnswerStats:
 
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
-        reported = self.fold.usage if isinstance(self.fold.usage, dict) else {}
+        reported = self.fold.usage or {}
         prompt = count_of(reported, "prompt_tokens") or estimate_tokens("\n".join(map(text_of, self.messages)))
         completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
@@ -4307,17 +4305,17 @@ class Provider:
         with self._lock:
             breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
             self._breakers = latest({**self._breakers, model: breaker}, MAX_BREAKERS)
-        is_probe = breaker.allow()
+        breaker.allow()
         try:
             yield
         except APIError as error:
             if not isinstance(error, Abandoned):
-                breaker.ended(error, is_probe)
+                breaker.ended(error)
                 # An API's own codes are unbounded
                 code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
-        breaker.ended(None, is_probe)
+        breaker.ended(None)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -5221,37 +5219,28 @@ def describe_format(body: JSONObject, **required: Any) -> JSONObject:
 
 def portable_schemas(body: JSONObject) -> JSONObject:
     """Give the parameters of functions the form that Moonshot accepts."""
-    tools = []
+    body = map_objects(dict, body)
     for tool in body.get("tools") or ():
         if tool["type"] == "function":
             function = tool["function"]
             with suppress(AttributeError, LookupError, TypeError, ValueError):  # of an invalid schema
-                function = {**function, "parameters": root_schema(function.get("parameters"))}
-            tool = {**tool, "function": function}
-        tools.append(tool)
-    return {**body, "tools": tools} if tools else body
+                function["parameters"] = root_schema(function.get("parameters") or {})
+    return body
 
 
-def root_schema(schema: Any) -> Schema:
-    """Return the schema of an object. Of another schema, keep the properties of all options."""
-    schema = schema or {}
+def root_schema(schema: Schema) -> Schema:
+    """Return the schema of an object: of another schema, the properties of all its options. Raises LookupError and the
+    like for an invalid schema."""
     root: Schema = map_objects(portable_schema, schema)
-    if root.get("type") != "object":
-        properties: Schema = {}
-        for option in (schema, *root.pop("anyOf", ())):
-            properties.update(resolved(option, schema).get("properties", {}))
-        root = {**root, "type": "object", "properties": properties}
-    return without(root, "$ref")
-
-
-def resolved(schema: Schema, root: Schema) -> Schema:
-    """Return the schema that a local reference names, or the schema itself. Raises LookupError and the like."""
-    if "$ref" not in schema:
-        return schema
-    target = root
-    for name in schema["$ref"].split("/")[1:]:
-        target = target[name]
-    return target
+    if root.get("type") == "object":
+        return root
+    properties: Schema = {}
+    for option in (root, *root.get("anyOf", ())):
+        target = root if "$ref" in option else option
+        for name in option.get("$ref", "").split("/")[1:]:  # #/$defs/name
+            target = target[name]
+        properties.update(target.get("properties", {}))
+    return {**without(root, "$ref", "anyOf"), "type": "object", "properties": properties}
 
 
 def portable_schema(schema: Schema) -> Schema:
@@ -5351,8 +5340,8 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
         pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
         if not re.search(pattern, complaint):
             named.remove(name)
-    for name in sent:
-        if name not in named or name not in OPTIONAL_PARAMETERS or (name == "logprobs" and sent[name]):
+    for name in OPTIONAL_PARAMETERS:
+        if name not in named or (name == "logprobs" and sent[name]):
             continue
         value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:

@@ -4846,12 +4846,14 @@ def test_calls_that_hang_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kimi2api.time, "monotonic", lambda: now)
     breaker = kimi2api.CircuitBreaker("kimi")
     for _ in range(5):
-        breaker.ended(kimi2api.upstream_error(504, "upstream_timeout", "hangs"), breaker.allow())
+        breaker.allow()
+        breaker.ended(kimi2api.upstream_error(504, "upstream_timeout", "hangs"))
     probes = 0
     for _ in range(600):
         now += 0.1
         with suppress(kimi2api.APIError):
-            probes += breaker.allow()
+            breaker.allow()
+            probes += 1
     assert 3 <= probes <= 6, "in the minute until the first of them times out"
 
 
