@@ -4273,25 +4273,22 @@ class Provider:
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         """Test the upstream step by step: yield each step, and the error that ended it."""
+        step = "reached"
         try:
-            step, model = self.reach()
-        except APIError as error:
-            yield "reached", error
-            return
-        yield step, None
-        # Rather a model that the settings name
-        for configured in (*self._settings.fallback_models, *self._settings.models):
-            provider, own_name = self._settings.resolve(configured) or ("", "")
-            if provider == self.name:
-                model = own_name
-                break
-        question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        failure = None
-        try:
+            reached, model = self.reach()
+            yield reached, None
+            step = "one question answered"
+            # Rather a model that the settings name
+            for configured in (*self._settings.fallback_models, *self._settings.models):
+                provider, own_name = self._settings.resolve(configured) or ("", "")
+                if provider == self.name:
+                    model = own_name
+                    break
+            question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
             deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
+            yield step, None
         except APIError as error:
-            failure = error
-        yield "one question answered", failure
+            yield step, error
 
     @property
     def failing(self) -> tuple[float, str] | None:
@@ -4840,8 +4837,9 @@ class KimiProvider(Provider):
             "Referer": self._page_url,
         }
         try:
-            page = self._checked_page(
+            page = self._scraper.request(
                 "POST", self._settings.upstream_url, headers, urlencode(form).encode(), deadline)
+            self._check_page(page)
             return parse_web_chat_answer(page, nonce)
         except StaleNonce:
             self._nonce.invalidate(fetch)
@@ -4851,11 +4849,8 @@ class KimiProvider(Provider):
             self._scraper.forget_connections()
             raise
 
-    def _checked_page(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> UpstreamResponse:
-        """Send a request; sort out what any response of this site can mean, to the page or to the form."""
-        page = self._scraper.request(method, url, headers, body, deadline)
+    def _check_page(self, page: UpstreamResponse) -> None:
+        """Raise APIError for what any response of the site can be: a block, a rate limit, an outage."""
         status = page.status
         is_managed = page.headers.get("cf-mitigated") == "challenge"
         is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
@@ -4870,7 +4865,6 @@ class KimiProvider(Provider):
         if status >= 500:
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
-        return page
 
     # The nonce
 
@@ -4882,7 +4876,8 @@ class KimiProvider(Provider):
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         with suppress(ValueError):  # of a location that is no URL
             for _ in range(MAX_REDIRECTS + 1):
-                page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
+                page = self._scraper.request("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
+                self._check_page(page)
                 url = urljoin(url, page.headers.get("Location", ""))
                 if not 300 <= page.status < 400 or urlsplit(url)[:2] != urlsplit(home)[:2]:
                     break
@@ -4899,7 +4894,6 @@ WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
 # What the web chat supports; the rest would change the shape of the answer
 WEB_CHAT_REQUEST = request_object({}, {
     "n": {"enum": [1]},
-    "stop": any_of(STRING, array(STRING, maxItems=4)),
     "max_tokens": POSITIVE,
     "max_completion_tokens": POSITIVE,
     "logprobs": {"enum": [False]},
@@ -5115,18 +5109,11 @@ def is_instruction(message: Message) -> bool:
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join the system messages in front to one."""
+    """Join the texts of several system messages in front to one message."""
     system = list(itertools.takewhile(is_instruction, messages))
     if len(system) < 2:
         return messages
-    contents = [message["content"] for message in system]
-    joined: Any = []
-    if all(isinstance(content, str) for content in contents):
-        joined = "\n\n".join(contents)
-    else:
-        for content in contents:
-            joined += [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [{**system[0], "content": joined}, *messages[len(system):]]
+    return [{**system[0], "content": "\n\n".join(map(text_of, system))}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
@@ -5947,10 +5934,10 @@ class Providers:
             try:
                 for delta in deltas:
                     begun.append(delta)
-                    if asked.request.stream and (delta.has_content or len(begun) > MAX_HELD_BACK):
-                        break
                     if not asked.request.stream:
                         del begun[1:]  # the fold has it
+                    elif delta.has_content or len(begun) > MAX_HELD_BACK:
+                        break
             except APIError as error:
                 prefix = f"Fallback {name}: " if failures else ""
                 failures.append(error.copy(message=prefix + error.message))

@@ -5409,7 +5409,6 @@ def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat
     [
         pytest.param("n", {"n": 2}, id="n"),
         pytest.param("n", {"n": 0}, id="n of 0"),
-        pytest.param("stop", {"stop": ["a"] * 5}, id="five stops"),
         pytest.param("max_tokens", {"max_tokens": 0}, id="no tokens"),
         pytest.param("logprobs", {"logprobs": True}, id="logprobs"),
         pytest.param("audio", {"audio": {"voice": "x"}}, id="audio"),
@@ -6106,7 +6105,7 @@ OBJECT_OF_ANY = {
         pytest.param(
             refuses("System message must be at the beginning.", lambda body: "system" in roles(body)[1:]),
             {"messages": SYSTEM_LATER},
-            lambda sent: sent["messages"][0]["content"] == [{"type": "text", "text": text} for text in "AB"],
+            lambda sent: sent["messages"][0]["content"] == "A\n\nB",
             id="a system message later",
         ),
         pytest.param(
