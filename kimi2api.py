@@ -3990,11 +3990,10 @@ class Cached(Generic[T]):
     """A value that all chats share: a separate thread fetches it once for all that wait, and it is kept."""
 
     def __init__(
-        self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0,
+        self, name: str, fetch: Callable[[], T], max_age: float,
     ) -> None:
         self._fetch = fetch
         self._max_age = max_age  # seconds that it is kept
-        self._retry_after = retry_after  # seconds before it is fetched again after a failure
         self._thread = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
@@ -4004,11 +4003,8 @@ class Cached(Generic[T]):
         """The latest fetch, under way or done; a new one if that is too old."""
         with self._lock:
             fetch = self._latest
-            if fetch and fetch.done():
-                max_age = self._retry_after if fetch.exception() else self._max_age
-                if time.monotonic() - self._began >= max_age:
-                    fetch = None
-            if fetch is None:
+            is_old = time.monotonic() - self._began >= self._max_age
+            if fetch is None or (fetch.done() and (is_old or fetch.exception())):
                 self._began = time.monotonic()
                 fetch = self._latest = self._thread.submit(self._fetch)
             return fetch
@@ -4077,21 +4073,20 @@ class CircuitBreaker:
         is_recent = time.monotonic() - self._last_failure < FAILING_MAX_AGE
         return self._failing if is_recent else None
 
-    def allow(self) -> bool:
-        """Return whether a call is a probe. Raises APIError with Retry-After for a call that is refused."""
+    def allow(self) -> None:
+        """Let a call through, or raise APIError with Retry-After."""
         with self._lock:
             if self._error is None:
-                return False
+                return
             now = time.monotonic()
-            if now >= self._open_until:
-                # Calls that hang must not all become probes
-                self._pause = min(2 * self._pause, MAX_PAUSE)
-                self._open_until = now + self._pause
-                return True
             wait = self._open_until - now
-            raise self._error.copy(headers={"Retry-After": str(max(1, ceil(wait)))})
+            if wait > 0:
+                raise self._error.copy(headers={"Retry-After": str(ceil(wait))})
+            # Calls that hang must not all become probes
+            self._pause = min(2 * self._pause, MAX_PAUSE)
+            self._open_until = now + self._pause
 
-    def ended(self, error: APIError | None, is_probe: bool) -> None:
+    def ended(self, error: APIError | None) -> None:
         """Count the end of a call. error: None for a success."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
@@ -4104,7 +4099,7 @@ class CircuitBreaker:
                 self._failures = 0
                 self._error = None
                 self._pause = FIRST_PAUSE
-            elif is_probe or self._error is None:  # else the call began before the circuit opened
+            elif self._error is None:  # calls that end later say nothing new
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
@@ -4112,8 +4107,7 @@ class CircuitBreaker:
                     message = f"after {self._failures} failures in a row it is not called for now: HTTP {error.status}."
                     self._error = upstream_error(error.status, code, f"{self._name}: {message}")
                     self._open_until = time.monotonic() + self._pause
-                    log.warning(
-                        "%s failed %d times in a row; not called for %g s", self._name, self._failures, self._pause)
+                    log.warning("%s failed %d times in a row; not called for now", self._name, self._failures)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4138,13 +4132,13 @@ class AnswerStats:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.reserved: tuple[CounterKey, int] | None = None  # of the key's quota, until the answer is counted
-        self.start("", "", [])
+        self.messages: list[Message] = []  # of the prompt
+        self.start("", "")
 
-    def start(self, provider: str, model: str, messages: list[Message]) -> None:
+    def start(self, provider: str, model: str) -> None:
         """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
         self.provider = provider  # the last one
         self.model = model  # by the id that clients know
-        self.messages = messages  # of the prompt
         self.first_chunk: float | None = None  # seconds after the beginning
         self.fold = Fold()  # the provider adds each chunk before it yields it
 
@@ -4160,7 +4154,7 @@ class AnswerStats:
 
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
-        reported = self.fold.usage if isinstance(self.fold.usage, dict) else {}
+        reported = self.fold.usage or {}
         prompt = count_of(reported, "prompt_tokens") or estimate_tokens("\n".join(map(text_of, self.messages)))
         completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
@@ -4224,25 +4218,22 @@ class Provider:
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         """Test the upstream step by step: yield each step, and the error that ended it."""
+        step = "reached"
         try:
-            step, model = self.reach()
-        except APIError as error:
-            yield "reached", error
-            return
-        yield step, None
-        # Rather a model that the settings name
-        for configured in (*self._settings.fallback_models, *self._settings.models):
-            provider, own_name = self._settings.resolve(configured) or ("", "")
-            if provider == self.name:
-                model = own_name
-                break
-        question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
-        failure = None
-        try:
+            reached, model = self.reach()
+            yield reached, None
+            step = "one question answered"
+            # Rather a model that the settings name
+            for configured in (*self._settings.fallback_models, *self._settings.models):
+                provider, own_name = self._settings.resolve(configured) or ("", "")
+                if provider == self.name:
+                    model = own_name
+                    break
+            question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
             deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
+            yield step, None
         except APIError as error:
-            failure = error
-        yield "one question answered", failure
+            yield step, error
 
     @property
     def failing(self) -> tuple[float, str] | None:
@@ -4256,18 +4247,17 @@ class Provider:
         with self._lock:
             breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
             self._breakers = latest({**self._breakers, model: breaker}, MAX_BREAKERS)
-        is_probe = breaker.allow()
+        breaker.allow()
         try:
             yield
         except APIError as error:
             if not isinstance(error, Abandoned):
-                breaker.ended(error, is_probe)
-                code = error.code or ""
-                if not code.startswith("upstream_"):  # an API's own codes are unbounded
-                    code = f"http_{error.status}"
+                breaker.ended(error)
+                # An API's own codes are unbounded
+                code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
-        breaker.ended(None, is_probe)
+        breaker.ended(None)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -4341,9 +4331,10 @@ def write_prompt(
 ) -> Prompt:
     """Write a request as one text of at most `limit` characters.
 
-    Until the text fits, these make room, in this order: tools longer than a third of the limit; the past beyond a third
-    of the limit, oldest first; the middle of results in the last round, down to a third of the limit each; tools, the
-    last first; the rest of the past; the results again, down to SHORTEST_RESULT each. Tools stay if one must be called.
+    Until the text fits, these make room, in this order: tools longer than a third of the limit, the last first; the
+    past beyond a third of the limit, oldest first; the middle of results in the last round, down to a third of the
+    limit each; then the same without the thirds, but SHORTEST_RESULT of each result stays. Tools stay if one must be
+    called.
     remark: why the model's last answer was unusable.
     Raises APIError 400 if the text is too long even then, or if there is none.
     """
@@ -4365,16 +4356,12 @@ def write_prompt(
     )
     if len(newest) == 1 and prompt.text == prompt.question:
         prompt.question = text_of(newest[0])  # a single message needs no speaker
-    share = limit // 3
-    if prompt.excess > 0 and not request.must_call:
-        prompt.tools = [tool for tool in prompt.tools if len(tool) <= share]
-    beyond_share = len(join_lines(prompt.past)) - share
-    prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
-    clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
-    if not request.must_call:
-        prompt.tools = drop_first(prompt.tools[::-1], prompt.excess)[::-1]
-    prompt.past = drop_first(prompt.past, prompt.excess)
-    clip_results(prompt.last_round, prompt.excess, SHORTEST_RESULT)
+    for share in (limit // 3, 0):
+        if not request.must_call:
+            prompt.tools = drop_first(prompt.tools[::-1], prompt.excess, share)[::-1]
+        beyond_share = len(join_lines(prompt.past)) - share
+        prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
+        clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
     if prompt.excess > 0:
         raise too_long(prompt)
     if not prompt.text.strip():
@@ -4401,13 +4388,15 @@ def join_lines(lines: Iterable[str]) -> str:
     return "\n".join(filter(None, lines))
 
 
-def drop_first(texts: list[str], excess: int) -> list[str]:
-    """Return the texts without the first ones, so that `excess` characters are gone."""
-    count = 0
-    while count < len(texts) and excess > 0:
-        excess -= len(texts[count]) + 1
-        count += 1
-    return texts[count:]
+def drop_first(texts: list[str], excess: int, longer_than: int = 0) -> list[str]:
+    """Return the texts without the first of those longer than `longer_than`, so that `excess` characters are gone."""
+    kept = []
+    for text in texts:
+        if excess > 0 and len(text) > longer_than:
+            excess -= len(text) + 1
+        else:
+            kept.append(text)
+    return kept
 
 
 def clip_results(lines: list[str], excess: int, shortest: int) -> None:
@@ -4464,20 +4453,26 @@ def how_to_call(request: ChatRequest) -> str:
         f"arguments being JSON. {TOOLS_FOLLOW}")
 
 
-def form_instruction(body: JSONObject) -> str:
+def answer_schema(body: JSONObject) -> Schema | None:
+    """Return the schema of the JSON document that is asked for, or None if text is."""
     answer = body.get("response_format") or {}
-    if answer.get("type") not in ("json_object", "json_schema"):
-        return ""
-    schema = (answer.get("json_schema") or {}).get("schema")
-    form = f", valid by this schema: {dump_json(schema).decode()}" if schema else ": an object."
-    return f"{JSON_ONLY}{form}"
+    if answer.get("type") == "json_schema":
+        return answer["json_schema"]["schema"]
+    return {"type": "object"} if answer.get("type") == "json_object" else None
+
+
+def form_instruction(body: JSONObject) -> str:
+    schema = answer_schema(body)
+    return "" if schema is None else f"{JSON_ONLY}, valid by this schema: {dump_json(schema).decode()}"
 
 
 def describe_tool(tool: JSONObject) -> str:
     """Describe a tool in few characters."""
     schema = tool.get("parameters") or {}
-    source = dump_json(schema).decode()
-    form = source if '"$ref"' in source else signature(schema)
+    form = dump_json(schema).decode()
+    if '"$ref"' not in form:
+        with suppress(AttributeError, TypeError):  # of an invalid schema
+            form = signature(schema)
     purpose = " ".join((tool.get("description") or "").split())
     return f"- {tool['name']}{form}: {purpose}".removesuffix(": ")
 
@@ -4487,16 +4482,13 @@ def signature(schema: Any) -> str:
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
     kind = schema.get("type")
-    if isinstance(schema.get("enum"), list):
+    if "enum" in schema:
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
-    if isinstance(schema.get("properties"), dict):
-        required = schema.get("required")
-        if not isinstance(required, list):
-            required = []
-        names = set(map(str, required))
+    if "properties" in schema:
+        required = set(schema.get("required", ()))
         fields = []
         for name, field_schema in schema["properties"].items():
-            optional = "" if name in names else "?"
+            optional = "" if name in required else "?"
             fields.append(f"{name}{optional}: {signature(field_schema)}")
         return "{" + ", ".join(fields) + "}"
     if kind == "array" and schema.get("items"):
@@ -4534,15 +4526,11 @@ def parse_answer(
             return content, calls
         if request.must_call:
             raise UnusableAnswer("it must contain a tool call.")
-    answer = request.body.get("response_format") or {}
-    kind = answer.get("type")
-    if kind == "json_schema":
-        kind = answer["json_schema"]["schema"].get("type")
-    elif kind != "json_object":
+    schema = answer_schema(request.body)
+    if schema is None:
         return text, []
-    if kind in ("json_object", "object"):
-        return parse_document(text, dict), []
-    return parse_document(text, list if kind == "array" else object), []
+    kinds: dict[str, type] = {"object": dict, "array": list}
+    return parse_document(text, kinds.get(str(schema.get("type")), object)), []
 
 
 # The form that how_to_call() asks for, and the form that Kimi K2 was trained on
@@ -4587,13 +4575,11 @@ def parse_tool_calls(
     if calls:
         around.append(text[at:])
         return CALL_LEFTOVERS.sub("", "".join(around)).strip(), calls
-    try:
+    with suppress(ValueError):
         value = parse_json(strip_code_fence(text))
-    except ValueError:
-        return text, []
-    if isinstance(value, dict) and value.get("name") in offered and "arguments" in value:
-        # Nothing but a call, without its marks
-        return "", [parse_call(value, offered, allow_unknown_tools)]
+        if isinstance(value, dict) and str(value.get("name")) in offered and "arguments" in value:
+            # Nothing but a call, without its marks
+            return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
 
@@ -4713,7 +4699,6 @@ class KimiProvider(Provider):
         reject_unsupported(request)
         asked.waiter.must_finish = bool(request.user)  # its turn is remembered
         prompt, content, calls = self._answer(asked)
-        asked.stats.messages = [{"role": "user", "content": prompt.text}]
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -4733,7 +4718,7 @@ class KimiProvider(Provider):
         if dropped:
             delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
             log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
-        asked.stats.fold.add(delta.chunk)
+        asked.stats.fold.add({**delta.chunk, "usage": {"prompt_tokens": estimate_tokens(prompt.text)}})
         yield delta
 
     def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
@@ -4797,8 +4782,9 @@ class KimiProvider(Provider):
             "Referer": self._page_url,
         }
         try:
-            page = self._checked_page(
+            page = self._scraper.request(
                 "POST", self._settings.upstream_url, headers, urlencode(form).encode(), deadline)
+            self._check_page(page)
             return parse_web_chat_answer(page, nonce)
         except StaleNonce:
             self._nonce.invalidate(fetch)
@@ -4808,11 +4794,8 @@ class KimiProvider(Provider):
             self._scraper.forget_connections()
             raise
 
-    def _checked_page(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
-    ) -> UpstreamResponse:
-        """Send a request; sort out what any response of this site can mean, to the page or to the form."""
-        page = self._scraper.request(method, url, headers, body, deadline)
+    def _check_page(self, page: UpstreamResponse) -> None:
+        """Raise APIError for what any response of the site can be: a block, a rate limit, an outage."""
         status = page.status
         is_managed = page.headers.get("cf-mitigated") == "challenge"
         is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
@@ -4827,7 +4810,6 @@ class KimiProvider(Provider):
         if status >= 500:
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
-        return page
 
     # The nonce
 
@@ -4839,7 +4821,8 @@ class KimiProvider(Provider):
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         with suppress(ValueError):  # of a location that is no URL
             for _ in range(MAX_REDIRECTS + 1):
-                page = self._checked_page("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
+                page = self._scraper.request("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
+                self._check_page(page)
                 url = urljoin(url, page.headers.get("Location", ""))
                 if not 300 <= page.status < 400 or urlsplit(url)[:2] != urlsplit(home)[:2]:
                     break
@@ -4856,7 +4839,6 @@ WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
 # What the web chat supports; the rest would change the shape of the answer
 WEB_CHAT_REQUEST = request_object({}, {
     "n": {"enum": [1]},
-    "stop": any_of(STRING, array(STRING, maxItems=4)),
     "max_tokens": POSITIVE,
     "max_completion_tokens": POSITIVE,
     "logprobs": {"enum": [False]},
@@ -4974,12 +4956,11 @@ def error_message(error: Any, secret: str) -> str:
     return ": ".join(plain_line(cause, secret) for cause in causes if cause)
 
 
-def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
+def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
     """Convert an API's error to ours, with the API's name and without our key. Keep type, code and rate-limit headers.
 
     status: of the response, 200 if the error is in an answer.
     """
-    error = answer.get("error") or answer if isinstance(answer, dict) else answer
     fields = error if isinstance(error, dict) else {}
     message = f"{api.name}: {error_message(error, api.key)}"
     if status == 200:
@@ -5020,6 +5001,16 @@ def api_error(api: API, status: int, answer: Any, headers: Headers) -> APIError:
     return ours.copy(quotes_upstream=True).with_headers(rate_limits(headers))
 
 
+def checked_answer(api: API, answer: JSONObject | None, headers: Headers) -> JSONObject:
+    """Return an API's answer or event. Raises APIError for the error in it, or if it is no JSON object."""
+    if answer is None:
+        raise invalid_response(api.name, "something that is not a JSON object")
+    error = find_error(answer)
+    if error:
+        raise api_error(api, 200, error, headers)
+    return answer
+
+
 def rate_limits(headers: Headers) -> dict[str, str]:
     """Return the rate-limit headers of a bounded length: clients refuse an answer whose head is too long."""
     limits = {}
@@ -5038,8 +5029,7 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 
 MAX_FUNCTION_NAME = 64  # characters
 ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 50  # of one model
-MAX_ADAPTED_MODELS = 1000  # of one API: a client may make up any number of ids
+MAX_ADAPTATIONS = 1000  # of one API: a client may make up any number of models and values
 MAX_CHANGES = 12  # of one request
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
@@ -5064,18 +5054,11 @@ def is_instruction(message: Message) -> bool:
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join the system messages in front to one."""
+    """Join the texts of several system messages in front to one message."""
     system = list(itertools.takewhile(is_instruction, messages))
     if len(system) < 2:
         return messages
-    contents = [message["content"] for message in system]
-    joined: Any = []
-    if all(isinstance(content, str) for content in contents):
-        joined = "\n\n".join(contents)
-    else:
-        for content in contents:
-            joined += [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [{**system[0], "content": joined}, *messages[len(system):]]
+    return [{**system[0], "content": "\n\n".join(map(text_of, system))}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
@@ -5119,7 +5102,6 @@ OPTIONAL_PARAMETERS = (
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
 # Of these parameters each conversation may have other values, and no value changes an answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
-MAX_REFUSED_VALUE = 100  # characters of a value that is remembered
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
@@ -5129,11 +5111,11 @@ class ChangeParameter:
     values."""
 
     name: str
-    refused: str | None  # as repr() returns it, None for any value
+    refused: int | None  # the hash of the value's repr(), None for any value
     accepted: str | None = None  # None to leave the parameter out
 
     def __call__(self, body: JSONObject) -> JSONObject:
-        if self.refused not in (None, repr(body.get(self.name))):
+        if self.refused not in (None, hash(repr(body.get(self.name)))):
             return body
         if self.accepted is None:
             return without(body, self.name)
@@ -5169,35 +5151,28 @@ def describe_format(body: JSONObject, **required: Any) -> JSONObject:
 
 def portable_schemas(body: JSONObject) -> JSONObject:
     """Give the parameters of functions the form that Moonshot accepts."""
-    tools = []
+    body = map_objects(dict, body)
     for tool in body.get("tools") or ():
         if tool["type"] == "function":
             function = tool["function"]
-            tool = {**tool, "function": {**function, "parameters": root_schema(function.get("parameters"))}}
-        tools.append(tool)
-    return {**body, "tools": tools} if tools else body
+            with suppress(AttributeError, LookupError, TypeError, ValueError):  # of an invalid schema
+                function["parameters"] = root_schema(function.get("parameters") or {})
+    return body
 
 
-def root_schema(schema: Any) -> Schema:
-    """Return the schema of an object. Of another schema, keep the properties of all options."""
-    schema = schema or {}
+def root_schema(schema: Schema) -> Schema:
+    """Return the schema of an object: of another schema, the properties of all its options. Raises LookupError and the
+    like for an invalid schema."""
     root: Schema = map_objects(portable_schema, schema)
-    if root.get("type") != "object":
-        properties: Schema = {}
-        for option in (schema, *root.pop("anyOf", ())):
-            properties.update(resolved(option, schema).get("properties", {}))
-        root = {**root, "type": "object", "properties": properties}
-    return without(root, "$ref")
-
-
-def resolved(schema: Schema, root: Schema) -> Schema:
-    """Return the schema that a local reference names, or the schema itself. Raises LookupError and the like."""
-    if "$ref" not in schema:
-        return schema
-    target = root
-    for name in schema["$ref"].split("/")[1:]:
-        target = target[name]
-    return target
+    if root.get("type") == "object":
+        return root
+    properties: Schema = {}
+    for option in (root, *root.get("anyOf", ())):
+        target = root if "$ref" in option else option
+        for name in option.get("$ref", "").split("/")[1:]:  # #/$defs/name
+            target = target[name]
+        properties.update(target.get("properties", {}))
+    return {**without(root, "$ref", "anyOf"), "type": "object", "properties": properties}
 
 
 def portable_schema(schema: Schema) -> Schema:
@@ -5238,7 +5213,7 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
     if not names_function(choice) or "thinking" in body:
         return body
     name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool.get("function", {}).get("name") == name]
+    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
     return {**body, "tool_choice": "required", "tools": tools}
 
 
@@ -5256,15 +5231,12 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 class Adaptation(NamedTuple):
     """A change to the requests of a model that have certain parameters."""
 
-    named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
+    named: frozenset[str]  # parameters in the refusal: the model may refuse only their combination
     change: Change
 
     def apply(self, body: JSONObject) -> JSONObject:
-        """Return the changed request, or the same request if the change does not fit."""
-        if body.keys() >= self.named:
-            with suppress(AttributeError, LookupError, TypeError, ValueError):  # for a schema that is none, for example
-                return self.change(body)
-        return body
+        """Return the changed request, or the same request if it lacks a parameter."""
+        return self.change(body) if body.keys() >= self.named else body
 
 
 MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
@@ -5300,18 +5272,16 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
         pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
         if not re.search(pattern, complaint):
             named.remove(name)
-    for name in sent:
-        if name not in named or name not in OPTIONAL_PARAMETERS or (name == "logprobs" and sent[name]):
+    for name in OPTIONAL_PARAMETERS:
+        if name not in named or (name == "logprobs" and sent[name]):
             continue
-        value = None if name in IDENTIFIERS else repr(sent[name])
-        if len(value or "") > MAX_REFUSED_VALUE:
-            continue
+        value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
             yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
         yield Adaptation(frozenset(named), ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
-        adaptation = Adaptation(frozenset(named), change)
+        adaptation = Adaptation(frozenset({*named, "messages"}), change)  # not of embeddings
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
             yield adaptation
 
@@ -5355,21 +5325,22 @@ def canonical_call(call: JSONObject) -> list[Any]:
 
 
 def as_index(value: Any) -> int | None:
-    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError."""
+    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError or TypeError."""
     if value in (None, ""):
         return None
-    if not re.fullmatch(r"\d{1,4}(?:\.0)?", str(value)):
+    index = int(value)
+    if not 0 <= index < 10_000:
         raise ValueError
-    return int(float(value))
+    return index
 
 
 @dataclass
 class StartedCall:
     """A tool call whose pieces are being read."""
 
+    index: int  # ours
     has_id: bool  # the API sent an id
-    fields: JSONObject  # of the pieces before the name
-    arguments: list[str] = field(default_factory=list)  # pieces before the name
+    unsent: JSONObject  # pieces that wait for the name, merged
     name: str = ""
     end: str = ""  # the last character of the arguments
 
@@ -5379,9 +5350,9 @@ class CallReader:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names  # of functions, by their short forms
-        self._calls: list[StartedCall] = []
-        self._by_id: dict[str, int] = {}
-        self._by_index: dict[int, int] = {}  # by the API's index
+        self._count = 0
+        # By the API's id, by its index, and under None the call of the last piece
+        self._calls: dict[str | int | None, StartedCall] = {}
 
     def read(self, piece: JSONObject) -> JSONObject | None:
         """Complete a piece. Return None until the name of the function is known. Raises TypeError and the like for an
@@ -5394,42 +5365,34 @@ class CallReader:
         arguments = function.get(field_name) or ""
         if not isinstance(arguments, str):
             arguments = dump_json(arguments).decode()
-        index = self._find(id, api_index, name)
-        if index is None:
-            index = len(self._calls)
+        call = self._find(id, api_index, name)
+        if call is None:
             fields = {"id": id or f"call_{random_hex()[:24]}", "type": piece.get("type") or kind}
-            self._calls.append(StartedCall(bool(id), fields))
-        if id:
-            self._by_id[id] = index
-        if api_index is not None:
-            self._by_index[api_index] = index
-        call = self._calls[index]
+            call = StartedCall(self._count, bool(id), fields)
+            self._count += 1
+        self._calls.update({id: call, api_index: call, None: call})
         call.end = arguments.strip()[-1:] or call.end
         # Clients would join an id or a name that is repeated
-        piece = without(piece, "id", "type", kind)
-        if call.name:
-            return {**piece, "index": index, kind: {field_name: arguments}}
-        call.fields.update(piece)
-        call.arguments.append(arguments)
-        if not name:
-            return None
-        call.name = name
-        function = {"name": self._names.get(name, name), field_name: "".join(call.arguments)}
-        return {**call.fields, "index": index, kind: function}
+        merge(call.unsent, {**without(piece, "id", "type", kind), kind: {field_name: arguments}})
+        if not call.name:
+            if not name:
+                return None
+            call.name = name
+            call.unsent[kind]["name"] = self._names.get(name, name)
+        sent = plain_value(call.unsent)
+        call.unsent = {}
+        return {**sent, "index": call.index}
 
-    def _find(self, id: str, index: int | None, name: str) -> int | None:
-        """Return our index of the call that a piece continues, or None if it begins a call."""
-        if id in self._by_id:
-            return self._by_id[id]
-        found = len(self._calls) - 1 if index is None else self._by_index.get(index, -1)
-        if found < 0:
+    def _find(self, id: str, index: int | None, name: str) -> StartedCall | None:
+        """Return the call that a piece continues, or None if it begins a call."""
+        if id and id in self._calls:
+            return self._calls[id]
+        call = self._calls.get(index)
+        if call is None or (id and (call.has_id or name)):
             return None
-        call = self._calls[found]
-        if id:
-            return None if call.has_id or name else found
         # A name begins a call, unless the piece repeats the name of its call
         is_repeated = index is not None and name == call.name and call.end != "}"
-        return found if not name or not call.name or is_repeated else None
+        return call if id or not name or not call.name or is_repeated else None
 
 
 class APIAnswer:
@@ -5442,31 +5405,32 @@ class APIAnswer:
         """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
         self.response = response
         self.is_done = False  # [DONE] has come
-        self.finished: set[int] = set()  # the indexes of choices that have their finish reason
+        self._finished: set[int] = set()  # the indexes of choices that have their finish reason
         self._api = api
         self._fold = fold
         self._wanted = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
         self._halves: list[str] = []
-        self._events = self._read_events()
+        chunks = self._read_chunks()
         try:
-            self._first = list(itertools.islice(self._events, 1))
+            self.chunks = itertools.chain([next(chunks)], chunks)
         except APIError:
             response.close()
             raise
 
-    def chunks(self) -> Iterator[JSONObject]:
+    def _read_chunks(self) -> Iterator[JSONObject]:
+        """Yield the chunks, at least one. Raises APIError, also for an answer without choices."""
         deadline = self.response.deadline
         is_complete = False
         chunk: JSONObject = {}
         try:
-            for event in itertools.chain(self._first, self._events):
+            for event in self._read_events():
                 event["choices"] = self._read_choices(event)
                 self._fold.add(event)
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
                     deadline.is_per_read = bool(self._fold.choices)
-                    if self.finished and len(self.finished) >= max(len(self._fold.choices), self._wanted):
+                    if self._finished and len(self._finished) >= max(len(self._fold.choices), self._wanted):
                         is_complete = True
                         deadline.is_per_read = False
                         deadline.limit(FINISHED_SILENCE)
@@ -5483,12 +5447,10 @@ class APIAnswer:
         if not self._fold.choices:
             raise invalid_response(self._api.name, "an empty answer")
         unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
-                      for index in self._fold.choices.keys() - self.finished]
+                      for index in self._fold.choices.keys() - self._finished]
         if unfinished:
             self._fold.add({"choices": unfinished})
             yield {"choices": unfinished}
-
-
 
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. An answer in JSON is one event. Raises APIError, also for an event with an error."""
@@ -5510,13 +5472,9 @@ class APIAnswer:
 
     def _parse(self, data: bytes) -> JSONObject:
         event = parse_upstream_object(data, halves=self._halves)
-        if event is None:
-            raise invalid_response(self._api.name, "something that is not a JSON object")
-        self._note_usage(event)
-        error = find_error(event)
-        if error:
-            raise api_error(self._api, 200, error, self.response.headers)
-        return event
+        if event:
+            self._note_usage(event)
+        return checked_answer(self._api, event, self.response.headers)
 
     def _note_usage(self, fields: JSONObject) -> None:
         """Move the usage from a chunk or a choice to the fold: clients get it once, at the end."""
@@ -5537,40 +5495,36 @@ class APIAnswer:
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
         # MiniMax ends with the whole message; an answer in JSON has nothing else
-        message = choice.pop("message", None) or {}
-        if any(map(before.get, REASONING_FIELDS)):
-            message = without(message, *REASONING_FIELDS)
-        for name, value in message.items():
-            if not before.get(name) and not delta.get(name):
+        for name, value in (choice.pop("message", None) or {}).items():
+            names = REASONING_FIELDS if name in REASONING_FIELDS else [name]
+            if not delta.get(name) and not any(map(before.get, names)):
                 delta[name] = value
         if isinstance(delta.get("content"), list):
             split_parts(delta)
         reason = choice.get("finish_reason") or None
-        for text in (reason, *map(delta.get, ("role", "content", "reasoning_content", "refusal"))):
-            if not isinstance(text or "", str):
-                raise TypeError
+        texts = reason, *map(delta.get, ("role", "content", "reasoning_content", "refusal"))
+        "".join(filter(None, texts))  # raises TypeError for other values
         if before.get("role") or not delta.get("role"):  # openai-python would join roles
             delta.pop("role", None)
         calls = delta.pop("tool_calls", None) or ()
         calls = list(filter(None, map(self._calls[index].read, calls)))
         if calls:
             delta["tool_calls"] = calls
-        if index in self.finished:
+        if index in self._finished:
             reason = None
         if reason:
-            self.finished.add(index)
+            self._finished.add(index)
         if reason == "stop" and (before.get("tool_calls") or calls):
             reason = "tool_calls"
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 
 
-def is_text(choice: Any) -> bool:
+def is_text(choice: JSONObject) -> bool:
     """Return whether a choice is a piece of text, as nearly all choices are: it needs no completion."""
-    if type(choice) is not dict or "usage" in choice or choice.get("finish_reason", "") is not None:
+    if "usage" in choice or choice.get("finish_reason", "") is not None or type(choice.get("index")) is not int:
         return False
-    delta = choice.get("delta")
-    is_content = type(delta) is dict and len(delta) == 1 and type(delta.get("content")) is str
-    return is_content and type(choice.get("index")) is int and choice["index"] == 0
+    delta = choice.get("delta") or {}
+    return choice["index"] == 0 and len(delta) == 1 and type(delta.get("content")) is str
 
 
 def split_parts(delta: JSONObject) -> None:
@@ -5590,8 +5544,7 @@ def split_parts(delta: JSONObject) -> None:
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """Yield the data of each server-sent event as it arrives. Skip comments and other fields. Lines end in LF."""
     line = bytearray()  # whose end has not come
-    data: list[bytes] = []  # the lines of the event
-    data_size = 0
+    data = bytearray()  # the lines of the event
     total = 0
     # The end of the stream ends the last event too
     for chunk in itertools.chain(chunks, [b"\n\n"]):
@@ -5605,13 +5558,11 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                 if text.startswith(b"error:"):  # llama.cpp
                     text = b'data:{"error":%s}' % text[6:]
                 if text.startswith(b"data:"):
-                    data.append(text[5:].removeprefix(b" "))
-                    data_size += len(text)
+                    data += text[5:].removeprefix(b" ") + b"\n"
                 elif not text and data:
-                    yield b"\n".join(data)
-                    data = []
-                    data_size = 0
-        if len(line) + data_size > MAX_UPSTREAM_BYTES:
+                    yield bytes(data[:-1])
+                    data.clear()
+        if len(line) + len(data) > MAX_UPSTREAM_BYTES:
             raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
         if total > MAX_STREAM_BYTES:
             raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
@@ -5624,8 +5575,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 # Requests and chunks pass through; the model's name, the messages of a session and the streaming are ours.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS_MAX_AGE = 600.0  # seconds that a list of models is kept
-MODELS_RETRY = 60.0  # seconds before a list is asked for again after a failure
+MODELS_MAX_AGE = 60.0  # seconds before a list of models is fetched again, also after a failure
 # Of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
 MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
@@ -5670,10 +5620,10 @@ class OpenAIProvider(Provider):
         }
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model; each with the time of its expiry, by time.monotonic()
-        self._adaptations: dict[str, dict[Adaptation, float]] = {}
+        # By model and change: when it expires, by time.monotonic()
+        self._adaptations: dict[tuple[str, Adaptation], float] = {}
         self._last_models: dict[str, JSONObject] = {}
-        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE, MODELS_RETRY)
+        self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
         request = asked.request
@@ -5698,13 +5648,11 @@ class OpenAIProvider(Provider):
         with self._through_breaker(asked.model):
             answer, sent = self._ask(body, send, asked.waiter)
             headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
-            kept: set[int] = set()  # choices whose reasoning is stored
             try:
-                for chunk in answer.chunks():
-                    # Before the client can send the results of its calls
-                    for index in answer.finished - kept:
-                        kept.add(index)
-                        self._keep_reasoning(asked.stats.fold.choices[index], messages, asked)
+                for chunk in answer.chunks:
+                    for choice in chunk["choices"]:
+                        if choice["finish_reason"]:  # before the client can send the results of its calls
+                            self._keep_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
@@ -5721,13 +5669,13 @@ class OpenAIProvider(Provider):
         refusal."""
         model = body["model"]
         now = time.monotonic()
-        trial = {}
-        for adaptation, expiry in self._adaptations.get(model, {}).items():
-            if expiry > now:
-                trial[adaptation] = expiry
-        helpful = trial
+        helpful = []
+        for (name, adaptation), expiry in self._adaptations.items():
+            if name == model and expiry > now:
+                helpful.append(adaptation)
+        trial = helpful
         tried: list[Adaptation] = []
-        refusal: APIError | None = None
+        refusal = bad_request("")
         refusal_of_tool: APIError | None = None
         while True:
             sent = body
@@ -5738,25 +5686,24 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if refusal is None or words_of(error) != words_of(refusal):  # the change before helped
-                    helpful, refusal = trial, error.copy()
+                if words_of(error) != words_of(refusal):  # the change before helped
+                    helpful = trial
+                    refusal = error.copy()
                     changes = find_adaptations(refusal, sent)
                 found = next((change for change in changes if change not in tried), None)
                 if found is None or len(tried) == MAX_CHANGES:
                     raise refusal_of_tool or error from None
                 if found.change in (offer_forced_tool, disable_thinking):
                     refusal_of_tool = refusal_of_tool or refusal
+                    # kimi-k2.6 refuses "required" even without thinking, but no named function
+                    helpful = [known for known in helpful if known.change is not offer_forced_tool]
                 log.info("%s/%s: %s; sending the request in another form", self.name, model, error.reason)
                 tried.append(found)
-                trial = {**helpful, found: now + ADAPTATION_MAX_AGE}
-                if found.change is disable_thinking:  # kimi-k2.6 refuses "required" even then, but no named function
-                    trial = {known: expiry for known, expiry in trial.items() if known.change is not offer_forced_tool}
+                trial = [*helpful, found]
             else:
-                if tried:
-                    # Other chats may have learned something in the meantime
-                    learned = {**self._adaptations.get(model, {}), **trial}
-                    models = {**without(self._adaptations, model), model: latest(learned, MAX_ADAPTATIONS)}
-                    self._adaptations = latest(models, MAX_ADAPTED_MODELS)
+                learned = {(model, found): now + ADAPTATION_MAX_AGE for found in tried if found in trial}
+                if learned:
+                    self._adaptations = latest({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
     def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
@@ -5800,7 +5747,8 @@ class OpenAIProvider(Provider):
     def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
         def send(sent: JSONObject) -> Embeddings:
             response = self._send("POST", "/embeddings", sent, waiter)
-            answer = self._read_json(response, MAX_EMBEDDINGS_BYTES, MAX_EMBEDDINGS_VALUES)
+            parsed = parse_upstream_object(response.read(MAX_EMBEDDINGS_BYTES), MAX_EMBEDDINGS_VALUES)
+            answer = checked_answer(self._api, parsed, response.headers)
             try:
                 data = [encoded_embedding(entry, body.get("encoding_format")) for entry in answer["data"]]
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
@@ -5810,18 +5758,6 @@ class OpenAIProvider(Provider):
         with self._through_breaker(body["model"]):
             (answer, headers), sent = self._ask(body, send, waiter)
             return answer, {**headers, **ignored_header(body, sent)}
-
-    def _read_json(
-        self, response: UpstreamResponse, limit: int = MAX_UPSTREAM_BYTES, max_values: int = MAX_VALUES,
-    ) -> JSONObject:
-        """Read the JSON object in a response. Raises APIError, also for an error in the object."""
-        answer = parse_upstream_object(response.read(limit), max_values)
-        if answer is None:
-            raise invalid_response(self._api.name, "no JSON object")
-        error = find_error(answer)
-        if error:
-            raise api_error(self._api, response.status, error, response.headers)
-        return answer
 
     def _send(
         self, method: str, path: str, body: JSONObject | None, waiter: Waiter,
@@ -5834,16 +5770,16 @@ class OpenAIProvider(Provider):
         if response.status == 200:
             return response
         text = response.read()
-        answer = parse_upstream_object(text) or text.decode("utf-8", "replace")
-        raise api_error(self._api, response.status, answer, response.headers)
+        answer = parse_upstream_object(text) or {}
+        error = find_error(answer) or answer or text.decode("utf-8", "replace")
+        raise api_error(self._api, response.status, error, response.headers)
 
     # Models
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
         """Return the models that the API lists, by id, as far as they are known after `wait` seconds."""
         with suppress(FutureTimeout):
-            # result() would lengthen the traceback of the same error with each call
-            self._models.latest().exception(wait)
+            self._models.latest().result(wait)
         return self._last_models
 
     def _fetch_models(self) -> None:
@@ -5851,10 +5787,10 @@ class OpenAIProvider(Provider):
             self._last_models = self._list_models()
         except APIError as error:
             log.warning("%s: its models cannot be listed: %s", self.name, error.reason)
-            raise
 
     def _list_models(self) -> dict[str, JSONObject]:
-        listed = self._read_json(self._send("GET", "/models", None, Waiter())).get("data")
+        response = self._send("GET", "/models", None, Waiter())
+        listed = checked_answer(self._api, parse_upstream_object(response.read()), response.headers).get("data")
         if not isinstance(listed, list):
             raise invalid_response(self._api.name, "no list of models")
         models = {}
@@ -5935,19 +5871,18 @@ class Providers:
         """
         failures: list[APIError] = []
         stats = asked.stats
-        messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
-            stats.start(provider.name, name, messages)
+            stats.start(provider.name, name)
             deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
             begun: list[Delta] = []
             try:
                 for delta in deltas:
                     begun.append(delta)
-                    if asked.request.stream and (delta.has_content or len(begun) > MAX_HELD_BACK):
-                        break
                     if not asked.request.stream:
                         del begun[1:]  # the fold has it
+                    elif delta.has_content or len(begun) > MAX_HELD_BACK:
+                        break
             except APIError as error:
                 prefix = f"Fallback {name}: " if failures else ""
                 failures.append(error.copy(message=prefix + error.message))
@@ -5971,12 +5906,12 @@ class Providers:
     ) -> Embeddings:
         """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
-        stats.start(provider.name, model, [])
+        stats.start(provider.name, model)
         stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})
         answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
         stats.first_chunk = time.monotonic() - stats.began
-        usage = answer.get("usage")
-        if isinstance(usage, dict) and count_of(usage, "prompt_tokens"):
+        usage = answer.get("usage") or {}
+        if count_of(usage, "prompt_tokens"):
             stats.fold.replace_usage(usage)
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 

@@ -4831,12 +4831,14 @@ def test_calls_that_hang_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kimi2api.time, "monotonic", lambda: now)
     breaker = kimi2api.CircuitBreaker("kimi")
     for _ in range(5):
-        breaker.ended(kimi2api.upstream_error(504, "upstream_timeout", "hangs"), breaker.allow())
+        breaker.allow()
+        breaker.ended(kimi2api.upstream_error(504, "upstream_timeout", "hangs"))
     probes = 0
     for _ in range(600):
         now += 0.1
         with suppress(kimi2api.APIError):
-            probes += breaker.allow()
+            breaker.allow()
+            probes += 1
     assert 3 <= probes <= 6, "in the minute until the first of them times out"
 
 
@@ -5304,7 +5306,7 @@ def test_a_json_answer_is_exactly_one_document(app: Client, kimi: WebChat, forma
     assert said(chat(app, response_format=format_)) == '{"a": 1}'
     assert streamed(events(chat(app, response_format=format_, stream=True))) == '{"a": 1}'
     prompt = kimi.posts[0]["message"]
-    assert "JSON" in prompt and ('{"type":"object"' in prompt) == (format_ is not JSON_OBJECT)
+    assert "JSON" in prompt and '{"type":"object"' in prompt
 
 
 def test_a_document_with_a_fence_in_it_is_read_whole(app: Client, kimi: WebChat) -> None:
@@ -5392,7 +5394,6 @@ def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat
     [
         pytest.param("n", {"n": 2}, id="n"),
         pytest.param("n", {"n": 0}, id="n of 0"),
-        pytest.param("stop", {"stop": ["a"] * 5}, id="five stops"),
         pytest.param("max_tokens", {"max_tokens": 0}, id="no tokens"),
         pytest.param("logprobs", {"logprobs": True}, id="logprobs"),
         pytest.param("audio", {"audio": {"voice": "x"}}, id="audio"),
@@ -6089,7 +6090,7 @@ OBJECT_OF_ANY = {
         pytest.param(
             refuses("System message must be at the beginning.", lambda body: "system" in roles(body)[1:]),
             {"messages": SYSTEM_LATER},
-            lambda sent: sent["messages"][0]["content"] == [{"type": "text", "text": text} for text in "AB"],
+            lambda sent: sent["messages"][0]["content"] == "A\n\nB",
             id="a system message later",
         ),
         pytest.param(
@@ -6178,11 +6179,12 @@ def test_values_that_differ_in_each_conversation_are_refused_once(make: Make, bo
     assert len(api.asked) == 5
 
 
-def test_large_values_are_not_remembered(make: Make, both: dict[str, str], api: Api) -> None:
+def test_large_values_are_remembered_by_their_hash(make: Make, both: dict[str, str], api: Api) -> None:
     api.always = forbids("verbosity")
     app = make(**both)
-    assert chat(app, model="local/k2", verbosity="x" * 101).status_int == 422
-    assert chat(app, model="local/k2", verbosity="x").status_int == 200
+    for value in ("x" * 101, "x" * 102, "x" * 101):
+        assert chat(app, model="local/k2", verbosity=value).status_int == 200
+    assert len(api.asked) == 5
 
 
 @pytest.mark.parametrize("name", ["(", "(a+)+b", "a|b", "[", "\\"])
@@ -6608,10 +6610,10 @@ def test_a_client_that_leaves_before_the_end_leaves_no_upstream_connection(
     wait_for(lambda: received == [b""])
 
 
-def test_the_adaptations_of_a_bounded_number_of_models_are_kept(
+def test_a_bounded_number_of_adaptations_is_kept(
     make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kimi2api, "MAX_ADAPTED_MODELS", 2)
+    monkeypatch.setattr(kimi2api, "MAX_ADAPTATIONS", 2)
 
     def act(handler: ApiHandler) -> None:
         refused = b'"temperature"' in handler.body
