@@ -6059,69 +6059,48 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
 
 
-class Access:
-    """Lets requests in."""
-
-    def __init__(self, settings: Settings, public_paths: set[str]) -> None:
-        self._settings = settings
-        self._public_paths = public_paths
-
-    def admit(self) -> None:
-        """Let a request in, or raise what to answer instead."""
-        # Also for headers: Bottle's own accessors fail on some bytes above 127
-        environ = bottle.request.environ
-        environ["kimi2api.began"] = time.monotonic()
-        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
-        try:
-            self._check_caller(environ)
-            if environ["REQUEST_METHOD"] == "OPTIONS":
-                raise preflight(environ)
-            is_public = environ["PATH_INFO"] in self._public_paths
-            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(environ)
-        except APIError as error:
-            raise error_response(error) from None
-
-    def _check_caller(self, environ: dict[str, Any]) -> None:
-        host = environ.get("HTTP_HOST")
-        origin = environ.get("HTTP_ORIGIN")
-        # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
-        # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
-        if not self._settings.api_master_key:
-            if host and not is_loopback(host_of(f"//{host}")):
-                raise APIError(
-                    403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to "
-                    "localhost are accepted.", code="host_not_allowed")
-            if not all(map(is_loopback, forwarded_for(environ))):
-                raise APIError(
-                    403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
-                    "this machine may call.", code="host_not_allowed")
-        if origin and not self._origin_allowed(origin, host):
+def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
+    """Refuse requests of other machines and of foreign web pages. Raises APIError 403, or 400 for a path that is not
+    UTF-8."""
+    host = environ.get("HTTP_HOST")
+    origin = environ.get("HTTP_ORIGIN")
+    # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
+    # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
+    if not settings.api_master_key:
+        if host and not is_loopback(host_of(f"//{host}")):
             raise APIError(
-                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
-                code="origin_not_allowed")
-        environ["kimi2api.origin"] = origin
-        try:
-            environ["bottle.raw_path"].encode("latin-1").decode()
-        # Bottle would drop the bytes that are none and go on to another's path
-        except UnicodeError:
-            raise bad_request("The path is not UTF-8.") from None
+                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to "
+                "localhost are accepted.", code="host_not_allowed")
+        if not all(map(is_loopback, forwarded_for(environ))):
+            raise APIError(
+                403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
+                "this machine may call.", code="host_not_allowed")
+    if origin and not origin_allowed(settings, origin, host):
+        raise APIError(
+            403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
+            code="origin_not_allowed")
+    environ["kimi2api.origin"] = origin
+    # Bottle drops bytes that are not UTF-8, so the path could be that of another user
+    if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
+        raise bad_request("The path is not UTF-8.")
 
-    def _origin_allowed(self, origin: str, host: str | None) -> bool:
-        allowed = self._settings.cors_origins
-        if host and origin.partition("://")[2] == host:  # the server's own pages
-            return True
-        if allowed:
-            return any(origin_matches(pattern, origin) for pattern in allowed)
-        return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _authenticate(self, environ: dict[str, Any]) -> ClientKey:
-        """Return the key that the request carries, an empty one if no key is asked. Raises APIError 401."""
-        authorization = environ.get("HTTP_AUTHORIZATION", "")
-        found = matching_key(self._settings.api_master_key, authorization)
-        if found is None:
-            message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
-            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return found
+def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
+    if host and origin.partition("://")[2] == host:  # the server's own pages
+        return True
+    if settings.cors_origins:
+        return any(origin_matches(pattern, origin) for pattern in settings.cors_origins)
+    return bool(settings.api_master_key) or is_loopback(host_of(origin))
+
+
+def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
+    """Return the key that an Authorization header carries, an empty key if the server asks for none. Raises APIError
+    401."""
+    found = matching_key(keys, authorization)
+    if found is None:
+        message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
+        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return found
 
 
 def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
@@ -6169,21 +6148,6 @@ def host_of(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:  # such as half an IPv6 address
         return None
-
-
-def preflight(environ: dict[str, Any]) -> bottle.HTTPResponse:
-    """The answer to a browser that asks whether a page may send a request; it carries no key yet."""
-    return bottle.HTTPResponse(status=204, headers={
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-        "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
-        "Access-Control-Allow-Private-Network": "true",
-        "Access-Control-Max-Age": "600",
-    })
-
-
-def error_response(error: APIError) -> bottle.HTTPResponse:
-    headers = {**error.headers, "Content-Type": "application/json"}
-    return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6374,11 +6338,6 @@ def pace(
 # The program's state while it runs, and what it does for each route.
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXPOSED_HEADERS = (
-    "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, X-Kimi2api-Tools-Dropped, Retry-After, x-should-retry, "
-    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
-)
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -6702,37 +6661,92 @@ class App:
         set_headers(page_headers())
         return SENT_PAGE
 
-    # After every route
+    def preflight(self, path: str) -> bytes:
+        """Answer a browser that asks whether a page may send a request. Preflights carry no key."""
+        bottle.response.status = 204
+        set_headers({
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": bottle.request.environ.get(
+                "HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
+            "Access-Control-Allow-Private-Network": "true",
+            "Access-Control-Max-Age": "600",
+        })
+        return b""
+
+    def no_route(self, path: str) -> NoReturn:
+        """Refuse a request whose path or method has no route. Raises APIError 404, 405 or 426."""
+        environ = bottle.request.environ
+        asked = f"{environ['REQUEST_METHOD']} {path[:100]}"
+        methods = [route.method for route in ROUTES if route.rule == path]
+        if methods and "HTTP_UPGRADE" in environ:
+            # Codex tries WebSockets first, and after a 426 continues over HTTP
+            raise APIError(426, "This server has no WebSockets.", code="upgrade_required")
+        if methods:
+            raise APIError(
+                405, f"Method not allowed: {asked!r}.", code="method_not_allowed",
+                headers={"Allow": ", ".join(methods)})
+        # Also a path such as /v1/responses/input_tokens, which looks like the path of a stored response
+        advice = (
+            "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
+            "embeddings, models and sessions, and nothing else of OpenAI's API.")
+        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
+        patterns = [re.sub("<.*>", ".+", route.rule) for route in ROUTES]
+        if meant != path and any(re.fullmatch(pattern, meant) for pattern in patterns):
+            advice = f"Did you mean {meant!r}? Check the base URL of the client."
+        raise APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
+
+    # Every request
+
+    def handle(self, route: Route, **arguments: str) -> bytes | str:
+        """Answer a request. An object that a handler returns becomes JSON, and so does every error. Bytes are JSON
+        already, and a text has headers of its own."""
+        # Also for headers: Bottle's own accessors fail on some bytes above 127
+        environ = bottle.request.environ
+        environ["kimi2api.began"] = time.monotonic()
+        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        bottle.response.content_type = "application/json"
+        try:
+            check_caller(self.settings, environ)
+            if not route.is_public:
+                authorization = environ.get("HTTP_AUTHORIZATION", "")
+                environ["kimi2api.client"] = authenticate(self.settings.api_master_key, authorization)
+            result = route.handler(self, **arguments)
+            body = result if isinstance(result, (bytes, str)) else dump_json(result)
+        except Exception as raised:
+            error = as_api_error(raised)
+            bottle.response.status = error.status
+            set_headers({**error.headers, "Content-Type": "application/json"})
+            body = dump_json(error.body())
+        self._finish(route)
+        return body
 
     def _set_common_headers(self) -> None:
+        """Set the headers that every response carries."""
         environ = bottle.request.environ
         set_headers({"X-Request-Id": environ["kimi2api.id"], **environ.get("kimi2api.limits", {})})
         origin = environ.get("kimi2api.origin")
         if origin:
             set_headers({
                 "Access-Control-Allow-Origin": origin,
-                "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+                "Access-Control-Expose-Headers": "*",
                 "Vary": "Origin",
             })
 
-    def finish(self) -> None:
-        """Headers that every response carries, and a line in the log."""
+    def _finish(self, route: Route) -> None:
+        """Complete the headers of a response, and log its request."""
         self._set_common_headers()
         environ = bottle.request.environ
-        response = bottle.response
-        caller = environ.get("kimi2api.client", ClientKey())
-        name = f"{caller.name} " if caller.name else ""
-        status = response.status_code
-        route = environ.get("bottle.route")
-        rule = route.rule if route else "(no route)"
-        if route and route.method == "POST" and "kimi2api.limits" not in environ:
+        status = bottle.response.status_code
+        client = environ.get("kimi2api.client")
+        if client and route.method == "POST" and "kimi2api.limits" not in environ:
             # Refused before it was counted as an answer
             self._count(AnswerStats(), status)
+        name = f"{client.name} " if client and client.name else ""
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
         log.log(
-            level, "%s %s%s %s %d %.0f ms", environ["kimi2api.id"], name, environ["REQUEST_METHOD"], rule, status,
-            milliseconds)
+            level, "%s %s%s %s %d %.0f ms", environ["kimi2api.id"], name, environ["REQUEST_METHOD"], route.rule,
+            status, milliseconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6741,46 +6755,6 @@ class App:
 # Paths and errors. `create_app(settings)` builds an application with its own state, so a test can have as many as it
 # needs.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
-    """Bottle plugin: an object that a route returns becomes JSON, and so does every error. Bytes are JSON already, and
-    text has headers of its own."""
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            result = route(*args, **kwargs)
-            if isinstance(result, str):
-                return result
-            bottle.response.content_type = "application/json"
-            return result if isinstance(result, bytes) else dump_json(result)
-        except Exception as error:
-            return error_response(as_api_error(error))
-
-    return call
-
-
-def routing_error(error: bottle.HTTPError) -> bytes:
-    """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
-    path = bottle.request.path
-    asked = f"{bottle.request.method} {path[:100]}"
-    rules = [route.rule for route in ROUTES]
-    if error.status_code not in (404, 405):
-        ours = as_api_error(error)
-    elif path not in rules:  # also a path such as /v1/responses/input_tokens, which looks like one with an id
-        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
-        advice = (
-            "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
-            "embeddings, models and sessions, and nothing else of OpenAI's API.")
-        if meant in rules:
-            advice = f"Did you mean {meant!r}? Check the base URL of the client."
-        ours = APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
-    elif "HTTP_UPGRADE" in bottle.request.environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
-        ours = APIError(426, "This server has no WebSockets.", code="upgrade_required")
-    else:
-        ours = APIError(405, f"Method not allowed: {asked!r}.", code="method_not_allowed")
-    bottle.response.content_type = "application/json"
-    bottle.response.status = ours.status
-    return dump_json(ours.body())
 
 
 @dataclass(frozen=True)
@@ -6828,6 +6802,11 @@ ROUTES = [
 ]
 
 
+ANY_PATH = r"<path:re:[\s\S]*>"
+PREFLIGHT = Route("OPTIONS", ANY_PATH, App.preflight, "", "", is_public=True)
+NO_ROUTE = Route("ANY", ANY_PATH, App.no_route, "", "")
+
+
 class WSGIApp(bottle.Bottle):  # type: ignore[misc]
     """Bottle, with routes that may begin their response themselves and send parts of it, by WSGI's write(): PEP 3333
     does not allow that in a route's iterable. Such a route returns nothing more."""
@@ -6852,13 +6831,8 @@ def create_app(
     be used."""
     app = App(settings, stopping or threading.Event())
     wsgi = WSGIApp()
-    wsgi.install(json_plugin)
-    wsgi.default_error_handler = routing_error
-    public_paths = {route.rule for route in ROUTES if route.is_public}
-    wsgi.add_hook("before_request", Access(settings, public_paths).admit)
-    wsgi.add_hook("after_request", app.finish)
-    for route in ROUTES:
-        wsgi.route(route.rule, route.method, partial(route.handler, app))
+    for route in (*ROUTES, PREFLIGHT, NO_ROUTE):
+        wsgi.route(route.rule, route.method, partial(app.handle, route))
     return wsgi
 
 

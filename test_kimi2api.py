@@ -7979,8 +7979,7 @@ def test_with_a_key_any_page_may_call_unless_origins_are_listed(make: Make) -> N
     listed = make(API_MASTER_KEY="sk-1", CORS_ORIGINS="https://mine.example, https://b")
     response = chat(anyone, headers={**key, "Origin": "https://evil.com"})
     assert said(response) and response.headers["Access-Control-Allow-Origin"] == "https://evil.com"
-    exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
-    assert response.headers["Vary"] == "Origin" and {"X-Request-Id", "x-ratelimit-reset-tokens"} <= set(exposed)
+    assert response.headers["Vary"] == "Origin" and response.headers["Access-Control-Expose-Headers"] == "*"
     assert said(chat(listed, headers={**key, "Origin": "https://mine.example"}))
     assert is_error(chat(listed, headers={**key, "Origin": "https://evil.com"}), 403, "origin_not_allowed")
     assert said(chat(listed, headers={**key, "Origin": "http://localhost:80"})), "a page of the server itself"
@@ -8028,6 +8027,8 @@ def test_without_a_key_a_proxy_opens_the_server_to_nobody_else(
         ("POST", "/v1//chat/completions", 404, "'/v1/chat/completions'"),
         ("POST", "/v1/chat/completions/", 404, "'/v1/chat/completions'"),
         ("GET", "/v1/v1/models", 404, "'/v1/models'"),
+        ("GET", "/v1/v1/models/kimi", 404, "'/v1/models/kimi'"), ("GET", "/v1//responses/x", 404, "'/v1/responses/x'"),
+        ("POST", "/v1/v1/images", 404, "nothing else of OpenAI's API"),
         ("POST", "/v1/responses/input_tokens", 404, "nothing else of OpenAI's API"),
         ("POST", "/v1/audio/speech", 404, "nothing else of OpenAI's API"),
         ("PUT", "/v1/chat/completions", 405, "PUT"), ("GET", "/v1/responses", 405, "GET"), ("POST", "/health", 405, ""),
@@ -8877,7 +8878,7 @@ def test_every_route_is_described_and_every_description_is_a_route(app: Client) 
         for path, methods in app.get("/openapi.json").json["paths"].items()
         for method in methods
     }
-    routes = {(route.method, re.sub(r"<[^>]+>", "{}", route.rule)) for route in app.app.routes}
+    routes = {(route.method, re.sub(r"<[^>]+>", "{}", route.rule)) for route in app.app.routes if route.rule[0] == "/"}
     assert described == routes
 
 
