@@ -461,7 +461,7 @@ def is_loopback(host: str | None) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback  # also of IPv4 in an IPv6 socket
     except ValueError:
         return False
 
@@ -6104,10 +6104,10 @@ def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
 
 
 def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
-    """Return the addresses of clients that proxies name in headers."""
-    names = ("HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP")
-    listed = ",".join(environ.get(name, "") for name in names)
-    return split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
+    """Return the addresses of clients that proxies name in headers, without ports."""
+    listed = f"{environ.get('HTTP_X_FORWARDED_FOR', '')},{environ.get('HTTP_X_REAL_IP', '')}"
+    addresses = split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
+    return [re.sub(r"^(\[.*]|[^:]*):\d+$", r"\1", address) for address in addresses]
 
 
 def origin_matches(pattern: str, origin: str) -> bool:
@@ -6871,7 +6871,8 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         error = self.request.error
         code = "request_too_large" if error.code == 413 else None
-        body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", code=code).body())
+        kind = "server_error" if error.code >= 500 else "invalid_request_error"
+        body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", kind, code).body())
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [
             ("Content-Type", "application/json"),
@@ -7229,21 +7230,27 @@ def connection_limit(chats: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+COMMON_SETTINGS = {"api_master_key", "session_store", "models", "moonshot_api_key"}
+
+
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags. Those of settings have the names of their settings, and are None where not given."""
     cli = argparse.ArgumentParser(
-        "kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.", allow_abbrev=False,
+        "kimi2api", usage="kimi2api [--demo] [--check] [--SETTING VALUE …]", allow_abbrev=False,
+        description="Kimi's web chat as an OpenAI-compatible API on localhost.",
         epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
         "underscores (API_PORT). Flags go first, then the environment.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
     cli.add_argument("--check", action="store_true", help="try the upstream step by step, say what is wrong, and exit")
-    cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
-    settings = cli.add_argument_group("settings")
+    cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
+    common = cli.add_argument_group("settings that most people need")
+    others = cli.add_argument_group("other settings")
     for f in Settings.table():
+        group = common if f.name in COMMON_SETTINGS else others
         text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
         flag = f"--{f.name.replace('_', '-')}"
-        settings.add_argument(flag, metavar="…", dest=f.name.upper(), help=text.replace("%", "%%"))
+        group.add_argument(flag, metavar="…", dest=f.name.upper(), help=text.replace("%", "%%"))
     return cli.parse_args(argv)
 
 
@@ -8150,11 +8157,12 @@ function fillConnect() {
   // Some clients take localhost for ::1
   const base = new URL('v1', location).href.replace(/\/\/localhost(?=[:/])/, '//127.0.0.1');
   const bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
-  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]';
+  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello"}]';
+  // One line in double quotes and without !, for Unix shells and for Windows' cmd
+  const body = `{"model": ${name}, "messages": ${hello}}`.replace(/["\\$`]/g, '\\$&');
   const texts = {
-    curl: `curl ${base}/chat/completions \\
-  -H 'Authorization: Bearer ${bearer}' -H 'Content-Type: application/json' \\
-  -d '{"model": ${name.replaceAll("'", "'\\''")}, "messages": ${hello}}'`,
+    curl: `curl ${base}/chat/completions -H "Authorization: Bearer ${bearer}" -H "Content-Type: application/json" -d "${
+      body}"`,
     'openai-python': `from openai import OpenAI
 
 client = OpenAI(base_url="${base}", api_key="${bearer}")
