@@ -8260,7 +8260,7 @@ watch();
 
 
 # What browsers get: comments and indentation are for readers of this file
-SENT_PAGE = re.sub(r"(?m)^ +|^(//|/\*) .*\n| +// .*$", "", PAGE)
+SENT_PAGE = re.sub(r"(?m)^ *(//|/\*) .*\n|^ +| +// .*$", "", PAGE)
 
 
 def page_headers() -> dict[str, str]:
