@@ -57,7 +57,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, astuple, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
@@ -3414,10 +3414,12 @@ class UsageLimits:
             raise refusal.with_headers(headers)
         return headers
 
-    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int]:
-        """Count the tokens of a prompt, by estimate, until `record` counts those that were used. Raises APIError 429 if
-        chats that run now, and came before, have reserved all that is left of the quota."""
+    def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int] | None:
+        """Count the tokens of a prompt, by estimate, until `record` counts those that were used. Return None if the key
+        has no quota. Raises APIError 429 if chats that run now, and came before, have reserved all that is left."""
         limit = key_limit(self._settings.tokens_per_day, client)
+        if not limit:
+            return None
         now = time.time()
         day = day_key(client, now)
         counters = self._counters.add(day, {"reserved": tokens})  # `admit` has read the others
@@ -5990,7 +5992,7 @@ class Providers:
         """
         failures: list[APIError] = []
         stats = asked.stats
-        messages = [*itertools.chain.from_iterable(asked.history), *asked.request.messages]
+        messages = stats.messages
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name, messages)
@@ -6075,18 +6077,23 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
             raise APIError(
                 403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
                 "this machine may call.", code="host_not_allowed")
-    if origin and not origin_allowed(settings, origin, host):
-        raise APIError(
-            403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
-            code="origin_not_allowed")
-    environ["kimi2api.origin"] = origin
+    if origin:
+        if not origin_allowed(settings, origin, host):
+            raise APIError(
+                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
+                code="origin_not_allowed")
+        set_headers({
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "*",
+            "Vary": "Origin",
+        })
     # Bottle drops bytes that are not UTF-8, so the path could be that of another user
     if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
         raise bad_request("The path is not UTF-8.")
 
 
 def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
-    if host and origin.partition("://")[2] == host:  # the server's own pages
+    if origin.endswith(f"://{host}"):  # the server's own pages
         return True
     if settings.cors_origins:
         return any(origin_matches(pattern, origin) for pattern in settings.cors_origins)
@@ -6127,6 +6134,12 @@ def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | N
     # All: no timing leak
     matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]
     return matches[0] if matches and scheme.lower() == "bearer" else None
+
+
+def set_headers(headers: Headers) -> None:
+    """Set headers of the response, but none that is set already: ours go before an upstream's."""
+    for name, value in headers.items():
+        bottle.response.headers.setdefault(name, value)
 
 
 def request_id(given: str) -> str:
@@ -6183,7 +6196,7 @@ class Client(Waiter):
         # An event has been handed over, so an error can only be another one
         self.has_begun = False
         self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
-        self._defer = environ.get("kimi2api.defer", super().defer)  # our server's
+        self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]  # our server's
         self._stopping = stopping
         self._begin = begin
         self._keepalive_interval = keepalive_interval
@@ -6197,10 +6210,9 @@ class Client(Waiter):
         return time.monotonic() - self._blocked
 
     def attend(self) -> None:
-        self.flush()
         if self._begin and time.monotonic() - self._last_write >= self._keepalive_interval:
             self.send(KEEPALIVE)
-            self.flush()
+        self.flush()
         self.has_left = self.has_left or self._disconnected()
         if self.has_left and not self.must_finish:
             # 499 is nginx's code for a client that closed the connection
@@ -6208,17 +6220,13 @@ class Client(Waiter):
         if self._stopping.is_set():
             raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
 
-    def defer(self, function: Callable[[], None]) -> None:
-        self._defer(function)
-
     def sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while True:
-            self.attend()
-            pause = min(end - time.monotonic(), self.interval)
-            if pause <= 0:
-                return
+        self.attend()
+        while seconds > 0:
+            pause = min(seconds, self.interval)
             self._stopping.wait(pause)
+            seconds -= pause
+            self.attend()
 
     def send(self, data: bytes) -> None:
         """Hand over an event. A client that has left is sent nothing."""
@@ -6313,12 +6321,11 @@ def message_to_keep(stats: AnswerStats) -> Message | None:
     return message
 
 
-def pace(
-    deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client,
-) -> Iterator[Delta]:
-    """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
-    all. Without pauses when the client has left: the answer may still be recorded, and whole."""
-    max_pieces = max(1, int(max_seconds / interval)) if interval else 1
+def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterator[Delta]:
+    """Replay an answer that arrived whole as OpenAI streams one: one piece every STREAM_INTERVAL_MS, within
+    STREAM_MAX_SECONDS. Without pauses when the client has left: the answer may still be recorded, and whole."""
+    interval = settings.stream_interval_ms / 1000
+    max_pieces = max(1, int(settings.stream_max_seconds / interval)) if interval else 1
     for delta in deltas:
         if not delta.is_complete:
             yield delta
@@ -6337,17 +6344,6 @@ def pace(
 #
 # The program's state while it runs, and what it does for each route.
 # ----------------------------------------------------------------------------------------------------------------------
-
-EVENT_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would hold a stream back
-}
-
-
-def set_headers(headers: Headers) -> None:
-    for name, value in headers.items():
-        bottle.response.set_header(name, value)
 
 
 def session_object(user: str, document: Document) -> JSONObject:
@@ -6383,12 +6379,10 @@ class App:
     # Routes
 
     def create_chat_completion(self) -> bytes:
-        request = ChatRequest.parse(self._body())
-        return self._complete_in_session(request, ChatCompletion(request.include_usage))
+        return self._complete_in_session(ChatRequest.parse(self._body()), ChatCompletion)
 
     def create_completion(self) -> bytes:
-        request = ChatRequest.parse_completion(self._body())
-        return self._complete_in_session(request, TextCompletion(request.include_usage))
+        return self._complete_in_session(ChatRequest.parse_completion(self._body()), TextCompletion)
 
     def create_response(self) -> bytes:
         return self._respond(ResponsesRequest.parse(self._body()), ResponseWriter)
@@ -6400,10 +6394,9 @@ class App:
         return self._respond(asked, CompactionWriter)
 
     def _respond(self, asked: ResponsesRequest, make_writer: type[ResponseWriter]) -> bytes:
-        stats = AnswerStats()
         writer = make_writer(asked)
 
-        def open_conversation() -> Conversation:
+        def open_conversation(stats: AnswerStats) -> Conversation:
             previous = self._previous_response(asked.body.get("previous_response_id"))
             writer.history = previous.turns
             request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
@@ -6412,20 +6405,18 @@ class App:
             return Conversation(request, previous.id, previous.turns)
 
         try:
-            return self._complete(asked.body, writer, stats, open_conversation)
+            return self._complete(asked.body, writer, open_conversation)
         except APIError as error:
             raise translate_error(error) from None
 
-    def _complete_in_session(self, request: ChatRequest, writer: ChatCompletion) -> bytes:
-        stats = AnswerStats()
-
-        def open_conversation() -> Conversation:
+    def _complete_in_session(self, request: ChatRequest, make_writer: type[ChatCompletion]) -> bytes:
+        def open_conversation(stats: AnswerStats) -> Conversation:
             session = self.sessions.open(current_owner(), request.user)
             history = () if request.has_history else session.turns
             save = partial(self._record_turn, session, request, stats) if request.user else None
             return Conversation(request, session.id, history, save)
 
-        return self._complete(request.body, writer, stats, open_conversation)
+        return self._complete(request.body, make_writer(request.include_usage), open_conversation)
 
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
@@ -6442,8 +6433,7 @@ class App:
         self,
         body: JSONObject,
         writer: ChatCompletion | ResponseWriter,
-        stats: AnswerStats,
-        open_conversation: Callable[[], Conversation],
+        open_conversation: Callable[[AnswerStats], Conversation],
     ) -> bytes:
         """Answer a chat: its stages, in order."""
         model = body.get("model") or self.settings.default_model
@@ -6451,10 +6441,10 @@ class App:
         client = Client(bottle.request.environ, self.stopping, begin, self.settings.sse_keepalive)
         sent = 0
         try:
-            with self._counted(model, stats, client):
-                request, id, history, save = open_conversation()
+            with self._counted(model, client) as stats:
+                request, id, history, save = open_conversation(stats)
                 stats.messages = [*itertools.chain.from_iterable(history), *request.messages]
-                self._reserve(stats, stats.tokens()[0])
+                stats.reserved = self.limits.reserve(current_client(), stats.tokens()[0])
                 asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
                 deltas = self.providers.answer(model, asked)
                 if save:
@@ -6463,9 +6453,7 @@ class App:
                     answer = writer.json(deltas)
                     set_headers(writer.headers)
                     return answer
-                interval = self.settings.stream_interval_ms / 1000
-                deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
-                for event in writer.events(deltas):
+                for event in writer.events(pace(deltas, self.settings, client)):
                     client.send(event)
                     sent += 1
         except Exception as error:
@@ -6474,11 +6462,6 @@ class App:
             client.send(writer.failure(as_api_error(error), sent))
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
-
-    def _reserve(self, stats: AnswerStats, tokens: int) -> None:
-        """Count a prompt against its key's quota before an upstream is asked. Raises APIError 429."""
-        if key_limit(self.settings.tokens_per_day, current_client()):
-            stats.reserved = self.limits.reserve(current_client(), tokens)
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
@@ -6512,10 +6495,9 @@ class App:
     def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
-        stats = AnswerStats()
         client = Client(bottle.request.environ, self.stopping)
-        with self._counted(model, stats, client):
-            self._reserve(stats, estimate_input(body["input"]))
+        with self._counted(model, client) as stats:
+            stats.reserved = self.limits.reserve(current_client(), estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers(headers)
             return answer
@@ -6529,16 +6511,17 @@ class App:
         return bottle.request.environ["wsgi.input"].read(max(0, length))
 
     @contextmanager
-    def _counted(self, model: str, stats: AnswerStats, client: Client) -> Iterator[None]:
-        """Around an answer, which takes a slot and counts against its key's limits: count the answer when it ends,
-        however it ends. Raises APIError 404 for an unknown model, 429 for one chat too many."""
+    def _counted(self, model: str, client: Client) -> Iterator[AnswerStats]:
+        """Hold a slot for an answer, and count the answer when it ends or fails. Raises APIError 404 for an unknown
+        model, 429 for one chat too many or a limit of the key."""
         self.providers.resolve(model)
-        environ = bottle.request.environ
         with self.chats.held(current_client()):
-            environ["kimi2api.limits"] = self.limits.admit(current_client())
+            set_headers(self.limits.admit(current_client()))
+            bottle.request.environ["kimi2api.is_admitted"] = True
+            stats = AnswerStats()
             status = 500
             try:
-                yield
+                yield stats
                 status = 200
             except APIError as error:
                 status = error.status
@@ -6566,9 +6549,13 @@ class App:
                 current_client(), model, prompt_tokens, completion_tokens, stats.reserved, is_answered)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
-        set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
-        self._set_common_headers()
-        start = bottle.request.environ["kimi2api.start_response"]
+        set_headers({
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",  # nginx would hold a stream back
+            **writer.headers,
+        })
+        start = bottle.request.environ.pop("kimi2api.start_response")
         return start(bottle.response.status_line, bottle.response.headerlist)
 
     def list_models(self) -> JSONObject:
@@ -6700,11 +6687,11 @@ class App:
     def handle(self, route: Route, **arguments: str) -> bytes | str:
         """Answer a request. An object that a handler returns becomes JSON, and so does every error. Bytes are JSON
         already, and a text has headers of its own."""
+        began = time.monotonic()
         # Also for headers: Bottle's own accessors fail on some bytes above 127
         environ = bottle.request.environ
-        environ["kimi2api.began"] = time.monotonic()
-        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
-        bottle.response.content_type = "application/json"
+        id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        set_headers({"X-Request-Id": id})
         try:
             check_caller(self.settings, environ)
             if not route.is_public:
@@ -6712,41 +6699,23 @@ class App:
                 environ["kimi2api.client"] = authenticate(self.settings.api_master_key, authorization)
             result = route.handler(self, **arguments)
             body = result if isinstance(result, (bytes, str)) else dump_json(result)
-        except Exception as raised:
-            error = as_api_error(raised)
+        except Exception as error:
+            # Under the same name, which Python deletes: a reference cycle with the traceback would keep the request
+            error = as_api_error(error)
             bottle.response.status = error.status
-            set_headers({**error.headers, "Content-Type": "application/json"})
+            set_headers(error.headers)
             body = dump_json(error.body())
-        self._finish(route)
-        return body
-
-    def _set_common_headers(self) -> None:
-        """Set the headers that every response carries."""
-        environ = bottle.request.environ
-        set_headers({"X-Request-Id": environ["kimi2api.id"], **environ.get("kimi2api.limits", {})})
-        origin = environ.get("kimi2api.origin")
-        if origin:
-            set_headers({
-                "Access-Control-Allow-Origin": origin,
-                "Access-Control-Expose-Headers": "*",
-                "Vary": "Origin",
-            })
-
-    def _finish(self, route: Route) -> None:
-        """Complete the headers of a response, and log its request."""
-        self._set_common_headers()
-        environ = bottle.request.environ
+        set_headers({"Content-Type": "application/json"})
         status = bottle.response.status_code
         client = environ.get("kimi2api.client")
-        if client and route.method == "POST" and "kimi2api.limits" not in environ:
-            # Refused before it was counted as an answer
+        if client and route.method == "POST" and "kimi2api.is_admitted" not in environ:
             self._count(AnswerStats(), status)
         name = f"{client.name} " if client and client.name else ""
         level = logging.INFO if status >= 400 else logging.DEBUG
-        milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
+        milliseconds = (time.monotonic() - began) * 1000
         log.log(
-            level, "%s %s%s %s %d %.0f ms", environ["kimi2api.id"], name, environ["REQUEST_METHOD"], route.rule,
-            status, milliseconds)
+            level, "%s %s%s %s %d %.0f ms", id, name, environ["REQUEST_METHOD"], route.rule, status, milliseconds)
+        return body
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6764,8 +6733,8 @@ class Route:
     method: str
     rule: str  # in Bottle's form
     handler: Callable[..., Any]
-    summary: str
-    answer: str
+    summary: str = ""
+    answer: str = ""
     request: str = ""
     event: str = ""  # of its stream, where it has one: what each event is
     is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
@@ -6787,8 +6756,8 @@ ROUTES = [
     Route("POST", "/v1/completions", App.create_completion, "complete a text", "OpenAIObject", "CompletionRequest",
           "data: a part of the completion as JSON, or [DONE]"),
     Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "OpenAIObject", "EmbeddingsRequest"),
-    Route("GET", "/v1/models", App.list_models, "the models", "Models"),
-    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
+    Route("GET", "/v1/models", App.list_models, "the models", "OpenAIObject"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "OpenAIObject"),
     Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
     # Browsers remove the path segments . and .., so ?user= names these users
     Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "the turns remembered of a user", "Session"),
@@ -6803,8 +6772,10 @@ ROUTES = [
 
 
 ANY_PATH = r"<path:re:[\s\S]*>"
-PREFLIGHT = Route("OPTIONS", ANY_PATH, App.preflight, "", "", is_public=True)
-NO_ROUTE = Route("ANY", ANY_PATH, App.no_route, "", "")
+OTHER_ROUTES = [
+    Route("OPTIONS", ANY_PATH, App.preflight, is_public=True),
+    Route("ANY", ANY_PATH, App.no_route),
+]
 
 
 class WSGIApp(bottle.Bottle):  # type: ignore[misc]
@@ -6812,16 +6783,13 @@ class WSGIApp(bottle.Bottle):  # type: ignore[misc]
     does not allow that in a route's iterable. Such a route returns nothing more."""
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        write: Any = None
+        environ["kimi2api.start_response"] = start_response
 
-        def start_once(*args: Any) -> Any:
-            nonlocal write
-            if write is None:
-                write = start_response(*args)
-            return write
+        def start_unless_begun(*args: Any) -> Any:
+            if "kimi2api.start_response" in environ:
+                return start_response(*args)
 
-        environ["kimi2api.start_response"] = start_once
-        return super().wsgi(environ, start_once)
+        return super().wsgi(environ, start_unless_begun)
 
 
 def create_app(
@@ -6831,7 +6799,7 @@ def create_app(
     be used."""
     app = App(settings, stopping or threading.Event())
     wsgi = WSGIApp()
-    for route in (*ROUTES, PREFLIGHT, NO_ROUTE):
+    for route in ROUTES + OTHER_ROUTES:
         wsgi.route(route.rule, route.method, partial(app.handle, route))
     return wsgi
 
@@ -6887,17 +6855,12 @@ class Task(WSGITask):  # type: ignore[misc]
     """One request, answered by the application."""
 
     def service(self) -> None:
-        # To call when the response is written, or its client has disconnected
-        deferred: list[Callable[[], None]] = []
-        self.get_environment()["kimi2api.defer"] = deferred.append  # waitress keeps it
-        try:
+        with ExitStack() as stack:  # ends when the response is written, or its client has disconnected
+            self.get_environment()["kimi2api.defer"] = stack.callback  # waitress keeps it
             super().service()
-        finally:
-            for function in deferred:
-                function()
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.draining:
+        if not self.channel.server.accepting:
             # A client that keeps sending requests over one connection must not delay the stop
             self.set_close_on_finish()
         return super().build_response_header()
@@ -6973,8 +6936,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.requests_lock:
             # 64 KB hold 2,400 requests: a thread that writes their answers would wait for a client that reads none
             if len(self.requests) > MAX_PIPELINED:
-                for request in self.requests[MAX_PIPELINED:]:
-                    request.close()
                 del self.requests[MAX_PIPELINED:]
                 # The client sends the others again over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
@@ -7038,40 +6999,30 @@ class SocketMap(dict[int, Any]):
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
+        self._dirty.discard(fd)
         self._wait_for(fd, 0)
 
     def poll_once(self, timeout: float) -> None:
         """Wait for events, no longer than so many seconds, and handle them."""
         for fd in list(self._dirty):
-            self._update_interest(fd)
+            entry = self[fd]
+            # Read before the rest: a thread takes its request off last, then wakes the loop
+            is_in_thread = bool(getattr(entry, "requests", None))
+            events = 0
+            if entry.readable():
+                events = selectors.EVENT_READ
+            elif entry.writable():  # what waitress has to write, it writes before it reads more
+                events = selectors.EVENT_WRITE
+            self._wait_for(fd, events)
+            if events and not is_in_thread:
+                self._dirty.discard(fd)
         for key, events in self._selector.select(timeout):
+            entry = self[key.fd]
             self._dirty.add(key.fd)
-            entry = self.get(key.fd)
-            if entry and events & selectors.EVENT_READ:
-                known = len(self)
+            if events & selectors.EVENT_READ:
                 wasyncore.read(entry)
-                # A listener accepts one connection at a time
-                while len(self) > known and entry.readable():
-                    known = len(self)
-                    wasyncore.read(entry)
-            elif entry:
+            else:
                 wasyncore.write(entry)
-
-    def _update_interest(self, fd: int) -> None:
-        entry = self.get(fd)
-        if entry is None:  # closed
-            self._dirty.discard(fd)
-            return
-        # Read before the rest: a thread takes its request off last, then wakes the loop
-        is_in_thread = bool(getattr(entry, "requests", None))
-        events = 0
-        if entry.readable():
-            events = selectors.EVENT_READ
-        elif entry.writable():  # what waitress has to write, it writes before it reads more
-            events = selectors.EVENT_WRITE
-        self._wait_for(fd, events)
-        if events and not is_in_thread:
-            self._dirty.discard(fd)
 
     def _wait_for(self, fd: int, events: int) -> None:
         key = self._selector.get_map().get(fd)
@@ -7116,14 +7067,11 @@ class Server:
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
-            listener.draining = False
             listener.adj.api_keys = settings.api_master_key
             listener.adj.max_wanted_body = settings.max_body_bytes
             # Its connections inherit it
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.port = self._listeners[0].effective_port
-
-    def handle_signals(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         # nohup sets SIG_IGN
@@ -7134,7 +7082,6 @@ class Server:
         while not self._signalled:
             self._poll_once()
         for listener in self._listeners:
-            listener.draining = True
             # Its own close() would also close the pipe that wakes the loop
             wasyncore.dispatcher.close(listener)
         running = sum(channel.is_busy for channel in self._channels())
@@ -7145,7 +7092,7 @@ class Server:
         self._drain(2.0)
         for channel in self._channels():
             channel.handle_close()  # wakes a thread that waits for its client
-        self._listeners[0].task_dispatcher.shutdown(timeout=1)  # all listeners have the same
+        self._drain(1.0)
 
     def _poll_once(self) -> None:
         self._sockets.poll_once(timeout=0.5)
@@ -7166,7 +7113,7 @@ class Server:
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         # A chat whose client has left may still be recorded
-        dispatcher = self._listeners[0].task_dispatcher
+        dispatcher = self._listeners[0].task_dispatcher  # all listeners have the same
         while (self._channels() or dispatcher.active_count) and time.monotonic() < deadline:
             for channel in self._channels():
                 if not channel.is_busy:
@@ -7254,17 +7201,17 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     return cli.parse_args(argv)
 
 
-def greeting(settings: Settings, port: int, demo: bool) -> str:
+def greeting(settings: Settings, port: int) -> str:
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}  # noqa: S104
     host = settings.api_host
     address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
-    web_chat = "the built-in demo" if demo else without_credentials(settings.upstream_url)
+    web_chat = f"{WEB_CHAT} ({without_credentials(settings.upstream_url)})"
     asked = "no key is asked, and only this machine may call"
     if settings.api_master_key:
         asked = "a key of API_MASTER_KEY is asked"
     return "\n".join([
         f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})",
-        f"  upstreams  {', '.join([f'{WEB_CHAT} ({web_chat})', *settings.apis])}",
+        f"  upstreams  {', '.join([web_chat, *settings.apis])}",
         f"  try it     open {address}/ in a browser; Ctrl-C to stop it",
     ])
 
@@ -7327,12 +7274,12 @@ def main(argv: list[str] | None = None) -> int:
         start_logging(settings.log_level.upper())
         if options.demo:
             try:
-                origin = DemoUpstream.start()
+                address = DemoUpstream.start()
             except RuntimeError as error:  # too few threads
                 raise SettingError(f"--demo: {error}") from None
-            settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
+            settings = replace(settings, upstream_url=address, chat_page_url=address)
         if not options.check:
-            serve(settings, options.demo)
+            serve(settings)
         try:
             return run_check(settings)
         except OSError:  # stdout is closed
@@ -7344,7 +7291,7 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(130)  # a normal exit would wait for a fetch
 
 
-def serve(settings: Settings, demo: bool) -> NoReturn:
+def serve(settings: Settings) -> NoReturn:
     """Serve until a signal ends the process. Raises SettingError if the server cannot listen."""
     if not settings.api_master_key and not is_loopback(settings.api_host):
         raise SettingError(
@@ -7357,9 +7304,8 @@ def serve(settings: Settings, demo: bool) -> NoReturn:
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
         raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
-    server.handle_signals()
     with suppress(OSError):  # stdout may be closed
-        print(greeting(settings, server.port, demo), flush=True)
+        print(greeting(settings, server.port), flush=True)
     gc.freeze()
     # New objects; the default of 700 collects several times a chat (10 % of the time)
     gc.set_threshold(50_000)
@@ -7390,23 +7336,22 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     @classmethod
     def start(cls) -> str:
-        """Serve on a free loopback port in a new thread. Return the address without a path."""
+        """Serve on a free loopback port in a new thread. Return the address of both the page and the endpoint."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
         threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        return f"http://127.0.0.1:{server.server_address[1]}/built-in-demo"
 
     def do_GET(self) -> None:
-        self.reply("text/html", b'<html><script>var kimi_ajax = {"nonce": "demo"};</script></html>')
+        self.reply(b'<html><script>var kimi_ajax = {"nonce": "demo"};</script></html>')
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         form = dict(parse_qsl(body.decode()))
         answer = demo_answer(form["message"], form["model"])
-        self.reply("application/json", dump_json({"success": True, "data": {"message": answer}}))
+        self.reply(dump_json({"success": True, "data": {"message": answer}}))
 
-    def reply(self, kind: str, body: bytes) -> None:
+    def reply(self, body: bytes) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -7451,17 +7396,14 @@ COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "tota
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS = {
     "Request": CHAT_REQUEST,
-    "Message": MESSAGE,
     "CompletionRequest": COMPLETION_REQUEST,
     "ResponsesRequest": RESPONSES_REQUEST,
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
     "OpenAIObject": {**OBJECT, "externalDocs": {"url": "https://platform.openai.com/docs/api-reference"}},
-    "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
-    "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
     "Session": named_object("session", {
         **SESSION_HEAD,
         "expires_at": INTEGER,
-        "turns": array(array({"$ref": "#/components/schemas/Message"})),
+        "turns": array(array(MESSAGE)),
     }),
     "Sessions": named_object("list", {"data": array(named_object("session", {**SESSION_HEAD, "turns": COUNT}))}),
     "Usage": named_object("usage", {

@@ -8236,7 +8236,7 @@ def test_a_host_of_several_addresses_needs_only_those_that_this_machine_has(monk
 )
 def test_the_greeting_and_the_health_check_know_where_the_server_listens(host: str, address: str) -> None:
     settings = kimi2api.Settings.load({"API_HOST": host, "API_MASTER_KEY": "sk-1"})
-    assert f"http://{address}:8088/v1 is the base URL" in kimi2api.greeting(settings, 8088, demo=False)
+    assert f"http://{address}:8088/v1 is the base URL" in kimi2api.greeting(settings, 8088)
     check = re.search(r"HEALTHCHECK.*?\n +\"(.*)\"\]", (HERE / "Dockerfile").read_text())[1]
     asked = f"""import http.client
 class Connection:
