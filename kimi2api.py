@@ -6069,18 +6069,21 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
     # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
     # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
     if not settings.api_master_key:
-        if host and not is_loopback(host_of(f"//{host}")):
-            raise APIError(
-                403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to "
-                "localhost are accepted.", code="host_not_allowed")
-        if not all(map(is_loopback, forwarded_for(environ))):
-            raise APIError(
-                403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
-                "this machine may call.", code="host_not_allowed")
+        names = forwarded_for(environ)
+        if host:
+            names.append(host_of(f"//{host}") or host)
+        for name in names:
+            if not is_loopback(name):
+                raise APIError(
+                    403,
+                    f"{name[:100]!r} is not this machine. Without API_MASTER_KEY only this machine may call, under a "
+                    "name such as localhost and through no proxy for other machines.",
+                    code="host_not_allowed")
     if origin:
         if not origin_allowed(settings, origin, host):
             raise APIError(
-                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
+                403,
+                f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
                 code="origin_not_allowed")
         set_headers({
             "Access-Control-Allow-Origin": origin,
@@ -6093,10 +6096,15 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
 
 
 def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
+    """Return whether the web pages of an origin may call. host: the server's name in the request."""
     if origin.endswith(f"://{host}"):  # the server's own pages
         return True
+    for pattern in settings.cors_origins:
+        before, wildcard, after = pattern.partition("*")
+        if origin == pattern or (wildcard and origin.startswith(before) and origin.endswith(after)):
+            return True
     if settings.cors_origins:
-        return any(origin_matches(pattern, origin) for pattern in settings.cors_origins)
+        return False
     return bool(settings.api_master_key) or is_loopback(host_of(origin))
 
 
@@ -6115,14 +6123,6 @@ def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
     listed = f"{environ.get('HTTP_X_FORWARDED_FOR', '')},{environ.get('HTTP_X_REAL_IP', '')}"
     addresses = split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
     return [re.sub(r"^(\[.*]|[^:]*):\d+$", r"\1", address) for address in addresses]
-
-
-def origin_matches(pattern: str, origin: str) -> bool:
-    """Return whether an entry of CORS_ORIGINS, such as https://*.example.com, matches an origin."""
-    before, wildcard, after = pattern.partition("*")
-    if wildcard:
-        return origin.startswith(before) and origin.endswith(after)
-    return origin == pattern
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
@@ -6195,7 +6195,7 @@ class Client(Waiter):
         self.has_left = False
         # An event has been handed over, so an error can only be another one
         self.has_begun = False
-        self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
+        self._disconnected = environ.get("waitress.client_disconnected", bool)
         self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]  # our server's
         self._stopping = stopping
         self._begin = begin
@@ -6240,8 +6240,7 @@ class Client(Waiter):
         self._pending.clear()
         if not data or self.has_left or not self._begin:
             return
-        if self._write is None:
-            self._write = self._begin()
+        self._write = self._write or self._begin()
         began = time.monotonic()
         try:
             self._write(data)
@@ -6267,8 +6266,11 @@ class Slots:
         with self._lock:
             if any(self.used[name] >= self.limits.get(name, inf) for name in names):
                 raise APIError(
-                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
-                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
+                    429,
+                    "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                    "rate_limit_error",
+                    "server_busy",
+                    headers={"Retry-After": "1"})
             self.used.update(names)
         try:
             yield
@@ -6296,7 +6298,7 @@ class Conversation(NamedTuple):
 def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
     """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
     finds it remembered."""
-    held: list[Delta] = []
+    held = []
     for delta in deltas:
         if delta.is_final:
             held.append(delta)
@@ -6358,7 +6360,10 @@ def session_object(user: str, document: Document) -> JSONObject:
 
 def not_found(kind: str, name: str) -> APIError:
     """Return the error for a session or response that is not stored."""
-    return APIError(404, f"There is no {kind} {name[:100]!r}, or it has expired.", code=f"{kind}_not_found")
+    return APIError(
+        404,
+        f"There is no {kind} {name[:100]!r}, or it has expired.",
+        code=f"{kind}_not_found")
 
 
 class App:
@@ -6426,7 +6431,9 @@ class App:
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
-                "be stored. Send the whole conversation.", "previous_response_id", "previous_response_not_found")
+                "be stored. Send the whole conversation.",
+                "previous_response_id",
+                "previous_response_not_found")
         return found
 
     def _complete(
@@ -6442,10 +6449,18 @@ class App:
         sent = 0
         try:
             with self._counted(model, client) as stats:
-                request, id, history, save = open_conversation(stats)
-                stats.messages = [*itertools.chain.from_iterable(history), *request.messages]
+                request, session_id, history, save = open_conversation(stats)
+                stats.messages = list(itertools.chain(*history, request.messages))
                 stats.reserved = self.limits.reserve(current_client(), stats.tokens()[0])
-                asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
+                asked = ProviderRequest(
+                    request,
+                    model,
+                    history,
+                    session_id,
+                    current_owner(),
+                    self.sessions,
+                    stats,
+                    client)
                 deltas = self.providers.answer(model, asked)
                 if save:
                     deltas = remember(deltas, save)
@@ -6467,8 +6482,7 @@ class App:
         """Record the user's messages and the answer in the user's session."""
         message = message_to_keep(stats)
         if message and request.turns and request.user:
-            *older, newest = request.turns
-            turns = [*older, (*newest, message)]
+            turns = append_turns(request.turns, [(message,)])
             self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
 
     def _record_response(
@@ -6485,11 +6499,10 @@ class App:
         if asked.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
         elif message and turns:
-            *older, newest = turns
-            turns = (*older, (*newest, message))
+            turns = append_turns(turns, [(message,)])
         # Later responses inherit system messages and tools of the input, unlike the instructions
-        system = [*previous.system, *filter(is_system, asked.messages)]
-        tools = [*previous.tools, *asked.reader.tools]
+        system = itertools.chain(previous.system, filter(is_system, asked.messages))
+        tools = list(previous.tools) + asked.reader.tools
         self.sessions.record_response(current_owner(), previous, response, system, tools, turns)
 
     def create_embeddings(self) -> JSONObject:
@@ -6507,7 +6520,10 @@ class App:
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
-            raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
+            raise APIError(
+                413,
+                f"The body is larger than {limit} bytes (MAX_BODY_BYTES).",
+                code="request_too_large")
         return bottle.request.environ["wsgi.input"].read(max(0, length))
 
     @contextmanager
@@ -6546,7 +6562,12 @@ class App:
         if prompt_tokens or stats.reserved:
             is_answered = has_answered and status in (200, 499)
             self.limits.record(
-                current_client(), model, prompt_tokens, completion_tokens, stats.reserved, is_answered)
+                current_client(),
+                model,
+                prompt_tokens,
+                completion_tokens,
+                stats.reserved,
+                is_answered)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
         set_headers({
@@ -6568,7 +6589,11 @@ class App:
         user = user or bottle.request.query.user
         session = self._stored(SESSION, user)
         expires_at = int(session.document.used + self.store.ttl)
-        return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
+        return {
+            **session_object(user, session.document),
+            "turns": session.turns,
+            "expires_at": expires_at,
+        }
 
     def get_response(self, id: str) -> JSONObject:
         return self._stored(RESPONSE, id).response
@@ -6670,16 +6695,18 @@ class App:
             raise APIError(426, "This server has no WebSockets.", code="upgrade_required")
         if methods:
             raise APIError(
-                405, f"Method not allowed: {asked!r}.", code="method_not_allowed",
+                405,
+                f"Method not allowed: {asked!r}.",
+                code="method_not_allowed",
                 headers={"Allow": ", ".join(methods)})
         # Also a path such as /v1/responses/input_tokens, which looks like the path of a stored response
         advice = (
             "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
             "embeddings, models and sessions, and nothing else of OpenAI's API.")
         meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
-        patterns = [re.sub("<.*>", ".+", route.rule) for route in ROUTES]
-        if meant != path and any(re.fullmatch(pattern, meant) for pattern in patterns):
-            advice = f"Did you mean {meant!r}? Check the base URL of the client."
+        for route in ROUTES:
+            if meant != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), meant):
+                advice = f"Did you mean {meant!r}? Check the base URL of the client."
         raise APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
 
     # Every request
@@ -6714,7 +6741,14 @@ class App:
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - began) * 1000
         log.log(
-            level, "%s %s%s %s %d %.0f ms", id, name, environ["REQUEST_METHOD"], route.rule, status, milliseconds)
+            level,
+            "%s %s%s %s %d %.0f ms",
+            id,
+            name,
+            environ["REQUEST_METHOD"],
+            route.rule,
+            status,
+            milliseconds)
         return body
 
 
@@ -7130,7 +7164,7 @@ class Server:
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Return sockets bound to the addresses of a host. Skip addresses that this machine lacks, such as ::1 of localhost
     without IPv6, if there are others. Raises OSError."""
-    sockets: list[socket.socket] = []
+    sockets = []
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
             sockets.append(socket.create_server((address[0], port, *address[2:]), family=family))
@@ -7195,9 +7229,9 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     others = cli.add_argument_group("other settings")
     for f in Settings.table():
         group = common if f.name in COMMON_SETTINGS else others
-        text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
         flag = f"--{f.name.replace('_', '-')}"
-        group.add_argument(flag, metavar="…", dest=f.name.upper(), help=text.replace("%", "%%"))
+        text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
+        group.add_argument(flag, metavar="…", dest=f.name.upper(), help=text)
     return cli.parse_args(argv)
 
 
@@ -7209,11 +7243,10 @@ def greeting(settings: Settings, port: int) -> str:
     asked = "no key is asked, and only this machine may call"
     if settings.api_master_key:
         asked = "a key of API_MASTER_KEY is asked"
-    return "\n".join([
-        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})",
-        f"  upstreams  {', '.join([web_chat, *settings.apis])}",
-        f"  try it     open {address}/ in a browser; Ctrl-C to stop it",
-    ])
+    return (
+        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})\n"
+        f"  upstreams  {', '.join([web_chat, *settings.apis])}\n"
+        f"  try it     open {address}/ in a browser; Ctrl-C to stop it")
 
 
 ADVICE = {  # what to do about an error of a check whose message does not say
