@@ -57,7 +57,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, astuple, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
@@ -453,7 +453,7 @@ def is_loopback(host: str | None) -> bool:
     if re.fullmatch(r"(.*\.)?localhost", host):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback  # also of IPv4 in an IPv6 socket
     except ValueError:
         return False
 
@@ -5939,84 +5939,68 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
 
 
-class Access:
-    """Lets requests in."""
-
-    def __init__(self, settings: Settings, public_paths: set[str]) -> None:
-        self._settings = settings
-        self._public_paths = public_paths
-
-    def admit(self) -> None:
-        """Let a request in, or raise what to answer instead."""
-        # Also for headers: Bottle's own accessors fail on some bytes above 127
-        environ = bottle.request.environ
-        environ["kimi2api.began"] = time.monotonic()
-        environ["kimi2api.id"] = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
-        try:
-            self._check_caller(environ)
-            if environ["REQUEST_METHOD"] == "OPTIONS":
-                raise preflight(environ)
-            is_public = environ["PATH_INFO"] in self._public_paths
-            environ["kimi2api.client"] = ClientKey() if is_public else self._authenticate(environ)
-        except APIError as error:
-            raise error_response(error) from None
-
-    def _check_caller(self, environ: dict[str, Any]) -> None:
-        host = environ.get("HTTP_HOST")
-        origin = environ.get("HTTP_ORIGIN")
-        # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
-        # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
-        if not self._settings.api_master_key:
-            if host and not is_loopback(host_of(f"//{host}")):
+def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
+    """Refuse requests of other machines and of foreign web pages. Raises APIError 403, or 400 for a path that is not
+    UTF-8."""
+    host = environ.get("HTTP_HOST")
+    origin = environ.get("HTTP_ORIGIN")
+    # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
+    # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
+    if not settings.api_master_key:
+        names = forwarded_for(environ)
+        if host:
+            names.append(host_of(f"//{host}") or host)
+        for name in names:
+            if not is_loopback(name):
                 raise APIError(
-                    403, f"{host[:100]!r} is not a name of this machine. Without API_MASTER_KEY only requests to "
-                    "localhost are accepted.", code="host_not_allowed")
-            if not all(map(is_loopback, forwarded_for(environ))):
-                raise APIError(
-                    403, "A proxy on this machine passes on requests of other machines. Without API_MASTER_KEY only "
-                    "this machine may call.", code="host_not_allowed")
-        if origin and not self._origin_allowed(origin, host):
+                    403,
+                    f"{name[:100]!r} is not this machine. Without API_MASTER_KEY only this machine may call, under a "
+                    "name such as localhost and through no proxy for other machines.",
+                    code="host_not_allowed")
+    if origin:
+        if not origin_allowed(settings, origin, host):
             raise APIError(
-                403, f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
+                403,
+                f"Web pages of {origin[:100]!r} may not call this server; CORS_ORIGINS lists those that may.",
                 code="origin_not_allowed")
-        environ["kimi2api.origin"] = origin
-        try:
-            environ["bottle.raw_path"].encode("latin-1").decode()
-        # Bottle would drop the bytes that are none and go on to another's path
-        except UnicodeError:
-            raise bad_request("The path is not UTF-8.") from None
+        set_headers({
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "*",
+            "Vary": "Origin",
+        })
+    # Bottle drops bytes that are not UTF-8, so the path could be that of another user
+    if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
+        raise bad_request("The path is not UTF-8.")
 
-    def _origin_allowed(self, origin: str, host: str | None) -> bool:
-        allowed = self._settings.cors_origins
-        if host and origin.partition("://")[2] == host:  # the server's own pages
+
+def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
+    """Return whether the web pages of an origin may call. host: the server's name in the request."""
+    if origin.endswith(f"://{host}"):  # the server's own pages
+        return True
+    for pattern in settings.cors_origins:
+        before, wildcard, after = pattern.partition("*")
+        if origin == pattern or (wildcard and origin.startswith(before) and origin.endswith(after)):
             return True
-        if allowed:
-            return any(origin_matches(pattern, origin) for pattern in allowed)
-        return bool(self._settings.api_master_key) or is_loopback(host_of(origin))
+    if settings.cors_origins:
+        return False
+    return bool(settings.api_master_key) or is_loopback(host_of(origin))
 
-    def _authenticate(self, environ: dict[str, Any]) -> ClientKey:
-        """Return the key that the request carries, an empty one if no key is asked. Raises APIError 401."""
-        authorization = environ.get("HTTP_AUTHORIZATION", "")
-        found = matching_key(self._settings.api_master_key, authorization)
-        if found is None:
-            message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
-            raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return found
+
+def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
+    """Return the key that an Authorization header carries, an empty key if the server asks for none. Raises APIError
+    401."""
+    found = matching_key(keys, authorization)
+    if found is None:
+        message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
+        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    return found
 
 
 def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
-    """Return the addresses of clients that proxies name in headers."""
-    names = ("HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP")
-    listed = ",".join(environ.get(name, "") for name in names)
-    return split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
-
-
-def origin_matches(pattern: str, origin: str) -> bool:
-    """Return whether an entry of CORS_ORIGINS, such as https://*.example.com, matches an origin."""
-    before, wildcard, after = pattern.partition("*")
-    if wildcard:
-        return origin.startswith(before) and origin.endswith(after)
-    return origin == pattern
+    """Return the addresses of clients that proxies name in headers, without ports."""
+    listed = f"{environ.get('HTTP_X_FORWARDED_FOR', '')},{environ.get('HTTP_X_REAL_IP', '')}"
+    addresses = split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
+    return [re.sub(r"^(\[.*]|[^:]*):\d+$", r"\1", address) for address in addresses]
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
@@ -6028,6 +6012,12 @@ def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | N
     # All: no timing leak
     matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]
     return matches[0] if matches and scheme.lower() == "bearer" else None
+
+
+def set_headers(headers: Headers) -> None:
+    """Set headers of the response, but none that is set already: ours go before an upstream's."""
+    for name, value in headers.items():
+        bottle.response.headers.setdefault(name, value)
 
 
 def request_id(given: str) -> str:
@@ -6049,21 +6039,6 @@ def host_of(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:  # such as half an IPv6 address
         return None
-
-
-def preflight(environ: dict[str, Any]) -> bottle.HTTPResponse:
-    """The answer to a browser that asks whether a page may send a request; it carries no key yet."""
-    return bottle.HTTPResponse(status=204, headers={
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-        "Access-Control-Allow-Headers": environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
-        "Access-Control-Allow-Private-Network": "true",
-        "Access-Control-Max-Age": "600",
-    })
-
-
-def error_response(error: APIError) -> bottle.HTTPResponse:
-    headers = {**error.headers, "Content-Type": "application/json"}
-    return bottle.HTTPResponse(dump_json(error.body()), error.status, headers=headers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6098,8 +6073,8 @@ class Client(Waiter):
         self.has_left = False
         # An event has been handed over, so an error can only be another one
         self.has_begun = False
-        self._disconnected: Callable[[], bool] = environ.get("waitress.client_disconnected", bool)
-        self._defer = environ.get("kimi2api.defer", super().defer)  # our server's
+        self._disconnected = environ.get("waitress.client_disconnected", bool)
+        self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]  # our server's
         self._stopping = stopping
         self._begin = begin
         self._keepalive_interval = keepalive_interval
@@ -6113,10 +6088,9 @@ class Client(Waiter):
         return time.monotonic() - self._blocked
 
     def attend(self) -> None:
-        self.flush()
         if self._begin and time.monotonic() - self._last_write >= self._keepalive_interval:
             self.send(KEEPALIVE)
-            self.flush()
+        self.flush()
         self.has_left = self.has_left or self._disconnected()
         if self.has_left and not self.must_finish:
             # 499 is nginx's code for a client that closed the connection
@@ -6124,17 +6098,13 @@ class Client(Waiter):
         if self._stopping.is_set():
             raise Abandoned(503, "The server is stopping.", "server_error", "server_stopping")
 
-    def defer(self, function: Callable[[], None]) -> None:
-        self._defer(function)
-
     def sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while True:
-            self.attend()
-            pause = min(end - time.monotonic(), self.interval)
-            if pause <= 0:
-                return
+        self.attend()
+        while seconds > 0:
+            pause = min(seconds, self.interval)
             self._stopping.wait(pause)
+            seconds -= pause
+            self.attend()
 
     def send(self, data: bytes) -> None:
         """Hand over an event. A client that has left is sent nothing."""
@@ -6148,8 +6118,7 @@ class Client(Waiter):
         self._pending.clear()
         if not data or self.has_left or not self._begin:
             return
-        if self._write is None:
-            self._write = self._begin()
+        self._write = self._write or self._begin()
         began = time.monotonic()
         try:
             self._write(data)
@@ -6175,8 +6144,11 @@ class Slots:
         with self._lock:
             if any(self.used[name] >= self.limits.get(name, inf) for name in names):
                 raise APIError(
-                    429, "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
-                    "rate_limit_error", "server_busy", headers={"Retry-After": "1"})
+                    429,
+                    "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                    "rate_limit_error",
+                    "server_busy",
+                    headers={"Retry-After": "1"})
             self.used.update(names)
         try:
             yield
@@ -6204,7 +6176,7 @@ class Conversation(NamedTuple):
 def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
     """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
     finds it remembered."""
-    held: list[Delta] = []
+    held = []
     for delta in deltas:
         if delta.is_final:
             held.append(delta)
@@ -6229,12 +6201,11 @@ def message_to_keep(stats: AnswerStats) -> Message | None:
     return message
 
 
-def pace(
-    deltas: Iterator[Delta], interval: float, max_seconds: float, client: Client,
-) -> Iterator[Delta]:
-    """Replay an answer that arrived whole as OpenAI streams one: one piece every `interval` seconds, `max_seconds` in
-    all. Without pauses when the client has left: the answer may still be recorded, and whole."""
-    max_pieces = max(1, int(max_seconds / interval)) if interval else 1
+def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterator[Delta]:
+    """Replay an answer that arrived whole as OpenAI streams one: one piece every STREAM_INTERVAL_MS, within
+    STREAM_MAX_SECONDS. Without pauses when the client has left: the answer may still be recorded, and whole."""
+    interval = settings.stream_interval_ms / 1000
+    max_pieces = max(1, int(settings.stream_max_seconds / interval)) if interval else 1
     for delta in deltas:
         if not delta.is_complete:
             yield delta
@@ -6254,22 +6225,6 @@ def pace(
 # The program's state while it runs, and what it does for each route.
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXPOSED_HEADERS = (
-    "X-Request-Id, X-Kimi2api-Provider, X-Kimi2api-Ignored, X-Kimi2api-Tools-Dropped, Retry-After, x-should-retry, "
-    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
-    "x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
-)
-EVENT_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would hold a stream back
-}
-
-
-def set_headers(headers: Headers) -> None:
-    for name, value in headers.items():
-        bottle.response.set_header(name, value)
-
 
 def session_object(user: str, document: Document) -> JSONObject:
     return {
@@ -6283,7 +6238,10 @@ def session_object(user: str, document: Document) -> JSONObject:
 
 def not_found(kind: str, name: str) -> APIError:
     """Return the error for a session or response that is not stored."""
-    return APIError(404, f"There is no {kind} {name[:100]!r}, or it has expired.", code=f"{kind}_not_found")
+    return APIError(
+        404,
+        f"There is no {kind} {name[:100]!r}, or it has expired.",
+        code=f"{kind}_not_found")
 
 
 class App:
@@ -6304,12 +6262,10 @@ class App:
     # Routes
 
     def create_chat_completion(self) -> bytes:
-        request = ChatRequest.parse(self._body())
-        return self._complete_in_session(request, ChatCompletion(request.include_usage))
+        return self._complete_in_session(ChatRequest.parse(self._body()), ChatCompletion)
 
     def create_completion(self) -> bytes:
-        request = ChatRequest.parse_completion(self._body())
-        return self._complete_in_session(request, TextCompletion(request.include_usage))
+        return self._complete_in_session(ChatRequest.parse_completion(self._body()), TextCompletion)
 
     def create_response(self) -> bytes:
         return self._respond(ResponsesRequest.parse(self._body()))
@@ -6321,10 +6277,9 @@ class App:
         return self._respond(asked)
 
     def _respond(self, asked: ResponsesRequest) -> bytes:
-        stats = AnswerStats()
         writer = ResponseWriter(asked)
 
-        def open_conversation() -> Conversation:
+        def open_conversation(stats: AnswerStats) -> Conversation:
             previous = self._previous_response(asked.body.get("previous_response_id"))
             writer.history = previous.turns
             request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
@@ -6333,20 +6288,18 @@ class App:
             return Conversation(request, previous.id, previous.turns)
 
         try:
-            return self._complete(asked.body, writer, stats, open_conversation)
+            return self._complete(asked.body, writer, open_conversation)
         except APIError as error:
             raise translate_error(error) from None
 
-    def _complete_in_session(self, request: ChatRequest, writer: ChatCompletion) -> bytes:
-        stats = AnswerStats()
-
-        def open_conversation() -> Conversation:
+    def _complete_in_session(self, request: ChatRequest, make_writer: type[ChatCompletion]) -> bytes:
+        def open_conversation(stats: AnswerStats) -> Conversation:
             session = self.sessions.open(current_owner(), request.user)
             history = () if request.has_history else session.turns
             save = partial(self._record_turn, session, request, stats) if request.user else None
             return Conversation(request, session.id, history, save)
 
-        return self._complete(request.body, writer, stats, open_conversation)
+        return self._complete(request.body, make_writer(request.include_usage), open_conversation)
 
     def _previous_response(self, id: str | None) -> Session:
         """What a response goes on from: a new session where it names none."""
@@ -6356,15 +6309,16 @@ class App:
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
-                "be stored. Send the whole conversation.", "previous_response_id", "previous_response_not_found")
+                "be stored. Send the whole conversation.",
+                "previous_response_id",
+                "previous_response_not_found")
         return found
 
     def _complete(
         self,
         body: JSONObject,
         writer: ChatCompletion | ResponseWriter,
-        stats: AnswerStats,
-        open_conversation: Callable[[], Conversation],
+        open_conversation: Callable[[AnswerStats], Conversation],
     ) -> bytes:
         """Answer a chat: its stages, in order."""
         model = body.get("model") or self.settings.default_model
@@ -6372,11 +6326,19 @@ class App:
         client = Client(bottle.request.environ, self.stopping, begin, self.settings.sse_keepalive)
         sent = 0
         try:
-            with self._counted(model, stats, client):
-                request, id, history, save = open_conversation()
-                stats.messages = [*itertools.chain.from_iterable(history), *request.messages]
+            with self._counted(model, client) as stats:
+                request, session_id, history, save = open_conversation(stats)
+                stats.messages = list(itertools.chain(*history, request.messages))
                 stats.reserved = self.limits.reserve(current_client(), stats.tokens()[0])
-                asked = ProviderRequest(request, model, history, id, current_owner(), self.sessions, stats, client)
+                asked = ProviderRequest(
+                    request,
+                    model,
+                    history,
+                    session_id,
+                    current_owner(),
+                    self.sessions,
+                    stats,
+                    client)
                 deltas = self.providers.answer(model, asked)
                 if save:
                     deltas = remember(deltas, save)
@@ -6384,9 +6346,7 @@ class App:
                     answer = writer.json(deltas)
                     set_headers(writer.headers)
                     return answer
-                interval = self.settings.stream_interval_ms / 1000
-                deltas = pace(deltas, interval, self.settings.stream_max_seconds, client)
-                for event in writer.events(deltas):
+                for event in writer.events(pace(deltas, self.settings, client)):
                     client.send(event)
                     sent += 1
         except Exception as error:
@@ -6396,13 +6356,11 @@ class App:
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
 
-
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
         message = message_to_keep(stats)
         if message and request.turns and request.user:
-            *older, newest = request.turns
-            turns = [*older, (*newest, message)]
+            turns = append_turns(request.turns, [(message,)])
             self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
 
     def _record_response(
@@ -6419,8 +6377,7 @@ class App:
         if asked.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
         elif message and turns:
-            *older, newest = turns
-            turns = (*older, (*newest, message))
+            turns = append_turns(turns, [(message,)])
         # Later responses inherit system messages and tools of the input, unlike the instructions
         system = [*previous.system, *filter(is_system, asked.messages)]
         tools = [*previous.tools, *asked.reader.tools]
@@ -6429,9 +6386,8 @@ class App:
     def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
-        stats = AnswerStats()
         client = Client(bottle.request.environ, self.stopping)
-        with self._counted(model, stats, client):
+        with self._counted(model, client) as stats:
             stats.reserved = self.limits.reserve(current_client(), estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers(headers)
@@ -6442,20 +6398,24 @@ class App:
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
-            raise APIError(413, f"The body is larger than {limit} bytes (MAX_BODY_BYTES).", code="request_too_large")
+            raise APIError(
+                413,
+                f"The body is larger than {limit} bytes (MAX_BODY_BYTES).",
+                code="request_too_large")
         return bottle.request.environ["wsgi.input"].read(max(0, length))
 
     @contextmanager
-    def _counted(self, model: str, stats: AnswerStats, client: Client) -> Iterator[None]:
-        """Around an answer, which takes a slot and counts against its key's limits: count the answer when it ends,
-        however it ends. Raises APIError 404 for an unknown model, 429 for one chat too many."""
+    def _counted(self, model: str, client: Client) -> Iterator[AnswerStats]:
+        """Hold a slot for an answer, and count the answer when it ends or fails. Raises APIError 404 for an unknown
+        model, 429 for one chat too many or a limit of the key."""
         self.providers.resolve(model)
-        environ = bottle.request.environ
         with self.chats.held(current_client()):
-            environ["kimi2api.limits"] = self.limits.admit(current_client())
+            set_headers(self.limits.admit(current_client()))
+            bottle.request.environ["kimi2api.is_admitted"] = True
+            stats = AnswerStats()
             status = 500
             try:
-                yield
+                yield stats
                 status = 200
             except APIError as error:
                 status = error.status
@@ -6480,12 +6440,21 @@ class App:
         if prompt_tokens or stats.reserved:
             is_answered = has_answered and status in (200, 499)
             self.limits.record(
-                current_client(), model, prompt_tokens, completion_tokens, stats.reserved, is_answered)
+                current_client(),
+                model,
+                prompt_tokens,
+                completion_tokens,
+                stats.reserved,
+                is_answered)
 
     def _begin_stream(self, writer: ChatCompletion | ResponseWriter) -> Write:
-        set_headers({**EVENT_STREAM_HEADERS, **writer.headers})
-        self._set_common_headers()
-        start = bottle.request.environ["kimi2api.start_response"]
+        set_headers({
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",  # nginx would hold a stream back
+            **writer.headers,
+        })
+        start = bottle.request.environ.pop("kimi2api.start_response")
         return start(bottle.response.status_line, bottle.response.headerlist)
 
     def list_models(self) -> JSONObject:
@@ -6498,7 +6467,11 @@ class App:
         user = user or bottle.request.query.user
         session = self._stored(SESSION, user)
         expires_at = int(session.document.used + self.store.ttl)
-        return {**session_object(user, session.document), "turns": session.turns, "expires_at": expires_at}
+        return {
+            **session_object(user, session.document),
+            "turns": session.turns,
+            "expires_at": expires_at,
+        }
 
     def get_response(self, id: str) -> JSONObject:
         return self._stored(RESPONSE, id).response
@@ -6578,37 +6551,83 @@ class App:
         set_headers(page_headers())
         return SENT_PAGE
 
-    # After every route
+    def preflight(self, path: str) -> bytes:
+        """Answer a browser that asks whether a page may send a request. Preflights carry no key."""
+        bottle.response.status = 204
+        set_headers({
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": bottle.request.environ.get(
+                "HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "*"),
+            "Access-Control-Allow-Private-Network": "true",
+            "Access-Control-Max-Age": "600",
+        })
+        return b""
 
-    def _set_common_headers(self) -> None:
+    def no_route(self, path: str) -> NoReturn:
+        """Refuse a request whose path or method has no route. Raises APIError 404, 405 or 426."""
         environ = bottle.request.environ
-        set_headers({"X-Request-Id": environ["kimi2api.id"], **environ.get("kimi2api.limits", {})})
-        origin = environ.get("kimi2api.origin")
-        if origin:
-            set_headers({
-                "Access-Control-Allow-Origin": origin,
-                "Access-Control-Expose-Headers": EXPOSED_HEADERS,
-                "Vary": "Origin",
-            })
+        asked = f"{environ['REQUEST_METHOD']} {path[:100]}"
+        methods = [route.method for route in ROUTES if route.rule == path]
+        if methods and "HTTP_UPGRADE" in environ:
+            # Codex tries WebSockets first, and after a 426 continues over HTTP
+            raise APIError(426, "This server has no WebSockets.", code="upgrade_required")
+        if methods:
+            raise APIError(
+                405,
+                f"Method not allowed: {asked!r}.",
+                code="method_not_allowed",
+                headers={"Allow": ", ".join(methods)})
+        # Also a path such as /v1/responses/input_tokens, which looks like the path of a stored response
+        advice = (
+            "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
+            "embeddings, models and sessions, and nothing else of OpenAI's API.")
+        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
+        for route in ROUTES:
+            if meant != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), meant):
+                advice = f"Did you mean {meant!r}? Check the base URL of the client."
+        raise APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
 
-    def finish(self) -> None:
-        """Headers that every response carries, and a line in the log."""
-        self._set_common_headers()
+    # Every request
+
+    def handle(self, route: Route, **arguments: str) -> bytes | str:
+        """Answer a request. An object that a handler returns becomes JSON, and so does every error. Bytes are JSON
+        already, and a text has headers of its own."""
+        began = time.monotonic()
+        # Also for headers: Bottle's own accessors fail on some bytes above 127
         environ = bottle.request.environ
-        response = bottle.response
-        caller = environ.get("kimi2api.client", ClientKey())
-        name = f"{caller.name} " if caller.name else ""
-        status = response.status_code
-        route = environ.get("bottle.route")
-        rule = route.rule if route else "(no route)"
-        if route and route.method == "POST" and "kimi2api.limits" not in environ:
-            # Refused before it was counted as an answer
+        id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        set_headers({"X-Request-Id": id})
+        try:
+            check_caller(self.settings, environ)
+            if not route.is_public:
+                authorization = environ.get("HTTP_AUTHORIZATION", "")
+                environ["kimi2api.client"] = authenticate(self.settings.api_master_key, authorization)
+            result = route.handler(self, **arguments)
+            body = result if isinstance(result, (bytes, str)) else dump_json(result)
+        except Exception as error:
+            # Under the same name, which Python deletes: a reference cycle with the traceback would keep the request
+            error = as_api_error(error)
+            bottle.response.status = error.status
+            set_headers(error.headers)
+            body = dump_json(error.body())
+        set_headers({"Content-Type": "application/json"})
+        status = bottle.response.status_code
+        client = environ.get("kimi2api.client")
+        if client and route.method == "POST" and "kimi2api.is_admitted" not in environ:
             self._count(AnswerStats(), status)
+        name = f"{client.name} " if client and client.name else ""
         level = logging.INFO if status >= 400 else logging.DEBUG
-        milliseconds = (time.monotonic() - environ["kimi2api.began"]) * 1000
+        milliseconds = (time.monotonic() - began) * 1000
         log.log(
-            level, "%s %s%s %s %d %.0f ms", environ["kimi2api.id"], name, environ["REQUEST_METHOD"], rule, status,
+            level,
+            "%s %s%s %s %d %.0f ms",
+            id,
+            name,
+            environ["REQUEST_METHOD"],
+            route.rule,
+            status,
             milliseconds)
+        return body
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6619,46 +6638,6 @@ class App:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def json_plugin(route: Callable[..., Any]) -> Callable[..., Any]:
-    """Bottle plugin: an object that a route returns becomes JSON, and so does every error. Bytes are JSON already, and
-    text has headers of its own."""
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            result = route(*args, **kwargs)
-            if isinstance(result, str):
-                return result
-            bottle.response.content_type = "application/json"
-            return result if isinstance(result, bytes) else dump_json(result)
-        except Exception as error:
-            return error_response(as_api_error(error))
-
-    return call
-
-
-def routing_error(error: bottle.HTTPError) -> bytes:
-    """Bottle's own errors: no such path, wrong method, or a crash outside a route."""
-    path = bottle.request.path
-    asked = f"{bottle.request.method} {path[:100]}"
-    rules = [route.rule for route in ROUTES]
-    if error.status_code not in (404, 405):
-        ours = as_api_error(error)
-    elif path not in rules:  # also a path such as /v1/responses/input_tokens, which looks like one with an id
-        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
-        advice = (
-            "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
-            "embeddings, models and sessions, and nothing else of OpenAI's API.")
-        if meant in rules:
-            advice = f"Did you mean {meant!r}? Check the base URL of the client."
-        ours = APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
-    elif "HTTP_UPGRADE" in bottle.request.environ:  # Codex tries WebSockets first, and goes on over HTTP after a 426
-        ours = APIError(426, "This server has no WebSockets.", code="upgrade_required")
-    else:
-        ours = APIError(405, f"Method not allowed: {asked!r}.", code="method_not_allowed")
-    bottle.response.content_type = "application/json"
-    bottle.response.status = ours.status
-    return dump_json(ours.body())
-
-
 @dataclass(frozen=True)
 class Route:
     """A route, and what /openapi.json says of it: its body and its answer by the names of their schemas."""
@@ -6666,8 +6645,8 @@ class Route:
     method: str
     rule: str  # in Bottle's form
     handler: Callable[..., Any]
-    summary: str
-    answer: str
+    summary: str = ""
+    answer: str = ""
     request: str = ""
     event: str = ""  # of its stream, where it has one: what each event is
     is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
@@ -6689,8 +6668,8 @@ ROUTES = [
     Route("POST", "/v1/completions", App.create_completion, "complete a text", "OpenAIObject", "CompletionRequest",
           "data: a part of the completion as JSON, or [DONE]"),
     Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "OpenAIObject", "EmbeddingsRequest"),
-    Route("GET", "/v1/models", App.list_models, "the models", "Models"),
-    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
+    Route("GET", "/v1/models", App.list_models, "the models", "OpenAIObject"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "OpenAIObject"),
     Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
     # Browsers remove the path segments . and .., so ?user= names these users
     Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "the turns remembered of a user", "Session"),
@@ -6704,21 +6683,25 @@ ROUTES = [
 ]
 
 
+ANY_PATH = r"<path:re:[\s\S]*>"
+OTHER_ROUTES = [
+    Route("OPTIONS", ANY_PATH, App.preflight, is_public=True),
+    Route("ANY", ANY_PATH, App.no_route),
+]
+
+
 class WSGIApp(bottle.Bottle):  # type: ignore[misc]
     """Bottle, with routes that may begin their response themselves and send parts of it, by WSGI's write(): PEP 3333
     does not allow that in a route's iterable. Such a route returns nothing more."""
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        write: Any = None
+        environ["kimi2api.start_response"] = start_response
 
-        def start_once(*args: Any) -> Any:
-            nonlocal write
-            if write is None:
-                write = start_response(*args)
-            return write
+        def start_unless_begun(*args: Any) -> Any:
+            if "kimi2api.start_response" in environ:
+                return start_response(*args)
 
-        environ["kimi2api.start_response"] = start_once
-        return super().wsgi(environ, start_once)
+        return super().wsgi(environ, start_unless_begun)
 
 
 def create_app(
@@ -6728,13 +6711,8 @@ def create_app(
     be used."""
     app = App(settings, stopping or threading.Event())
     wsgi = WSGIApp()
-    wsgi.install(json_plugin)
-    wsgi.default_error_handler = routing_error
-    public_paths = {route.rule for route in ROUTES if route.is_public}
-    wsgi.add_hook("before_request", Access(settings, public_paths).admit)
-    wsgi.add_hook("after_request", app.finish)
-    for route in ROUTES:
-        wsgi.route(route.rule, route.method, partial(route.handler, app))
+    for route in ROUTES + OTHER_ROUTES:
+        wsgi.route(route.rule, route.method, partial(app.handle, route))
     return wsgi
 
 
@@ -6773,7 +6751,8 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         error = self.request.error
         code = "request_too_large" if error.code == 413 else None
-        body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", code=code).body())
+        kind = "server_error" if error.code >= 500 else "invalid_request_error"
+        body = dump_json(APIError(error.code, f"{error.reason}: {error.body}", kind, code).body())
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [
             ("Content-Type", "application/json"),
@@ -6788,17 +6767,12 @@ class Task(WSGITask):  # type: ignore[misc]
     """One request, answered by the application."""
 
     def service(self) -> None:
-        # To call when the response is written, or its client has disconnected
-        deferred: list[Callable[[], None]] = []
-        self.get_environment()["kimi2api.defer"] = deferred.append  # waitress keeps it
-        try:
+        with ExitStack() as stack:  # ends when the response is written, or its client has disconnected
+            self.get_environment()["kimi2api.defer"] = stack.callback  # waitress keeps it
             super().service()
-        finally:
-            for function in deferred:
-                function()
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.draining:
+        if not self.channel.server.accepting:
             # A client that keeps sending requests over one connection must not delay the stop
             self.set_close_on_finish()
         return super().build_response_header()
@@ -6874,8 +6848,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.requests_lock:
             # 64 KB hold 2,400 requests: a thread that writes their answers would wait for a client that reads none
             if len(self.requests) > MAX_PIPELINED:
-                for request in self.requests[MAX_PIPELINED:]:
-                    request.close()
                 del self.requests[MAX_PIPELINED:]
                 # The client sends the others again over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
@@ -6939,40 +6911,30 @@ class SocketMap(dict[int, Any]):
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
+        self._dirty.discard(fd)
         self._wait_for(fd, 0)
 
     def poll_once(self, timeout: float) -> None:
         """Wait for events, no longer than so many seconds, and handle them."""
         for fd in list(self._dirty):
-            self._update_interest(fd)
+            entry = self[fd]
+            # Read before the rest: a thread takes its request off last, then wakes the loop
+            is_in_thread = bool(getattr(entry, "requests", None))
+            events = 0
+            if entry.readable():
+                events = selectors.EVENT_READ
+            elif entry.writable():  # what waitress has to write, it writes before it reads more
+                events = selectors.EVENT_WRITE
+            self._wait_for(fd, events)
+            if events and not is_in_thread:
+                self._dirty.discard(fd)
         for key, events in self._selector.select(timeout):
+            entry = self[key.fd]
             self._dirty.add(key.fd)
-            entry = self.get(key.fd)
-            if entry and events & selectors.EVENT_READ:
-                known = len(self)
+            if events & selectors.EVENT_READ:
                 wasyncore.read(entry)
-                # A listener accepts one connection at a time
-                while len(self) > known and entry.readable():
-                    known = len(self)
-                    wasyncore.read(entry)
-            elif entry:
+            else:
                 wasyncore.write(entry)
-
-    def _update_interest(self, fd: int) -> None:
-        entry = self.get(fd)
-        if entry is None:  # closed
-            self._dirty.discard(fd)
-            return
-        # Read before the rest: a thread takes its request off last, then wakes the loop
-        is_in_thread = bool(getattr(entry, "requests", None))
-        events = 0
-        if entry.readable():
-            events = selectors.EVENT_READ
-        elif entry.writable():  # what waitress has to write, it writes before it reads more
-            events = selectors.EVENT_WRITE
-        self._wait_for(fd, events)
-        if events and not is_in_thread:
-            self._dirty.discard(fd)
 
     def _wait_for(self, fd: int, events: int) -> None:
         key = self._selector.get_map().get(fd)
@@ -7017,14 +6979,11 @@ class Server:
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
-            listener.draining = False
             listener.adj.api_keys = settings.api_master_key
             listener.adj.max_wanted_body = settings.max_body_bytes
             # Its connections inherit it
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.port = self._listeners[0].effective_port
-
-    def handle_signals(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         # nohup sets SIG_IGN
@@ -7035,7 +6994,6 @@ class Server:
         while not self._signalled:
             self._poll_once()
         for listener in self._listeners:
-            listener.draining = True
             # Its own close() would also close the pipe that wakes the loop
             wasyncore.dispatcher.close(listener)
         running = sum(channel.is_busy for channel in self._channels())
@@ -7046,7 +7004,7 @@ class Server:
         self._drain(2.0)
         for channel in self._channels():
             channel.handle_close()  # wakes a thread that waits for its client
-        self._listeners[0].task_dispatcher.shutdown(timeout=1)  # all listeners have the same
+        self._drain(1.0)
 
     def _poll_once(self) -> None:
         self._sockets.poll_once(timeout=0.5)
@@ -7067,7 +7025,7 @@ class Server:
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         # A chat whose client has left may still be recorded
-        dispatcher = self._listeners[0].task_dispatcher
+        dispatcher = self._listeners[0].task_dispatcher  # all listeners have the same
         while (self._channels() or dispatcher.active_count) and time.monotonic() < deadline:
             for channel in self._channels():
                 if not channel.is_busy:
@@ -7084,7 +7042,7 @@ class Server:
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
     """Return sockets bound to the addresses of a host. Skip addresses that this machine lacks, such as ::1 of localhost
     without IPv6, if there are others. Raises OSError."""
-    sockets: list[socket.socket] = []
+    sockets = []
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
             sockets.append(socket.create_server((address[0], port, *address[2:]), family=family))
@@ -7131,37 +7089,42 @@ def connection_limit(chats: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+COMMON_SETTINGS = {"api_master_key", "session_store", "models", "moonshot_api_key"}
+
+
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags. Those of settings have the names of their settings, and are None where not given."""
     cli = argparse.ArgumentParser(
-        "kimi2api", description="Kimi's web chat as an OpenAI-compatible API on localhost.", allow_abbrev=False,
+        "kimi2api", usage="kimi2api [--demo] [--check] [--SETTING VALUE …]", allow_abbrev=False,
+        description="Kimi's web chat as an OpenAI-compatible API on localhost.",
         epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
         "underscores (API_PORT). Flags go first, then the environment.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
     cli.add_argument("--check", action="store_true", help="try the upstream step by step, say what is wrong, and exit")
-    cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
-    settings = cli.add_argument_group("settings")
+    cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
+    common = cli.add_argument_group("settings that most people need")
+    others = cli.add_argument_group("other settings")
     for f in Settings.table():
-        text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
+        group = common if f.name in COMMON_SETTINGS else others
         flag = f"--{f.name.replace('_', '-')}"
-        settings.add_argument(flag, metavar="…", dest=f.name.upper(), help=text.replace("%", "%%"))
+        text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
+        group.add_argument(flag, metavar="…", dest=f.name.upper(), help=text)
     return cli.parse_args(argv)
 
 
-def greeting(settings: Settings, port: int, demo: bool) -> str:
+def greeting(settings: Settings, port: int) -> str:
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}  # noqa: S104
     host = settings.api_host
     address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
-    web_chat = "the built-in demo" if demo else without_credentials(settings.upstream_url)
+    web_chat = f"{WEB_CHAT} ({without_credentials(settings.upstream_url)})"
     asked = "no key is asked, and only this machine may call"
     if settings.api_master_key:
         asked = "a key of API_MASTER_KEY is asked"
-    return "\n".join([
-        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})",
-        f"  upstreams  {', '.join([f'{WEB_CHAT} ({web_chat})', *settings.apis])}",
-        f"  try it     open {address}/ in a browser; Ctrl-C to stop it",
-    ])
+    return (
+        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})\n"
+        f"  upstreams  {', '.join([web_chat, *settings.apis])}\n"
+        f"  try it     open {address}/ in a browser; Ctrl-C to stop it")
 
 
 ADVICE = {  # what to do about an error of a check whose message does not say
@@ -7222,12 +7185,12 @@ def main(argv: list[str] | None = None) -> int:
         start_logging(settings.log_level.upper())
         if options.demo:
             try:
-                origin = DemoUpstream.start()
+                address = DemoUpstream.start()
             except RuntimeError as error:  # too few threads
                 raise SettingError(f"--demo: {error}") from None
-            settings = replace(settings, upstream_url=f"{origin}/ajax", chat_page_url=f"{origin}/chat/")
+            settings = replace(settings, upstream_url=address, chat_page_url=address)
         if not options.check:
-            serve(settings, options.demo)
+            serve(settings)
         try:
             return run_check(settings)
         except OSError:  # stdout is closed
@@ -7239,7 +7202,7 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(130)  # a normal exit would wait for a fetch
 
 
-def serve(settings: Settings, demo: bool) -> NoReturn:
+def serve(settings: Settings) -> NoReturn:
     """Serve until a signal ends the process. Raises SettingError if the server cannot listen."""
     if not settings.api_master_key and not is_loopback(settings.api_host):
         raise SettingError(
@@ -7252,9 +7215,8 @@ def serve(settings: Settings, demo: bool) -> NoReturn:
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
         raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
-    server.handle_signals()
     with suppress(OSError):  # stdout may be closed
-        print(greeting(settings, server.port, demo), flush=True)
+        print(greeting(settings, server.port), flush=True)
     gc.freeze()
     # New objects; the default of 700 collects several times a chat (10 % of the time)
     gc.set_threshold(50_000)
@@ -7285,23 +7247,22 @@ class DemoUpstream(BaseHTTPRequestHandler):
 
     @classmethod
     def start(cls) -> str:
-        """Serve on a free loopback port in a new thread. Return the address without a path."""
+        """Serve on a free loopback port in a new thread. Return the address of both the page and the endpoint."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), cls)
         threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
+        return f"http://127.0.0.1:{server.server_address[1]}/built-in-demo"
 
     def do_GET(self) -> None:
-        self.reply("text/html", b'<html><script>var kimi_ajax = {"nonce": "demo"};</script></html>')
+        self.reply(b'<html><script>var kimi_ajax = {"nonce": "demo"};</script></html>')
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         form = dict(parse_qsl(body.decode()))
         answer = demo_answer(form["message"], form["model"])
-        self.reply("application/json", dump_json({"success": True, "data": {"message": answer}}))
+        self.reply(dump_json({"success": True, "data": {"message": answer}}))
 
-    def reply(self, kind: str, body: bytes) -> None:
+    def reply(self, body: bytes) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -7346,17 +7307,14 @@ COUNTED = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens", "tota
 SESSION_HEAD = {"user": STRING, "created": INTEGER, "last_used": INTEGER}
 SCHEMAS = {
     "Request": CHAT_REQUEST,
-    "Message": MESSAGE,
     "CompletionRequest": COMPLETION_REQUEST,
     "ResponsesRequest": RESPONSES_REQUEST,
     "EmbeddingsRequest": EMBEDDINGS_REQUEST,
     "OpenAIObject": {**OBJECT, "externalDocs": {"url": "https://platform.openai.com/docs/api-reference"}},
-    "Model": named_object("model", {"id": STRING, "created": INTEGER, "owned_by": STRING}),
-    "Models": named_object("list", {"data": array({"$ref": "#/components/schemas/Model"})}),
     "Session": named_object("session", {
         **SESSION_HEAD,
         "expires_at": INTEGER,
-        "turns": array(array({"$ref": "#/components/schemas/Message"})),
+        "turns": array(array(MESSAGE)),
     }),
     "Sessions": named_object("list", {"data": array(named_object("session", {**SESSION_HEAD, "turns": COUNT}))}),
     "Usage": named_object("usage", {
@@ -8052,11 +8010,12 @@ function fillConnect() {
   // Some clients take localhost for ::1
   const base = new URL('v1', location).href.replace(/\/\/localhost(?=[:/])/, '//127.0.0.1');
   const bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
-  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello!"}]';
+  const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello"}]';
+  // One line in double quotes and without !, for Unix shells and for Windows' cmd
+  const body = `{"model": ${name}, "messages": ${hello}}`.replace(/["\\$`]/g, '\\$&');
   const texts = {
-    curl: `curl ${base}/chat/completions \\
-  -H 'Authorization: Bearer ${bearer}' -H 'Content-Type: application/json' \\
-  -d '{"model": ${name.replaceAll("'", "'\\''")}, "messages": ${hello}}'`,
+    curl: `curl ${base}/chat/completions -H "Authorization: Bearer ${bearer}" -H "Content-Type: application/json" -d "${
+      body}"`,
     'openai-python': `from openai import OpenAI
 
 client = OpenAI(base_url="${base}", api_key="${bearer}")
@@ -8154,7 +8113,7 @@ watch();
 
 
 # What browsers get: comments and indentation are for readers of this file
-SENT_PAGE = re.sub(r"(?m)^ +|^(//|/\*) .*\n| +// .*$", "", PAGE)
+SENT_PAGE = re.sub(r"(?m)^ *(//|/\*) .*\n|^ +| +// .*$", "", PAGE)
 
 
 def page_headers() -> dict[str, str]:
