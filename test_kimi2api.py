@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -636,31 +636,115 @@ def wait_until_still() -> None:
     wait_for(moved_no_more, "every thread waits")
 
 
-# So that a hundred starts do not compile the module a hundred times, whatever the environment says
+# Starts of new interpreters do not compile the module each time, whatever the environment says
 COMPILED_ONCE = {
     "PYTHONPATH": str(HERE),
     "PYTHONPYCACHEPREFIX": str(HERE / ".pytest_cache" / "pycache"),
     "PYTHONDONTWRITEBYTECODE": "",
 }
 
+# Reads requests of ForkedProcess from stdin's socket and forks twice for each: the process, and one that waits for it
+FORK_SERVER = """
+import json, os, signal, socket, sys, kimi2api
+requests = socket.socket(fileno=0)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:
+    data, descriptors, *_ = socket.recv_fds(requests, 65536, 3)
+    while not data.endswith(b"\\n"):
+        if not data:
+            sys.exit()  # the tests have ended
+        data += requests.recv(65536)
+    if os.fork() == 0:
+        break
+    for descriptor in descriptors:
+        os.close(descriptor)
+requests.detach()
+output, errors, status = descriptors
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+process = os.fork()
+if process:
+    os.closerange(0, 3)
+    os.close(output)
+    os.close(errors)
+    os.write(status, b"%d\\n" % process)
+    os.write(status, b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    os._exit(0)
+os.close(status)
+for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
+    os.dup2(descriptor, standard)
+    os.close(descriptor)
+sys.stdout, sys.stderr = open(1, "w"), open(2, "w", 1)
+code, directory, environment = json.loads(data)
+os.chdir(directory)
+os.environ.clear()
+os.environ.update(environment)
+exec(code)
+"""
+
+
+@cache
+def fork_server() -> tuple[threading.Lock, socket.socket]:
+    """The socket of a process that has imported the module, and the lock for its requests."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        code, env = [sys.executable, "-c", FORK_SERVER], {**os.environ, **COMPILED_ONCE}
+        subprocess.Popen(code, env=env, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
+    return threading.Lock(), ours
+
+
+class ForkedProcess:
+    """A process that runs `code` with kimi2api imported. It starts in 20 ms, a new interpreter in 300.
+
+    It has what the tests need of subprocess.Popen.
+    """
+
+    def __init__(self, code: str, env: dict[str, str]) -> None:
+        output, errors, status = os.pipe(), os.pipe(), os.pipe()
+        self.returncode: int | None = None
+        self.stdout, self.stderr = os.fdopen(output[0], encoding="utf-8"), os.fdopen(errors[0], encoding="utf-8")
+        self._status = os.fdopen(status[0], "rb", 0)
+        lock, requests = fork_server()
+        data = json.dumps([code, os.getcwd(), env]).encode() + b"\n"
+        with lock:
+            sent = socket.send_fds(requests, [data], [output[1], errors[1], status[1]])
+            requests.sendall(data[sent:])
+        for _, end in (output, errors, status):
+            os.close(end)
+        self.pid = int(self._status.readline())
+
+    def poll(self, timeout: float = 0) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self.returncode = int(self._status.readline())
+            self._status.close()
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        code = self.poll(timeout)
+        assert code is not None, f"the process has not ended in {timeout} s"
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
 
 class Program:
-    """`python -m kimi2api` as a process of its own."""
+    """The program as a process of its own."""
 
-    def __init__(self, *flags: str, before: str = "", **settings: str) -> None:
-        """before: Python that runs before the program does."""
-        program = ["-m", "kimi2api"]
-        if before:
-            program = ["-c", f"import sys, kimi2api\n{before}\nsys.exit(kimi2api.main())"]
-        self.process = subprocess.Popen(
-            [sys.executable, *program, "--api-port", "0", *flags],
-            env={**os.environ, **COMPILED_ONCE, **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        assert self.process.stdout and self.process.stderr
+    def __init__(self, *flags: str, before: str = "", is_new: bool = False, **settings: str) -> None:
+        """before: Python that runs before the program does. is_new: start a new interpreter, as users do."""
+        arguments = ["--api-port", "0", *flags]
+        env = {**os.environ, **settings}
+        if is_new:
+            self.process: Any = subprocess.Popen(
+                [sys.executable, "-m", "kimi2api", *arguments], env={**env, **COMPILED_ONCE},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            )  # fmt: skip
+        else:
+            self.process = ForkedProcess(f"{before}\nsys.exit(kimi2api.main({arguments}))", env)
         self.log: list[str] = []
         self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
         self._reader.start()
@@ -722,7 +806,6 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.wait()
-        assert self.process.stdout and self.process.stderr
         self.process.stdout.close()
         self.process.stderr.close()
 
@@ -755,16 +838,21 @@ def demo() -> Iterator[Program]:
         yield program
 
 
+def run_code(code: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end in a process that has imported kimi2api."""
+    process = ForkedProcess(code, {**os.environ, **settings})
+    with closing(process.stdout), closing(process.stderr), ThreadPoolExecutor(2) as pool:
+        try:
+            texts = [pool.submit(file.read) for file in (process.stdout, process.stderr)]
+            output, errors = (text.result(PATIENCE * 2) for text in texts)
+            return subprocess.CompletedProcess(code, process.wait(PATIENCE), output, errors)
+        finally:
+            process.kill()
+
+
 def command(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """The program run to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "kimi2api", *flags],
-        env={**os.environ, **COMPILED_ONCE, **settings},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=PATIENCE * 2,
-    )
+    """Run the program to its end."""
+    return run_code(f"sys.exit(kimi2api.main({list(flags)}))", **settings)
 
 
 def allow_descriptors(count: int) -> None:
@@ -2977,20 +3065,17 @@ def test_reasoning_is_kept_by_name_and_owner_unless_it_is_too_long(
 
 
 ADD_TURNS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_kimi2api as t
-store = t.open_store(sys.argv[2])
-for number in range(int(sys.argv[4])):
-    t.add_turn(store, "ada", f"{sys.argv[3]} {number}")
-    store.add_counters(t.counter("day"), {"requests": 1})
+store = kimi2api.open_store(kimi2api.Settings.load({"SESSION_STORE": %r}))
+sessions = kimi2api.Sessions(store)
+for number in range(12):
+    turn = {"role": "user", "content": f"%d {number}"}, {"role": "assistant", "content": "answer"}
+    sessions.record("owner", "ada", sessions.open("owner", "ada"), [turn], replace_turns=False)
+    store.add_counters(kimi2api.CounterKey("owner", "day", 1e6), {"requests": 1})
 """
 
 
 def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
-    command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
-    env = {**os.environ, **COMPILED_ONCE}
-    workers = [subprocess.Popen([*command, str(number), "12"], env=env) for number in range(3)]
+    workers = [ForkedProcess(ADD_TURNS % (lasting, number), dict(os.environ)) for number in range(3)]
     assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
     store = open_store(lasting)
     asked = asked_in(store, "ada")
@@ -3110,11 +3195,8 @@ def test_a_store_that_cannot_be_used_stops_the_start_in_one_line(tmp_path: Path)
         assert "secret" not in str(refused.value)
     with closing(sqlite3.connect(tmp_path / "other.db")) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",), "another's database stays as it was"
-    without = "sys.modules['redis'] = None\nsys.argv = ['kimi2api']\nsys.exit(kimi2api.main([]))"
-    program = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import kimi2api\n{without}"],
-        env={**os.environ, "SESSION_STORE": "redis://localhost"}, capture_output=True, text=True, timeout=PATIENCE,
-    )
+    without = "sys.modules['redis'] = None; sys.exit(kimi2api.main([]))"
+    program = run_code(without, SESSION_STORE="redis://localhost")
     assert program.returncode == 2 and "pip install redis" in program.stderr
     assert program.stderr.count("\n") == 1
 
@@ -8130,12 +8212,8 @@ def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
 
 def test_too_few_open_files_are_told_at_the_start(kimi: WebChat) -> None:
     pytest.importorskip("resource")
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
-    start = f"sys.path.insert(0, {str(HERE)!r}); import kimi2api; sys.exit(kimi2api.main())"
-    done = subprocess.run(
-        [sys.executable, "-c", limit + start, "--demo", "--api-port", "0"],
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    done = run_code(f"{limit}\nsys.exit(kimi2api.main(['--demo', '--api-port', '0']))")
     assert_refused(done, "MAX_CONCURRENT_CHATS=64")
 
 
@@ -8244,21 +8322,19 @@ http.client.HTTPConnection = Connection
 
 
 def test_too_few_threads_are_told_at_the_start() -> None:
-    few = (
-        "import sys, threading; sys.path.insert(0, %r); import kimi2api; start = threading.Thread.start; left = [%d]\n"
-        "def starts(thread):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] < 0: raise RuntimeError(\"can't start new thread\")\n"
-        "    start(thread)\n"
-        "threading.Thread.start = starts\n"
-        "sys.exit(kimi2api.main())"
-    )
+    few = """
+import threading
+start, left = threading.Thread.start, [%d]
+def start_one_of_few(thread):
+    left[0] -= 1
+    if left[0] < 0:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = start_one_of_few
+sys.exit(kimi2api.main(["--demo", "--api-port", "0"]))
+"""
     for count in (0, 20):
-        done = subprocess.run(
-            [sys.executable, "-c", few % (str(HERE), count), "--demo", "--api-port", "0"],
-            capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
-        assert_refused(done, "thread")
+        assert_refused(run_code(few % count), "thread")
 
 
 def test_an_unreadable_directory_has_no_env_file_unless_one_was_named(tmp_path: Path) -> None:
@@ -8827,7 +8903,7 @@ def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: 
 
 
 def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
-    program = Program("--demo", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+    program = Program("--demo", is_new=True, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
     with closing(program):
         for question in ("My name is Ada.", "What is my name?"):
             status, body = program.chat(question, user="ada")
@@ -10272,7 +10348,8 @@ def benched(port: int, **settings: str) -> Iterator[Program]:
     """The program in front of that upstream, which is its web chat and its API `local/…` as well."""
     address = f"http://127.0.0.1:{port}"
     settings = {"PROVIDERS": "local", "LOCAL_BASE_URL": f"{address}/v1", **settings}
-    with closing(Program(UPSTREAM_URL=f"{address}/ajax", CHAT_PAGE_URL=f"{address}/chat/", **settings)) as program:
+    urls = {"UPSTREAM_URL": f"{address}/ajax", "CHAT_PAGE_URL": f"{address}/chat/"}
+    with closing(Program(is_new=True, **urls, **settings)) as program:
         yield program
 
 
