@@ -9494,15 +9494,17 @@ def test_a_hard_kill_and_restart_cost_a_retrying_client_only_time(run: Run, kimi
         assert answered.result(PATIENCE * 2).choices[0].message.content == kimi.answer
 
 
-def node(script: str, *arguments: str, needs: str) -> Any:
-    """Run .ci/SCRIPT with the packages that .ci/run has installed beside it; what it printed as JSON."""
-    if not (HERE / ".ci" / "node_modules" / needs).exists():
-        pytest.skip(f"needs npm's {needs}, which .ci/run installs")
-    done = subprocess.run(
-        ["node", str(HERE / ".ci" / script), *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def node_package(name: str) -> Path:
+    """The folder of a package that .ci/run has installed beside its scripts; skips where there is none."""
+    folder = HERE / ".ci" / "node_modules" / name
+    if not folder.exists():
+        pytest.skip(f"needs npm's {name}, which .ci/run installs")
+    return folder
+
+
+def run_node(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["node", str(HERE / ".ci" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
 
 
 HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
@@ -9537,115 +9539,158 @@ def plays_page(handler: ApiHandler) -> None:
     return api_answers(deltas=[{"reasoning_content": "I think."}, {"content": f"You said: {newest}"}])(handler)
 
 
-Browse = Callable[..., Any]
 HOSTILE_USERS = [
     "../x/y?z#&%2F\"'", ".", "..", "😀" * 512, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
 
 
-@pytest.fixture
-def browse(run: Run, kimi: WebChat, both: dict[str, str], api: Api) -> Browse:
-    """browse("step", …): what .ci/page.mjs has seen in Chromium, after a chat of each user."""
+class Browser:
+    """Chromium, which .ci/page.mjs sends through steps on the page of one program that all its tests share."""
+
+    def __init__(self, steps: list[str]) -> None:
+        """steps: those of all selected tests, which one run of the browser takes."""
+        self.kimi, self.api = WebChat(), Api()
+        self.api.always = plays_page
+        self.program = Program(
+            API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600", PROVIDERS="local",
+            LOCAL_BASE_URL=self.api.url, **self.kimi.settings)
+        for user in HOSTILE_USERS:
+            body = {"messages": HELLO, "user": user}
+            assert self.program.ask("POST", "/v1/chat/completions", body, **bearer("sk-1"))[0] == 200
+        self._errors, self._seen = self._take(*steps)
+
+    def take(self, *steps: str) -> dict[str, Any]:
+        """Return what the page showed in these steps."""
+        errors, seen = self._errors, self._seen
+        if errors:  # perhaps of another test's steps
+            errors, seen = self._take(*steps)
+        assert not errors, errors
+        return seen
+
+    def _take(self, *steps: str) -> tuple[list[str], dict[str, Any]]:
+        done = run_node("page.mjs", f"http://127.0.0.1:{self.program.port}", "sk-1", *steps)
+        if done.returncode:
+            return [done.stderr], {}
+        seen = json.loads(done.stdout)
+        errors = seen["problems"] + [f"requests {url}" for url in seen["elsewhere"]]
+        errors += ["the page scrolls sideways"] * any(seen["wide"])
+        errors += ["the page moves while it loads"] * any(seen["shifts"])
+        return errors, seen
+
+    def messages(self, newest: str) -> list[str]:
+        """The messages of the last request to the API that ended with this one."""
+        asked = [[message["content"] for message in body["messages"]] for _, _, body in self.api.asked]
+        return [texts for texts in asked if texts[-1] == newest][-1]
+
+    def close(self) -> None:
+        self.program.close()
+        self.kimi.stop()
+        self.api.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     if not Path("/usr/bin/chromium").exists():
         pytest.skip("needs Debian's chromium, which .ci/run installs")
-
-    def take(*steps: str, users: tuple[str, ...] | list[str] = ()) -> Any:
-        api.always = plays_page
-        program = run(API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600", **both)
-        for user in users:
-            body = {"messages": HELLO, "user": user}
-            assert program.ask("POST", "/v1/chat/completions", body, Authorization="Bearer sk-1")[0] == 200
-        result = node("page.mjs", f"http://127.0.0.1:{program.port}", "sk-1", *steps, needs="playwright-core")
-        assert result.pop("problems") == [] and result.pop("elsewhere") == []
-        assert not any(result.pop("wide")), "the page scrolls sideways"
-        assert not any(result.pop("shifts")), "the page moves while it loads"
-        return result
-
-    return take
+    node_package("playwright-core")
+    marks = [item.get_closest_marker("page") for item in request.session.items]
+    with closing(Browser([step for mark in marks if mark for step in mark.args])) as browser:
+        yield browser
 
 
-def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(browse: Browse) -> None:
+@pytest.fixture
+def seen(request: pytest.FixtureRequest, browser: Browser) -> dict[str, Any]:
+    """What the page showed in the steps that the test's mark names."""
+    return browser.take(*request.node.get_closest_marker("page").args)
+
+
+@pytest.mark.page("keyIsAsked")
+def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(seen: dict[str, Any]) -> None:
     asks = "This server asks for an API key: type it at the top."
-    assert browse("keyIsAsked") == {
-        "key": [
-            [asks, "true"],
-            [401, "The API key is wrong.", "true"],
-            ["Incorrect API key. (invalid_api_key)", asks],
-            2,
-            "false",
-        ],
-        "connect": True,
-        "dark": True,
-    }
+    assert seen["key"] == [
+        [asks, "true"],
+        [401, "The API key is wrong.", "true"],
+        ["Incorrect API key. (invalid_api_key)", asks],
+        2,
+        "false",
+    ]
+    assert seen["connect"] and seen["dark"]
 
 
-def test_the_page_has_a_conversation_of_three_turns_and_a_stop(browse: Browse, api: Api) -> None:
-    said = ["one", "two\nlines", "three"]
-    result = browse("conversation", "stop")
-    assert result["turns"] == [text for turn in said for text in (turn, f"You said: {turn}")]
-    assert [message["content"] for message in api.asked[2][2]["messages"]] == result["turns"][:5]
-    assert result["thought"] == ["Thinking", "I think."] and result["begun"] == 0
-    assert result["copied"] == "You said: three"
-    assert result["stopped"] == ["Stopped", "Send", 4] and api.hung_up.wait(PATIENCE)
-    first, partial, last = (message["content"] for message in api.asked[-1][2]["messages"])
+@pytest.mark.page("conversation")
+def test_the_page_has_a_conversation_of_three_turns(seen: dict[str, Any], browser: Browser) -> None:
+    questions = ["one", "two\nlines", "three"]
+    assert seen["turns"] == [text for question in questions for text in (question, f"You said: {question}")]
+    assert browser.messages("three") == seen["turns"][:5]
+    assert seen["thought"] == ["Thinking", "I think."] and seen["begun"] == 0
+    assert seen["copied"] == "You said: three"
+
+
+@pytest.mark.page("stop")
+def test_the_page_stops_an_answer_and_keeps_what_has_arrived(seen: dict[str, Any], browser: Browser) -> None:
+    assert seen["stopped"] == ["Stopped", "Send", 4] and browser.api.hung_up.wait(PATIENCE)
+    first, partial, last = browser.messages("after the stop")
     assert first == "words without end" and partial.startswith("word word") and last == "after the stop"
 
 
-def test_the_page_shows_markdown_and_nothing_else_of_an_answer(browse: Browse) -> None:
-    result = browse("markdown")
-    shown = result["markdown"]
-    assert shown.pop(":is(script, img, a, svg, iframe, b)") == 0 and result["seconds"] < 20
-    assert shown.pop("strong") > 1 and shown == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
-    assert result["code"].strip() == result["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
-    assert result["inline"][0] == "code"
-    assert result["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
-    assert result["items"][3].startswith("[a link](javascript:alert(3)) and <a href=")
+@pytest.mark.page("markdown")
+def test_the_page_shows_markdown_and_nothing_else_of_an_answer(seen: dict[str, Any]) -> None:
+    assert seen["markdown"].pop(":is(script, img, a, svg, iframe, b)") == 0 and seen["seconds"] < 20
+    assert seen["markdown"].pop("strong") > 1
+    assert seen["markdown"] == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
+    assert seen["code"].strip() == seen["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
+    assert seen["inline"][0] == "code"
+    assert seen["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
+    assert seen["items"][3].startswith("[a link](javascript:alert(3)) and <a href=")
 
 
-def test_the_page_shows_errors_with_advice_and_tries_again(browse: Browse) -> None:
+@pytest.mark.page("failures")
+def test_the_page_shows_errors_with_advice_and_tries_again(seen: dict[str, Any]) -> None:
     advice = "Try again, or pick another model. kimi2api --check tells more."
     broken = "local ended the stream before the answer was complete. (upstream_unavailable)"
     refused = ["", "local: No money. (no_money)", advice]
     focus = "Message (Shift+Enter: new line)"
-    assert browse("failures")["failures"] == {
+    assert seen["failures"] == {
         "break": [["Half", broken, advice], ["break", "You said: break"], focus],
         "refuse": [refused, ["refuse", *refused], focus],
         "vanish": [["Half", "The answer broke off.", advice], ["vanish", "You said: vanish"], focus],
     }
 
 
-def test_the_page_reads_continues_and_forgets_sessions_by_keyboard(browse: Browse, kimi: WebChat, api: Api) -> None:
-    result = browse("sessions", users=HOSTILE_USERS)
-    assert len(result["names"]) == len(HOSTILE_USERS)
-    assert result["read"] == ["Hello", kimi.answer] and result["continued"] == ["..", 4]
-    sent = [message["content"] for message in api.asked[-1][2]["messages"]]
-    assert sent == ["Hello", kimi.answer, "and more"], "the server has put its turns in front"
-    assert result["forgot"] == ["Forget", *["Really forget?"] * 3, "SUMMARY", 0]
-    assert len(result["left"]) == 3 and not set(result["left"]) & set(HOSTILE_USERS[:3])
+@pytest.mark.page("sessions")
+def test_the_page_reads_continues_and_forgets_sessions_by_keyboard(seen: dict[str, Any], browser: Browser) -> None:
+    assert len(seen["names"]) == len(HOSTILE_USERS)
+    assert seen["read"] == ["Hello", browser.kimi.answer] and seen["continued"] == ["..", 4]
+    assert browser.messages("and more") == ["Hello", browser.kimi.answer, "and more"], "the server adds its turns"
+    assert seen["forgot"] == ["Forget", *["Really forget?"] * 3, "SUMMARY", 0]
+    assert len(seen["left"]) == 3 and not set(seen["left"]) & set(HOSTILE_USERS[:3])
 
 
-def test_the_page_keeps_what_is_shown_when_it_asks_again(browse: Browse) -> None:
-    result = browse("staysAsItIs", "lateAnswers", users=["ada"])
-    assert result == {
-        "meters": [64, 1_000_000],
-        "bars": 31,
-        "selected": "Requests",
-        "askedWhileHidden": 0,
-        "described": 1,
-        "late": ["kimi", "With a user name, the server remembers the chat."],
-        "away": ["The server cannot be reached."] * 2,
-    }
+@pytest.mark.page("staysAsItIs")
+def test_the_page_keeps_what_is_shown_when_it_asks_again(seen: dict[str, Any]) -> None:
+    assert seen["meters"] == [64, 1_000_000] and seen["bars"] == 31
+    assert seen["selected"] == "Requests" and seen["askedWhileHidden"] == 0 and seen["described"] == 1
 
 
-def test_the_page_speaks_two_languages_and_fits_every_window(browse: Browse) -> None:
-    result = browse("languages", "extremes")
-    assert result["languages"] == [
+@pytest.mark.page("lateAnswers")
+def test_late_answers_take_nothing_from_the_page(seen: dict[str, Any]) -> None:
+    assert seen["late"] == ["kimi", "With a user name, the server remembers the chat."]
+    assert seen["away"] == ["The server cannot be reached."] * 2
+
+
+@pytest.mark.page("languages")
+def test_the_page_speaks_two_languages(seen: dict[str, Any]) -> None:
+    assert seen["languages"] == [
         ["en", "Send", "Message (Shift+Enter: new line)", "Overview\nSessions\nConnect\nAPI", "Stop"],
         ["zh-CN", "发送", "输入消息（Shift+Enter 换行）", "概览\n会话\n接入\nAPI", "Stop"],
         "发送",
         "发送",
         "Send",
     ]
-    assert result["told"] == [
+
+
+@pytest.mark.page("extremes")
+def test_the_page_shows_the_worst_and_the_least_in_every_window(seen: dict[str, Any]) -> None:
+    assert seen["told"] == [
         ["异常", 1, 0, 101, 58, ""],
         ["正常", 0, 0, 0, 0, "无"],
         ["degraded", 1, 0, 101, 58, ""],
@@ -9654,8 +9699,10 @@ def test_the_page_speaks_two_languages_and_fits_every_window(browse: Browse) -> 
 
 
 def run_client(client_name: str, program: Program, model: str) -> Any:
-    needs = {"ai-responses": "@ai-sdk/openai"}.get(client_name, client_name.removesuffix("-responses"))
-    return node("clients.mjs", client_name, program.base_url, "sk-1", model, needs=needs)
+    node_package({"ai-responses": "@ai-sdk/openai"}.get(client_name, client_name.removesuffix("-responses")))
+    done = run_node("clients.mjs", client_name, program.base_url, "sk-1", model)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("client_name", ["openai", "ai"])
