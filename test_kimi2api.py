@@ -1912,7 +1912,7 @@ def test_an_apis_refusal_names_the_field_of_the_response(
     [
         pytest.param(["web_search", "mcp", "web_search"], "mcp, web_search", id="known"),
         pytest.param(["a\r\nX-Evil: 1", "ü", ""], "", id="not for a header"),
-        pytest.param(["x" * 70_000, *(f"t{n}" for n in range(50_000))], "t0, .{996}", id="too much for a header"),
+        pytest.param(["x" * 70_000, *(f"t{n}" for n in range(10_000))], "t0, .{996}", id="too much for a header"),
     ],
 )
 def test_tools_that_only_openai_can_run_are_passed_over_and_named(
@@ -2504,10 +2504,10 @@ def test_a_field_of_a_call_that_cannot_be_read_is_named(
 
 def test_many_items_are_read_in_time_for_other_chats() -> None:
     began = time.process_time()
-    items = [{"type": f"other{number}"} for number in range(100_000)]
+    items = [{"type": f"other{number}"} for number in range(50_000)]
     request = kimi2api.ResponsesRequest.parse(json.dumps({"input": [*items, USER]}).encode())
     request.to_chat_request([], [], lambda id: {})
-    assert time.process_time() - began < 4, "usually 1.5; all other chats wait meanwhile"
+    assert time.process_time() - began < 2, "usually 0.4; all other chats wait meanwhile"
 
 
 def test_a_websocket_is_refused_so_that_clients_go_on_over_http(demo: Program) -> None:
@@ -3222,7 +3222,7 @@ def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Pat
     def fill() -> int:
         for _ in range(50):
             clock.now += 1
-            add_turn(store, f"{clock.now}", "x" * 200_000)
+            add_turn(store, f"{clock.now}", "x" * 100_000)
         return sum(path.stat().st_size for path in tmp_path.iterdir())
 
     sizes = [fill() for _ in range(5)]
@@ -3469,7 +3469,7 @@ def test_answers_that_make_no_sense_are_a_store_that_fails(
 
 def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
     def late(answer: bytes) -> bytes:
-        time.sleep(0.1)
+        time.sleep(0.03)
         return answer
 
     with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
@@ -3880,10 +3880,11 @@ def test_what_fails_or_is_refused_leaves_nothing_of_the_quota_behind(
     settings = {**both, "SESSION_STORE": address, "REQUEST_TIMEOUT": "0.3", "MAX_RETRIES": "0", "MODELS": "kimi=x"}
     app = make(**settings, TOKENS_PER_DAY="12")
     four_words = "four words of text"
-    for act in (sends(500), sends(403, JUST_A_MOMENT), resets, hangs, sends(200, "?")):
-        for model, stream in itertools.product(("kimi", "local/k2"), (False, True)):
-            kimi.always = api.always = act
-            assert chat(app, four_words, model=model, stream=stream, user="ada").status_int >= 400
+    asked = list(itertools.product((sends(500), sends(403, JUST_A_MOMENT), resets, sends(200, "?")),
+                                   ("kimi", "local/k2"), (False, True)))  # fmt: skip
+    for act, model, stream in [(hangs, "kimi", True), (hangs, "local/k2", False), *asked]:
+        kimi.always = api.always = act
+        assert chat(app, four_words, model=model, stream=stream, user="ada").status_int >= 400
     assert chat(app, four_words, model="missing").status_int == 404
     assert chat(app, four_words, tools=5).status_int == 400
     assert chat(app, four_words * 900).status_int == 400
@@ -4475,12 +4476,13 @@ def test_a_slow_tls_handshake_is_waited_for(
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
+    monkeypatch.setattr(kimi2api, "CLIENT_CHECK_INTERVAL", 0.1)
     if proxied:  # loopback is never asked of a proxy
         monkeypatch.setattr(kimi2api, "is_loopback", lambda host: False)
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{api.port}")
 
     def serve_tls(handler: ApiHandler) -> None:
-        time.sleep(0.8)  # longer than a slice of a wait
+        time.sleep(0.3)  # longer than a slice of a wait
         with tls.wrap_socket(handler.connection, server_side=True) as link:
             request = link.recv(65536)
             while not request.endswith(b"}"):
@@ -4518,7 +4520,7 @@ def test_a_request_that_the_upstream_does_not_read_is_a_timeout(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never reads
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
-        app = make(**{**both, "LOCAL_BASE_URL": url}, REQUEST_TIMEOUT="0.6", MAX_BODY_BYTES="99999999")
+        app = make(**{**both, "LOCAL_BASE_URL": url}, REQUEST_TIMEOUT="0.3", MAX_BODY_BYTES="99999999")
         began = time.monotonic()
         response = chat(app, "x" * 20_000_000, model="local/k2")
         assert is_error(response, 504, "upstream_timeout") and response.headers["x-should-retry"] == "false"
@@ -4612,13 +4614,13 @@ def test_a_complete_answer_is_remembered_also_when_the_client_left_before_its_en
 def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
     run: Run, both: dict[str, str], api: Api
 ) -> None:
-    api.always = api_sends(429, {"error": {"message": "slow down"}}, Retry_After="1")
+    api.always = api_sends(429, {"error": {"message": "slow down"}}, retry_after_ms="300")
     program = run(before=CHECKS_OFTEN, **both)
     link = program.open_chat(model="local/k2")
     wait_for(lambda: api.asked)
     link.close()
     wait_for(lambda: program.running() == 0)
-    time.sleep(1.2)  # the pause that was asked for, and some more
+    time.sleep(0.4)  # the pause that was asked for, and some more
     assert len(api.asked) == 1
 
 
@@ -7174,12 +7176,12 @@ def test_an_answer_in_json_may_follow_empty_lines(make: Make, both: dict[str, st
     [
         pytest.param(
             as_events({"choices": [{"index": 0, "delta": {"tool_calls": [
-                {"index": 0, "function": {"arguments": "x" * 40}}] * 40_000}}]}) * 6,
+                {"index": 0, "function": {"arguments": "x" * 40}}] * 40_000}}]}) * 2,
             id="pieces of a call without a name",
         ),
         pytest.param(
             as_events({"choices": [{"index": 0, "delta": {"content": [
-                {"type": "text", "text": "x" * 40}] * 50_000}}]}) * 6,
+                {"type": "text", "text": "x" * 40}] * 50_000}}]}) * 2,
             id="parts of a text",
         ),
         pytest.param(as_events(*({f"k{number}": 1} for number in range(20_000))), id="chunks without choices"),
@@ -7903,10 +7905,10 @@ def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
         handler.end()
 
     api.always = act
-    program = run(**both, REQUEST_TIMEOUT="0.3")
+    program = run(**both, REQUEST_TIMEOUT="0.2")
     with program.open_chat(model="local/k2", stream=True, stream_options={"include_usage": True}) as link:
         wait_for(lambda: api.asked)
-        time.sleep(0.6)
+        time.sleep(0.4)
         body = read_all(link)
     assert body.count(text.encode()) == 600 and b"[DONE]" in body and b'"completion_tokens":3' in body
 
@@ -7963,7 +7965,7 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
 def test_nothing_of_a_request_stays_once_it_has_ended(
     make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act
 ) -> None:
-    app = make(**both, REQUEST_TIMEOUT="0.2", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
+    app = make(**both, REQUEST_TIMEOUT="0.1", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
     kimi.always = api.always = act
     kimi.page_script.extend([page, act])
     chat(app)
@@ -8585,8 +8587,8 @@ def test_a_byte_out_of_band_keeps_no_core_busy(run: Run) -> None:
         link.send(b"!", socket.MSG_OOB)
         program.health()
         before = seconds_of_cpu()
-        time.sleep(0.4)
-        assert seconds_of_cpu() - before < 0.2
+        time.sleep(0.2)
+        assert seconds_of_cpu() - before < 0.1
         program.health()
 
 
@@ -8743,7 +8745,7 @@ def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
 def test_a_client_that_reads_slowly_is_not_closed(run: Run) -> None:
     program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 0.5")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
-        for _ in range(30):
+        for _ in range(24):  # 1.2 seconds, in which the loop looks at least once
             assert read_exactly(link, 15_000)
             time.sleep(0.05)
         assert ended(program) == b"[]"
@@ -9127,7 +9129,7 @@ def test_openai_python_obeys_x_should_retry_and_retries_the_rest(client: Any, ki
 
 def test_openai_python_sees_an_error_in_the_middle_of_a_stream(kimi: WebChat, run: Run) -> None:
     openai = pytest.importorskip("openai")
-    program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5")
+    program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.3")
     kimi.always = at_the_gate
     client = openai.OpenAI(base_url=program.base_url, api_key="none", max_retries=0)
     with pytest.raises(openai.APIError) as raised:
@@ -9470,8 +9472,8 @@ def test_openai_python_sees_why_a_response_failed_in_the_middle(
 ) -> None:
     kimi.always = at_the_gate
     api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": "out of order"}})
-    client = strict_client(run(**both, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5"))
-    for model, words in (("kimi", "0.5 s"), ("local/k2", "out of order")):
+    client = strict_client(run(**both, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.3"))
+    for model, words in (("kimi", "0.3 s"), ("local/k2", "out of order")):
         *_, last = client.responses.create(model=model, input="x", stream=True)
         assert last.type == "response.failed" and last.response.status == "failed"
         assert words in last.response.error.message
@@ -9901,7 +9903,7 @@ def many(text: str, size: int) -> str:
 
 
 MB = 1 << 20
-LONG = 300_000  # characters: what takes the square of it takes much longer than STALL
+LONG = 150_000  # characters: what takes the square of it takes much longer than STALL
 HOSTILE_ANSWERS = {
     "fence, spaces": "```" + " " * LONG + "x",
     "fences": many("``` ", LONG),
