@@ -6541,7 +6541,7 @@ def test_errors_of_an_api_pass_through(
     make: Make, both: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int
 ) -> None:
     api.always = act
-    app = make(**both, REQUEST_TIMEOUT="0.3")
+    app = make(**both, REQUEST_TIMEOUT="0.3" if act is hangs else "20")
     for stream in (False, True):
         api.asked.clear()
         response = chat(app, model="local/k2", stream=stream)
@@ -7620,7 +7620,8 @@ def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(
 def test_when_the_web_chat_cannot_answer_the_next_model_does(
     make: Make, both: dict[str, str], api: Api, kimi: WebChat, fault: Any, stream: bool
 ) -> None:
-    app = make(**both, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT="0.3", MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20")
+    timeout = "0.3" if fault is hangs else "20"
+    app = make(**both, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT=timeout, MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20")
     kimi.always = fault or answer
     response = chat(app, "Hello" if fault else "x" * 30, stream=stream)
     assert response.status_int == 200 and response.headers["X-Kimi2api-Provider"] == "local"
@@ -8786,23 +8787,25 @@ def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run
         assert read_all(link).count(b"HTTP/1.1 200 OK") == kimi2api.MAX_PIPELINED
 
 
-BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n"
-
-
 def test_connections_that_ask_nothing_leave_room_for_others(run: Run) -> None:
     pytest.importorskip("resource")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))"
     program = run(before=limit, MAX_CONCURRENT_CHATS="4")
-    for start in (
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        BODY_HEAD + b"{",
-        BODY_HEAD + b"{" * 600_000,  # which is kept in a file
-        b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8,  # whose answers are not read
+    body_head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 3000000\r\n\r\n"
+    )
+    for head, body in (
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),
+        (body_head, b"{"),
+        (body_head, b"{" * 600_000),  # which is kept in a file
+        (b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8, b""),  # whose answers are not read
     ):
         with ExitStack() as links:
             for _ in range(70):
-                links.enter_context(program.open(start))
-                time.sleep(0.004)  # so that one has been read before the next is there
+                link = links.enter_context(program.open(head))
+                assert select.select([link], [], [], PATIENCE)[0], "the head has been read"
+                link.sendall(body)
             assert program.health()["status"] == "ok"
             assert program.chat()[0] == 200
 
