@@ -4171,6 +4171,7 @@ def test_usage_counts_an_answer_whose_client_disconnected(
     wait_for(lambda: today()["requests"])
     used = today()
     assert used["requests"] == 1 and used["prompt_tokens"] == 5 and used["completion_tokens"] >= 4
+    wait_for(lambda: program.running() == 0)
 
 
 def metrics(app: Any, headers: dict[str, str] | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -5662,12 +5663,6 @@ def test_the_nonce_is_found_in_every_spelling(app: Client, kimi: WebChat, script
     kimi.page_script.append(serves_page_with(f'var other = {{"nonce":"wrong"}}</script><script id="x">{script}'))
     assert answer_text(chat(app))
     assert kimi.posts[0]["nonce"] == "abc123" and len(kimi.pages) == len(kimi.posts) == 1
-
-
-def test_the_nonce_is_fetched_once(app: Client, kimi: WebChat) -> None:
-    for _ in range(3):
-        assert answer_text(chat(app))
-    assert len(kimi.pages) == 1
 
 
 def test_a_stale_nonce_is_renewed_once_for_ten_waiting_chats(app: Client, kimi: WebChat) -> None:
@@ -8039,18 +8034,6 @@ def test_a_response_abandoned_during_the_replay_is_stored(start_program: StartPr
     assert counted == ['kimi2api_chats_total{provider="kimi",model="kimi",status="499"} 1']
 
 
-@json_and_stream
-def test_a_client_that_disconnects_from_a_steady_answer_is_noticed(
-    start_program: StartProgram, api_settings: dict[str, str], api: Api, stream: bool
-) -> None:
-    api.always = api_streams_words
-    program = start_program(before=CHECKS_OFTEN, **api_settings)
-    with program.open_chat(model="local/k2", stream=stream):
-        wait_for(lambda: api.asked)
-    assert api.hung_up.wait(PATIENCE)
-    wait_for(lambda: program.running() == 0)
-
-
 def test_an_abandoned_chat_holds_its_slot_until_its_call_ends(start_program: StartProgram, kimi: WebChat) -> None:
     kimi.always = web_chat_answers_at_the_gate
     program = start_program(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="2")
@@ -8656,7 +8639,9 @@ def test_malformed_http_returns_openais_errors(demo_program: Program, request_by
     assert response.headers["X-Request-Id"] and response.headers["Content-Type"] == "application/json"
 
 
-@pytest.mark.parametrize("version, length", [("1.1", "Content-Length: 5\r\n"), ("1.0", "")])
+@pytest.mark.parametrize(
+    "version, length", [("1.1", "Content-Length: 5\r\n"), ("1.0", "Content-Length: 5\r\n"), ("1.0", "")]
+)
 def test_a_body_with_two_lengths_smuggles_no_request(demo_program: Program, version: str, length: str) -> None:
     head = f"POST /v1/models HTTP/{version}\r\nHost: x.localhost\r\n{length}Transfer-Encoding: chunked\r\n"
     head += "Connection: keep-alive\r\n\r\n0\r\n\r\n"
@@ -8992,17 +8977,6 @@ def read_exactly(link: socket.socket, count: int) -> bytes:
         assert part
         data += part
     return data
-
-
-def test_a_body_with_two_lengths_closes_the_connection(start_program: StartProgram) -> None:
-    program = start_program()
-    body = b"2\r\n{}\r\n0\r\n\r\n"
-    heads = (b"POST /v1/chat/completions HTTP/1.%d\r\nHost: localhost\r\nConnection: keep-alive\r\n"
-             b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n" % version for version in (0, 1))  # fmt: skip
-    for head in heads:
-        with program.open(head + body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
-            answers = read_all(link)
-        assert answers.startswith(b"HTTP/1.") and answers.count(b"HTTP/1.") == 1 and b"Connection: close" in answers
 
 
 def test_pipelined_requests_with_unread_answers_hold_no_thread(start_program: StartProgram) -> None:
@@ -9954,13 +9928,6 @@ def run_client(client_name: str, program: Program, model: str) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("client_name", ["openai", "ai"])
-def test_nodes_clients_stream_and_call_tools(start_program: StartProgram, kimi: WebChat, client_name: str) -> None:
-    kimi.always = web_chat_plays_travel_agent
-    result = run_client(client_name, start_program(API_MASTER_KEY="sk-1"), "kimi")
-    assert result == {"calls": ["get_weather", "book"], "text": "Booked Paris: 21 degrees, order 7.", "status": 401}
-
-
 @pytest.mark.parametrize("client_name", ["openai", "openai-responses", "ai", "ai-responses"])
 def test_nodes_clients_work_with_a_thinking_model(
     start_program: StartProgram, api_settings: dict[str, str], api: Api, client_name: str
@@ -10075,7 +10042,7 @@ def test_json_of_any_shape_is_answered_or_refused(app: Client, kimi: WebChat) ->
     tried = 0
 
     @hypothesis.settings(
-        max_examples=200, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=100, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(request | anything)
     def holds(body: Any) -> None:
@@ -10088,7 +10055,7 @@ def test_json_of_any_shape_is_answered_or_refused(app: Client, kimi: WebChat) ->
             assert response.status_int != 502 or response.json["error"]["code"] == "invalid_json_answer", response.text
 
     holds()
-    assert tried >= 200
+    assert tried >= 100
 
 
 def test_paths_and_headers_of_any_bytes_are_answered(demo_program: Program) -> None:
