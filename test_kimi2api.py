@@ -3448,35 +3448,62 @@ def test_killing_one_of_three_processes_loses_no_answered_turn(three_programs: l
         assert [text for text in kept if text in texts] == texts
 
 
-def test_redis_may_stop_hang_fill_up_or_become_a_replica(
-    tmp_path: Path, make_app: MakeApp, short_store_timeouts: None
+@pytest.mark.parametrize(
+    ("fail", "mend", "is_readable"),
+    [
+        pytest.param(
+            lambda server: server.process.send_signal(signal.SIGSTOP),
+            lambda server: server.process.send_signal(signal.SIGCONT),
+            False,
+            id="hangs",
+        ),
+        pytest.param(
+            lambda server: server.client.config_set("maxmemory", 1),
+            lambda server: server.client.config_set("maxmemory", 0),
+            True,
+            id="is full",
+        ),
+        pytest.param(
+            lambda server: server.client.replicaof("127.0.0.1", "1"),
+            lambda server: server.client.replicaof("NO", "ONE"),
+            True,
+            id="is a replica",
+        ),
+    ],
+)
+def test_redis_may_fail_and_recover(
+    redis_server: RedisServer,
+    make_app: MakeApp,
+    short_store_timeouts: None,
+    fail: Callable[[RedisServer], Any],
+    mend: Callable[[RedisServer], Any],
+    is_readable: bool,
 ) -> None:
+    app = make_app(SESSION_STORE=redis_server.url)
+    chat(app, "first", user="ada")
+    fail(redis_server)
+    try:
+        assert_store_failure(app, is_readable)
+    finally:
+        mend(redis_server)
+    wait_for(store_recovered(app), "the store recovers")
+    assert len(app.get("/v1/sessions/ada").json["turns"]) == 1
+
+
+def test_redis_may_stop_and_start_again(tmp_path: Path, make_app: MakeApp, short_store_timeouts: None) -> None:
     server = RedisServer(tmp_path)
     try:
         app = make_app(SESSION_STORE=server.url)
         chat(app, "first", user="ada")
-        server.process.send_signal(signal.SIGSTOP)
-        assert_store_failure(app)
-        server.process.send_signal(signal.SIGCONT)
-        wait_for(store_recovered(app), "redis-server continues")
-        server.client.config_set("maxmemory", 1)
-        assert_store_failure(app, is_readable=True)
-        server.client.config_set("maxmemory", 0)
-        wait_for(store_recovered(app), "there is free space")
-        server.client.replicaof("127.0.0.1", "1")
-        assert_store_failure(app, is_readable=True)
-        server.client.replicaof("NO", "ONE")
-        wait_for(store_recovered(app), "the replica is a primary again")
         server.stop()
         assert_store_failure(app)
         late = make_app(SESSION_STORE=server.url)
         server.start()
         for each in (app, late):
-            wait_for(store_recovered(each), "it is back")
+            wait_for(store_recovered(each), "redis-server is back")
             assert len(each.get("/v1/sessions/ada").json["turns"]) == 1
         server.client.config_set("requirepass", "secret")
-        wrong = make_app(SESSION_STORE=server.url.replace("redis://", "redis://:wrong@"))
-        assert_store_failure(wrong)
+        assert_store_failure(make_app(SESSION_STORE=server.url.replace("redis://", "redis://:wrong@")))
         assert store_recovered(make_app(SESSION_STORE=server.url.replace("redis://", "redis://:secret@")))()
     finally:
         server.stop()
@@ -3548,12 +3575,8 @@ def test_a_malformed_document_is_a_failure_and_can_be_deleted(
     assert app.get("/health").json["store"]["ok"] is True
 
 
-def test_a_database_may_be_locked_damaged_or_deleted(
-    tmp_path: Path, make_app: MakeApp, short_store_timeouts: None
-) -> None:
-    directory = tmp_path / "kept"
-    directory.mkdir()
-    file = directory / "sessions.db"
+def test_a_locked_database_fails_and_recovers(tmp_path: Path, make_app: MakeApp, short_store_timeouts: None) -> None:
+    file = tmp_path / "sessions.db"
     app = make_app(SESSION_STORE=f"sqlite:{file}")
     chat(app, "first", user="ada")
     with closing(sqlite3.connect(file, isolation_level=None)) as db:
@@ -3564,18 +3587,33 @@ def test_a_database_may_be_locked_damaged_or_deleted(
     for each in (app, late):
         wait_for(store_recovered(each), "the lock is released")
         assert len(each.get("/v1/sessions/ada").json["turns"]) == 1
+
+
+def test_a_damaged_database_may_be_deleted(tmp_path: Path, make_app: MakeApp, short_store_timeouts: None) -> None:
+    file = tmp_path / "kept" / "sessions.db"
+    file.parent.mkdir()
+    app = make_app(SESSION_STORE=f"sqlite:{file}")
+    chat(app, "first", user="ada")
     with closing(sqlite3.connect(file)) as db:
-        db.execute(
-            "PRAGMA wal_checkpoint(TRUNCATE)"
-        )  # otherwise everything is read from the write-ahead log, in spite of the damage
+        # Otherwise everything is read from the write-ahead log, in spite of the damage
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     file.write_bytes(b"x" * file.stat().st_size)
     assert_store_failure(app)
-    for path in directory.iterdir():
+    for path in file.parent.iterdir():
         path.unlink()
     wait_for(store_recovered(app), "a new file is created")
-    shutil.rmtree(directory)
+
+
+def test_a_deleted_directory_of_the_database_may_return(
+    tmp_path: Path, make_app: MakeApp, short_store_timeouts: None
+) -> None:
+    file = tmp_path / "kept" / "sessions.db"
+    file.parent.mkdir()
+    app = make_app(SESSION_STORE=f"sqlite:{file}")
+    chat(app, "first", user="ada")
+    shutil.rmtree(file.parent)
     assert_store_failure(app)
-    directory.mkdir()
+    file.parent.mkdir()
     wait_for(store_recovered(app), "the directory is back")
     assert file.stat().st_mode & 0o777 == 0o600
 
@@ -8575,23 +8613,37 @@ def test_a_deleted_working_directory_is_an_error_only_if_needed(tmp_path: Path, 
     assert "Traceback" not in done.stderr
 
 
-def test_check_tests_the_web_chat_step_by_step(kimi: WebChat) -> None:
-    def check(*pages: Act) -> tuple[int, str]:
-        kimi.page_script.extend(pages)
-        done = run_program("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
-        return done.returncode, done.stdout
-
-    code, printed = check()
-    assert code == 0 and printed.count("✓") == 2 and "✗" not in printed
-    assert re.search(r"one question answered \(\d+\.\d s\)\nAll upstreams answer", printed)
-    assert check(sends(500))[1].startswith("kimi:\n  ✗")
-    code, printed = check(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"))
-    assert code == 1 and "✓" not in printed and "✗ reached" in printed and "upstream_blocked" in printed
-    code, printed = check(sends(200, "<html>nothing</html>"))
-    assert code == 1 and "✓" not in printed and "carries no nonce" in printed
-    kimi.always = sends(500)
-    code, printed = check()
-    assert code == 1 and printed.count("✓") == 1 and "✗ one question" in printed
+@pytest.mark.parametrize(
+    ("page", "post", "printed"),
+    [
+        pytest.param(
+            serves_page,
+            web_chat_answers,
+            r"kimi:\n  ✓ .*\n  ✓ one question answered \(\d+\.\d s\)\nAll upstreams answer[^✗]*",
+            id="both steps succeed",
+        ),
+        pytest.param(sends(500), web_chat_answers, "kimi:\n  ✗ [^✓]*", id="the page fails"),
+        pytest.param(
+            sends(403, JUST_A_MOMENT, cf_mitigated="challenge"),
+            web_chat_answers,
+            "kimi:\n  ✗ reached[^✓]*upstream_blocked[^✓]*",
+            id="the page is a challenge",
+        ),
+        pytest.param(
+            sends(200, "<html>nothing</html>"),
+            web_chat_answers,
+            "kimi:\n  ✗ [^✓]*carries no nonce[^✓]*",
+            id="the page has no nonce",
+        ),
+        pytest.param(serves_page, sends(500), "kimi:\n  ✓ [^✓]*✗ one question[^✓]*", id="the question fails"),
+    ],
+)
+def test_check_tests_the_web_chat_step_by_step(kimi: WebChat, page: Act, post: Act, printed: str) -> None:
+    kimi.page_script.append(page)
+    kimi.always = post
+    done = run_program("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
+    assert re.fullmatch(printed, done.stdout), done.stdout
+    assert done.returncode == ("✗" in done.stdout)
 
 
 @pytest.mark.parametrize("where", [pytest.param(">/dev/full", id="full"), pytest.param("| true", id="closed pipe")])
