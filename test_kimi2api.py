@@ -1194,7 +1194,7 @@ def request_json(more: str) -> bytes:
             "messages[0].content[0].text",
             id="part without text",
         ),
-        pytest.param(b'{"messages": [{"role": "user", "content": ""}]}', "messages", id="nothing said"),
+        pytest.param(b'{"messages": [{"role": "user", "content": ""}]}', "messages", id="only empty content"),
         pytest.param(request_json('"stream": "yes"'), "stream", id="stream as text"),
         pytest.param(request_json('"model": 5'), "model", id="model as number"),
         pytest.param(request_json('"user": ["a"]'), "user", id="user as list"),
@@ -1678,8 +1678,8 @@ def test_a_response_has_every_required_field(app: Client, kimi: WebChat) -> None
 
 
 def test_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> None:
-    told = response_events(respond(app, stream=True))
-    assert event_kinds(told) == [
+    events = response_events(respond(app, stream=True))
+    assert event_kinds(events) == [
         "created",
         "in_progress",
         "output_item.added",
@@ -1690,12 +1690,12 @@ def test_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> N
         "output_item.done",
         "completed",
     ]
-    assert "".join(event["delta"] for event in told if event["type"].endswith(".delta")) == kimi.answer
-    begun = told[0]["response"]
+    assert "".join(event["delta"] for event in events if event["type"].endswith(".delta")) == kimi.answer
+    begun = events[0]["response"]
     assert begun["status"] == "in_progress" and begun["output"] == [] and begun["completed_at"] is None
-    final = told[-1]["response"]
-    assert final["output"] == [told[-2]["item"]] and final["usage"]["total_tokens"] > 0
-    assert {event["item_id"] for event in told if "item_id" in event} == {final["output"][0]["id"]}
+    final = events[-1]["response"]
+    assert final["output"] == [events[-2]["item"]] and final["usage"]["total_tokens"] > 0
+    assert {event["item_id"] for event in events if "item_id" in event} == {final["output"][0]["id"]}
 
 
 THOUGHT_AND_CALLS = api_answers(
@@ -1728,10 +1728,10 @@ def test_reasoning_text_and_calls_become_items_and_go_back(
     response = respond(make_app(**api_settings), model="local/k2", tools=TOOLS, stream=stream, store=False, **REASONING)
     assert response.headers["X-Kimi2api-Ignored"] == "web_search"
     if stream:
-        told = response_events(response)
+        events = response_events(response)
         call = ["output_item.added", "{}.delta", "{}.done", "output_item.done"]
         text = [*call[:1], "content_part.added", *call[1:3], "content_part.done", *call[3:]]
-        assert event_kinds(told) == [
+        assert event_kinds(events) == [
             "created",
             "in_progress",
             *(kind.format("reasoning_text") for kind in text),
@@ -1740,8 +1740,8 @@ def test_reasoning_text_and_calls_become_items_and_go_back(
             *(kind.format("custom_tool_call_input") for kind in call),
             "completed",
         ]
-        final = told[-1]["response"]
-        names = [event["name"] for event in told if event["type"] == "response.function_call_arguments.done"]
+        final = events[-1]["response"]
+        names = [event["name"] for event in events if event["type"] == "response.function_call_arguments.done"]
         assert names == ["clock", "open"]
     else:
         final = response.json
@@ -2100,9 +2100,9 @@ def test_input_may_reference_items_of_stored_responses(
     items = [USER, *references, {"type": "function_call_output", "call_id": "c1", "output": "12:00"}]
     api.always = api_answers("Fine.")
     assert output_text(respond(app, items, headers=mine, model="local/k2")) == "Fine."
-    _, answered, told = api.asked[-1][2]["messages"]
+    _, answered, result = api.asked[-1][2]["messages"]
     assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
-    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and told["content"] == "12:00"
+    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and result["content"] == "12:00"
     assert_error(respond(app, items, headers=other, model="local/k2"), 400, None, param="input")
 
 
@@ -2156,7 +2156,7 @@ def test_a_truncated_response_is_incomplete(app: Client, kimi: WebChat, stream: 
 @pytest.mark.parametrize(
     ("chunks", "words"),
     [
-        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="told"),
+        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="error event"),
         pytest.param([], "ended the stream", id="cut off"),
     ],
 )
@@ -2164,9 +2164,9 @@ def test_a_response_cut_off_by_upstream_ends_with_failed(
     api_app: Client, api: Api, chunks: list[Any], words: str
 ) -> None:
     api.always = api_streams(api_chunk({"content": "half"}), *chunks)
-    told = response_events(respond(api_app, model="local/k2", stream=True))
-    final = told[-1]
-    assert final["type"] == "response.failed" and told[4]["delta"] == "half"
+    events = response_events(respond(api_app, model="local/k2", stream=True))
+    final = events[-1]
+    assert final["type"] == "response.failed" and events[4]["delta"] == "half"
     assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
     assert words in final["response"]["error"]["message"]
     assert_error(api_app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
@@ -2180,8 +2180,8 @@ def test_a_response_that_fails_after_keepalives_still_has_created(start_program:
     response = connection.getresponse()
     assert response.status == 200 and response.readline() == b": keep-alive\n"
     kimi.gate.set()
-    told = response_events(response.read())
-    assert event_kinds(told) == ["created", "in_progress", "failed"]
+    events = response_events(response.read())
+    assert event_kinds(events) == ["created", "in_progress", "failed"]
 
 
 def test_errors_before_the_first_event_return_their_status(app: Client, kimi: WebChat) -> None:
@@ -2597,9 +2597,9 @@ def test_annotations_become_annotations_of_the_response(
     api.always = api_answers(deltas=[{"content": "Yes"}, {"content": ".", "annotations": annotations}])
     response = respond(api_app, model="local/k2", stream=stream)
     if stream:
-        told = response_events(response)
-        assert [event["annotation_index"] for event in told if event["type"].endswith("annotation.added")] == [0]
-    final = told[-1]["response"] if stream else response.json
+        events = response_events(response)
+        assert [event["annotation_index"] for event in events if event["type"].endswith("annotation.added")] == [0]
+    final = events[-1]["response"] if stream else response.json
     assert final["output"][0]["content"][0]["annotations"] == [{"type": "url_citation", **citation}]
 
 
@@ -3736,8 +3736,8 @@ def test_a_damaged_page_is_logged_once(
     for _ in range(3):
         assert_error(app.get("/v1/sessions/user%200"), 503, "session_store_unavailable")
         app.get("/health")
-    told = [record.getMessage() for record in caplog.records if "session store" in record.getMessage()]
-    assert len(told) <= 2 and "malformed" in told[0], "the failure, and at most one recovery"
+    logged = [record.getMessage() for record in caplog.records if "session store" in record.getMessage()]
+    assert len(logged) <= 2 and "malformed" in logged[0], "the failure, and at most one recovery"
 
 
 @pytest.mark.parametrize(("column", "value"), [
@@ -3870,9 +3870,9 @@ def test_a_chat_over_its_quota_is_not_counted_as_a_request(make_app: MakeApp, cl
     for _ in range(2):
         refused = chat(app)
         assert_error(refused, 429, "insufficient_quota", "insufficient_quota")
-        for what, told in (("tokens", ["1", "0", "23h59m40s"]), ("requests", ["5", "4", "40s"])):
+        for what, values in (("tokens", ["1", "0", "23h59m40s"]), ("requests", ["5", "4", "40s"])):
             names = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset")]
-            assert [refused.headers.get(name) for name in names] == told
+            assert [refused.headers.get(name) for name in names] == values
 
 
 def test_the_chat_that_exceeds_tokens_per_day_is_answered(
@@ -7088,11 +7088,11 @@ def test_an_invalid_model_in_a_list_hides_no_other(api_app: Client, api: Api, ba
 
 def test_a_short_key_is_hidden_except_inside_words(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     error = {"message": "The maximum context is 8k; your key is x.", "code": "context_length_exceeded"}
-    for key, told in (("x", "The maximum context is 8k; your key is …."), ("maximum-", "The maximum context is 8k")):
+    for key, shown in (("x", "The maximum context is 8k; your key is …."), ("maximum-", "The maximum context is 8k")):
         api.always = api_sends(400, {"error": error})
         response = chat(make_app(**{**api_settings, "LOCAL_API_KEY": key}), model="local/k2")
         assert_error(response, 400, "context_length_exceeded")
-        assert told in response.text
+        assert shown in response.text
     api.always = api_sends(400, {"error": {"message": "key_sk-theirs_is wrong"}})
     assert "key_…_is wrong" in chat(make_app(**{**api_settings, "LOCAL_API_KEY": "sk-theirs"}), model="local/k2").text
 
@@ -7289,8 +7289,8 @@ def test_a_repeated_role_is_sent_once(api_app: Client, api: Api) -> None:
     deltas = [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}]
     api.always = api_answers(deltas=deltas)
     *chunks, _ = sse_events(chat(api_app, model="local/k2", stream=True))
-    told = [choice["delta"].get("role") for chunk in chunks for choice in chunk["choices"]]
-    assert list(filter(None, told)) == ["assistant"], "openai-python would read assistantassistant"
+    roles = [choice["delta"].get("role") for chunk in chunks for choice in chunk["choices"]]
+    assert list(filter(None, roles)) == ["assistant"], "openai-python would read assistantassistant"
 
 
 def test_parts_that_are_neither_text_nor_thinking_are_kept(api_app: Client, api: Api) -> None:
@@ -7537,8 +7537,8 @@ DETAILS = [{"type": "reasoning.text", "format": "f", "index": 0, "text": "I see 
 def test_reasoning_that_clients_altered_is_restored(
     api_app: Client, api: Api, sent: Any, goes_back: bool
 ) -> None:
-    told = [{"reasoning": text, "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
-    api.always = api_answers(deltas=[*told, call_delta(0, "c1", "a", "{}")])
+    reasoning = [{"reasoning": text, "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
+    api.always = api_answers(deltas=[*reasoning, call_delta(0, "c1", "a", "{}")])
     question = {"role": "user", "content": "x"}
     message = chat(api_app, messages=[question], model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
     message = {name: value for name, value in message.items() if not name.startswith("reasoning")}
@@ -9203,8 +9203,8 @@ def test_the_demo_calls_the_first_tool_then_repeats_the_result(demo_program: Pro
     assert status == 200 and call["function"] == {"name": "get_weather", "arguments": "{}"}
     messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
     messages.append({"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"})
-    told = json.loads(demo_program.chat(messages=messages, **request)[1])["choices"][0]["message"]
-    assert "21 degrees" in told["content"] and "Weather?" in told["content"] and not told.get("tool_calls")
+    answer = json.loads(demo_program.chat(messages=messages, **request)[1])["choices"][0]["message"]
+    assert "21 degrees" in answer["content"] and "Weather?" in answer["content"] and not answer.get("tool_calls")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -9370,9 +9370,8 @@ def test_openai_python_raises_its_own_exception_for_each_error(openai_client: An
             error = fails(openai.InternalServerError, code, stream=stream)
             assert error.status_code == status and error.request_id
         kimi.always = web_chat_answers
-        openai_client.chat.completions.create(
-            model="kimi", messages=HELLO
-        )  # otherwise the circuit would open
+        # Otherwise the circuit would open
+        openai_client.chat.completions.create(model="kimi", messages=HELLO)
     kimi.always = sends(429, "", Retry_After="60")
     assert fails(openai.RateLimitError, "upstream_rate_limited").response.headers["Retry-After"] == "60"
     with pytest.raises(openai.AuthenticationError):
@@ -9438,8 +9437,10 @@ def test_openai_python_sends_a_streamed_message_back_unchanged(
 ) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=start_program(**api_settings).base_url, api_key="none", max_retries=0)
-    told = [{"role": "assistant", "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
-    api.always = api_answers(deltas=[*told, call_delta(0, "c1", "a", "{}")])
+    reasoning = [
+        {"role": "assistant", "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")
+    ]
+    api.always = api_answers(deltas=[*reasoning, call_delta(0, "c1", "a", "{}")])
     asks: Any = {"model": "local/k2", "messages": [*HELLO], "tools": [tool("a")]}
     with client.chat.completions.stream(**asks) as stream:
         message = stream.get_final_completion().choices[0].message
@@ -10357,7 +10358,7 @@ def test_no_answer_takes_many_times_its_size_in_memory(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Soak: pytest -m soak -s (SOAK_SECONDS, ten minutes unless told)
+# Soak: pytest -m soak -s (SOAK_SECONDS, ten minutes by default)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -10406,7 +10407,7 @@ def test_soak(start_program: StartProgram, kimi: WebChat) -> None:
         if last == "[DONE]" or "choices" in last:
             count("answered")
         else:
-            count("told to have failed" if "error" in last else "lost")
+            count("failed" if "error" in last else "lost")
 
     def traffic(seed: int) -> None:
         choose = random.Random(seed)
