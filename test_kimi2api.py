@@ -482,6 +482,10 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
             patch.setenv("SSL_CERT_FILE", str(certificate))
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
+        if fork_server.cache_info().currsize:
+            server, requests, _ = fork_server()
+            requests.close()
+            assert server.wait(PATIENCE) == 0, "no program outlives the tests"
 
 
 class Client(webtest.TestApp):
@@ -652,22 +656,27 @@ COMPILED_ONCE = {
 
 # Reads requests of ForkedProcess from its stdin and forks two processes for each: one runs the code, one waits for it
 FORK_SERVER = """
-import json, os, signal, socket, sys, kimi2api
+import json, os, socket, sys, kimi2api
+from contextlib import suppress
+def reap(options):
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, options)[0]:
+            pass
 requests = socket.socket(fileno=0)
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
     data, descriptors, *_ = socket.recv_fds(requests, 65536, 3)
+    if not data:  # the tests have ended
+        reap(0)
+        sys.exit()
     while not data.endswith(b"\\n"):
-        if not data:
-            sys.exit()  # the tests have ended
         data += requests.recv(65536)
+    reap(os.WNOHANG)
     if os.fork() == 0:
         break
     for descriptor in descriptors:
         os.close(descriptor)
 requests.detach()
 output, errors, status = descriptors
-signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 process = os.fork()
 if process:
     os.closerange(0, 3)
@@ -690,13 +699,13 @@ exec(code)
 
 
 @cache
-def fork_server() -> tuple[threading.Lock, socket.socket]:
-    """Return a socket to a process that has imported the module, and the lock for requests on it."""
+def fork_server() -> tuple[subprocess.Popen[bytes], socket.socket, threading.Lock]:
+    """Return a process that has imported the module, a socket to it, and the lock for requests on the socket."""
     ours, theirs = socket.socketpair()
     with theirs:
         code, env = [sys.executable, "-c", FORK_SERVER], {**os.environ, **COMPILED_ONCE}
-        subprocess.Popen(code, env=env, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
-    return threading.Lock(), ours
+        server = subprocess.Popen(code, env=env, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
+    return server, ours, threading.Lock()
 
 
 class ForkedProcess:
@@ -710,7 +719,7 @@ class ForkedProcess:
         self.returncode: int | None = None
         self.stdout, self.stderr = os.fdopen(output[0], encoding="utf-8"), os.fdopen(errors[0], encoding="utf-8")
         self._status = os.fdopen(status[0], "rb", 0)
-        lock, requests = fork_server()
+        _, requests, lock = fork_server()
         data = json.dumps([code, os.getcwd(), env]).encode() + b"\n"
         with lock:
             sent = socket.send_fds(requests, [data], [output[1], errors[1], status[1]])
