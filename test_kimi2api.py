@@ -6513,9 +6513,9 @@ def test_refused_embeddings_are_not_adapted(
 
 def test_shortening_many_long_names_is_fast(api_app: Client, api: Api) -> None:
     tools = [tool(f"{'x' * 60}{number:06d}") for number in range(15_000)]
-    began = time.monotonic()
+    began = time.thread_time()
     assert chat(api_app, model="local/k2", tools=tools).status_int == 200
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 3, "usually 0.5 s of CPU"
 
 
 def test_an_answer_without_a_dropped_choice_is_complete(
@@ -6979,9 +6979,7 @@ def test_truncated_answers_open_the_circuit(
     assert app.get("/health").json["status"] == "ok"
 
 
-def test_chunks_without_choices_use_no_memory_and_keep_the_deadline(
-    make_app: MakeApp, api_settings: dict[str, str], api: Api, start_program: StartProgram
-) -> None:
+def test_chunks_without_choices_keep_the_deadline(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     def empty_then_drips(handler: ApiHandler) -> None:
         handler.begin_stream()
         handler.event({"choices": []})
@@ -6991,6 +6989,10 @@ def test_chunks_without_choices_use_no_memory_and_keep_the_deadline(
     api.always = empty_then_drips
     assert_error(chat(make_app(**api_settings, REQUEST_TIMEOUT="0.3"), model="local/k2"), 504, "upstream_timeout")
 
+
+def test_chunks_without_choices_use_no_memory(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     def empties(handler: ApiHandler) -> None:
         handler.begin_stream()
         for _ in range(100):
