@@ -2,10 +2,10 @@
 
     pytest                      # all but the benchmark and the soak
     pytest -k stale_nonce       # one behaviour
-    pytest -m bench -s          # a table of ratios against cloudscraper called straight
+    pytest -m bench -s          # a table of ratios to cloudscraper called directly
 
-The upstreams are stand-ins that speak HTTP over real sockets, faults included; nothing of the program is mocked.
-Routes are called through WebTest; where behaviour is about sockets or signals, the program runs as a process.
+The upstreams are stand-ins that speak HTTP over real sockets, faults included. Nothing of the program is mocked. Routes
+are called through WebTest. Tests of sockets and signals run the program as a process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,14 @@ import kimi2api
 
 json_and_stream = pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
 HERE = Path(__file__).resolve().parent
-PATIENCE = 20.0  # seconds after which something that must happen counts as not happening
+PATIENCE = 20.0  # seconds to wait for an expected event
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stand-ins for the upstreams
 #
-# A stand-in answers each request with an Act: a function that is given the connection's handler and writes what it
-# likes. `script` holds the acts of the next posts; while it is empty, `always` answers.
+# A stand-in answers each request with an Act: a function that receives the handler of the connection and writes the
+# response. `script` holds the acts of the next posts. While it is empty, `always` answers.
 # ----------------------------------------------------------------------------------------------------------------------
 
 Act = Callable[[Any], Any]
@@ -76,7 +76,7 @@ class StandInHandler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body leave in one packet
-    disable_nagle_algorithm = True  # else a small packet waits until the one before it is acknowledged
+    disable_nagle_algorithm = True  # otherwise a small packet waits for the acknowledgement of the previous one
     server: Any
 
     def do_GET(self) -> None:
@@ -87,7 +87,7 @@ class StandInHandler(BaseHTTPRequestHandler):
         self.server.act_for_post(self)(self)
 
     def head(self, status: int, headers: dict[str, str]) -> None:
-        """The status line and the headers, whose names may have underscores for dashes; the last of a name counts."""
+        """Send the status line and headers. Underscores in names become dashes; the last header of a name counts."""
         self.send_response_only(status)
         for name, value in {name.replace("_", "-"): value for name, value in headers.items()}.items():
             self.send_header(name, value)
@@ -113,9 +113,9 @@ class StandIn:
     handler = StandInHandler
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # guards the script and what has been seen
+        self.lock = threading.Lock()  # guards the script and the recorded requests
         self.script: deque[Act] = deque()
-        self.gate = threading.Event()  # what waits at the gate goes on when the test opens it, or ends
+        self.gate = threading.Event()  # acts wait here until the test sets it or ends
         self.tls: ssl.SSLContext | None = None
         self._stopped = False
         self._connections: dict[threading.Thread, socket.socket] = {}
@@ -150,15 +150,15 @@ class StandIn:
             if self._stopped:
                 connection.close()
                 return
-            if self.tls:  # the handshake is made by the handler's first read, on its own thread
+            if self.tls:  # the first read does the handshake, on the handler's thread
                 connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
             thread = threading.Thread(target=self._handle, args=(connection, address), daemon=True)
             self._connections[thread] = connection
             thread.start()
 
-    def _handle(self, connection: socket.socket, address: Any) -> None:
+    def _handle(self, connection: socket.socket, store_address: Any) -> None:
         with suppress(OSError, ValueError):  # the program hung up, or stop() closed the connection
-            self.handler(connection, address, self)  # type: ignore[arg-type]
+            self.handler(connection, store_address, self)  # type: ignore[arg-type]
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         connection.close()
@@ -170,7 +170,7 @@ def sends(status: int, body: bytes | str = b"", kind: str = "text/html; charset=
     return lambda handler: handler.reply(status, data, kind, **headers)
 
 
-def raw(data: bytes) -> Act:
+def sends_raw(data: bytes) -> Act:
     return lambda handler: handler.raw(data)
 
 
@@ -180,8 +180,8 @@ def resets(handler: Any) -> None:
     handler.close_connection = True
 
 
-def late(act: Act) -> Act:
-    """Waits at the gate, then acts."""
+def at_the_gate(act: Act) -> Act:
+    """Return an act that waits for the gate, then acts."""
 
     def waits(handler: Any) -> None:
         handler.server.gate.wait(PATIENCE)
@@ -191,13 +191,13 @@ def late(act: Act) -> Act:
 
 
 def hangs(handler: Any) -> None:
-    """Silence until the gate is opened, then the end of the connection."""
+    """Send nothing until the gate opens, then close the connection."""
     handler.server.gate.wait(PATIENCE)
     handler.close_connection = True
 
 
 def drips(head: bytes) -> Act:
-    """A byte every 50 ms, for as long as anybody reads."""
+    """Return an act that sends a byte every 50 ms until the client disconnects."""
 
     def act(handler: Any) -> None:
         handler.wfile.write(head)
@@ -222,7 +222,7 @@ class WebChatHandler(StandInHandler):
 
 
 class WebChat(StandIn):
-    """Plays the web chat. `page_script` holds the acts of the next pages; then the page carries the nonce."""
+    """A stand-in for the web chat. `page_script` holds the acts of the next pages; then the page contains the nonce."""
 
     handler = WebChatHandler
 
@@ -230,9 +230,9 @@ class WebChat(StandIn):
         self.nonce, self.answer = "a1b2c3d4e5", "Hello from upstream."
         self.pages: list[dict[str, str]] = []  # the headers of each request for the page
         self.posts: list[dict[str, str]] = []  # the form of each post
-        self.heads: list[dict[str, str]] = []  # and its headers
+        self.heads: list[dict[str, str]] = []  # the headers of each post
         self.page_script: deque[Act] = deque()
-        self.always: Act = answer
+        self.always: Act = web_chat_answers
         super().__init__()
 
     @property
@@ -243,7 +243,7 @@ class WebChat(StandIn):
     def act_for_get(self, handler: WebChatHandler) -> Act:
         with self.lock:
             self.pages.append(dict(handler.headers))
-            return self.page_script.popleft() if self.page_script else page
+            return self.page_script.popleft() if self.page_script else serves_page
 
     def act_for_post(self, handler: WebChatHandler) -> Act:
         handler.form = dict(parse_qsl(handler.body.decode(), keep_blank_values=True))
@@ -253,34 +253,34 @@ class WebChat(StandIn):
             return self.script.popleft() if self.script else self.always
 
 
-def page(handler: WebChatHandler) -> None:
-    page_with(
+def serves_page(handler: WebChatHandler) -> None:
+    serves_page_with(
         f'var kimi_ajax = {{"i18n":{{"nonce_label":"x"}}, "nonce" : "{handler.server.nonce}",'
         '"ajax_url":"https:\\/\\/kimi-ai.chat\\/wp-admin\\/admin-ajax.php"};'
     )(handler)
 
 
-def page_with(script: str) -> Act:
-    """The chat page with a script of one's own."""
+def serves_page_with(script: str) -> Act:
+    """Return an act that sends the chat page with this script."""
     html = f'<html><script id="kimi-js-extra">\n{script}</script></html>'
     return sends(200, html, Set_Cookie="visit=42; Path=/")
 
 
-def answer(handler: WebChatHandler) -> None:
+def web_chat_answers(handler: WebChatHandler) -> None:
     if handler.form.get("nonce") != handler.server.nonce:
         handler.reply(403, b"-1", "text/html")
     else:
-        says(handler.server.answer)(handler)
+        web_chat_says(handler.server.answer)(handler)
 
 
-def says(text: str) -> Act:
-    """The web chat's JSON for an answer."""
+def web_chat_says(text: str) -> Act:
+    """Return an act that sends an answer in the web chat's JSON."""
     return sends(200, json.dumps({"success": True, "data": {"message": text}}), "application/json; charset=UTF-8")
 
 
-def at_the_gate(handler: WebChatHandler) -> None:
+def web_chat_answers_at_the_gate(handler: WebChatHandler) -> None:
     handler.server.gate.wait(PATIENCE * 2)
-    says(handler.server.answer)(handler)
+    web_chat_says(handler.server.answer)(handler)
 
 
 JUST_A_MOMENT = '<!DOCTYPE html><html><title>Just a moment...</title><script src="/cdn-cgi/challenge-platform/h/b/">'
@@ -304,7 +304,7 @@ def kimi() -> Iterator[WebChat]:
     server.stop()
 
 
-# An API of OpenAI's kind
+# An OpenAI-style API
 
 
 class ApiHandler(StandInHandler):
@@ -326,7 +326,7 @@ class ApiHandler(StandInHandler):
 
 
 class Api(StandIn):
-    """Plays an API of OpenAI's kind, which drips, cuts, limits and refuses when it is told to."""
+    """A stand-in for an OpenAI-style API."""
 
     handler = ApiHandler
 
@@ -334,7 +334,7 @@ class Api(StandIn):
         self.asked: list[tuple[str, dict[str, str], Any]] = []  # path, headers and body of each post
         self.listed: list[dict[str, str]] = []  # the headers of each request for the list of models
         self.hung_up = threading.Event()
-        self.words_sent = 0  # by steady answers
+        self.words_sent = 0  # by api_streams_words
         self.always: Act = api_answers("Hi ", "from the ", "API.")
         model = {"id": "k2", "object": "model", "created": 7, "owned_by": "them"}
         self.list_act: Act = api_sends(200, {"object": "list", "data": [model]})
@@ -376,7 +376,7 @@ USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, "cached_
 
 
 def api_answers(*texts: str, deltas: Any = None, finish: str = "stop", **headers: str) -> Act:
-    """A whole answer as a stream: a comment, the role, the deltas, the finish reason, the usage."""
+    """Return an act that streams an answer: a comment, the role, the deltas, the finish reason, the usage."""
 
     def act(handler: ApiHandler) -> None:
         handler.begin_stream(**headers)
@@ -392,8 +392,8 @@ def api_answers(*texts: str, deltas: Any = None, finish: str = "stop", **headers
     return act
 
 
-def api_plays(*chunks: Any) -> Act:
-    """A stream of just these chunks, each an object or bytes."""
+def api_streams(*chunks: Any) -> Act:
+    """Return an act that streams only these chunks, each an object or bytes."""
 
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -408,8 +408,8 @@ def as_events(*chunks: Any) -> bytes:
     return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
 
 
-def half_then(*chunks: Any, ends: bool = True) -> Act:
-    """Half an answer; once the gate is open, these chunks, and the end of the body unless it is cut off."""
+def api_streams_half_then(*chunks: Any, ends: bool = True) -> Act:
+    """Return an act that streams half an answer, waits for the gate, streams these chunks and may end the body."""
 
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -424,8 +424,8 @@ def half_then(*chunks: Any, ends: bool = True) -> Act:
     return act
 
 
-def steady(handler: ApiHandler) -> None:
-    """A chunk every 20 ms, for as long as anybody reads."""
+def api_streams_words(handler: ApiHandler) -> None:
+    """Stream a chunk every 20 ms until the client disconnects or the gate opens."""
     try:
         handler.begin_stream()
         while not handler.server.gate.wait(0.02):
@@ -446,8 +446,8 @@ def api() -> Iterator[Api]:
 
 
 @pytest.fixture
-def both(api: Api) -> dict[str, str]:
-    """Settings that put the stand-in API behind `local/…` beside the web chat."""
+def api_settings(api: Api) -> dict[str, str]:
+    """Settings that add the stand-in API as the provider `local`, beside the web chat."""
     return {"PROVIDERS": "local", "LOCAL_BASE_URL": api.url, "LOCAL_API_KEY": "sk-theirs"}
 
 
@@ -457,7 +457,7 @@ def both(api: Api) -> dict[str, str]:
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for localhost and api.example, and its key."""
+    """Create a certificate for localhost and api.example. Return the files of the certificate and its key."""
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     files = ["-addext", "subjectAltName=DNS:localhost,DNS:api.example", "-keyout", str(key), "-out", str(certificate)]
@@ -470,33 +470,37 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No setting, key, proxy, certificate or .env file of whoever runs the tests reaches the program."""
+    """Hide settings, keys, proxies, certificates and .env files of this machine from the program."""
     settings = {field.name.upper() for field in kimi2api.Settings.table()}
     suffixes = ("_BASE_URL", "_API_KEY", "_PROXY", "_CA_BUNDLE")
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.upper() in settings or name.upper().endswith(suffixes):
                 patch.delenv(name)
-        with suppress(pytest.skip.Exception):  # a hundred certificates are read for every client and every program
+        with suppress(pytest.skip.Exception):  # loading the system's hundred certificates for every client is slow
             certificate, _ = self_signed(tmp_path_factory.mktemp("certificate"))
             patch.setenv("SSL_CERT_FILE", str(certificate))
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
+        if fork_server.cache_info().currsize:
+            server, requests, _ = fork_server()
+            requests.close()
+            assert server.wait(PATIENCE) == 0, "no program outlives the tests"
 
 
 class Client(webtest.TestApp):
-    """WebTest's client, which hands an error to the test like any answer instead of raising it."""
+    """WebTest's client, which returns error responses instead of raising them."""
 
     def do_request(self, req: Any, status: Any = None, expect_errors: Any = None) -> Any:
         return super().do_request(req, status, expect_errors=True)
 
 
-Make = Callable[..., Client]
+MakeApp = Callable[..., Client]
 
 
 @pytest.fixture
-def make(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """make(SETTING="text", …): the program's WSGI application in front of the stand-in, with short pauses."""
+def make_app(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
+    """make_app(SETTING="text", …): create the WSGI application in front of the stand-in web chat, with short pauses."""
     monkeypatch.setattr(kimi2api, "FIRST_BACK_OFF", 0.01)
     monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.2)
     monkeypatch.setattr(kimi2api, "FINISHED_SILENCE", 0.3)
@@ -509,8 +513,13 @@ def make(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 @pytest.fixture
-def app(make: Make) -> Client:
-    return make()
+def app(make_app: MakeApp) -> Client:
+    return make_app()
+
+
+@pytest.fixture
+def api_app(make_app: MakeApp, api_settings: dict[str, str]) -> Client:
+    return make_app(**api_settings)
 
 
 class Clock:
@@ -535,25 +544,28 @@ def chat(app: Client, content: Any = "Hello", headers: dict[str, str] | None = N
     return app.post_json("/v1/chat/completions", body, headers=headers)
 
 
-def said(response: Any) -> str:
+def answer_text(response: Any) -> str:
     assert response.status_int == 200, response.text
     return response.json["choices"][0]["message"]["content"]
 
 
-def events(response: Any) -> list[Any]:
-    """The events of a stream: parsed JSON, or the text '[DONE]'."""
+def sse_events(response: Any) -> list[Any]:
+    """Return the events of a stream: parsed JSON, or the text '[DONE]'."""
     body = response if isinstance(response, bytes) else response.body
     data = [line[6:] for line in body.decode().split("\n") if line.startswith("data: ")]
     return [text if text == "[DONE]" else json.loads(text) for text in data]
 
 
-def streamed(chunks: list[Any]) -> str:
-    """The text of a stream's first choices."""
+def streamed_text(chunks: list[Any]) -> str:
+    """Return the text of the first choice of each chunk."""
     texts = [chunk["choices"][0]["delta"].get("content") for chunk in chunks if chunk != "[DONE]" and chunk["choices"]]
     return "".join(text or "" for text in texts)
 
 
-def is_error(response: Any, status: int, code: str | None, type: str | None = None, param: str | None = None) -> bool:
+def assert_error(
+    response: Any, status: int, code: str | None, type: str | None = None, param: str | None = None
+) -> None:
+    """Assert that a response is an error in OpenAI's shape, with these fields where they are given."""
     assert response.status_int == status, (response.status_int, response.text)
     assert response.content_type == "application/json"
     error = response.json["error"]
@@ -561,7 +573,6 @@ def is_error(response: Any, status: int, code: str | None, type: str | None = No
     assert error["code"] == code, error
     assert type is None or error["type"] == type
     assert param is None or error["param"] == param, error
-    return True
 
 
 def tool(name: str, description: str = "", **properties: Any) -> dict[str, Any]:
@@ -582,8 +593,8 @@ def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
 
 
-def called(response: Any) -> list[tuple[str, Any]]:
-    """The names and arguments of an answer's tool calls."""
+def tool_calls(response: Any) -> list[tuple[str, Any]]:
+    """Return the names and arguments of an answer's tool calls."""
     assert response.status_int == 200, response.text
     choice = response.json["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
@@ -598,7 +609,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def tokens_today(app: Client) -> tuple[int, int]:
-    """Tokens of prompts and of answers, by /v1/usage."""
+    """Return the tokens of prompts and of answers, by /v1/usage."""
     used = app.get("/v1/usage").json["today"]
     return used["prompt_tokens"], used["completion_tokens"]
 
@@ -613,7 +624,7 @@ def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
 
 
 def wait_until_still() -> None:
-    """Until every other thread of this process waits for something: none has moved in ten looks, 10 ms apart."""
+    """Wait until no other thread of this process has moved in ten checks, 10 ms apart."""
 
     def positions() -> dict[int, tuple[Any, int]]:
         return {
@@ -633,34 +644,123 @@ def wait_until_still() -> None:
         before = now
         return still >= 10
 
-    wait_for(moved_no_more, "every thread waits")
+    wait_for(moved_no_more, "every thread is idle")
 
 
-# So that a hundred starts do not compile the module a hundred times, whatever the environment says
+# New interpreters reuse one compiled module, whatever the environment says
 COMPILED_ONCE = {
     "PYTHONPATH": str(HERE),
     "PYTHONPYCACHEPREFIX": str(HERE / ".pytest_cache" / "pycache"),
     "PYTHONDONTWRITEBYTECODE": "",
 }
 
+# Reads requests of ForkedProcess from its stdin and forks two processes for each: one runs the code, one waits for it
+FORK_SERVER = """
+import json, os, socket, sys, kimi2api
+from contextlib import suppress
+def reap(options):
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, options)[0]:
+            pass
+requests = socket.socket(fileno=0)
+while True:
+    data, descriptors, *_ = socket.recv_fds(requests, 65536, 3)
+    if not data:  # the tests have ended
+        reap(0)
+        sys.exit()
+    while not data.endswith(b"\\n"):
+        data += requests.recv(65536)
+    reap(os.WNOHANG)
+    if os.fork() == 0:
+        break
+    for descriptor in descriptors:
+        os.close(descriptor)
+requests.detach()
+output, errors, status = descriptors
+process = os.fork()
+if process:
+    os.closerange(0, 3)
+    os.close(output)
+    os.close(errors)
+    os.write(status, b"%d\\n" % process)
+    os.write(status, b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    os._exit(0)
+os.close(status)
+for descriptor, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
+    os.dup2(descriptor, standard)
+    os.close(descriptor)
+sys.stdout, sys.stderr = open(1, "w"), open(2, "w", 1)
+code, directory, environment = json.loads(data)
+os.chdir(directory)
+os.environ.clear()
+os.environ.update(environment)
+exec(code)
+"""
+
+
+@cache
+def fork_server() -> tuple[subprocess.Popen[bytes], socket.socket, threading.Lock]:
+    """Return a process that has imported the module, a socket to it, and the lock for requests on the socket."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        code, env = [sys.executable, "-c", FORK_SERVER], {**os.environ, **COMPILED_ONCE}
+        server = subprocess.Popen(code, env=env, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
+    return server, ours, threading.Lock()
+
+
+class ForkedProcess:
+    """A process that runs `code` with kimi2api imported. It starts in 20 ms, a new interpreter in 300.
+
+    It has what the tests need of subprocess.Popen.
+    """
+
+    def __init__(self, code: str, env: dict[str, str]) -> None:
+        output, errors, status = os.pipe(), os.pipe(), os.pipe()
+        self.returncode: int | None = None
+        self.stdout, self.stderr = os.fdopen(output[0], encoding="utf-8"), os.fdopen(errors[0], encoding="utf-8")
+        self._status = os.fdopen(status[0], "rb", 0)
+        _, requests, lock = fork_server()
+        data = json.dumps([code, os.getcwd(), env]).encode() + b"\n"
+        with lock:
+            sent = socket.send_fds(requests, [data], [output[1], errors[1], status[1]])
+            requests.sendall(data[sent:])
+        for _, end in (output, errors, status):
+            os.close(end)
+        self.pid = int(self._status.readline())
+
+    def poll(self, timeout: float = 0) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self.returncode = int(self._status.readline())
+            self._status.close()
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        code = self.poll(timeout)
+        assert code is not None, f"the process has not ended in {timeout} s"
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
 
 class Program:
-    """`python -m kimi2api` as a process of its own."""
+    """The program as a process of its own."""
 
-    def __init__(self, *flags: str, before: str = "", **settings: str) -> None:
-        """before: Python that runs before the program does."""
-        program = ["-m", "kimi2api"]
-        if before:
-            program = ["-c", f"import sys, kimi2api\n{before}\nsys.exit(kimi2api.main())"]
-        self.process = subprocess.Popen(
-            [sys.executable, *program, "--api-port", "0", *flags],
-            env={**os.environ, **COMPILED_ONCE, **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        assert self.process.stdout and self.process.stderr
+    def __init__(self, *flags: str, before: str = "", is_new: bool = False, **settings: str) -> None:
+        """before: Python that runs before the program does. is_new: start a new interpreter, as users do."""
+        arguments = ["--api-port", "0", *flags]
+        env = {**os.environ, **settings}
+        if is_new:
+            self.process: Any = subprocess.Popen(
+                [sys.executable, "-m", "kimi2api", *arguments], env={**env, **COMPILED_ONCE},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+            )  # fmt: skip
+        else:
+            self.process = ForkedProcess(f"{before}\nsys.exit(kimi2api.main({arguments}))", env)
         self.log: list[str] = []
         self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
         self._reader.start()
@@ -678,13 +778,13 @@ class Program:
         return http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
 
     def open(self, data: bytes = b"") -> socket.socket:
-        """A socket to the program, on which these bytes have been sent and nothing read."""
+        """Return a socket to the program, after sending these bytes."""
         link = socket.create_connection((self.host, self.port), timeout=PATIENCE)
         link.sendall(data)
         return link
 
     def open_chat(self, content: str = "Hello", **body: Any) -> socket.socket:
-        """A socket on which a chat has been asked and nothing read."""
+        """Return a socket to the program, after sending a chat request."""
         data = json.dumps({"messages": [{"role": "user", "content": content}], **body}).encode()
         head = (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -722,7 +822,6 @@ class Program:
     def close(self) -> None:
         self.process.kill()
         self.wait()
-        assert self.process.stdout and self.process.stderr
         self.process.stdout.close()
         self.process.stderr.close()
 
@@ -732,13 +831,13 @@ class Program:
         return int(re.search(r"%s:\s+(\d+)" % ("VmHWM" if peak else "VmRSS"), status)[1]) / 1024
 
 
-Run = Callable[..., Program]
+StartProgram = Callable[..., Program]
 CHECKS_OFTEN = "kimi2api.CLIENT_CHECK_INTERVAL = 0.05"  # for Program's `before`
 
 
 @pytest.fixture
-def run(kimi: WebChat) -> Iterator[Run]:
-    """run("--flag", SETTING="text", …): the program as a process in front of the stand-in."""
+def start_program(kimi: WebChat) -> Iterator[StartProgram]:
+    """start_program("--flag", SETTING="text", …): start the program as a process in front of the stand-in web chat."""
     with ExitStack() as programs:
 
         def start(*flags: str, **settings: str) -> Program:
@@ -749,26 +848,31 @@ def run(kimi: WebChat) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Program]:
-    """One program in front of its built-in upstream, for all tests that leave it as it was."""
+def demo_program() -> Iterator[Program]:
+    """One program with its built-in upstream, for tests that do not change its state."""
     with closing(Program("--demo")) as program:
         yield program
 
 
-def command(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """The program run to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "kimi2api", *flags],
-        env={**os.environ, **COMPILED_ONCE, **settings},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=PATIENCE * 2,
-    )
+def run_code(code: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end in a process that has imported kimi2api."""
+    process = ForkedProcess(code, {**os.environ, **settings})
+    with closing(process.stdout), closing(process.stderr), ThreadPoolExecutor(2) as pool:
+        try:
+            texts = [pool.submit(file.read) for file in (process.stdout, process.stderr)]
+            output, errors = (text.result(PATIENCE * 2) for text in texts)
+            return subprocess.CompletedProcess(code, process.wait(PATIENCE), output, errors)
+        finally:
+            process.kill()
+
+
+def run_program(*flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    return run_code(f"sys.exit(kimi2api.main({list(flags)}))", **settings)
 
 
 def allow_descriptors(count: int) -> None:
-    """So many open files for this process, and for those it starts; skips where the system allows fewer."""
+    """Raise the limit of open files of this process, or skip the test where the system allows fewer."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < count:
@@ -777,7 +881,7 @@ def allow_descriptors(count: int) -> None:
 
 
 def read_until(link: socket.socket, end: bytes, count: int = 1) -> bytes:
-    """What arrives on a socket, until it holds these bytes so many times."""
+    """Receive from a socket until `end` has arrived `count` times."""
     body = b""
     while body.count(end) < count:
         part = link.recv(65536)
@@ -800,7 +904,7 @@ def read_response(link: socket.socket, method: str = "GET") -> tuple[http.client
 
 
 ########################################################################################################################
-# Part 1: Settings
+# The module as a whole
 ########################################################################################################################
 
 
@@ -809,15 +913,15 @@ def syntax_tree() -> ast.Module:
     return ast.parse(Path(kimi2api.__file__).read_text())
 
 
-def parts_of(module: Path) -> dict[int, str]:
-    """The titles of the parts, by the lines of their banners; the appendices come last."""
+def module_parts(module: Path) -> dict[int, str]:
+    """Return the titles of the parts by the lines of their banners. The appendices come last."""
     lines = module.read_text().splitlines()
     banners = [number for number, line in enumerate(lines) if line == "#" * 120]
     return {number + 1: lines[number + 1].removeprefix("# Part ").removeprefix("# ") for number in banners[::2]}
 
 
-def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all(syntax_tree: ast.Module) -> None:
-    parts = parts_of(Path(kimi2api.__file__))
+def test_no_part_uses_a_later_part_and_the_docstring_lists_all(syntax_tree: ast.Module) -> None:
+    parts = module_parts(Path(kimi2api.__file__))
     listed = re.findall(r"^ {4}(?:(\d) )?([A-Z].+?)  +\S", kimi2api.__doc__ or "", re.M)
     assert [f"{number}: {title}" if number else title for number, title in listed] == list(parts.values())
     lines = sorted(parts)
@@ -834,7 +938,7 @@ def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all(syntax_tree: 
                 defined[name] = part_of(node.lineno)
     appendices = len(parts)
     used = [node for node in ast.walk(syntax_tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-    assert len(used) > 1000, "it looks at something"
+    assert len(used) > 1000, "the test has found uses"
     for node in used:
         part, later = part_of(node.lineno), defined.get(node.id, 0)
         may_use = later == appendices and part >= appendices - 2
@@ -850,12 +954,22 @@ def test_no_part_uses_a_later_one_and_the_docstring_lists_them_all(syntax_tree: 
         (7, {"bottle"}),
     ],
 )
-def test_each_library_is_known_to_one_part(syntax_tree: ast.Module, part: int, names: set[str]) -> None:
-    lines = sorted(parts_of(Path(kimi2api.__file__)))
+def test_only_one_part_uses_each_library(syntax_tree: ast.Module, part: int, names: set[str]) -> None:
+    lines = sorted(module_parts(Path(kimi2api.__file__)))
     for node in ast.walk(syntax_tree):
         if isinstance(node, ast.Name) and node.id in names:
             found = sum(begin <= node.lineno for begin in lines)
             assert found == part or (node.id == "bottle" and found == 8), f"{node.id} in line {node.lineno}"
+
+
+########################################################################################################################
+# Part 1: Settings
+########################################################################################################################
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setting types, settings
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(tmp_path: Path) -> None:
@@ -893,7 +1007,7 @@ def test_settings_come_from_flags_then_environment_then_env_file_then_defaults(t
         pytest.param("API_MASTER_KEY", "schlüssel", id="key beyond ASCII"),
     ],
 )
-def test_a_bad_setting_is_one_line_with_name_and_value_and_exit_2(name: str, value: str) -> None:
+def test_an_invalid_setting_is_refused_in_one_line_with_name_and_value(name: str, value: str) -> None:
     with pytest.raises(kimi2api.SettingError) as refused:
         kimi2api.Settings.load({name: value})
     message = str(refused.value)
@@ -912,27 +1026,27 @@ def test_a_bad_setting_is_one_line_with_name_and_value_and_exit_2(name: str, val
         ),
     ],
 )
-def test_settings_of_apis_that_make_no_sense_are_refused(settings: dict[str, str], name: str) -> None:
+def test_invalid_settings_of_apis_are_refused(settings: dict[str, str], name: str) -> None:
     with pytest.raises(kimi2api.SettingError, match=f"^{name}: "):
         kimi2api.Settings.load(settings)
 
 
-def test_a_preset_is_on_when_its_key_is_set(make: Make, api: Api) -> None:
+def test_a_preset_is_on_when_its_key_is_set(make_app: MakeApp, api: Api) -> None:
     keys = {"MOONSHOT_API_KEY": "sk-m", "QIANFAN_API_KEY": "sk-q", "FALLBACK_MODELS": "moonshot/kimi-k3"}
-    assert set(make(**keys).get("/health").json["upstreams"]) == {"kimi", "moonshot", "qianfan"}
+    assert set(make_app(**keys).get("/health").json["upstreams"]) == {"kimi", "moonshot", "qianfan"}
     settings = kimi2api.Settings.load(keys)
     assert settings.moonshot_base_url == "https://api.moonshot.ai/v1"
     assert settings.qianfan_base_url == "https://qianfan.baidubce.com/v2"
-    app = make(**keys, MOONSHOT_BASE_URL=f"{api.url}/moonshot", QIANFAN_BASE_URL=f"{api.url}/qianfan")
+    app = make_app(**keys, MOONSHOT_BASE_URL=f"{api.url}/moonshot", QIANFAN_BASE_URL=f"{api.url}/qianfan")
     for model in ("moonshot/kimi-k3", "qianfan/kimi-k2-instruct"):
-        assert said(chat(app, model=model))
+        assert answer_text(chat(app, model=model))
     assert [(path, headers["Authorization"]) for path, headers, _ in api.asked] == [
         ("/v1/moonshot/chat/completions", "Bearer sk-m"),
         ("/v1/qianfan/chat/completions", "Bearer sk-q"),
     ]
 
 
-def test_a_blank_setting_hides_none_of_a_later_source() -> None:
+def test_a_blank_setting_does_not_hide_a_later_source() -> None:
     settings = kimi2api.Settings.load({"API_MASTER_KEY": "  "}, {"API_MASTER_KEY": ""}, {"API_MASTER_KEY": "sk-1"})
     assert settings.api_master_key == (kimi2api.ClientKey("sk-1"),)
 
@@ -941,7 +1055,7 @@ def test_a_blank_setting_hides_none_of_a_later_source() -> None:
     "https://*.example.com", "https://*.example.com:8443", "null", "*", "chrome-extension://abcdef", "http://[::1]:3000",
     "tauri://localhost, app://-",
 ])  # fmt: skip
-def test_origins_as_browsers_send_them_can_be_listed(origins: str) -> None:
+def test_cors_origins_accepts_origins_as_browsers_send_them(origins: str) -> None:
     assert ", ".join(kimi2api.Settings.load({"CORS_ORIGINS": origins}).cors_origins) == origins
 
 
@@ -949,20 +1063,20 @@ def test_origins_as_browsers_send_them_can_be_listed(origins: str) -> None:
     "chrome-extension://*", "https://Mine.example", "https://mine.example:443", "http://mine.example:80",
     "https://a.*.example", "https://*", "NULL", "mine.example",
 ])  # fmt: skip
-def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+def test_cors_origins_refuses_what_no_browser_sends(origin: str) -> None:
     with pytest.raises(kimi2api.SettingError, match=r"^CORS_ORIGINS: .* is not an origin as browsers send it"):
         kimi2api.Settings.load({"CORS_ORIGINS": f"https://mine.example, {origin}"})
 
 
 @pytest.mark.parametrize("value", ["0", "4097", "2,ann=0", "2,carl=1", "ann=1,ann=2", "x", "2,3"])
-def test_slots_that_make_no_sense_are_refused(value: str) -> None:
+def test_invalid_numbers_of_concurrent_chats_are_refused(value: str) -> None:
     with pytest.raises(kimi2api.SettingError, match=r"^MAX_CONCURRENT_CHATS: "):
         kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1", "MAX_CONCURRENT_CHATS": value})
     slots = kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1", "MAX_CONCURRENT_CHATS": "ann=1"})
     assert slots.max_concurrent_chats == {"": 64, "ann": 1}
 
 
-def test_the_readmes_table_is_the_settings() -> None:
+def test_the_readmes_table_lists_every_setting() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*) \|$", (HERE / "README.md").read_text(encoding="utf-8"), re.M)
     expected = [
         (
@@ -975,7 +1089,7 @@ def test_the_readmes_table_is_the_settings() -> None:
     assert rows == expected
 
 
-def test_env_example_has_every_setting_with_its_default() -> None:
+def test_env_example_lists_every_setting_with_its_default() -> None:
     assert re.findall(r"^#([A-Z_]+)=(.*)$", (HERE / ".env.example").read_text(encoding="utf-8"), re.M) == [
         (field.name.upper(), field.metadata["default"]) for field in kimi2api.Settings.table()
     ]
@@ -991,59 +1105,64 @@ def test_env_example_has_every_setting_with_its_default() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_paths_methods_and_models_are_errors_in_openais_shape(app: Client) -> None:
-    assert is_error(app.get("/nowhere"), 404, "not_found") and "ends in /v1" in app.get("/nowhere").text
+def test_unknown_paths_methods_and_models_return_openais_errors(app: Client) -> None:
+    assert_error(app.get("/nowhere"), 404, "not_found")
+    assert "ends in /v1" in app.get("/nowhere").text
     elsewhere = app.post_json("/v1/images/generations", {})
-    assert is_error(elsewhere, 404, "not_found") and "chat completions" in elsewhere.text
+    assert_error(elsewhere, 404, "not_found")
+    assert "chat completions" in elsewhere.text
     response = app.put("/v1/models")
-    assert is_error(response, 405, "method_not_allowed") and "GET" in response.headers["Allow"]
-    assert is_error(app.get("/v1/models/gpt-5"), 404, "model_not_found")
-    assert is_error(chat(app, model="gpt-5"), 404, "model_not_found", "invalid_request_error", "model")
+    assert_error(response, 405, "method_not_allowed")
+    assert "GET" in response.headers["Allow"]
+    assert_error(app.get("/v1/models/gpt-5"), 404, "model_not_found")
+    assert_error(chat(app, model="gpt-5"), 404, "model_not_found", "invalid_request_error", "model")
 
 
 class BrokenInput(io.BytesIO):
-    """A request's body that fails in a way that nobody foresees."""
+    """A request body whose read raises an unexpected error."""
 
     def read(self, size: int | None = -1) -> bytes:
         raise ZeroDivisionError("of the test")
 
 
-def test_a_crash_is_a_500_in_openais_shape_with_its_traceback_in_the_log(
+def test_a_crash_returns_500_and_logs_its_traceback(
     app: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = webtest.TestRequest.blank("/v1/chat/completions", method="POST", headers={"Content-Length": "9"})
     request.environ["wsgi.input"] = BrokenInput()
     response = app.do_request(request)
-    assert is_error(response, 500, "internal_error", "server_error")
+    assert_error(response, 500, "internal_error", "server_error")
     assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
-    assert said(chat(app)), "the next request is answered"
+    assert answer_text(chat(app)), "the next request succeeds"
 
 
-def test_compressed_answers_lone_surrogates_and_line_separators_arrive_whole(app: Client, kimi: WebChat) -> None:
+def test_the_web_chats_gzip_surrogates_and_line_separators_are_decoded(app: Client, kimi: WebChat) -> None:
     text = "\ud83d\ude00 \ud83d end \u2028 \x85"
     body = gzip.compress(json.dumps({"success": True, "data": {"message": text}}).encode())
     kimi.always = sends(200, body, "application/json", Content_Encoding="gzip")
-    assert said(chat(app)) == "\U0001f600 \ufffd end \u2028 \x85"
+    assert answer_text(chat(app)) == "\U0001f600 \ufffd end \u2028 \x85"
     response = chat(app, stream=True)
-    assert streamed(events(response)) == "\U0001f600 \ufffd end \u2028 \x85"
+    assert streamed_text(sse_events(response)) == "\U0001f600 \ufffd end \u2028 \x85"
     assert "\u2028" not in response.text and "\x85" not in response.text, "some clients split lines there"
 
 
-def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(make: Make, both: dict[str, str], api: Api) -> None:
+def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(api_app: Client, api: Api) -> None:
     api.always = api_answers("a\ud83d", "\ude00b \U0001f600 \ude00 c\ud83d", "d")
-    app = make(**both)
-    assert said(chat(app, model="local/k2", user="ada")) == "a\U0001f600b \U0001f600 \ufffd cd"
-    assert streamed(events(chat(app, model="local/k2", stream=True))) == "a\U0001f600b \U0001f600 \ufffd cd"
-    assert app.get("/v1/sessions/ada").status_int == 200
+    assert answer_text(chat(api_app, model="local/k2", user="ada")) == "a\U0001f600b \U0001f600 \ufffd cd"
+    assert (
+        streamed_text(sse_events(chat(api_app, model="local/k2", stream=True)))
+        == "a\U0001f600b \U0001f600 \ufffd cd"
+    )
+    assert api_app.get("/v1/sessions/ada").status_int == 200
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schemas and chat requests
+# Schemas, chat requests
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def with_message(more: str) -> bytes:
-    """The JSON of a request with one message, and then these fields."""
+def request_json(more: str) -> bytes:
+    """Return the JSON of a request with one message and these fields."""
     return b'{"messages": [{"role": "user", "content": "x"}], ' + more.encode() + b"}"
 
 
@@ -1057,7 +1176,7 @@ def with_message(more: str) -> bytes:
         pytest.param(b"\xff\xfe{}", None, id="no UTF-8"),
         pytest.param(b"[" * 10_000, None, id="nested too deep"),
         pytest.param(b'{"messages": NaN}', None, id="NaN"),
-        pytest.param(with_message('"temperature": 1e999'), None, id="infinity"),
+        pytest.param(request_json('"temperature": 1e999'), None, id="infinity"),
         pytest.param(b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, id="lone surrogate"),
         pytest.param(
             b'{"messages": ' + b"9" * 5000 + b"}",
@@ -1084,22 +1203,22 @@ def with_message(more: str) -> bytes:
             "messages[0].content[0].text",
             id="part without text",
         ),
-        pytest.param(b'{"messages": [{"role": "user", "content": ""}]}', "messages", id="nothing said"),
-        pytest.param(with_message('"stream": "yes"'), "stream", id="stream as text"),
-        pytest.param(with_message('"model": 5'), "model", id="model as number"),
-        pytest.param(with_message('"user": ["a"]'), "user", id="user as list"),
+        pytest.param(b'{"messages": [{"role": "user", "content": ""}]}', "messages", id="only empty content"),
+        pytest.param(request_json('"stream": "yes"'), "stream", id="stream as text"),
+        pytest.param(request_json('"model": 5'), "model", id="model as number"),
+        pytest.param(request_json('"user": ["a"]'), "user", id="user as list"),
         pytest.param(
-            with_message('"stream_options": {"include_usage": 1}'),
+            request_json('"stream_options": {"include_usage": 1}'),
             "stream_options.include_usage",
             id="include_usage as number",
         ),
     ],
 )
-def test_a_bad_request_is_a_400_that_names_the_field(
+def test_an_invalid_request_returns_400_and_names_the_field(
     app: Client, kimi: WebChat, body: bytes, param: str | None
 ) -> None:
     response = app.post("/v1/chat/completions", body, content_type="application/json")
-    assert is_error(response, 400, None, "invalid_request_error")
+    assert_error(response, 400, None, "invalid_request_error")
     assert response.json["error"]["param"] == param
     assert not kimi.posts
 
@@ -1108,7 +1227,7 @@ def function(**fields: Any) -> list[Any]:
     return [{"type": "function", "function": fields}]
 
 
-def says_call(**call: Any) -> list[Any]:
+def assistant_calls(**call: Any) -> list[Any]:
     return [{"role": "assistant", "tool_calls": [call]}]
 
 
@@ -1143,14 +1262,14 @@ def says_call(**call: Any) -> list[Any]:
             {"response_format": {"type": "json_schema"}}, "response_format.json_schema", id="no schema"
         ),
         pytest.param({"logit_bias": []}, "logit_bias", id="logit_bias as list"),
-        pytest.param({"messages": says_call()}, "messages[0].tool_calls[0].function", id="call without function"),
+        pytest.param({"messages": assistant_calls()}, "messages[0].tool_calls[0].function", id="call without function"),
         pytest.param(
-            {"messages": says_call(function={"name": "f"})},
+            {"messages": assistant_calls(function={"name": "f"})},
             "messages[0].tool_calls[0].function.arguments",
             id="call without arguments",
         ),
         pytest.param(
-            {"messages": says_call(id=[1], function={"name": "f", "arguments": ""})},
+            {"messages": assistant_calls(id=[1], function={"name": "f", "arguments": ""})},
             "messages[0].tool_calls[0].id",
             id="call's id as list",
         ),
@@ -1161,19 +1280,22 @@ def says_call(**call: Any) -> list[Any]:
         ),
     ],
 )
-def test_wrong_types_of_parameters_name_the_field(app: Client, kimi: WebChat, request_: Any, param: str) -> None:
-    assert is_error(chat(app, **request_), 400, None, "invalid_request_error", param) and not kimi.posts
+def test_a_parameter_of_the_wrong_type_returns_400_and_names_the_field(
+    app: Client, kimi: WebChat, request_: Any, param: str
+) -> None:
+    assert_error(chat(app, **request_), 400, None, "invalid_request_error", param)
+    assert not kimi.posts
 
 
-def test_a_list_of_text_parts_works_and_an_image_is_a_clear_400(app: Client, kimi: WebChat) -> None:
-    assert said(chat(app, [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]))
+def test_text_parts_are_joined_and_an_image_returns_400(app: Client, kimi: WebChat) -> None:
+    assert answer_text(chat(app, [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]))
     assert kimi.posts[-1]["message"] == "one\ntwo"
     for kind in ("image_url", "input_audio", "file"):
         response = chat(app, [{"type": "text", "text": "see"}, {"type": kind, kind: {}}])
-        assert is_error(response, 400, "unsupported_value", param="messages[0].content[1].type")
+        assert_error(response, 400, "unsupported_value", param="messages[0].content[1].type")
 
 
-def test_unknown_fields_and_a_byte_order_mark_do_no_harm(app: Client) -> None:
+def test_unknown_fields_and_a_byte_order_mark_are_ignored(app: Client) -> None:
     body = {
         "messages": [{"role": "user", "content": "x", "name": "ada"}],
         "temperature": 0.3,
@@ -1185,17 +1307,17 @@ def test_unknown_fields_and_a_byte_order_mark_do_no_harm(app: Client) -> None:
         "stream_options": None,
     }
     response = app.post("/v1/chat/completions", b"\xef\xbb\xbf" + json.dumps(body).encode(), content_type="text/plain")
-    assert said(response)
+    assert answer_text(response)
 
 
-def test_a_body_of_too_many_values_is_a_400_and_one_of_many_letters_is_not(app: Client) -> None:
+def test_a_body_of_too_many_values_returns_400(app: Client) -> None:
     table = ',"{[1],\\' * 100_000
     for values, status in (([[]] * 200_000, 400), ([1] * 300_000, 200), ("x" * 1_000_000, 200), (table, 200)):
         response = chat(app, x=values)
         assert response.status_int == status and (status == 200 or "too many values" in response.text)
 
 
-def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: Client) -> None:
+def test_the_published_schema_accepts_what_the_program_accepts(app: Client) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = app.get("/openapi.json").json["components"]["schemas"]["Request"]
     valid = jsonschema.Draft202012Validator(schema).is_valid
@@ -1211,7 +1333,7 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
     for body in bodies:
         response = app.post_json("/v1/chat/completions", body)
         by_program = response.status_int == 400 and response.json["error"]["code"] is None
-        beyond = response.json["error"]["param"] if by_program else ""  # what compares two fields is no schema's
+        beyond = response.json["error"]["param"] if by_program else ""  # no schema can compare two fields
         if beyond != "tool_choice" and "no text" not in response.text:
             assert valid(body) != by_program, (body, response.text)
         refused += by_program
@@ -1219,11 +1341,11 @@ def test_the_schema_of_requests_accepts_and_refuses_what_the_program_does(app: C
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Deltas, tokens and pieces
+# Deltas and their fold, tokens and pieces
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_tool_calls_of_an_api_are_folded_by_index(make: Make, both: dict[str, str], api: Api) -> None:
+def test_tool_calls_are_folded_by_index(api_app: Client, api: Api) -> None:
     def call(index: int, arguments: str, function: Any = (), **more: Any) -> dict[str, Any]:
         function = {"arguments": arguments, **dict(function)}
         return {"tool_calls": [{"index": index, "function": function, **more}]}
@@ -1233,7 +1355,7 @@ def test_tool_calls_of_an_api_are_folded_by_index(make: Make, both: dict[str, st
 
     deltas = [first(0, ""), call(0, '{"a":'), call(0, "1}"), first(1, "{}")]
     api.always = api_answers(deltas=deltas, finish="tool_calls")
-    choice = chat(make(**both), model="local/k2").json["choices"][0]
+    choice = chat(api_app, model="local/k2").json["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["tool_calls"] == [
         {"id": "call_0", "type": "function", "function": {"name": "f0", "arguments": '{"a":1}'}},
@@ -1241,18 +1363,18 @@ def test_tool_calls_of_an_api_are_folded_by_index(make: Make, both: dict[str, st
     ]
 
 
-def test_several_choices_of_an_api_are_folded_each(make: Make, both: dict[str, str], api: Api) -> None:
+def test_each_choice_is_folded_by_itself(api_app: Client, api: Api) -> None:
     def says_of(index: int, text: str) -> dict[str, Any]:
         return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": None}]}
 
     ends = {"choices": [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]}
-    api.always = api_plays(says_of(0, "a"), says_of(1, "x"), says_of(0, "b"), says_of(1, "y"), ends)
-    body = chat(make(**both), model="local/k2", n=2).json
+    api.always = api_streams(says_of(0, "a"), says_of(1, "x"), says_of(0, "b"), says_of(1, "y"), ends)
+    body = chat(api_app, model="local/k2", n=2).json
     assert [choice["message"]["content"] for choice in body["choices"]] == ["ab", "xy"]
-    assert body["usage"]["total_tokens"] > 0, "estimated, since upstream told none"
+    assert body["usage"]["total_tokens"] > 0, "upstream sent no usage, so it is estimated"
 
 
-def test_the_estimate_of_tokens_knows_chinese_from_english() -> None:
+def test_the_token_estimate_distinguishes_chinese_from_english() -> None:
     assert kimi2api.estimate_tokens("") == 0
     assert kimi2api.estimate_tokens("a") == 1
     assert kimi2api.estimate_tokens("word " * 80) == 100
@@ -1275,7 +1397,7 @@ def test_the_estimate_of_tokens_knows_chinese_from_english() -> None:
         pytest.param("字" * 300, id="one long word of Chinese"),
     ],
 )
-def test_pieces_are_word_like_and_never_cut_what_is_read_as_one(text: str) -> None:
+def test_pieces_resemble_words_and_never_split_a_grapheme(text: str) -> None:
     for most in (1, 3, 100):
         parts = list(kimi2api.pieces(text, most))
         assert "".join(parts) == text and len(parts) <= most and all(parts)
@@ -1297,12 +1419,12 @@ def test_pieces_are_word_like_and_never_cut_what_is_read_as_one(text: str) -> No
         pytest.param("👩🏽\u200d🚀" * 3, 2, "👩🏽\u200d🚀" * 2, id="emoji of several"),
     ],
 )
-def test_a_cut_never_splits_what_is_read_as_one(
+def test_max_tokens_never_splits_a_grapheme(
     app: Client, kimi: WebChat, text: str, max_tokens: int, kept: str
 ) -> None:
     kimi.answer = text
     response = chat(app, max_tokens=max_tokens)
-    assert said(response) == kept and response.json["choices"][0]["finish_reason"] == "length"
+    assert answer_text(response) == kept and response.json["choices"][0]["finish_reason"] == "length"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1310,7 +1432,7 @@ def test_a_cut_never_splits_what_is_read_as_one(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_completion_has_every_field_that_openais_schema_requires(app: Client, kimi: WebChat) -> None:
+def test_a_chat_completion_has_every_required_field(app: Client, kimi: WebChat) -> None:
     kimi.answer = "你好，世界！"
     response = chat(app, model="kimi-k2-instruct")
     body = response.json
@@ -1325,11 +1447,11 @@ def test_a_completion_has_every_field_that_openais_schema_requires(app: Client, 
 
 
 @pytest.mark.parametrize("include_usage", [False, True], ids=["without usage", "with usage"])
-def test_a_stream_has_the_shape_of_openais(app: Client, kimi: WebChat, include_usage: bool) -> None:
+def test_chat_chunks_have_openais_shape(app: Client, kimi: WebChat, include_usage: bool) -> None:
     response = chat(app, stream=True, stream_options={"include_usage": include_usage})
     assert response.content_type == "text/event-stream" and response.headers["Cache-Control"] == "no-cache"
-    *chunks, done = events(response)
-    assert done == "[DONE]" and streamed(chunks) == kimi.answer
+    *chunks, done = sse_events(response)
+    assert done == "[DONE]" and streamed_text(chunks) == kimi.answer
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
@@ -1344,7 +1466,7 @@ def test_a_stream_has_the_shape_of_openais(app: Client, kimi: WebChat, include_u
         assert not any("usage" in chunk for chunk in chunks)
 
 
-def test_a_completion_of_a_prompt_is_a_users_message(app: Client, kimi: WebChat) -> None:
+def test_a_legacy_completion_sends_its_prompt_as_a_users_message(app: Client, kimi: WebChat) -> None:
     for prompt in ("Once upon", ["Once upon"]):
         response = app.post_json("/v1/completions", {"prompt": prompt, "max_tokens": 50, "temperature": 0.1})
         body = response.json
@@ -1354,9 +1476,9 @@ def test_a_completion_of_a_prompt_is_a_users_message(app: Client, kimi: WebChat)
         assert kimi.posts[-1]["message"] == "Once upon"
 
 
-def test_a_completion_can_be_a_stream(app: Client, kimi: WebChat) -> None:
+def test_a_legacy_completion_can_stream(app: Client, kimi: WebChat) -> None:
     asked = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
-    *chunks, done = events(app.post_json("/v1/completions", asked))
+    *chunks, done = sse_events(app.post_json("/v1/completions", asked))
     assert done == "[DONE]" and chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 0
     choices = [chunk["choices"][0] for chunk in chunks[:-1]]
     assert "".join(choice["text"] for choice in choices) == kimi.answer
@@ -1364,9 +1486,9 @@ def test_a_completion_can_be_a_stream(app: Client, kimi: WebChat) -> None:
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
 
 
-def test_a_completion_passes_what_chats_have_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_legacy_completion_passes_chat_parameters_to_an_api(api_app: Client, api: Api) -> None:
     asked = {"model": "local/k2", "prompt": "x", "seed": 7, "echo": False, "best_of": 1, "suffix": None}
-    assert make(**both).post_json("/v1/completions", asked).json["choices"][0]["text"] == "Hi from the API."
+    assert api_app.post_json("/v1/completions", asked).json["choices"][0]["text"] == "Hi from the API."
     path, _, sent = api.asked[0]
     assert path == "/v1/chat/completions" and sent["seed"] == 7
     assert sent["messages"] == [{"role": "user", "content": "x"}] and not sent.keys() & {"prompt", "echo", "best_of"}
@@ -1384,9 +1506,10 @@ def test_a_completion_passes_what_chats_have_to_an_api(make: Make, both: dict[st
         pytest.param("logprobs", 3, id="log probabilities"),
     ],
 )
-def test_a_completion_that_no_chat_can_give_is_a_400(app: Client, kimi: WebChat, field: str, value: Any) -> None:
+def test_an_unsupported_legacy_completion_returns_400(app: Client, kimi: WebChat, field: str, value: Any) -> None:
     response = app.post_json("/v1/completions", {"prompt": "x", field: value})
-    assert is_error(response, 400, None, "invalid_request_error") and not kimi.posts
+    assert_error(response, 400, None, "invalid_request_error")
+    assert not kimi.posts
     assert response.json["error"]["param"].startswith(field) and "[False]" not in response.text
     if value == ["a", "b"]:
         assert response.json["error"]["message"] == "'prompt' must be a string or a list of at most 1."
@@ -1404,9 +1527,9 @@ EMBEDDINGS = {
 }
 
 
-def test_embeddings_pass_through_to_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_api_answers_embeddings(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     api.always = api_sends(200, EMBEDDINGS, **{"x-ratelimit-remaining-requests": "4"})
-    app = make(**both, MODELS="kimi=x,small=local/e1")
+    app = make_app(**api_settings, MODELS="kimi=x,small=local/e1")
     response = embed(app, model="small", input=["x", "y"], dimensions=2, extra={})
     assert response.json == {**EMBEDDINGS, "model": "small"}
     assert response.headers["X-Kimi2api-Provider"] == "local"
@@ -1428,11 +1551,11 @@ def test_embeddings_pass_through_to_an_api(make: Make, both: dict[str, str], api
         pytest.param(resets, 502, "upstream_unavailable", id="reset"),
     ],
 )
-def test_errors_of_embeddings_are_those_of_chats(
-    make: Make, both: dict[str, str], api: Api, act: Act, status: int, code: str
+def test_embeddings_report_errors_as_chats_do(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, act: Act, status: int, code: str
 ) -> None:
     api.always = act
-    response = embed(make(**both, FALLBACK_MODELS="kimi"), model="local/e1")
+    response = embed(make_app(**api_settings, FALLBACK_MODELS="kimi"), model="local/e1")
     assert response.status_int == status and response.json["error"]["code"] == code
 
 
@@ -1448,18 +1571,20 @@ def test_errors_of_embeddings_are_those_of_chats(
         pytest.param({}, "model", id="the default, which is the web chat"),
     ],
 )
-def test_embeddings_that_cannot_be_had_are_a_400(app: Client, kimi: WebChat, body: Any, param: str) -> None:
+def test_invalid_embeddings_requests_return_400(app: Client, kimi: WebChat, body: Any, param: str) -> None:
     response = embed(app, **body)
     assert response.status_int == 400 and response.json["error"]["param"] == param and not kimi.posts
 
 
-def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[str, str], api: Api) -> None:
+def test_embeddings_are_abandoned_when_the_client_disconnects(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     def waits(handler: ApiHandler) -> None:
         if not handler.rfile.read(1):
             api.hung_up.set()
 
     api.always = waits
-    program = run(before=CHECKS_OFTEN, **both)
+    program = start_program(before=CHECKS_OFTEN, **api_settings)
     body = b'{"model": "local/e1", "input": "x"}'
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     link = program.open(head + body)
@@ -1475,6 +1600,11 @@ def test_embeddings_are_given_up_when_their_client_leaves(run: Run, both: dict[s
 ########################################################################################################################
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Responses items, requests and format
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def respond(app: Client, input: Any = "Hello", headers: dict[str, str] | None = None, **body: Any) -> Any:
     return app.post_json("/v1/responses", {"input": input, **body}, headers=headers)
 
@@ -1486,7 +1616,7 @@ def output_text(response: Any) -> str:
 
 
 def response_events(response: Any) -> list[Any]:
-    """The events of a stream. Names, numbers and order are checked, and where openai is installed the shapes."""
+    """Return the events of a stream. Assert their names, numbers and order, and their types if openai is installed."""
     body = (response if isinstance(response, bytes) else response.body).decode()
     parsed = []
     for number, text in enumerate(re.findall(r"(?:event: .*\ndata: .*)(?=\n\n)", body)):
@@ -1502,15 +1632,15 @@ def response_events(response: Any) -> list[Any]:
         for event in parsed:
             assert shape.validate_python(event).type == event["type"]
     assert "[DONE]" not in body
-    assert_items_follow_one_another(parsed)
+    assert_items_are_sequential(parsed)
     return parsed
 
 
-def assert_items_follow_one_another(events: list[Any]) -> None:
-    """Each item is added, gets its text, and is done before the next is added; all that are done are in the output."""
+def assert_items_are_sequential(events: list[Any]) -> None:
+    """Assert that each item is complete before the next is added, and that the output lists all items."""
     done: list[Any] = []
     current: Any = None  # the item between its first event and its last
-    text: str | None = ""  # of its deltas; None: it is complete
+    text: str | None = ""  # the text of its deltas so far; None once it is complete
     for event in events:
         kind = event["type"].removeprefix("response.")
         if "output_index" not in event:
@@ -1535,12 +1665,12 @@ def assert_items_follow_one_another(events: list[Any]) -> None:
         assert current is None and events[-1]["response"]["output"] == done
 
 
-def kinds(events: list[Any]) -> list[str]:
-    """The types of events, without `response.`, each run of one type once."""
+def event_kinds(events: list[Any]) -> list[str]:
+    """Return the types of events without `response.`, each run of equal types once."""
     return [kind for kind, _ in itertools.groupby(event["type"].removeprefix("response.") for event in events)]
 
 
-def test_a_response_has_every_field_that_openais_types_require(app: Client, kimi: WebChat) -> None:
+def test_a_response_has_every_required_field(app: Client, kimi: WebChat) -> None:
     body = respond(app, model="kimi-k2-instruct", instructions="Be short.", metadata={"a": "b"}, temperature=0.5).json
     assert body["object"] == "response" and body["id"].startswith("resp_") and body["status"] == "completed"
     assert body["model"] == "kimi-k2-instruct" and abs(body["created_at"] - time.time()) < PATIENCE
@@ -1556,9 +1686,9 @@ def test_a_response_has_every_field_that_openais_types_require(app: Client, kimi
     assert types.Response.model_validate(body).output_text == kimi.answer
 
 
-def test_the_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> None:
-    told = response_events(respond(app, stream=True))
-    assert kinds(told) == [
+def test_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) -> None:
+    events = response_events(respond(app, stream=True))
+    assert event_kinds(events) == [
         "created",
         "in_progress",
         "output_item.added",
@@ -1569,12 +1699,12 @@ def test_the_events_of_a_text_come_in_openais_order(app: Client, kimi: WebChat) 
         "output_item.done",
         "completed",
     ]
-    assert "".join(event["delta"] for event in told if event["type"].endswith(".delta")) == kimi.answer
-    begun = told[0]["response"]
+    assert "".join(event["delta"] for event in events if event["type"].endswith(".delta")) == kimi.answer
+    begun = events[0]["response"]
     assert begun["status"] == "in_progress" and begun["output"] == [] and begun["completed_at"] is None
-    final = told[-1]["response"]
-    assert final["output"] == [told[-2]["item"]] and final["usage"]["total_tokens"] > 0
-    assert {event["item_id"] for event in told if "item_id" in event} == {final["output"][0]["id"]}
+    final = events[-1]["response"]
+    assert final["output"] == [events[-2]["item"]] and final["usage"]["total_tokens"] > 0
+    assert {event["item_id"] for event in events if "item_id" in event} == {final["output"][0]["id"]}
 
 
 THOUGHT_AND_CALLS = api_answers(
@@ -1600,17 +1730,17 @@ REASONING = {"include": ["reasoning.encrypted_content"]}
 
 
 @json_and_stream
-def test_reasoning_text_and_calls_of_every_kind_are_items(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_reasoning_text_and_calls_become_items_and_go_back(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = THOUGHT_AND_CALLS
-    response = respond(make(**both), model="local/k2", tools=TOOLS, stream=stream, store=False, **REASONING)
+    response = respond(make_app(**api_settings), model="local/k2", tools=TOOLS, stream=stream, store=False, **REASONING)
     assert response.headers["X-Kimi2api-Ignored"] == "web_search"
     if stream:
-        told = response_events(response)
+        events = response_events(response)
         call = ["output_item.added", "{}.delta", "{}.done", "output_item.done"]
         text = [*call[:1], "content_part.added", *call[1:3], "content_part.done", *call[3:]]
-        assert kinds(told) == [
+        assert event_kinds(events) == [
             "created",
             "in_progress",
             *(kind.format("reasoning_text") for kind in text),
@@ -1619,8 +1749,8 @@ def test_reasoning_text_and_calls_of_every_kind_are_items(
             *(kind.format("custom_tool_call_input") for kind in call),
             "completed",
         ]
-        final = told[-1]["response"]
-        names = [event["name"] for event in told if event["type"] == "response.function_call_arguments.done"]
+        final = events[-1]["response"]
+        names = [event["name"] for event in events if event["type"] == "response.function_call_arguments.done"]
         assert names == ["clock", "open"]
     else:
         final = response.json
@@ -1635,7 +1765,7 @@ def test_reasoning_text_and_calls_of_every_kind_are_items(
     functions = {entry["function"]["name"]: entry["function"] for entry in api.asked[0][2]["tools"]}
     assert functions.keys() == {"clock", "box__open", "patch"}
     assert functions["patch"]["parameters"]["required"] == ["input"] and "start: X" in functions["patch"]["description"]
-    # and back, as a client without a state sends it
+    # A stateless client sends the items back
     results = [
         {"type": "function_call_output", "call_id": "c1", "output": "12:00"},
         {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "open"}]},
@@ -1645,7 +1775,7 @@ def test_reasoning_text_and_calls_of_every_kind_are_items(
     assert carried["encrypted_content"]
     items = [{"role": "user", "content": "x"}, carried, message, clock, box, patch, *results]
     api.always = api_answers("Fine.")
-    assert output_text(respond(make(**both), items, model="local/k2", tools=TOOLS, store=False)) == "Fine."
+    assert output_text(respond(make_app(**api_settings), items, model="local/k2", tools=TOOLS, store=False)) == "Fine."
     question, answered, *told_results = api.asked[-1][2]["messages"]
     assert question == {"role": "user", "content": "x"}
     assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
@@ -1661,12 +1791,12 @@ def test_reasoning_text_and_calls_of_every_kind_are_items(
     ]
 
 
-def test_settings_of_a_response_reach_an_api_under_the_names_of_chats(
-    make: Make, both: dict[str, str], api: Api
+def test_response_parameters_reach_an_api_under_their_chat_names(
+    api_app: Client, api: Api
 ) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
     response = respond(
-        make(**both),
+        api_app,
         [
             {"type": "message", "role": "developer", "content": "d"},
             {"role": "user", "content": [
@@ -1723,7 +1853,7 @@ USER = {"role": "user", "content": "x"}
 IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,xx"}
 
 
-def parts(*content: Any) -> dict[str, Any]:
+def user_parts(*content: Any) -> dict[str, Any]:
     return {"input": [{"role": "user", "content": content}]}
 
 
@@ -1736,9 +1866,11 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"input": [{"type": "web_search_call"}]}, "input", id="unknown item alone"),
         pytest.param({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", id="role"),
         pytest.param({"input": [{"role": "user"}]}, "input[0].content", id="no content"),
-        pytest.param(parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
-        pytest.param(parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"),
-        pytest.param(parts({"type": "input_file", "filename": "f"}), "input", id="file for the web chat"),
+        pytest.param(user_parts({"type": "input_text"}), "input[0].content[0].text", id="part without text"),
+        pytest.param(
+            user_parts({"type": "input_image", "file_id": "f"}), "input[0].content[0].image_url", id="image by id"
+        ),
+        pytest.param(user_parts({"type": "input_file", "filename": "f"}), "input", id="file for the web chat"),
         pytest.param(
             {"input": [USER, {"role": "user", "content": [{"type": "input_text", "text": "x"}, IMAGE]}]},
             "input",
@@ -1782,7 +1914,7 @@ def parts(*content: Any) -> dict[str, Any]:
         pytest.param({"input": " "}, "input", id="no text"),
     ],
 )
-def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
+def test_an_invalid_response_request_returns_400_in_its_own_terms(
     app: Client, kimi: WebChat, body: Any, param: str
 ) -> None:
     response = app.post_json("/v1/responses", {"input": "x", **body})
@@ -1801,12 +1933,13 @@ def test_a_response_that_cannot_be_had_is_a_400_in_its_own_terms(
         ("service_tier", "service_tier"),
     ],
 )
-def test_an_apis_refusal_names_the_field_of_the_response(
-    make: Make, both: dict[str, str], api: Api, theirs: str, ours: str
+def test_an_apis_error_names_the_field_of_the_response_request(
+    api_app: Client, api: Api, theirs: str, ours: str
 ) -> None:
     api.always = api_sends(400, {"error": {"message": f"Bad '{theirs}'.", "param": theirs}})
-    response = respond(make(**both), model="local/k2", tools=TOOLS)
-    assert is_error(response, 400, None, param=ours) and f"Bad '{ours}'." in response.text
+    response = respond(api_app, model="local/k2", tools=TOOLS)
+    assert_error(response, 400, None, param=ours)
+    assert f"Bad '{ours}'." in response.text
 
 
 @pytest.mark.parametrize(
@@ -1814,10 +1947,10 @@ def test_an_apis_refusal_names_the_field_of_the_response(
     [
         pytest.param(["web_search", "mcp", "web_search"], "mcp, web_search", id="known"),
         pytest.param(["a\r\nX-Evil: 1", "ü", ""], "", id="not for a header"),
-        pytest.param(["x" * 70_000, *(f"t{n}" for n in range(50_000))], "t0, .{996}", id="too much for a header"),
+        pytest.param(["x" * 70_000, *(f"t{n}" for n in range(10_000))], "t0, .{996}", id="too much for a header"),
     ],
 )
-def test_tools_that_only_openai_can_run_are_passed_over_and_named(
+def test_hosted_tools_are_ignored_and_named_in_a_header(
     app: Client, kimi: WebChat, types: list[str], header: str
 ) -> None:
     response = respond(app, tools=[{"type": type} for type in types])
@@ -1825,7 +1958,7 @@ def test_tools_that_only_openai_can_run_are_passed_over_and_named(
     assert re.fullmatch(header, response.headers.get("X-Kimi2api-Ignored", "")) and "" not in response.headers.values()
 
 
-def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[str, str], api: Api) -> None:
+def test_tool_results_follow_their_calls(api_app: Client, api: Api) -> None:
     def call(id: str) -> dict[str, Any]:
         return {"type": "function_call", "call_id": id, "name": "f", "arguments": "{}"}
 
@@ -1834,19 +1967,18 @@ def test_what_tools_gave_stands_right_behind_their_calls(make: Make, both: dict[
 
     rule = {"role": "developer", "content": "rule"}
     items = [USER, call("a"), call("b"), rule, result("b"), USER, result("a"), call("a"), result("a"), result("other")]
-    assert output_text(respond(make(**both), items, model="local/k2"))
+    assert output_text(respond(api_app, items, model="local/k2"))
     order = [message.get("tool_call_id") or message["role"] for message in api.asked[0][2]["messages"]]
     assert order == ["other", "user", "assistant", "b", "a", "system", "user", "assistant", "a"]
 
 
-def test_what_tools_gave_stands_right_behind_the_response_that_called_them(
-    make: Make, both: dict[str, str], api: Api
+def test_tool_results_follow_the_previous_response_with_their_calls(
+    api_app: Client, api: Api
 ) -> None:
-    app = make(**both)
     api.script.append(THOUGHT_AND_CALLS)
-    called = respond(app, model="local/k2", tools=TOOLS).json["id"]
+    called = respond(api_app, model="local/k2", tools=TOOLS).json["id"]
     items = [USER, *({"type": "function_call_output", "call_id": id, "output": id} for id in ("c1", "c2", "c3"))]
-    assert output_text(respond(app, items, model="local/k2", tools=TOOLS, previous_response_id=called))
+    assert output_text(respond(api_app, items, model="local/k2", tools=TOOLS, previous_response_id=called))
     order = [message.get("tool_call_id") or message["role"] for message in api.asked[1][2]["messages"]]
     assert order == ["user", "assistant", "c1", "c2", "c3", "user"]
 
@@ -1861,7 +1993,7 @@ def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
 
     def seconds(count: int) -> float:
         items = [call, *[item] * count]
-        started = time.thread_time()  # of the processor, whatever else the machine does
+        started = time.thread_time()  # CPU time does not depend on other processes
         (message,) = kimi2api.ItemReader().read(items)
         assert len(message["content"] or message["reasoning_content"]) >= count * 500
         return time.thread_time() - started
@@ -1869,21 +2001,22 @@ def test_reading_many_items_of_one_answer_takes_linear_time(kind: str) -> None:
     assert min(seconds(40_000) for _ in range(3)) < 30 * min(seconds(5_000) for _ in range(3)), "eightfold is linear"
 
 
-def test_input_without_a_message_never_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+def test_input_without_a_message_returns_400(api_app: Client, api: Api) -> None:
     items = [{"type": "reasoning", "summary": [{"text": "x"}]}, {"role": "assistant", "content": ""}]
-    assert is_error(respond(make(**both), items, model="local/k2"), 400, None, param="input") and not api.asked
+    assert_error(respond(api_app, items, model="local/k2"), 400, None, param="input")
+    assert not api.asked
 
 
-def test_an_image_from_a_tool_reaches_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_api_receives_an_image_from_a_tool(api_app: Client, api: Api) -> None:
     call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
     output = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "data:x", "detail": "high"}]
     items = [USER, call, {"type": "function_call_output", "call_id": "c", "output": output}]
-    assert output_text(respond(make(**both), items, model="local/k2"))
+    assert output_text(respond(api_app, items, model="local/k2"))
     content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}]
     assert api.asked[0][2]["messages"][2] == {"role": "tool", "tool_call_id": "c", "content": content}
 
 
-def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat) -> None:
+def test_a_response_continues_another_and_may_fork(app: Client, kimi: WebChat) -> None:
     items = [{"role": "developer", "content": "Rule."}, {"role": "user", "content": "One"}]
     first = respond(app, items, instructions="Once.").json["id"]
     second = respond(app, "Two", previous_response_id=first).json
@@ -1895,16 +2028,16 @@ def test_a_response_goes_on_from_another_and_may_fork(app: Client, kimi: WebChat
     assert "用户: Two" not in kimi.posts[-1]["message"] and "用户: One" in kimi.posts[-1]["message"]
 
 
-def test_a_conversation_that_is_too_long_to_be_stored_is_not_cut_in_silence(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+def test_a_conversation_too_long_to_store_is_never_truncated_silently(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 5_000_000)
-    app = make(**both)
+    app = make_app(**api_settings)
     call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
     api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
     made = respond(app, model="local/k2").json
     results = 0
-    while True:  # one user's turn, which grows by a result with each step
+    while True:  # one turn, to which each step adds a result
         item = {"type": "function_call_output", "call_id": "call_1", "output": f"{results}" * 1_000_000}
         made = respond(app, [item], model="local/k2", previous_response_id=made["id"])
         if made.status_int != 200:
@@ -1913,47 +2046,46 @@ def test_a_conversation_that_is_too_long_to_be_stored_is_not_cut_in_silence(
         made = made.json
         roles = [message["role"] for message in api.asked[-1][2]["messages"]]
         assert roles == ["user", *["assistant", "tool"] * results]
-    assert results == 5, "all that is stored is sent"
-    assert is_error(made, 400, "previous_response_not_found", param="previous_response_id")
+    assert results == 5, "the API received everything that is stored"
+    assert_error(made, 400, "previous_response_not_found", param="previous_response_id")
     assert "Send the whole conversation" in made.json["error"]["message"]
 
 
 @json_and_stream
-def test_a_response_that_is_too_large_to_keep_pushes_out_nobodys_sessions(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch, stream: bool
+def test_a_response_too_large_to_store_evicts_no_session(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_OWNER_BYTES", 1 << 20)
     monkeypatch.setattr(kimi2api, "MAX_RESPONSE_BYTES", 1 << 18)
-    app = make(**both)
-    assert said(chat(app, user="ada"))
+    app = make_app(**api_settings)
+    assert answer_text(chat(app, user="ada"))
     api.always = api_answers("x" * (2 << 20))
     assert respond(app, model="local/k2", stream=stream).status_int == 200
     assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == ["ada"]
 
 
-def test_an_answer_of_more_items_than_anybody_wants_ends_with_an_error(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+def test_an_answer_of_too_many_items_ends_with_an_error(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_ITEMS", 3, raising=False)
     api.always = api_answers(deltas=[{"reasoning_content": "a"}, {"content": "b"}] * 4)
-    response = respond(make(**both), model="local/k2", stream=True)
+    response = respond(make_app(**api_settings), model="local/k2", stream=True)
     assert response.text.count("event: response.output_item.added") == 3
     assert "event: response.failed" in response.text and "event: response.completed" not in response.text
 
 
-def test_an_item_is_told_by_its_id_once(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    reference = {"type": "item_reference", "id": respond(app, model="local/k2").json["output"][0]["id"]}
-    assert output_text(respond(app, [reference, USER], model="local/k2"))
-    assert is_error(respond(app, [reference, USER, reference], model="local/k2"), 400, None, param="input")
+def test_an_item_may_be_referenced_once(api_app: Client, api: Api) -> None:
+    reference = {"type": "item_reference", "id": respond(api_app, model="local/k2").json["output"][0]["id"]}
+    assert output_text(respond(api_app, [reference, USER], model="local/k2"))
+    assert_error(respond(api_app, [reference, USER, reference], model="local/k2"), 400, None, param="input")
     assert len(api.asked) == 2
 
 
 @json_and_stream
-def test_items_of_stored_responses_may_be_told_by_their_ids(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_input_may_reference_items_of_stored_responses(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
-    app = make(**both, API_MASTER_KEY="sk-1,sk-2")
+    app = make_app(**api_settings, API_MASTER_KEY="sk-1,sk-2")
     mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
     api.always = THOUGHT_AND_CALLS
     response = respond(app, headers=mine, model="local/k2", tools=TOOLS, stream=stream)
@@ -1963,44 +2095,44 @@ def test_items_of_stored_responses_may_be_told_by_their_ids(
     items = [USER, *references, {"type": "function_call_output", "call_id": "c1", "output": "12:00"}]
     api.always = api_answers("Fine.")
     assert output_text(respond(app, items, headers=mine, model="local/k2")) == "Fine."
-    _, answered, told = api.asked[-1][2]["messages"]
+    _, answered, result = api.asked[-1][2]["messages"]
     assert answered["content"] == "I look." and answered["reasoning_content"] == "Let me see."
-    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and told["content"] == "12:00"
-    assert is_error(respond(app, items, headers=other, model="local/k2"), 400, None, param="input")
+    assert [call["id"] for call in answered["tool_calls"]] == ["c1"] and result["content"] == "12:00"
+    assert_error(respond(app, items, headers=other, model="local/k2"), 400, None, param="input")
 
 
-def test_a_stored_response_can_be_had_and_forgotten_by_its_key_alone(make: Make) -> None:
-    app = make(API_MASTER_KEY="sk-1,sk-2")
+def test_only_its_key_reads_and_deletes_a_stored_response(make_app: MakeApp) -> None:
+    app = make_app(API_MASTER_KEY="sk-1,sk-2")
     mine, other = {"Authorization": "Bearer sk-1"}, {"Authorization": "Bearer sk-2"}
     made = respond(app, headers=mine).json
     path = f"/v1/responses/{made['id']}"
     assert app.get(path, headers=mine).json == made
     for response in (app.get(path, headers=other), app.delete(path, headers=other)):
-        assert is_error(response, 404, "response_not_found")
+        assert_error(response, 404, "response_not_found")
     refused = respond(app, headers=other, previous_response_id=made["id"])
-    assert is_error(refused, 400, "previous_response_not_found", param="previous_response_id")
+    assert_error(refused, 400, "previous_response_not_found", param="previous_response_id")
     assert app.delete(path, headers=mine).json == {"id": made["id"], "object": "response", "deleted": True}
-    assert is_error(app.get(path, headers=mine), 404, "response_not_found")
-    assert is_error(respond(app, headers=mine, previous_response_id=made["id"]), 400, "previous_response_not_found")
+    assert_error(app.get(path, headers=mine), 404, "response_not_found")
+    assert_error(respond(app, headers=mine, previous_response_id=made["id"]), 400, "previous_response_not_found")
 
 
-def test_a_stream_is_stored_before_its_end_is_told(app: Client) -> None:
+def test_a_streamed_response_is_stored_before_its_last_event(app: Client) -> None:
     final = response_events(respond(app, stream=True))[-1]["response"]
     assert app.get(f"/v1/responses/{final['id']}").json == final
 
 
-def test_store_false_leaves_nothing_behind_and_user_opens_no_session(app: Client, kimi: WebChat) -> None:
+def test_store_false_stores_nothing_and_user_opens_no_session(app: Client, kimi: WebChat) -> None:
     made = respond(app, store=False, user="ada").json
     assert made["store"] is False and made["user"] == "ada"
-    assert is_error(app.get(f"/v1/responses/{made['id']}"), 404, "response_not_found")
-    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+    assert_error(app.get(f"/v1/responses/{made['id']}"), 404, "response_not_found")
+    assert_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
     assert app.get("/health").json["sessions"]["kept"] == 0
     respond(app, user="ada")
     assert kimi.posts[-1]["message"] == "Hello" and app.get("/health").json["sessions"]["kept"] == 1
 
 
-def test_stored_responses_count_among_sessions_and_expire(make: Make, clock: Clock) -> None:
-    app = make(MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60")
+def test_stored_responses_are_evicted_and_expire_as_sessions_do(make_app: MakeApp, clock: Clock) -> None:
+    app = make_app(MAX_SESSION_SIZE="2", SESSION_CACHE_TTL="60")
     ids = [respond(app).json["id"] for _ in range(3)]
     assert [app.get(f"/v1/responses/{id}").status_int for id in ids] == [404, 200, 200]
     clock.now += 61
@@ -2008,7 +2140,7 @@ def test_stored_responses_count_among_sessions_and_expire(make: Make, clock: Clo
 
 
 @json_and_stream
-def test_a_response_that_was_cut_is_incomplete(app: Client, kimi: WebChat, stream: bool) -> None:
+def test_a_truncated_response_is_incomplete(app: Client, kimi: WebChat, stream: bool) -> None:
     kimi.answer = "word " * 50
     response = respond(app, stream=stream, max_output_tokens=5)
     final = response_events(response)[-1]["response"] if stream else response.json
@@ -2019,44 +2151,43 @@ def test_a_response_that_was_cut_is_incomplete(app: Client, kimi: WebChat, strea
 @pytest.mark.parametrize(
     ("chunks", "words"),
     [
-        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="told"),
+        pytest.param([{"error": {"message": "out of order"}}], "out of order", id="error event"),
         pytest.param([], "ended the stream", id="cut off"),
     ],
 )
-def test_a_response_that_breaks_off_ends_with_failed(
-    make: Make, both: dict[str, str], api: Api, chunks: list[Any], words: str
+def test_a_response_cut_off_by_upstream_ends_with_failed(
+    api_app: Client, api: Api, chunks: list[Any], words: str
 ) -> None:
-    api.always = api_plays(api_chunk({"content": "half"}), *chunks)
-    app = make(**both)
-    told = response_events(respond(app, model="local/k2", stream=True))
-    final = told[-1]
-    assert final["type"] == "response.failed" and told[4]["delta"] == "half"
+    api.always = api_streams(api_chunk({"content": "half"}), *chunks)
+    events = response_events(respond(api_app, model="local/k2", stream=True))
+    final = events[-1]
+    assert final["type"] == "response.failed" and events[4]["delta"] == "half"
     assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
     assert words in final["response"]["error"]["message"]
-    assert is_error(app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
+    assert_error(api_app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
 
 
-def test_a_response_that_fails_in_silence_begins_all_the_same(run: Run, kimi: WebChat) -> None:
-    kimi.always = late(sends(403, JUST_A_MOMENT))
-    program = run(SSE_KEEPALIVE="0.05")
+def test_a_response_that_fails_after_keepalives_still_has_created(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = at_the_gate(sends(403, JUST_A_MOMENT))
+    program = start_program(SSE_KEEPALIVE="0.05")
     connection = program.connect()
     connection.request("POST", "/v1/responses", '{"input": "x", "stream": true}')
     response = connection.getresponse()
     assert response.status == 200 and response.readline() == b": keep-alive\n"
     kimi.gate.set()
-    told = response_events(response.read())
-    assert kinds(told) == ["created", "in_progress", "failed"]
+    events = response_events(response.read())
+    assert event_kinds(events) == ["created", "in_progress", "failed"]
 
 
-def test_errors_before_the_first_event_of_a_response_are_real_statuses(app: Client, kimi: WebChat) -> None:
+def test_errors_before_the_first_event_return_their_status(app: Client, kimi: WebChat) -> None:
     kimi.always = sends(403, JUST_A_MOMENT)
     for stream in (False, True):
-        assert is_error(respond(app, stream=stream), 503, "upstream_blocked")
-    assert is_error(respond(app, model="gpt-5"), 404, "model_not_found", param="model")
+        assert_error(respond(app, stream=stream), 503, "upstream_blocked")
+    assert_error(respond(app, model="gpt-5"), 404, "model_not_found", param="model")
 
 
-def piece(index: int, arguments: str | None = None, name: str | None = None) -> dict[str, Any]:
-    """A piece of a call; the first has the name."""
+def call_piece(index: int, arguments: str | None = None, name: str | None = None) -> dict[str, Any]:
+    """Return a delta with a piece of a tool call. The first piece has the name."""
     first = {"id": f"c{index}", "type": "function"} if name else {}
     function = {key: value for key, value in (("name", name), ("arguments", arguments)) if value is not None}
     return {"tool_calls": [{"index": index, **first, "function": function}]}
@@ -2066,27 +2197,42 @@ def piece(index: int, arguments: str | None = None, name: str | None = None) -> 
     ("deltas", "output"),
     [
         pytest.param(
-            [piece(0, '{"a"', "clock"), piece(1, '{"b"', "clock"), piece(0, ":1}"), piece(1, ":2}")],
+            [
+                call_piece(0, '{"a"', "clock"),
+                call_piece(1, '{"b"', "clock"),
+                call_piece(0, ":1}"),
+                call_piece(1, ":2}"),
+            ],
             ['{"a":1}', '{"b":2}'],
             id="by turns",
         ),
         pytest.param(
-            [piece(0, None, "clock"), {"content": "\n"}, piece(0, '{"a"'), {"reasoning_content": "r"}, piece(0, ":1}")],
+            [
+                call_piece(0, None, "clock"),
+                {"content": "\n"},
+                call_piece(0, '{"a"'),
+                {"reasoning_content": "r"},
+                call_piece(0, ":1}"),
+            ],
             ['{"a":1}', "\n", "r"],
             id="with white space and reasoning between",
         ),
         pytest.param(
-            [piece(0, "{}", "clock"), {"content": "a"}, {"content": "b"}, piece(1, None, "clock")],
+            [call_piece(0, "{}", "clock"), {"content": "a"}, {"content": "b"}, call_piece(1, None, "clock")],
             ["{}", "ab", "{}"],
             id="with text after a complete call",
         ),
         pytest.param(
-            [piece(0, None, "clock"), piece(1, "", "clock"), piece(2, None, "patch")],
+            [call_piece(0, None, "clock"), call_piece(1, "", "clock"), call_piece(2, None, "patch")],
             ["{}", "{}", ""],
             id="without arguments",
         ),
         pytest.param(
-            [piece(0, '{"input": "x', "patch"), piece(1, '["x"]', "patch"), piece(2, '{"input": "\\ud83d!"}', "patch")],
+            [
+                call_piece(0, '{"input": "x', "patch"),
+                call_piece(1, '["x"]', "patch"),
+                call_piece(2, '{"input": "\\ud83d!"}', "patch"),
+            ],
             ['{"input": "x', '["x"]', "\ufffd!"],
             id="custom, with broken JSON",
         ),
@@ -2096,17 +2242,16 @@ def piece(index: int, arguments: str | None = None, name: str | None = None) -> 
             id="empty deltas",
         ),
         pytest.param([{"content": "a"}, {"reasoning_content": "b"}] * 2, ["a", "b"] * 2, id="reasoning after text"),
-        pytest.param([piece(index, "{", "clock") for index in range(99)], ["{"] * 99, id="many broken calls"),
+        pytest.param([call_piece(index, "{", "clock") for index in range(99)], ["{"] * 99, id="many broken calls"),
     ],
 )
-def test_an_item_is_complete_when_nothing_more_can_come_for_it(
-    make: Make, both: dict[str, str], api: Api, deltas: Any, output: Any
+def test_an_item_closes_when_nothing_more_can_come_for_it(
+    api_app: Client, api: Api, deltas: Any, output: Any
 ) -> None:
     api.always = api_answers(deltas=deltas)
-    app = make(**both)
-    streamed = response_events(respond(app, model="local/k2", stream=True, tools=TOOLS))[-1]["response"]["output"]
+    streamed = response_events(respond(api_app, model="local/k2", stream=True, tools=TOOLS))[-1]["response"]["output"]
     assert list(map(item_text, streamed)) == output and {item["status"] for item in streamed} == {"completed"}
-    at_once = respond(app, model="local/k2", tools=TOOLS).json["output"]
+    at_once = respond(api_app, model="local/k2", tools=TOOLS).json["output"]
     calls, same_calls = (
         [item_text(item) for item in items if "call_id" in item] for items in (streamed, at_once)
     )
@@ -2120,22 +2265,25 @@ def item_text(item: Any) -> str:
     return str(part["refusal"] if part["type"] == "refusal" else part["text"])
 
 
-def test_the_items_of_one_answer_go_back_as_one_message(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    api.script.append(api_answers(deltas=[{"content": "a"}, {"reasoning_content": "b"}, piece(0, "{}", "clock")] * 2))
-    made = respond(app, model="local/k2", tools=TOOLS, stream=True)
+def test_the_items_of_one_answer_become_one_message(api_app: Client, api: Api) -> None:
+    api.script.append(
+        api_answers(deltas=[{"content": "a"}, {"reasoning_content": "b"}, call_piece(0, "{}", "clock")] * 2)
+    )
+    made = respond(api_app, model="local/k2", tools=TOOLS, stream=True)
     final = response_events(made)[-1]["response"]
     assert len(final["output"]) == 5, "the second piece of the call adds nothing"
     items = [USER, *final["output"], {"type": "function_call_output", "call_id": "c0", "output": "12:00"}]
-    assert output_text(respond(app, items, model="local/k2", tools=TOOLS))
+    assert output_text(respond(api_app, items, model="local/k2", tools=TOOLS))
     _, answered, result = api.asked[-1][2]["messages"]
     assert answered["content"] == "a\na" and answered["reasoning_content"] == "bb" and result["role"] == "tool"
     assert [call["id"] for call in answered["tool_calls"]] == ["c0"]
 
 
-def test_a_call_that_was_cut_off_has_no_arguments_but_its_own(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = api_answers(deltas=[piece(0, None, "clock"), piece(1, '{"input": "x', "patch")], finish="length")
-    final = response_events(respond(make(**both), model="local/k2", stream=True, tools=TOOLS))[-1]["response"]
+def test_a_truncated_call_keeps_its_partial_arguments(api_app: Client, api: Api) -> None:
+    api.always = api_answers(
+        deltas=[call_piece(0, None, "clock"), call_piece(1, '{"input": "x', "patch")], finish="length"
+    )
+    final = response_events(respond(api_app, model="local/k2", stream=True, tools=TOOLS))[-1]["response"]
     assert final["status"] == "incomplete" and final["completed_at"] is None
     assert [item["status"] for item in final["output"]] == ["incomplete"] * 2
     assert list(map(item_text, final["output"])) == ["", '{"input": "x']
@@ -2143,17 +2291,17 @@ def test_a_call_that_was_cut_off_has_no_arguments_but_its_own(make: Make, both: 
 
 @json_and_stream
 @pytest.mark.parametrize("usage", [[], "x", {"prompt_tokens": "5"}, {"prompt_tokens": 1, "prompt_tokens_details": []}])
-def test_usage_of_any_shape_breaks_no_response(
-    make: Make, both: dict[str, str], api: Api, stream: bool, usage: Any
+def test_malformed_usage_breaks_no_response(
+    api_app: Client, api: Api, stream: bool, usage: Any
 ) -> None:
     last = {**api_chunk(), "choices": [], "usage": usage}
-    api.always = api_plays(api_chunk({"content": "x"}, "stop"), last, b"[DONE]")
-    response = respond(make(**both), model="local/k2", stream=stream)
+    api.always = api_streams(api_chunk({"content": "x"}, "stop"), last, b"[DONE]")
+    response = respond(api_app, model="local/k2", stream=stream)
     final = response_events(response)[-1]["response"] if stream else response.json
     assert final["status"] == "completed" and final["usage"]["input_tokens"] < 3
 
 
-def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, str], api: Api) -> None:
+def test_reasoning_of_another_server_is_ignored(api_app: Client, api: Api) -> None:
     items = [
         {"role": "user", "content": "x"},
         {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAAB"},
@@ -2162,7 +2310,7 @@ def test_reasoning_of_another_server_is_passed_over(make: Make, both: dict[str, 
         {"role": "user", "content": "z"},
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "nothing followed"}]},
     ]
-    assert output_text(respond(make(**both), items, model="local/k2"))
+    assert output_text(respond(api_app, items, model="local/k2"))
     assert api.asked[0][2]["messages"] == [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "y"},
@@ -2191,36 +2339,35 @@ FOUND = {
 }
 
 
-def names_sent(api: Api) -> list[str]:
-    """The names of the functions that the API was last offered."""
+def tool_names_sent(api: Api) -> list[str]:
+    """Return the names of the functions in the last request to the API."""
     return [tool["function"]["name"] for tool in api.asked[-1][2].get("tools", ())]
 
 
 @json_and_stream
-def test_tools_inside_the_input_are_tools_from_there_on(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_tools_inside_the_input_are_offered_and_remembered(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
-    api.always = api_answers(deltas=[piece(0, '{"code": "1 + 1"}', "functions__exec")], finish="tool_calls")
-    app = make(**both)
+    api.always = api_answers(deltas=[call_piece(0, '{"code": "1 + 1"}', "functions__exec")], finish="tool_calls")
     asked = {"model": "local/k2", "parallel_tool_calls": False, "reasoning": {"context": "all_turns"}}
-    response = respond(app, [CODEX_TOOLS, USER], stream=stream, **asked)
+    response = respond(api_app, [CODEX_TOOLS, USER], stream=stream, **asked)
     final = response_events(response)[-1]["response"] if stream else response.json
     [call] = final["output"]
     assert (call["type"], call["name"], call["namespace"], call["input"]) == (
         "custom_tool_call", "exec", "functions", "1 + 1")
-    assert names_sent(api) == ["functions__exec", "functions__wait"]
+    assert tool_names_sent(api) == ["functions__exec", "functions__wait"]
     assert api.asked[-1][2]["parallel_tool_calls"] is False
     api.always = api_answers("2")
     result = {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": "2"}
-    assert output_text(respond(app, [result], model="local/k2", previous_response_id=final["id"])) == "2"
-    assert names_sent(api) == ["functions__exec", "functions__wait"], "the conversation has them"
+    assert output_text(respond(api_app, [result], model="local/k2", previous_response_id=final["id"])) == "2"
+    assert tool_names_sent(api) == ["functions__exec", "functions__wait"], "the conversation keeps its tools"
 
 
-def test_a_tool_among_the_items_with_a_known_name_is_left_out(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_tool_in_the_input_with_a_known_name_is_ignored(api_app: Client, api: Api) -> None:
     other = {"type": "tool_search_output", "call_id": "c", "tools": [{"type": "custom", "name": "wait"}, EXEC]}
     search = {"type": "tool_search_call", "call_id": "c", "arguments": {}}
-    assert output_text(respond(make(**both), [USER, search, other], model="local/k2", tools=[SEARCH, WAIT]))
-    assert names_sent(api) == ["tool_search", "wait", "exec"]
+    assert output_text(respond(api_app, [USER, search, other], model="local/k2", tools=[SEARCH, WAIT]))
+    assert tool_names_sent(api) == ["tool_search", "wait", "exec"]
 
 
 @pytest.mark.parametrize(
@@ -2234,27 +2381,26 @@ def test_a_tool_among_the_items_with_a_known_name_is_left_out(make: Make, both: 
         ('{"input": {"a": 1}}', '{"input": {"a": 1}}'),
     ],
 )
-def test_the_input_of_a_custom_tool_is_what_is_plainly_meant(
-    make: Make, both: dict[str, str], api: Api, arguments: str, input: str
+def test_the_input_of_a_custom_tool_is_unwrapped(
+    api_app: Client, api: Api, arguments: str, input: str
 ) -> None:
-    api.always = api_answers(deltas=[piece(0, arguments, "exec")], finish="tool_calls")
-    [call] = respond(make(**both), model="local/k2", tools=[EXEC]).json["output"]
+    api.always = api_answers(deltas=[call_piece(0, arguments, "exec")], finish="tool_calls")
+    [call] = respond(api_app, model="local/k2", tools=[EXEC]).json["output"]
     assert call["input"] == input
 
 
 @json_and_stream
-def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], api: Api, stream: bool) -> None:
-    api.always = api_answers(deltas=[piece(0, '{"query": "mail"}', "tool_search")], finish="tool_calls")
-    app = make(**both)
-    response = respond(app, model="local/k2", tools=[SEARCH, WAIT], stream=stream)
+def test_the_client_runs_a_tool_search(api_app: Client, api: Api, stream: bool) -> None:
+    api.always = api_answers(deltas=[call_piece(0, '{"query": "mail"}', "tool_search")], finish="tool_calls")
+    response = respond(api_app, model="local/k2", tools=[SEARCH, WAIT], stream=stream)
     final = response_events(response)[-1]["response"] if stream else response.json
     [search] = final["output"]
     assert (search["type"], search["execution"], search["call_id"]) == ("tool_search_call", "client", "c0")
-    assert search["arguments"] == {"query": "mail"} and names_sent(api) == ["tool_search", "wait"]
-    api.always = api_answers(deltas=[piece(0, "{}", "mcp__mail__send")], finish="tool_calls")
-    [call] = respond(app, [USER, search, FOUND], model="local/k2", tools=[SEARCH, WAIT], store=False).json["output"]
+    assert search["arguments"] == {"query": "mail"} and tool_names_sent(api) == ["tool_search", "wait"]
+    api.always = api_answers(deltas=[call_piece(0, "{}", "mcp__mail__send")], finish="tool_calls")
+    [call] = respond(api_app, [USER, search, FOUND], model="local/k2", tools=[SEARCH, WAIT], store=False).json["output"]
     assert (call["name"], call["namespace"]) == ("send", "mcp__mail")
-    assert names_sent(api) == ["tool_search", "wait", "mcp__mail__send"]
+    assert tool_names_sent(api) == ["tool_search", "wait", "mcp__mail__send"]
     sent = api.asked[-1][2]["messages"]
     assert sent[1]["tool_calls"][0]["function"] == {"name": "tool_search", "arguments": '{"query":"mail"}'}
     assert sent[2]["role"] == "tool" and sent[2]["content"] == "Found: mcp__mail__send"
@@ -2275,20 +2421,19 @@ def test_a_tool_search_is_the_clients_to_run(make: Make, both: dict[str, str], a
         {"type": "of_the_future", "content": [{"x": 1}], "output": 5},
     ],
 )
-def test_items_of_other_servers_are_passed_over_and_named(
-    make: Make, both: dict[str, str], api: Api, item: Any
+def test_items_of_other_servers_are_ignored_and_named_in_a_header(
+    api_app: Client, api: Api, item: Any
 ) -> None:
-    app = make(**both)
     for model in ("local/k2", "kimi"):
-        response = respond(app, [USER, item, {"role": "assistant", "content": "y"}, USER], model=model)
+        response = respond(api_app, [USER, item, {"role": "assistant", "content": "y"}, USER], model=model)
         assert output_text(response) and response.headers["X-Kimi2api-Ignored"] == item["type"]
     assert [message["role"] for message in api.asked[0][2]["messages"]] == ["user", "assistant", "user"]
 
 
-def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[str, str], api: Api) -> None:
+def test_parts_of_other_types_are_ignored_and_named_in_a_header(api_app: Client, api: Api) -> None:
     empty = {"type": "input_text", "text": ""}
     parts = [empty, {"type": "input_text", "text": "x"}, {"type": "input_audio", "input_audio": {}}]
-    response = respond(make(**both), [{"role": "user", "content": parts}], model="local/k2")
+    response = respond(api_app, [{"role": "user", "content": parts}], model="local/k2")
     assert response.headers["X-Kimi2api-Ignored"] == "input_audio"
     assert api.asked[0][2]["messages"] == [{"role": "user", "content": "x"}]
 
@@ -2333,10 +2478,10 @@ def test_parts_of_other_types_are_passed_over_and_named(make: Make, both: dict[s
         ),
     ],
 )
-def test_what_was_done_elsewhere_is_a_call_and_its_result(
-    make: Make, both: dict[str, str], api: Api, call: Any, result: Any, name: str
+def test_shell_and_patch_items_become_calls_and_results(
+    api_app: Client, api: Api, call: Any, result: Any, name: str
 ) -> None:
-    assert output_text(respond(make(**both), [USER, call, result, USER], model="local/k2"))
+    assert output_text(respond(api_app, [USER, call, result, USER], model="local/k2"))
     _, called, done, _ = api.asked[0][2]["messages"]
     assert called["tool_calls"][0]["id"] == done["tool_call_id"] == "c" and "a.txt" in done["content"]
     assert called["tool_calls"][0]["function"]["name"] == name
@@ -2344,11 +2489,10 @@ def test_what_was_done_elsewhere_is_a_call_and_its_result(
 
 
 @json_and_stream
-def test_a_compaction_is_one_item_that_is_read_back(make: Make, both: dict[str, str], api: Api, stream: bool) -> None:
-    app = make(**both)
+def test_a_compaction_is_one_item_and_is_read_back(api_app: Client, api: Api, stream: bool) -> None:
     api.always = api_answers(deltas=[{"reasoning_content": "Hm."}, {"content": "They want "}, {"content": "tea."}])
     items = [USER, {"role": "assistant", "content": "Tea?"}, {"type": "compaction_trigger"}]
-    response = respond(app, items, model="local/k2", stream=stream, tools=TOOLS, context_management=[{"type": "x"}])
+    response = respond(api_app, items, model="local/k2", stream=stream, tools=TOOLS, context_management=[{"type": "x"}])
     final = response_events(response)[-1]["response"] if stream else response.json
     [item] = final["output"]
     assert item["type"] == "compaction" and item["encrypted_content"] and final["usage"]["total_tokens"] == 8
@@ -2356,35 +2500,33 @@ def test_a_compaction_is_one_item_that_is_read_back(make: Make, both: dict[str, 
     assert "tools" not in sent and sent["messages"][-1]["role"] == "user" and len(sent["messages"]) == 3
     api.always = api_answers("ok")
     for request in ({"input": [item, USER]}, {"input": [USER], "previous_response_id": final["id"]}):
-        assert output_text(respond(app, model="local/k2", **request)) == "ok"
+        assert output_text(respond(api_app, model="local/k2", **request)) == "ok"
         summary, question = api.asked[-1][2]["messages"]
         assert summary["content"].endswith("They want tea.") and question["content"] == USER["content"]
-    # of the model that writes nothing
+    # A model that writes no summary
     api.always = api_answers(deltas=[{"reasoning_content": "Hm."}])
-    assert is_error(respond(app, items, model="local/k2"), 502, "upstream_invalid_response")
+    assert_error(respond(api_app, items, model="local/k2"), 502, "upstream_invalid_response")
 
 
-def test_a_conversation_is_compacted_on_request(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
+def test_a_conversation_is_compacted_on_request(api_app: Client, api: Api) -> None:
     api.always = api_answers("They want tea.")
     asked = {"model": "local/k2", "input": [USER, {"role": "assistant", "content": "Tea?"}]}
-    compacted = app.post_json("/v1/responses/compact", asked).json
+    compacted = api_app.post_json("/v1/responses/compact", asked).json
     assert compacted["object"] == "response.compaction" and compacted["usage"]["total_tokens"] == 8
     message, item = compacted["output"]
     assert message["content"][0]["text"] == USER["content"] and item["type"] == "compaction"
     api.always = api_answers("ok")
-    assert output_text(respond(app, [*compacted["output"], USER], model="local/k2")) == "ok"
+    assert output_text(respond(api_app, [*compacted["output"], USER], model="local/k2")) == "ok"
     assert api.asked[-1][2]["messages"][1]["content"].endswith("They want tea.")
 
 
-def test_a_compaction_has_the_users_messages_of_previous_responses_and_no_earlier_summary(
-    make: Make, both: dict[str, str], api: Api
+def test_a_compaction_keeps_all_user_messages_and_one_summary(
+    api_app: Client, api: Api
 ) -> None:
-    app = make(**both)
-    first = respond(app, "One", model="local/k2").json
+    first = respond(api_app, "One", model="local/k2").json
     body = {"model": "local/k2", "input": "Two", "previous_response_id": first["id"]}
-    once = app.post_json("/v1/responses/compact", body).json["output"]
-    twice = app.post_json("/v1/responses/compact", {"model": "local/k2", "input": [*once, USER]}).json["output"]
+    once = api_app.post_json("/v1/responses/compact", body).json["output"]
+    twice = api_app.post_json("/v1/responses/compact", {"model": "local/k2", "input": [*once, USER]}).json["output"]
     texts = [item["content"][0]["text"] for item in twice[:-1]]
     assert texts == ["One", "Two", USER["content"]] and twice[-1]["type"] == "compaction"
 
@@ -2398,38 +2540,37 @@ def test_a_compaction_has_the_users_messages_of_previous_responses_and_no_earlie
         ({"type": "additional_tools", "tools": [{**SEARCH, "description": 5}]}, "input[0].tools[0].description"),
     ],
 )
-def test_a_field_of_a_call_that_cannot_be_read_is_named(
-    make: Make, both: dict[str, str], item: Any, param: str
+def test_an_invalid_field_of_a_call_is_named(
+    api_app: Client, item: Any, param: str
 ) -> None:
-    assert respond(make(**both), [item, USER], model="local/k2").json["error"]["param"] == param
+    assert respond(api_app, [item, USER], model="local/k2").json["error"]["param"] == param
 
 
-def test_many_items_are_read_in_time_for_other_chats() -> None:
+def test_many_items_are_read_in_linear_time() -> None:
     began = time.process_time()
-    items = [{"type": f"other{number}"} for number in range(100_000)]
+    items = [{"type": f"other{number}"} for number in range(50_000)]
     request = kimi2api.ResponsesRequest.parse(json.dumps({"input": [*items, USER]}).encode())
     request.to_chat_request([], [], lambda id: {})
-    assert time.process_time() - began < 4, "usually 1.5; all other chats wait meanwhile"
+    assert time.process_time() - began < 2, "usually 0.4 s, in which all other chats wait"
 
 
-def test_a_websocket_is_refused_so_that_clients_go_on_over_http(demo: Program) -> None:
-    status, body = demo.ask("GET", "/v1/responses", Upgrade="websocket", Connection="Upgrade")
+def test_a_websocket_request_returns_426(demo_program: Program) -> None:
+    status, body = demo_program.ask("GET", "/v1/responses", Upgrade="websocket", Connection="Upgrade")
     assert status == 426 and json.loads(body)["error"]["code"] == "upgrade_required"
 
 
 @json_and_stream
-def test_reasoning_is_a_summary_where_one_is_asked_for(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_reasoning_is_a_summary_if_the_request_asks_for_one(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
     api.always = api_answers(deltas=[{"reasoning_content": "Let "}, {"reasoning_content": "me."}, {"content": "Yes."}])
-    app = make(**both)
     wanted = {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]}
-    response = respond(app, model="local/k2", stream=stream, **wanted)
+    response = respond(api_app, model="local/k2", stream=stream, **wanted)
     final = response_events(response)[-1]["response"] if stream else response.json
     reasoning, message = final["output"]
     assert reasoning["summary"] == [{"type": "summary_text", "text": "Let me."}] and "content" not in reasoning
     if stream:
-        assert kinds(response_events(response))[2:8] == [
+        assert event_kinds(response_events(response))[2:8] == [
             "output_item.added",
             "reasoning_summary_part.added",
             "reasoning_summary_text.delta",
@@ -2438,22 +2579,22 @@ def test_reasoning_is_a_summary_where_one_is_asked_for(
             "output_item.done",
         ]
     api.always = api_answers("ok")
-    assert output_text(respond(app, [USER, reasoning, message, USER], model="local/k2", store=False)) == "ok"
+    assert output_text(respond(api_app, [USER, reasoning, message, USER], model="local/k2", store=False)) == "ok"
     assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "Let me."
 
 
 @json_and_stream
-def test_annotations_of_chats_are_annotations_of_responses(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_annotations_become_annotations_of_the_response(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
     citation = {"start_index": 0, "end_index": 3, "url": "https://a.example/", "title": "A"}
     annotations = [{"type": "url_citation", "url_citation": citation}, {"type": "odd"}, 5]
     api.always = api_answers(deltas=[{"content": "Yes"}, {"content": ".", "annotations": annotations}])
-    response = respond(make(**both), model="local/k2", stream=stream)
+    response = respond(api_app, model="local/k2", stream=stream)
     if stream:
-        told = response_events(response)
-        assert [event["annotation_index"] for event in told if event["type"].endswith("annotation.added")] == [0]
-    final = told[-1]["response"] if stream else response.json
+        events = response_events(response)
+        assert [event["annotation_index"] for event in events if event["type"].endswith("annotation.added")] == [0]
+    final = events[-1]["response"] if stream else response.json
     assert final["output"][0]["content"][0]["annotations"] == [{"type": "url_citation", **citation}]
 
 
@@ -2466,30 +2607,29 @@ def test_annotations_of_chats_are_annotations_of_responses(
         ("minimal", "invalid reasoning_effort", None, None),
     ],
 )
-def test_an_effort_that_a_model_refuses_becomes_the_nearest(
-    make: Make, both: dict[str, str], api: Api, effort: str, complaint: str, accepted: str | None, sent: str | None
+def test_a_refused_effort_becomes_the_nearest_accepted_effort(
+    api_app: Client, api: Api, effort: str, complaint: str, accepted: str | None, sent: str | None
 ) -> None:
-    api.always = refuses(
+    api.always = api_refuses(
         complaint, lambda body: body.get("reasoning_effort") not in (accepted, None), param="reasoning_effort")
-    app = make(**both)
     for _ in range(2):
-        assert output_text(respond(app, model="local/k2", reasoning={"effort": effort})) == "ok"
+        assert output_text(respond(api_app, model="local/k2", reasoning={"effort": effort})) == "ok"
         assert api.asked[-1][2].get("reasoning_effort") == sent
     assert len(api.asked) <= 4
 
 
-def test_the_verbosity_of_a_response_reaches_the_api(make: Make, both: dict[str, str], api: Api) -> None:
-    response = respond(make(**both), model="local/k2", text={"verbosity": "low"}, top_logprobs=3).json
+def test_an_api_receives_the_verbosity_of_a_response(api_app: Client, api: Api) -> None:
+    response = respond(api_app, model="local/k2", text={"verbosity": "low"}, top_logprobs=3).json
     assert api.asked[0][2]["verbosity"] == "low"
     assert response["text"] == {"format": {"type": "text"}, "verbosity": "low"}
-    assert response["top_logprobs"] == 0, "none are sent"
+    assert response["top_logprobs"] == 0, "the server never sends any"
 
 
-def test_many_references_to_one_response_read_it_once(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+def test_many_references_load_their_response_once(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = make(**both)
-    api.always = api_answers(deltas=[piece(index, "{}", "clock") for index in range(20)], finish="tool_calls")
+    app = make_app(**api_settings)
+    api.always = api_answers(deltas=[call_piece(index, "{}", "clock") for index in range(20)], finish="tool_calls")
     items = respond(app, model="local/k2", tools=TOOLS).json["output"]
     reads: list[Any] = []
     load = kimi2api.MemoryStore.load
@@ -2506,18 +2646,18 @@ def test_many_references_to_one_response_read_it_once(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stores and sessions
+# Stores, shared stores, SQLite store, Redis store, sessions
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_user_every_request_stands_alone(app: Client, kimi: WebChat) -> None:
+def test_without_user_no_turn_is_remembered(app: Client, kimi: WebChat) -> None:
     chat(app, "first")
     chat(app, "second")
     assert [post["message"] for post in kimi.posts] == ["first", "second"]
     assert kimi.posts[0]["session_id"] != kimi.posts[1]["session_id"]
 
 
-def test_with_user_the_remembered_turns_go_in_front(app: Client, kimi: WebChat) -> None:
+def test_with_user_the_remembered_turns_are_prepended(app: Client, kimi: WebChat) -> None:
     chat(app, "first", user="ada")
     chat(app, "second", user="ada")
     assert kimi.posts[1]["message"] == "用户: first\n模型: Hello from upstream.\n用户: second"
@@ -2529,7 +2669,7 @@ def test_with_user_the_remembered_turns_go_in_front(app: Client, kimi: WebChat) 
     ]
 
 
-def test_a_client_that_resends_its_history_replaces_what_was_remembered(app: Client, kimi: WebChat) -> None:
+def test_resent_history_replaces_the_remembered_turns(app: Client, kimi: WebChat) -> None:
     chat(app, "forgotten", user="ada")
     mine = [
         {"role": "system", "content": "Be kind."},
@@ -2543,91 +2683,90 @@ def test_a_client_that_resends_its_history_replaces_what_was_remembered(app: Cli
     assert kimi.posts[-1]["message"] == "用户: u1\n模型: a1\n用户: u2\n模型: Hello from upstream.\n用户: u3"
 
 
-def test_two_turns_of_one_user_in_flight_at_once_both_land_whole(app: Client, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
+def test_concurrent_turns_of_one_user_are_all_recorded(app: Client, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
     with ThreadPoolExecutor(8) as pool:
         chats = [pool.submit(chat, app, f"question {number}", user="ada") for number in range(8)]
         wait_for(lambda: len(kimi.posts) == 8)
         kimi.gate.set()
-        assert all(said(done.result()) for done in chats)
+        assert all(answer_text(done.result()) for done in chats)
     turns = app.get("/v1/sessions/ada").json["turns"]
     assert sorted(turn[0]["content"] for turn in turns) == [f"question {number}" for number in range(8)]
     assert all([message["role"] for message in turn] == ["user", "assistant"] for turn in turns)
 
 
-def test_sessions_belong_to_a_key_and_can_be_forgotten(make: Make) -> None:
-    app = make(API_MASTER_KEY="sk-one,sk-two")
+def test_a_session_belongs_to_its_key_and_can_be_deleted(make_app: MakeApp) -> None:
+    app = make_app(API_MASTER_KEY="sk-one,sk-two")
     one, two = {"Authorization": "Bearer sk-one"}, {"Authorization": "Bearer sk-two"}
     user = "ada/bü\nro"
     chat(app, user=user, headers=one)
     path = "/v1/sessions/ada/b%C3%BC%0Aro"
     assert app.get(path, headers=one).json["user"] == user
-    assert is_error(app.get(path, headers=two), 404, "session_not_found")
-    assert is_error(app.delete(path, headers=two), 404, "session_not_found")
+    assert_error(app.get(path, headers=two), 404, "session_not_found")
+    assert_error(app.delete(path, headers=two), 404, "session_not_found")
     assert app.delete(path, headers=one).json == {"object": "session.deleted", "user": user, "deleted": True}
-    assert is_error(app.delete(path, headers=one), 404, "session_not_found")
+    assert_error(app.delete(path, headers=one), 404, "session_not_found")
 
 
-def test_a_session_expires_and_the_least_recently_used_goes_first(
-    clock: Clock, make: Make
+def test_sessions_expire_and_the_least_recently_used_is_evicted(
+    clock: Clock, make_app: MakeApp
 ) -> None:
-    app = make(SESSION_CACHE_TTL="60", MAX_SESSION_SIZE="2")
+    app = make_app(SESSION_CACHE_TTL="60", MAX_SESSION_SIZE="2")
 
     def turns(user: str) -> int:
         response = app.get(f"/v1/sessions/{user}")
-        assert response.status_int == 200 or is_error(response, 404, "session_not_found")
+        if response.status_int != 200:
+            assert_error(response, 404, "session_not_found")
         return len(response.json.get("turns", ()))
 
-    assert said(chat(app, user="ada"))
+    assert answer_text(chat(app, user="ada"))
     clock.now += 50
-    assert said(chat(app, user="ada"))
+    assert answer_text(chat(app, user="ada"))
     clock.now += 50
     assert turns("ada") == 2, "the expiry slides at each turn"
     clock.now += 11
     assert turns("ada") == 0 and app.get("/health").json["sessions"]["kept"] == 0
     for user in ("ada", "bob", "ada", "eve"):
-        assert said(chat(app, user=user))
+        assert answer_text(chat(app, user=user))
     assert [bool(turns(user)) for user in ("ada", "bob", "eve")] == [True, False, True]
 
 
-def test_a_request_that_brings_its_history_keeps_what_lands_meanwhile(app: Client, kimi: WebChat) -> None:
+def test_resent_history_keeps_turns_recorded_meanwhile(app: Client, kimi: WebChat) -> None:
     chat(app, "forgotten", user="ada")
-    kimi.always = at_the_gate
+    kimi.always = web_chat_answers_at_the_gate
     mine = [{"role": role, "content": text} for role, text in (("user", "u1"), ("assistant", "a1"), ("user", "u2"))]
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(chat, app, messages=mine, user="ada")
         wait_for(lambda: len(kimi.posts) == 2)
-        kimi.always = answer
+        kimi.always = web_chat_answers
         chat(app, "quick", user="ada")
         kimi.gate.set()
-        assert said(slow.result())
+        assert answer_text(slow.result())
     turns = app.get("/v1/sessions/ada").json["turns"]
     assert sorted(turn[0]["content"] for turn in turns) == ["quick", "u1", "u2"]
 
 
-def test_a_tools_result_goes_to_the_turn_of_its_call(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
+def test_a_tool_result_joins_the_turn_of_its_call(api_app: Client, api: Api) -> None:
     call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
     api.always = api_answers(deltas=[{"tool_calls": [call]}], finish="tool_calls")
-    chat(app, "what time?", model="local/k2", user="ada")
+    chat(api_app, "what time?", model="local/k2", user="ada")
     api.always = api_answers("ok")
-    chat(app, "something else", model="local/k2", user="ada")
+    chat(api_app, "something else", model="local/k2", user="ada")
     result = {"role": "tool", "tool_call_id": "call_1", "content": "noon"}
-    chat(app, messages=[result], model="local/k2", user="ada")
+    chat(api_app, messages=[result], model="local/k2", user="ada")
     roles = ["user", "assistant", "user", "assistant", "tool"]
     assert [message["role"] for message in api.asked[-1][2]["messages"]] == roles
     assert api.asked[-1][2]["messages"][2]["content"] == "what time?"
-    assert [len(turn) for turn in app.get("/v1/sessions/ada").json["turns"]] == [2, 4]
+    assert [len(turn) for turn in api_app.get("/v1/sessions/ada").json["turns"]] == [2, 4]
 
 
-def test_a_session_keeps_what_later_requests_need_and_nothing_else(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
+def test_a_session_stores_only_what_later_requests_need(api_app: Client, api: Api) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}, "junk": [1]}
     delta = {"reasoning_content": "Hm.", "content": None, "tool_calls": [{"index": 0, **call}]}
     api.always = api_answers(deltas=[delta])
     question = {"role": "user", "content": [{"type": "text", "text": "What time?"}, {"type": "x", "x": [[]] * 9}]}
-    chat(app, messages=[{**question, "name": "ada", "junk": {"a": [1]}}], model="local/k2", user="ada")
-    [turn] = app.get("/v1/sessions/ada").json["turns"]
+    chat(api_app, messages=[{**question, "name": "ada", "junk": {"a": [1]}}], model="local/k2", user="ada")
+    [turn] = api_app.get("/v1/sessions/ada").json["turns"]
     del call["junk"]
     assert turn == [
         {"role": "user", "content": "What time?"},
@@ -2635,30 +2774,30 @@ def test_a_session_keeps_what_later_requests_need_and_nothing_else(make: Make, b
     ]
 
 
-def test_a_session_keeps_its_latest_turns_up_to_a_size(
-    make: Make, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+def test_a_session_keeps_its_latest_turns_within_a_size(
+    make_app: MakeApp, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_SESSION_BYTES", 3_000)
-    app = make(CONTEXT_MAX_LENGTH="99999")
+    app = make_app(CONTEXT_MAX_LENGTH="99999")
 
     def remembered() -> list[str]:
         return [turn[0]["content"][0] for turn in app.get("/v1/sessions/ada").json["turns"]]
 
     for number in range(5):
         chat(app, f"{number}" + "x" * 1_000, user="ada")
-    assert remembered() == ["3", "4"], "the oldest turns go first"
+    assert remembered() == ["3", "4"], "the oldest turns are dropped first"
     chat(app, "z" * 9_000, user="ada")
-    assert remembered() == ["3", "4"], "a turn that is too large is not kept, what was remembered is"
+    assert remembered() == ["3", "4"], "a turn that is too large is not stored, the others stay"
     mine = [{"role": role, "content": letter * 900} for role, letter in (("user", "a"), ("assistant", "b")) * 3]
     chat(app, messages=[*mine, {"role": "user", "content": "c"}], user="ada")
-    assert remembered() == ["a", "c"], "nor is more kept of what a client resends"
+    assert remembered() == ["a", "c"], "resent history has the same limit"
 
 
-# Each of the three keeps the same contract
+# The contract of all three stores
 
 
 class RedisServer:
-    """A real redis-server on a free port, which keeps its data when it is stopped and started again."""
+    """A real redis-server on a free port. It keeps its data over stop() and start()."""
 
     def __init__(self, directory: Path) -> None:
         program = shutil.which("redis-server")
@@ -2676,7 +2815,7 @@ class RedisServer:
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         def answers() -> bool:
-            with suppress(Exception):  # those of a package that is not imported here
+            with suppress(Exception):  # redis's errors; redis is not imported here
                 return bool(self.client.ping())
             return False
 
@@ -2703,62 +2842,62 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture
 def redis_server(shared_redis: RedisServer) -> RedisServer:
-    """Empty, as it is configured by default."""
+    """A redis-server without data, in its default configuration."""
     shared_redis.client.flushall()
     return shared_redis
 
 
-def address_of_store(kind: str, request: pytest.FixtureRequest) -> str:
-    """A SESSION_STORE of this kind that is empty."""
+def empty_store_address(kind: str, request: pytest.FixtureRequest) -> str:
+    """Return the SESSION_STORE address of an empty store of this kind."""
     if kind == "sqlite":
         return f"sqlite:{request.getfixturevalue('tmp_path')}/sessions.db"
     return request.getfixturevalue("redis_server").url if kind == "redis" else "memory"
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
-def address(request: pytest.FixtureRequest) -> str:
-    return address_of_store(request.param, request)
+def store_address(request: pytest.FixtureRequest) -> str:
+    return empty_store_address(request.param, request)
 
 
 @pytest.fixture(params=["sqlite", "redis"])
-def lasting(request: pytest.FixtureRequest) -> str:
-    return address_of_store(request.param, request)
+def lasting_store(request: pytest.FixtureRequest) -> str:
+    return empty_store_address(request.param, request)
 
 
-def open_store(address: str, ttl: float = 3600, limit: int = 1000) -> kimi2api.Store:
-    settings = kimi2api.Settings.load({"SESSION_STORE": address})
+def open_store(store_address: str, ttl: float = 3600, limit: int = 1000) -> kimi2api.Store:
+    settings = kimi2api.Settings.load({"SESSION_STORE": store_address})
     return kimi2api.open_store(replace(settings, session_cache_ttl=ttl, max_session_size=limit))
 
 
-def turn_of(text: Any) -> kimi2api.Turn:
+def make_turn(text: Any) -> kimi2api.Turn:
     return {"role": "user", "content": str(text)}, {"role": "assistant", "content": f"answer to {text}"}
 
 
 def add_turn(store: kimi2api.Store, user: str, text: Any, owner: str = "owner") -> None:
     sessions = kimi2api.Sessions(store)
-    sessions.record(owner, user, sessions.open(owner, user), [turn_of(text)], replace_turns=False)
+    sessions.record(owner, user, sessions.open(owner, user), [make_turn(text)], replace_turns=False)
 
 
-def asked_in(store: kimi2api.Store, user: str, owner: str = "owner") -> list[str]:
+def session_questions(store: kimi2api.Store, user: str, owner: str = "owner") -> list[str]:
     session = kimi2api.Sessions(store).get(owner, user)
     return [turn[0]["content"] for turn in session.turns] if session else []
 
 
-def users(store: kimi2api.Store, owner: str = "owner") -> list[str]:
+def session_users(store: kimi2api.Store, owner: str = "owner") -> list[str]:
     return list(store.list_documents(owner, "session"))
 
 
-def document_of(data: bytes = b"", turns: int = 0) -> kimi2api.Document:
+def make_document(data: bytes = b"", turns: int = 0) -> kimi2api.Document:
     now = time.time()
     return kimi2api.Document(now, now, turns, data)
 
 
-def counter(period: str, owner: str = "owner", lifetime: float = 1e6) -> kimi2api.CounterKey:
+def counter_key(period: str, owner: str = "owner", lifetime: float = 1e6) -> kimi2api.CounterKey:
     return kimi2api.CounterKey(owner, period, lifetime)
 
 
-def test_a_store_gives_back_the_documents_it_was_given(address: str) -> None:
-    store = open_store(address)
+def test_a_store_returns_its_documents(store_address: str) -> None:
+    store = open_store(store_address)
     document = kimi2api.Document(1.25, time.time(), 3, b"a\0b\n\xff" + "女".encode())
     key = ("owner", "response", "resp_1")
     assert store.load(key) is None and store.put(key, document)
@@ -2768,107 +2907,109 @@ def test_a_store_gives_back_the_documents_it_was_given(address: str) -> None:
         assert store.load(other) is None and not store.delete(other)
     [(name, listed)] = store.list_documents("owner", "response").items()
     assert (name, listed.created, listed.used, listed.turns) == ("resp_1", 1.25, document.used, 3)
-    assert address == "memory" or not listed.data, "a list reads no text"
-    assert store.list_documents("owner", "session") == {}, "a response is nobody's session"
+    assert store_address == "memory" or not listed.data, "a list loads no data"
+    assert store.list_documents("owner", "session") == {}, "a response is no session"
     store.put(("owner", "reasoning", "x"), document)
     assert store.count() == 1, "reasoning is not counted"
     assert store.delete(key) and not store.delete(key) and store.load(key) is None and store.count() == 0
 
 
-def test_a_document_is_put_only_if_its_version_is_the_one_that_was_seen(address: str) -> None:
-    store = open_store(address)
+def test_a_document_is_replaced_only_at_the_expected_version(store_address: str) -> None:
+    store = open_store(store_address)
     key = ("owner", "session", "ada")
-    assert store.put(key, document_of(b"1"), 0) and not store.put(key, document_of(b"2"), 0)
+    assert store.put(key, make_document(b"1"), 0) and not store.put(key, make_document(b"2"), 0)
     first = store.load(key)
-    assert first and store.put(key, document_of(b"2"), first.version)
-    assert not store.put(key, document_of(b"3"), first.version)
-    assert store.delete(key) and not store.put(key, document_of(b"3"), first.version)
-    assert store.put(key, document_of(b"4"), 0) and not store.put(key, document_of(b"5"), first.version)
+    assert first and store.put(key, make_document(b"2"), first.version)
+    assert not store.put(key, make_document(b"3"), first.version)
+    assert store.delete(key) and not store.put(key, make_document(b"3"), first.version)
+    assert store.put(key, make_document(b"4"), 0) and not store.put(key, make_document(b"5"), first.version)
     last = store.load(key)
-    assert last and last.data == b"4" and store.put(key, document_of(b"6")), "no version is expected"
+    assert last and last.data == b"4" and store.put(key, make_document(b"6")), (
+        "without an expected version it always succeeds"
+    )
 
 
-def test_a_session_that_is_forgotten_meanwhile_begins_again(address: str) -> None:
-    store = open_store(address)
+def test_a_session_deleted_meanwhile_starts_over(store_address: str) -> None:
+    store = open_store(store_address)
     sessions = kimi2api.Sessions(store)
     add_turn(store, "ada", 1)
     opened = sessions.open("owner", "ada")
     assert store.delete(("owner", "session", "ada"))
-    sessions.record("owner", "ada", opened, [turn_of(2)], replace_turns=False)
-    assert asked_in(store, "ada") == ["2"]
+    sessions.record("owner", "ada", opened, [make_turn(2)], replace_turns=False)
+    assert session_questions(store, "ada") == ["2"]
 
 
-def test_users_of_any_name_have_sessions_of_their_own(address: str) -> None:
+def test_each_user_name_has_its_own_session(store_address: str) -> None:
     names = ["ada", "ADA", "a:b", "a", "a:b:c", "*", "a\0b", "a\nb", "ü", "u\u0308", "'; DROP TABLE sessions", "🧑"]
     names.append("x" * 512)
-    store = open_store(address)
+    store = open_store(store_address)
     for name in names:
         add_turn(store, name, name)
     add_turn(store, "ada", "other's", owner="other")
-    assert all(asked_in(store, name) == [name] for name in names)
-    assert users(store) == names and users(store, "other") == ["ada"]
+    assert all(session_questions(store, name) == [name] for name in names)
+    assert session_users(store) == names and session_users(store, "other") == ["ada"]
     assert {document.turns for document in store.list_documents("owner", "session").values()} == {1}
 
 
-def test_turns_are_appended_and_replaced(address: str) -> None:
-    store = open_store(address)
+def test_turns_are_appended_and_replaced(store_address: str) -> None:
+    store = open_store(store_address)
     for text in ("1", "1", "2"):
         add_turn(store, "ada", text)
-    assert asked_in(store, "ada") == ["1", "1", "2"]
+    assert session_questions(store, "ada") == ["1", "1", "2"]
     sessions = kimi2api.Sessions(store)
-    sessions.record("owner", "ada", sessions.open("owner", "ada"), [turn_of("new")], replace_turns=True)
-    assert asked_in(store, "ada") == ["new"]
+    sessions.record("owner", "ada", sessions.open("owner", "ada"), [make_turn("new")], replace_turns=True)
+    assert session_questions(store, "ada") == ["new"]
     add_turn(store, "ada", "a\0b\n\u2028 女 🧑‍🚀")
-    assert asked_in(store, "ada") == ["new", "a\0b\n\u2028 女 🧑‍🚀"]
+    assert session_questions(store, "ada") == ["new", "a\0b\n\u2028 女 🧑‍🚀"]
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-def test_a_session_is_kept_for_its_time_after_its_last_turn(
+def test_a_session_expires_after_its_last_turn(
     kind: str, request: pytest.FixtureRequest, clock: Clock
 ) -> None:
-    store = open_store(address_of_store(kind, request), ttl=60)
+    store = open_store(empty_store_address(kind, request), ttl=60)
     add_turn(store, "ada", 1)
     clock.now += 50
     add_turn(store, "ada", 2)
     add_turn(store, "bob", 1)
     clock.now += 59
-    assert asked_in(store, "ada") == ["1", "2"] and store.count() == 2
+    assert session_questions(store, "ada") == ["1", "2"] and store.count() == 2
     clock.now += 2
-    assert asked_in(store, "ada") == [] and users(store) == [] and store.count() == 0
+    assert session_questions(store, "ada") == [] and session_users(store) == [] and store.count() == 0
 
 
-def test_a_session_that_has_expired_begins_again(address: str) -> None:
-    store = open_store(address, ttl=0.3)
+def test_an_expired_session_starts_over(store_address: str) -> None:
+    store = open_store(store_address, ttl=0.3)
     sessions = kimi2api.Sessions(store)
     add_turn(store, "ada", 1)
     opened = sessions.open("owner", "ada")
-    wait_for(lambda: sessions.get("owner", "ada") is None, "it expires")
-    assert users(store) == [] and not store.delete(("owner", "session", "ada"))
+    wait_for(lambda: sessions.get("owner", "ada") is None, "the session expires")
+    assert session_users(store) == [] and not store.delete(("owner", "session", "ada"))
     wait_for(lambda: store.count() == 0)
-    sessions.record("owner", "ada", opened, [turn_of(2)], replace_turns=False)
-    lasting = open_store(address, ttl=60) if address != "memory" else store
-    assert asked_in(lasting, "ada") == ["2"] and lasting.count() == 1
+    sessions.record("owner", "ada", opened, [make_turn(2)], replace_turns=False)
+    lasting = open_store(store_address, ttl=60) if store_address != "memory" else store
+    assert session_questions(lasting, "ada") == ["2"] and lasting.count() == 1
 
 
-def test_the_least_recently_used_session_makes_room(address: str) -> None:
-    store = open_store(address, limit=3)
+def test_a_full_store_evicts_the_least_recently_used_session(store_address: str) -> None:
+    store = open_store(store_address, limit=3)
     for user in ("ada", "bob", "eve", "ada", "kim", "lin"):
         add_turn(store, user, user)
-    assert users(store) == ["ada", "kim", "lin"] and store.count() == 3
+    assert session_users(store) == ["ada", "kim", "lin"] and store.count() == 3
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: add_turn(store, f"user {number}", "x"), range(40)))
-    assert store.count() == 3 and len(users(store)) == 3
+    assert store.count() == 3 and len(session_users(store)) == 3
 
 
-def test_one_key_or_kind_pushes_nothing_out_of_another(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_key_or_kind_evicts_nothing_of_another(store_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kimi2api, "MAX_REASONING_TEXTS", 5)
-    store = open_store(address, limit=3)
-    mine = {("ann", kind, "mine"): document_of(b"x", number) for number, kind in enumerate(KINDS)}
+    store = open_store(store_address, limit=3)
+    mine = {("ann", kind, "mine"): make_document(b"x", number) for number, kind in enumerate(KINDS)}
     for key, document in mine.items():
         assert store.put(key, document)
     for kind in KINDS:
         for number in range(9):
-            assert store.put(("bob", kind, str(number)), document_of(b"y"))
+            assert store.put(("bob", kind, str(number)), make_document(b"y"))
     for key, document in mine.items():
         loaded = store.load(key)
         assert loaded and replace(loaded, version=0) == document
@@ -2879,21 +3020,21 @@ def test_one_key_or_kind_pushes_nothing_out_of_another(address: str, monkeypatch
 KINDS = ("session", "response", "reasoning")
 
 
-def test_in_memory_the_kind_that_takes_the_most_of_a_keys_bytes_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_evicts_the_kind_with_most_bytes_of_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kimi2api, "MAX_OWNER_BYTES", 100_000)
     store = open_store("memory")
     for number in range(8):
-        store.put(("ann", "session", str(number)), document_of(b"x" * 1_000))
+        store.put(("ann", "session", str(number)), make_document(b"x" * 1_000))
     for number in range(20):
-        store.put(("bob", "response", str(number)), document_of(b"y" * 30_000))
-        store.put(("ann", "response", str(number)), document_of(b"y" * 30_000))
-    assert len(users(store, "ann")) == 8, "a chain of responses costs no session"
+        store.put(("bob", "response", str(number)), make_document(b"y" * 30_000))
+        store.put(("ann", "response", str(number)), make_document(b"y" * 30_000))
+    assert len(session_users(store, "ann")) == 8, "a chain of responses evicts no session"
     assert list(store.list_documents("ann", "response")) == ["18", "19"]
     assert list(store.list_documents("bob", "response")) == ["17", "18", "19"]
 
 
-def test_a_clock_that_is_set_back_makes_no_new_session_the_oldest(address: str, clock: Clock) -> None:
-    store = open_store(address, limit=3)
+def test_a_clock_set_back_makes_no_new_session_the_oldest(store_address: str, clock: Clock) -> None:
+    store = open_store(store_address, limit=3)
     for user in "abc":
         clock.now += 1
         add_turn(store, user, user)
@@ -2901,11 +3042,11 @@ def test_a_clock_that_is_set_back_makes_no_new_session_the_oldest(address: str, 
     for user in "defd":
         clock.now += 1
         add_turn(store, user, user)
-        assert user in asked_in(store, user)
-    assert users(store) == ["e", "f", "d"] and store.count() == 3
+        assert user in session_questions(store, user)
+    assert session_users(store) == ["e", "f", "d"] and store.count() == 3
 
 
-def test_a_clock_that_was_far_ahead_keeps_no_session_longer(tmp_path: Path, clock: Clock) -> None:
+def test_a_clock_far_ahead_keeps_no_session_longer(tmp_path: Path, clock: Clock) -> None:
     store = open_store(f"sqlite:{tmp_path}/sessions.db", ttl=60)
     year = 365 * 86400
     clock.now += year
@@ -2917,48 +3058,48 @@ def test_a_clock_that_was_far_ahead_keeps_no_session_longer(tmp_path: Path, cloc
     assert store.count() == 0
 
 
-def test_turns_of_many_threads_all_land_in_one_session(address: str) -> None:
-    store = open_store(address)
+def test_turns_of_many_threads_are_all_recorded(store_address: str) -> None:
+    store = open_store(store_address)
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(lambda number: add_turn(store, "ada", number), range(128)))
-    assert sorted(asked_in(store, "ada"), key=int) == [str(number) for number in range(128)]
+    assert sorted(session_questions(store, "ada"), key=int) == [str(number) for number in range(128)]
 
 
-def test_a_change_that_fails_changes_nothing(address: str) -> None:
-    store = open_store(address)
+def test_a_failed_update_changes_nothing(store_address: str) -> None:
+    store = open_store(store_address)
     add_turn(store, "ada", 1)
 
     def fails(_: Any) -> Any:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        store.update(("owner", "session", "ada"), document_of(), fails)
+        store.update(("owner", "session", "ada"), make_document(), fails)
     add_turn(store, "ada", 2)
-    assert asked_in(store, "ada") == ["1", "2"]
+    assert session_questions(store, "ada") == ["1", "2"]
 
 
-def test_counters_are_added_to_by_many_at_once(lasting: str) -> None:
-    store = open_store(lasting)
+def test_concurrent_additions_to_counters_are_all_counted(lasting_store: str) -> None:
+    store = open_store(lasting_store)
 
     def add(number: int) -> int:
-        return store.add_counters(counter("day 1"), {"requests": 1, "tokens kimi": number})["requests"]
+        return store.add_counters(counter_key("day 1"), {"requests": 1, "tokens kimi": number})["requests"]
 
     with ThreadPoolExecutor(16) as pool:
         assert sorted(pool.map(add, range(100))) == list(range(1, 101))
-    known = store.read_counters([counter("day 2"), counter("day 1"), counter("day 1", "other")])
+    known = store.read_counters([counter_key("day 2"), counter_key("day 1"), counter_key("day 1", "other")])
     assert known == [{}, {"requests": 100, "tokens kimi": 4950}, {}]
-    brief = counter("minute", lifetime=0.05)
+    brief = counter_key("minute", lifetime=0.05)
     assert store.add_counters(brief, {"requests": 2}) == {"requests": 2}
     time.sleep(0.06)
-    store.add_counters(counter("next minute"), {"requests": 1})
-    assert store.read_counters([brief]) == [{}], "they have expired"
+    store.add_counters(counter_key("next minute"), {"requests": 1})
+    assert store.read_counters([brief]) == [{}], "the counters have expired"
 
 
-def test_reasoning_is_kept_by_name_and_owner_unless_it_is_too_long(
-    address: str, monkeypatch: pytest.MonkeyPatch
+def test_reasoning_is_stored_by_name_and_owner_unless_too_long(
+    store_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_REASONING_BYTES", 5_000)
-    sessions = kimi2api.Sessions(open_store(address))
+    sessions = kimi2api.Sessions(open_store(store_address))
     fits = {"reasoning": "x" * (5_000 - len('{"reasoning":""}'))}
     for name, fields in (("a", {"x": "Hm\0 嗯"}), ("b", fits), ("c", {"reasoning": fits["reasoning"] + "x"})):
         sessions.keep_reasoning("owner", name, fields)
@@ -2967,47 +3108,44 @@ def test_reasoning_is_kept_by_name_and_owner_unless_it_is_too_long(
 
 
 ADD_TURNS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_kimi2api as t
-store = t.open_store(sys.argv[2])
-for number in range(int(sys.argv[4])):
-    t.add_turn(store, "ada", f"{sys.argv[3]} {number}")
-    store.add_counters(t.counter("day"), {"requests": 1})
+store = kimi2api.open_store(kimi2api.Settings.load({"SESSION_STORE": %r}))
+sessions = kimi2api.Sessions(store)
+for number in range(12):
+    turn = {"role": "user", "content": f"%d {number}"}, {"role": "assistant", "content": "answer"}
+    sessions.record("owner", "ada", sessions.open("owner", "ada"), [turn], replace_turns=False)
+    store.add_counters(kimi2api.CounterKey("owner", "day", 1e6), {"requests": 1})
 """
 
 
-def test_processes_that_share_a_store_lose_nothing_of_each_other(lasting: str) -> None:
-    command = [sys.executable, "-c", ADD_TURNS, str(HERE), lasting]
-    env = {**os.environ, **COMPILED_ONCE}
-    workers = [subprocess.Popen([*command, str(number), "12"], env=env) for number in range(3)]
+def test_processes_that_share_a_store_lose_no_turn(lasting_store: str) -> None:
+    workers = [ForkedProcess(ADD_TURNS % (lasting_store, number), dict(os.environ)) for number in range(3)]
     assert [worker.wait(PATIENCE * 2) for worker in workers] == [0, 0, 0]
-    store = open_store(lasting)
-    asked = asked_in(store, "ada")
+    store = open_store(lasting_store)
+    asked = session_questions(store, "ada")
     assert sorted(asked) == sorted(f"{worker} {number}" for worker in range(3) for number in range(12))
     for worker in range(3):
         of_worker = [int(text.split()[1]) for text in asked if text.startswith(f"{worker} ")]
-        assert of_worker == sorted(of_worker), "those of one are in their order"
-    assert store.read_counters([counter("day")]) == [{"requests": 36}]
+        assert of_worker == sorted(of_worker), "the turns of one process are in order"
+    assert store.read_counters([counter_key("day")]) == [{"requests": 36}]
 
 
-def test_another_program_goes_on_with_sessions_and_responses(lasting: str, make: Make, kimi: WebChat) -> None:
-    one, two = make(SESSION_STORE=lasting), make(SESSION_STORE=lasting)
+def test_another_program_continues_sessions_and_responses(lasting_store: str, make_app: MakeApp, kimi: WebChat) -> None:
+    one, two = make_app(SESSION_STORE=lasting_store), make_app(SESSION_STORE=lasting_store)
     chat(one, "first", user="ada")
     chat(two, "second", user="ada")
     assert kimi.posts[1]["message"] == "用户: first\n模型: Hello from upstream.\n用户: second"
     assert kimi.posts[0]["session_id"] == kimi.posts[1]["session_id"]
     first = one.post_json("/v1/responses", {"input": "A"}).json["id"]
-    for text in ("B", "C"):  # two ways on from the same response
+    for text in ("B", "C"):  # two continuations of one response
         answer = two.post_json("/v1/responses", {"input": text, "previous_response_id": first}).json
         assert kimi.posts[-1]["message"] == f"用户: A\n模型: Hello from upstream.\n用户: {text}"
         assert one.get(f"/v1/responses/{answer['id']}").json == answer
     health = one.get("/health").json
-    assert health["store"] == {"kind": lasting.partition(":")[0], "ok": True} and health["sessions"]["kept"] == 4
+    assert health["store"] == {"kind": lasting_store.partition(":")[0], "ok": True} and health["sessions"]["kept"] == 4
 
 
-def test_every_turn_whose_end_was_seen_survives_kill_9(lasting: str, run: Run) -> None:
-    program = run(SESSION_STORE=lasting, STREAM_INTERVAL_MS="0")
+def test_every_answered_turn_survives_kill_9(lasting_store: str, start_program: StartProgram) -> None:
+    program = start_program(SESSION_STORE=lasting_store, STREAM_INTERVAL_MS="0")
     seen: list[str] = []
 
     def ask(worker: int) -> None:
@@ -3022,26 +3160,26 @@ def test_every_turn_whose_end_was_seen_survives_kill_9(lasting: str, run: Run) -
     workers = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
     for worker in workers:
         worker.start()
-    wait_for(lambda: len(seen) > 60, "turns are being written")
+    wait_for(lambda: len(seen) > 60, "turns are recorded")
     program.signal(signal.SIGKILL)
     for worker in workers:
         worker.join(PATIENCE)
-    again = run(SESSION_STORE=lasting)
+    again = start_program(SESSION_STORE=lasting_store)
     remembered = []
     for number in range(3):
         for turn in json.loads(again.ask("GET", f"/v1/sessions/user%20{number}")[1])["turns"]:
             assert [message["role"] for message in turn] == ["user", "assistant"]
             remembered.append(turn[0]["content"])
     assert set(seen) <= set(remembered) and len(remembered) == len(set(remembered))
-    assert len(remembered) <= len(seen) + 6, "of each client at most one more had landed"
+    assert len(remembered) <= len(seen) + 6, "each client may have one more recorded turn"
 
 
-def test_a_newer_programs_format_is_refused(tmp_path: Path) -> None:
+def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     address = f"sqlite:{tmp_path}/sessions.db"
     add_turn(open_store(address), "ada", "1")
     with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
         db.execute("PRAGMA user_version = 3")
-    refused = command(SESSION_STORE=address)
+    refused = run_program(SESSION_STORE=address)
     assert refused.returncode == 2 and re.fullmatch(
         r"kimi2api: SESSION_STORE: .*written by a newer version of kimi2api \(format 3\).*\n", refused.stderr)
 
@@ -3072,15 +3210,15 @@ def test_a_file_of_format_1_keeps_its_counters_and_loses_its_sessions(tmp_path: 
     with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
         db.executescript(FORMAT_1)
     store = open_store(f"sqlite:{tmp_path}/sessions.db")
-    assert store.read_counters([counter("day")]) == [{"requests": 7}] and users(store) == []
+    assert store.read_counters([counter_key("day")]) == [{"requests": 7}] and session_users(store) == []
     add_turn(store, "ada", 1)
-    assert asked_in(store, "ada") == ["1"]
+    assert session_questions(store, "ada") == ["1"]
     with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
         tables = {name for name, in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'trigger')")}
     assert tables == {"documents", "counters", "sqlite_sequence"}
 
 
-def test_a_store_that_cannot_be_used_stops_the_start_in_one_line(tmp_path: Path) -> None:
+def test_an_unusable_store_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database\n" * 100)
     with closing(sqlite3.connect(tmp_path / "other.db")) as db:
         db.execute("CREATE TABLE bookmarks (url)")
@@ -3099,17 +3237,16 @@ def test_a_store_that_cannot_be_used_stops_the_start_in_one_line(tmp_path: Path)
             open_store(address)
         assert "secret" not in str(refused.value)
     with closing(sqlite3.connect(tmp_path / "other.db")) as db:
-        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",), "another's database stays as it was"
-    without = "sys.modules['redis'] = None\nsys.argv = ['kimi2api']\nsys.exit(kimi2api.main([]))"
-    program = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); import kimi2api\n{without}"],
-        env={**os.environ, "SESSION_STORE": "redis://localhost"}, capture_output=True, text=True, timeout=PATIENCE,
-    )
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",), (
+            "the database of another program is unchanged"
+        )
+    without = "sys.modules['redis'] = None; sys.exit(kimi2api.main([]))"
+    program = run_code(without, SESSION_STORE="redis://localhost")
     assert program.returncode == 2 and "pip install redis" in program.stderr
     assert program.stderr.count("\n") == 1
 
 
-def test_who_sets_nothing_imports_neither() -> None:
+def test_the_memory_store_imports_neither_sqlite_nor_redis() -> None:
     script = (
         "import sys, kimi2api; kimi2api.create_app(kimi2api.Settings.load({}));"
         "sys.exit('sqlite3' in sys.modules or 'redis' in sys.modules)"
@@ -3118,7 +3255,7 @@ def test_who_sets_nothing_imports_neither() -> None:
     assert subprocess.run([sys.executable, "-c", script], env=env, timeout=PATIENCE).returncode == 0
 
 
-def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Path, clock: Clock) -> None:
+def test_the_database_file_is_private_and_its_size_is_bounded(tmp_path: Path, clock: Clock) -> None:
     old = os.umask(0)
     try:
         store = open_store(f"sqlite:{tmp_path}/sessions.db", ttl=60)
@@ -3130,7 +3267,7 @@ def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Pat
     def fill() -> int:
         for _ in range(50):
             clock.now += 1
-            add_turn(store, f"{clock.now}", "x" * 200_000)
+            add_turn(store, f"{clock.now}", "x" * 100_000)
         return sum(path.stat().st_size for path in tmp_path.iterdir())
 
     sizes = [fill() for _ in range(5)]
@@ -3140,30 +3277,32 @@ def test_the_file_is_the_users_alone_and_does_not_grow_without_end(tmp_path: Pat
         for number in range(5):
             add_turn(store, f"{number}", "x")
             if number == 0:
-                assert db.execute("SELECT count(*) > 40 FROM documents").fetchone() == (1,), "nobody waits for all"
+                assert db.execute("SELECT count(*) > 40 FROM documents").fetchone() == (1,), (
+                    "one write deletes only some"
+                )
         while db.execute("SELECT count(*) > 5 FROM documents").fetchone() == (1,):
             add_turn(store, "0", "x")
     assert store.count() == 5
     with closing(sqlite3.connect(tmp_path / "sessions.db")) as db:
         pages = db.execute("PRAGMA page_count").fetchone()[0]
-    assert pages * 4096 < sizes[-1] / 2, "the room is given back"
+    assert pages * 4096 < sizes[-1] / 2, "the file has shrunk"
 
 
-def test_a_file_that_a_link_promises_is_the_users_alone(tmp_path: Path) -> None:
+def test_a_database_file_behind_a_link_is_private(tmp_path: Path) -> None:
     (tmp_path / "link.db").symlink_to("sessions.db")
     add_turn(open_store(f"sqlite:{tmp_path}/link.db"), "ada", 1)
     made = [path for path in tmp_path.iterdir() if not path.is_symlink()]
     assert made and {path.stat().st_mode & 0o777 for path in made} == {0o600}
 
 
-def test_documents_in_redis_expire_by_themselves_and_a_turn_costs_few_commands(redis_server: RedisServer) -> None:
+def test_redis_expires_documents_and_a_turn_costs_few_commands(redis_server: RedisServer) -> None:
     store = open_store(redis_server.url, ttl=60)
     client = redis_server.client
     store.check()
     for text in "abc":
         add_turn(store, "ada", text)
-    store.add_counters(counter("day", lifetime=60), {"requests": 1})
-    store.put(("owner", "reasoning", "name"), document_of(b"text"))
+    store.add_counters(counter_key("day", lifetime=60), {"requests": 1})
+    store.put(("owner", "reasoning", "name"), make_document(b"text"))
     keys = {key.decode(): client.type(key).decode() for key in client.scan_iter()}
     assert sorted(keys.values()) == ["hash"] * 3 + ["set", "string"] + ["zset"] * 2
     for key in keys.keys() - {"kimi2api:check", "kimi2api:indexes"}:
@@ -3175,31 +3314,31 @@ def test_documents_in_redis_expire_by_themselves_and_a_turn_costs_few_commands(r
     del asked["cmdstat_config|resetstat"]
     assert asked["cmdstat_eval"] == 1 and sum(asked.values()) <= 11, asked
     renewed = [key for key in keys if client.pttl(key) > 5000]
-    assert len(renewed) == 2, "the session and the index"
+    assert len(renewed) == 2, "only the session and the index"
     client.flushall()
     add_turn(store, "ada", "e")
-    assert asked_in(store, "ada") == ["e"] and store.count() == 1
+    assert session_questions(store, "ada") == ["e"] and store.count() == 1
 
 
-def test_a_clock_that_is_wrong_for_a_moment_loses_and_keeps_nothing(
-    address: str, make: Make, clock: Clock, kimi: WebChat
+def test_a_clock_that_jumps_changes_no_usage_and_few_sessions(
+    store_address: str, make_app: MakeApp, clock: Clock, kimi: WebChat
 ) -> None:
     clock.now = time.time()  # Redis has a clock of its own
-    settings = {"SESSION_STORE": address, "TOKENS_PER_DAY": "1000", "SESSION_CACHE_TTL": "600"}
-    app = make(**settings)
+    settings = {"SESSION_STORE": store_address, "TOKENS_PER_DAY": "1000", "SESSION_CACHE_TTL": "600"}
+    app = make_app(**settings)
     for user in ("ada", "bob", "cid", "dan", "eve"):
-        assert said(chat(app, user=user))
+        assert answer_text(chat(app, user=user))
     used = tokens_today(app)
     for error in (-400 * 86400, 400 * 86400):
         clock.error = error
-        assert said(chat(app)) and said(chat(app, user=f"at {error}"))
+        assert answer_text(chat(app)) and answer_text(chat(app, user=f"at {error}"))
         clock.error = 0.0
         kept = {entry["user"] for entry in app.get("/v1/sessions").json["data"]}
-        assert len(kept & {"ada", "bob", "cid", "dan", "eve"}) >= 2, "few are lost"
+        assert len(kept & {"ada", "bob", "cid", "dan", "eve"}) >= 2, "few sessions are lost"
         assert tokens_today(app) == used
 
 
-# A store that fails, and is well again
+# Failures and recovery
 
 
 @pytest.fixture
@@ -3208,8 +3347,8 @@ def short_store_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kimi2api, name, seconds)
 
 
-def answers_while_the_store_fails(app: Client, is_readable: bool = False) -> None:
-    """What needs the store is 503 within 5 seconds, for many at once, and what needs none is answered."""
+def assert_store_failure(app: Client, is_readable: bool = False) -> None:
+    """Assert that 32 concurrent requests that need the store return 503 within 5 seconds, and others are answered."""
     began = time.monotonic()
     with ThreadPoolExecutor(32) as pool:
         asked = list(pool.map(lambda number: chat(app, "Hi", user=f"user {number}", stream=number % 2 == 0), range(32)))
@@ -3217,22 +3356,22 @@ def answers_while_the_store_fails(app: Client, is_readable: bool = False) -> Non
         if answer.status_int == 200:  # a stream that had begun
             assert b'"session_store_unavailable"' in answer.body and b"[DONE]" not in answer.body
         else:
-            assert is_error(answer, 503, "session_store_unavailable", "server_error")
+            assert_error(answer, 503, "session_store_unavailable", "server_error")
     assert time.monotonic() - began < 5
-    assert said(chat(app, "Hi")) == "Hello from upstream."
+    assert answer_text(chat(app, "Hi")) == "Hello from upstream."
     health = app.get("/health").json
     assert health["status"] == "degraded" and health["store"]["ok"] is False and health["sessions"]["kept"] is None
     if not is_readable:
-        assert is_error(app.get("/v1/sessions/ada"), 503, "session_store_unavailable")
+        assert_error(app.get("/v1/sessions/ada"), 503, "session_store_unavailable")
 
 
-def is_well(app: Client) -> Callable[[], bool]:
+def store_recovered(app: Client) -> Callable[[], bool]:
     return lambda: bool(app.get("/health").json["store"]["ok"] and chat(app, "Hi", user="eve").status_int == 200)
 
 
 @pytest.fixture
-def three(run: Run, redis_server: RedisServer) -> list[Program]:
-    """Three processes on one Redis, as behind a balancer that knows nothing of sessions."""
+def three_programs(start_program: StartProgram, redis_server: RedisServer) -> list[Program]:
+    """Three processes on one Redis, as behind a load balancer without sticky sessions."""
     settings = {
         "SESSION_STORE": redis_server.url,
         "API_MASTER_KEY": "sk-1,ann:sk-2",
@@ -3240,12 +3379,14 @@ def three(run: Run, redis_server: RedisServer) -> list[Program]:
         "STREAM_INTERVAL_MS": "0",
     }
     with ThreadPoolExecutor(3) as pool:
-        return list(pool.map(lambda _: run(**settings), range(3)))
+        return list(pool.map(lambda _: start_program(**settings), range(3)))
 
 
-def test_three_processes_share_sessions_responses_usage_and_limits(three: list[Program], kimi: WebChat) -> None:
+def test_three_processes_share_sessions_responses_usage_and_limits(
+    three_programs: list[Program], kimi: WebChat
+) -> None:
     key = bearer("sk-1")
-    turn = itertools.cycle(three)
+    turn = itertools.cycle(three_programs)
 
     def post(path: str, headers: dict[str, str] = key, **body: Any) -> tuple[int, Any]:
         status, answered = next(turn).ask("POST", path, body, **headers)
@@ -3258,11 +3399,11 @@ def test_three_processes_share_sessions_responses_usage_and_limits(three: list[P
     second = post("/v1/responses", input="Dos", previous_response_id=first)[1]["id"]
     assert post("/v1/responses", input="Tres", previous_response_id=second)[0] == 200
     assert "用户: Uno" in kimi.posts[-1]["message"] and "用户: Dos" in kimi.posts[-1]["message"]
-    assert [program.ask("DELETE", f"/v1/responses/{first}", **key)[0] for program in three] == [200, 404, 404]
-    used = [json.loads(program.ask("GET", "/v1/usage", **key)[1])["today"] for program in three]
+    assert [program.ask("DELETE", f"/v1/responses/{first}", **key)[0] for program in three_programs] == [200, 404, 404]
+    used = [json.loads(program.ask("GET", "/v1/usage", **key)[1])["today"] for program in three_programs]
     assert used[0]["requests"] == 7 and used[0] == used[1] == used[2]
     minute = 0
-    while minute != int(time.time() // 60):  # all of them in one minute
+    while minute != int(time.time() // 60):  # all requests within one minute
         minute = int(time.time() // 60)
         with ThreadPoolExecutor(6) as pool:
             asked = [pool.submit(post, "/v1/completions", bearer("sk-2"), prompt="x") for _ in range(15)]
@@ -3270,7 +3411,7 @@ def test_three_processes_share_sessions_responses_usage_and_limits(three: list[P
     assert sorted(statuses) == [200] * 10 + [429] * 5
 
 
-def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: list[Program]) -> None:
+def test_killing_one_of_three_processes_loses_no_answered_turn(three_programs: list[Program]) -> None:
     answered: dict[str, list[str]] = {f"user {number}": [] for number in range(6)}
     stopping = threading.Event()
 
@@ -3278,8 +3419,8 @@ def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: l
         for number in itertools.count():
             if stopping.is_set():
                 return
-            program = random.choice(three)
-            with suppress(OSError, http.client.HTTPException):  # of the one that is killed
+            program = random.choice(three_programs)
+            with suppress(OSError, http.client.HTTPException):  # the killed process
                 text = f"question {number}"
                 message = {"role": "user", "content": text}
                 body = {"user": user, "messages": [message], "stream": bool(number % 2)}
@@ -3290,56 +3431,83 @@ def test_no_answered_turn_is_lost_when_one_of_three_processes_is_killed(three: l
     with ThreadPoolExecutor(6) as pool:
         conversations = [pool.submit(converse, user) for user in answered]
         wait_for(lambda: min(map(len, answered.values())) >= 5)
-        three[0].process.kill()
+        three_programs[0].process.kill()
         before = {user: len(texts) for user, texts in answered.items()}
         wait_for(lambda: all(len(answered[user]) >= count + 5 for user, count in before.items()))
         stopping.set()
     for conversation in conversations:
-        conversation.result()  # raises what has gone wrong there
+        conversation.result()  # raises the conversation's error
     for user, texts in answered.items():
-        status, data = three[1].ask("GET", f"/v1/sessions/{quote(user)}", **bearer("sk-1"))
+        status, data = three_programs[1].ask("GET", f"/v1/sessions/{quote(user)}", **bearer("sk-1"))
         assert status == 200
         kept = [turn[0]["content"] for turn in json.loads(data)["turns"]]
         assert [text for text in kept if text in texts] == texts
 
 
-def test_redis_stopped_stuck_full_or_a_replica(
-    tmp_path: Path, make: Make, short_store_timeouts: None
+@pytest.mark.parametrize(
+    ("fail", "mend", "is_readable"),
+    [
+        pytest.param(
+            lambda server: server.process.send_signal(signal.SIGSTOP),
+            lambda server: server.process.send_signal(signal.SIGCONT),
+            False,
+            id="hangs",
+        ),
+        pytest.param(
+            lambda server: server.client.config_set("maxmemory", 1),
+            lambda server: server.client.config_set("maxmemory", 0),
+            True,
+            id="is full",
+        ),
+        pytest.param(
+            lambda server: server.client.replicaof("127.0.0.1", "1"),
+            lambda server: server.client.replicaof("NO", "ONE"),
+            True,
+            id="is a replica",
+        ),
+    ],
+)
+def test_redis_may_fail_and_recover(
+    redis_server: RedisServer,
+    make_app: MakeApp,
+    short_store_timeouts: None,
+    fail: Callable[[RedisServer], Any],
+    mend: Callable[[RedisServer], Any],
+    is_readable: bool,
 ) -> None:
+    app = make_app(SESSION_STORE=redis_server.url)
+    chat(app, "first", user="ada")
+    fail(redis_server)
+    try:
+        assert_store_failure(app, is_readable)
+    finally:
+        mend(redis_server)
+    wait_for(store_recovered(app), "the store recovers")
+    assert len(app.get("/v1/sessions/ada").json["turns"]) == 1
+
+
+def test_redis_may_stop_and_start_again(tmp_path: Path, make_app: MakeApp, short_store_timeouts: None) -> None:
     server = RedisServer(tmp_path)
     try:
-        app = make(SESSION_STORE=server.url)
+        app = make_app(SESSION_STORE=server.url)
         chat(app, "first", user="ada")
-        server.process.send_signal(signal.SIGSTOP)
-        answers_while_the_store_fails(app)
-        server.process.send_signal(signal.SIGCONT)
-        wait_for(is_well(app), "it goes on")
-        server.client.config_set("maxmemory", 1)
-        answers_while_the_store_fails(app, is_readable=True)
-        server.client.config_set("maxmemory", 0)
-        wait_for(is_well(app), "there is room")
-        server.client.replicaof("127.0.0.1", "1")
-        answers_while_the_store_fails(app, is_readable=True)
-        server.client.replicaof("NO", "ONE")
-        wait_for(is_well(app), "it may be written")
         server.stop()
-        answers_while_the_store_fails(app)
-        late = make(SESSION_STORE=server.url)
+        assert_store_failure(app)
+        late = make_app(SESSION_STORE=server.url)
         server.start()
         for each in (app, late):
-            wait_for(is_well(each), "it is back")
+            wait_for(store_recovered(each), "redis-server is back")
             assert len(each.get("/v1/sessions/ada").json["turns"]) == 1
         server.client.config_set("requirepass", "secret")
-        wrong = make(SESSION_STORE=server.url.replace("redis://", "redis://:wrong@"))
-        answers_while_the_store_fails(wrong)
-        assert is_well(make(SESSION_STORE=server.url.replace("redis://", "redis://:secret@")))()
+        assert_store_failure(make_app(SESSION_STORE=server.url.replace("redis://", "redis://:wrong@")))
+        assert store_recovered(make_app(SESSION_STORE=server.url.replace("redis://", "redis://:secret@")))()
     finally:
         server.stop()
 
 
 @contextmanager
 def relay_to(server: RedisServer, change: Callable[[bytes], bytes]) -> Iterator[str]:
-    """The address of one that stands between a program and Redis and changes the answers."""
+    """Relay between a program and Redis, changing the answers. Yield its address."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -3361,89 +3529,104 @@ def relay_to(server: RedisServer, change: Callable[[bytes], bytes]) -> Iterator[
 
 
 @pytest.mark.parametrize("reply", [b":abc\r\n", b"+OK\r\n"])
-def test_answers_that_make_no_sense_are_a_store_that_fails(
-    make: Make, redis_server: RedisServer, reply: bytes, short_store_timeouts: None
+def test_malformed_answers_of_redis_are_store_failures(
+    make_app: MakeApp, redis_server: RedisServer, reply: bytes, short_store_timeouts: None
 ) -> None:
     makes_sense = True
     with relay_to(redis_server, lambda answer: answer if makes_sense else reply) as address:
-        app = make(SESSION_STORE=address)
+        app = make_app(SESSION_STORE=address)
         for path in ("/v1/sessions", "/v1/sessions/ada", "/v1/responses/resp_1"):
-            wait_for(is_well(app))
+            wait_for(store_recovered(app))
             makes_sense = False
-            assert is_error(app.get(path), 503, "session_store_unavailable")
+            assert_error(app.get(path), 503, "session_store_unavailable")
             assert app.get("/health").json["store"]["ok"] is False
-            assert said(chat(app)) == "Hello from upstream."
+            assert answer_text(chat(app)) == "Hello from upstream."
             makes_sense = True
 
 
-def test_a_far_redis_serves_many_at_once(redis_server: RedisServer) -> None:
+def test_a_slow_redis_serves_many_requests_concurrently(redis_server: RedisServer) -> None:
     def late(answer: bytes) -> bytes:
-        time.sleep(0.1)
+        time.sleep(0.03)
         return answer
 
     with relay_to(redis_server, late) as address, ThreadPoolExecutor(128) as pool:
         store = open_store(address)
         assert list(pool.map(lambda number: store.load(("owner", "session", str(number))), range(128))) == [None] * 128
         list(pool.map(lambda number: add_turn(store, "ada", number), range(2)))
-        assert sorted(asked_in(store, "ada")) == ["0", "1"], "two turns of one user at once both land"
+        assert sorted(session_questions(store, "ada")) == ["0", "1"], (
+            "two concurrent turns of one user are both recorded"
+        )
 
 
 @pytest.mark.parametrize("head", ["x", "5", "[]"])
-def test_a_malformed_document_is_a_store_failure_and_can_be_deleted(
-    make: Make, redis_server: RedisServer, head: str
+def test_a_malformed_document_is_a_failure_and_can_be_deleted(
+    make_app: MakeApp, redis_server: RedisServer, head: str
 ) -> None:
-    app, client = make(SESSION_STORE=redis_server.url), redis_server.client
+    app, client = make_app(SESSION_STORE=redis_server.url), redis_server.client
     chat(app, user="ada")
     [key] = client.keys("kimi2api:documents:*:session:*")
     client.hset(key, "head", head)
-    assert is_error(chat(app, user="ada"), 503, "session_store_unavailable")
-    wait_for(lambda: app.delete("/v1/sessions/ada").status_int in (200, 404), "it is forgotten")
+    assert_error(chat(app, user="ada"), 503, "session_store_unavailable")
+    wait_for(lambda: app.delete("/v1/sessions/ada").status_int in (200, 404), "the session is deleted")
     assert app.get("/health").json["store"]["ok"] is True
 
 
-def test_a_database_locked_damaged_or_gone(
-    tmp_path: Path, make: Make, short_store_timeouts: None
-) -> None:
-    directory = tmp_path / "kept"
-    directory.mkdir()
-    file = directory / "sessions.db"
-    app = make(SESSION_STORE=f"sqlite:{file}")
+def test_a_locked_database_fails_and_recovers(tmp_path: Path, make_app: MakeApp, short_store_timeouts: None) -> None:
+    file = tmp_path / "sessions.db"
+    app = make_app(SESSION_STORE=f"sqlite:{file}")
     chat(app, "first", user="ada")
     with closing(sqlite3.connect(file, isolation_level=None)) as db:
         db.execute("BEGIN EXCLUSIVE")
-        answers_while_the_store_fails(app, is_readable=True)
-        late = make(SESSION_STORE=f"sqlite:{file}")
+        assert_store_failure(app, is_readable=True)
+        late = make_app(SESSION_STORE=f"sqlite:{file}")
         db.execute("ROLLBACK")
     for each in (app, late):
-        wait_for(is_well(each), "it is not locked any more")
+        wait_for(store_recovered(each), "the lock is released")
         assert len(each.get("/v1/sessions/ada").json["turns"]) == 1
+
+
+def test_a_damaged_database_may_be_deleted(tmp_path: Path, make_app: MakeApp, short_store_timeouts: None) -> None:
+    file = tmp_path / "kept" / "sessions.db"
+    file.parent.mkdir()
+    app = make_app(SESSION_STORE=f"sqlite:{file}")
+    chat(app, "first", user="ada")
     with closing(sqlite3.connect(file)) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else all is read from the log, and nothing is missed
+        # Otherwise everything is read from the write-ahead log, in spite of the damage
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     file.write_bytes(b"x" * file.stat().st_size)
-    answers_while_the_store_fails(app)
-    for path in directory.iterdir():
+    assert_store_failure(app)
+    for path in file.parent.iterdir():
         path.unlink()
-    wait_for(is_well(app), "a new file is begun")
-    shutil.rmtree(directory)
-    answers_while_the_store_fails(app)
-    directory.mkdir()
-    wait_for(is_well(app), "the directory is back")
+    wait_for(store_recovered(app), "a new file is created")
+
+
+def test_a_deleted_directory_of_the_database_may_return(
+    tmp_path: Path, make_app: MakeApp, short_store_timeouts: None
+) -> None:
+    file = tmp_path / "kept" / "sessions.db"
+    file.parent.mkdir()
+    app = make_app(SESSION_STORE=f"sqlite:{file}")
+    chat(app, "first", user="ada")
+    shutil.rmtree(file.parent)
+    assert_store_failure(app)
+    file.parent.mkdir()
+    wait_for(store_recovered(app), "the directory is back")
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_database_that_is_locked_for_a_moment_costs_no_turn(tmp_path: Path, make: Make) -> None:
+def test_a_briefly_locked_database_loses_no_turn(tmp_path: Path, make_app: MakeApp) -> None:
     file = tmp_path / "sessions.db"
-    app = make(SESSION_STORE=f"sqlite:{file}", REQUESTS_PER_MINUTE="9")
+    app = make_app(SESSION_STORE=f"sqlite:{file}", REQUESTS_PER_MINUTE="9")
     with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as db:
         db.execute("BEGIN IMMEDIATE")
         end = threading.Timer(0.3, db.execute, ["ROLLBACK"])
         end.start()
-        assert said(chat(app, user="ada"))
+        assert answer_text(chat(app, user="ada"))
         end.join()
     assert app.get("/v1/sessions/ada").status_int == 200
 
 
-def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
+def test_after_a_failure_calls_fail_fast_for_five_times_as_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.1)
@@ -3452,7 +3635,7 @@ def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
     def seconds_of_a_failure() -> float:
         began = time.monotonic()
         with pytest.raises(kimi2api.APIError) as failed:
-            store.put(("owner", "session", "ada"), document_of())
+            store.put(("owner", "session", "ada"), make_document())
         assert (failed.value.status, failed.value.code) == (503, "session_store_unavailable")
         return time.monotonic() - began
 
@@ -3465,14 +3648,14 @@ def test_after_a_failure_calls_fail_at_once_for_five_times_as_long(
 
     def is_written() -> bool:
         with suppress(kimi2api.APIError):
-            return store.put(("owner", "session", "ada"), document_of())
+            return store.put(("owner", "session", "ada"), make_document())
         return False
 
-    wait_for(is_written, "it recovers by itself")
+    wait_for(is_written, "the store recovers by itself")
     assert 0.45 < time.monotonic() - failed < 5
 
 
-def test_a_store_that_this_programs_own_threads_keep_busy_has_not_failed(
+def test_a_store_busy_with_our_own_threads_has_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "STORE_TIMEOUT", 0.2)
@@ -3482,10 +3665,10 @@ def test_a_store_that_this_programs_own_threads_keep_busy_has_not_failed(
     with store._lock, pytest.raises(kimi2api.APIError):
         add_turn(store, "ada", 2)
     add_turn(store, "ada", 3)
-    assert asked_in(store, "ada") == ["1", "3"], "no pause follows"
+    assert session_questions(store, "ada") == ["1", "3"], "the store is not paused"
 
 
-def test_a_database_that_cannot_be_written_is_opened_anew(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_written_is_reopened(tmp_path: Path) -> None:
     store = open_store(f"sqlite:{tmp_path}/sessions.db")
     add_turn(store, "ada", 1)
     assert isinstance(store, kimi2api.SQLiteStore)
@@ -3500,8 +3683,8 @@ def test_a_database_that_cannot_be_written_is_opened_anew(tmp_path: Path) -> Non
             return True
         return False
 
-    wait_for(is_written, "it is well again")
-    assert asked_in(store, "ada") == ["1", "3"]
+    wait_for(is_written, "the store recovers")
+    assert session_questions(store, "ada") == ["1", "3"]
 
 
 @pytest.fixture
@@ -3514,13 +3697,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_lets_sessions_be_forgotten(
-    small_disk: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_allows_deletions(
+    small_disk: Path, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.0)
-    app = make(SESSION_STORE=f"sqlite:{small_disk}/sessions.db", CONTEXT_MAX_LENGTH="99999")
+    app = make_app(SESSION_STORE=f"sqlite:{small_disk}/sessions.db", CONTEXT_MAX_LENGTH="99999")
     for number in range(5):
-        assert said(chat(app, "x" * 60_000, user=f"user {number}"))
+        assert answer_text(chat(app, "x" * 60_000, user=f"user {number}"))
     with suppress(OSError), (small_disk / "other").open("wb", 0) as other:
         while True:
             other.write(b"x" * 4096)
@@ -3528,18 +3711,18 @@ def test_a_full_disk_lets_sessions_be_forgotten(
     assert [app.delete(f"/v1/sessions/user%20{number}").status_int for number in range(4)] == [200] * 4
     assert app.get("/health").json["store"]["ok"] is False
     (small_disk / "other").unlink()
-    wait_for(is_well(app), "there is room")
+    wait_for(store_recovered(app), "there is free space")
     assert [app.get(f"/v1/sessions/user%20{number}").status_int for number in range(5)] == [404] * 4 + [200]
 
 
-def test_a_damaged_page_is_told_once(
-    tmp_path: Path, make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_page_is_logged_once(
+    tmp_path: Path, make_app: MakeApp, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.0)
     file = tmp_path / "sessions.db"
-    app = make(SESSION_STORE=f"sqlite:{file}", CONTEXT_MAX_LENGTH="999999")
+    app = make_app(SESSION_STORE=f"sqlite:{file}", CONTEXT_MAX_LENGTH="999999")
     for number in range(4):
-        assert said(chat(app, "x" * 60_000, user=f"user {number}"))
+        assert answer_text(chat(app, "x" * 60_000, user=f"user {number}"))
     with closing(sqlite3.connect(file)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         [root] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'documents'").fetchone()
@@ -3547,10 +3730,10 @@ def test_a_damaged_page_is_told_once(
         pages.seek((root - 1) * 4096)
         pages.write(b"\xff" * 4096)
     for _ in range(3):
-        assert is_error(app.get("/v1/sessions/user%200"), 503, "session_store_unavailable")
+        assert_error(app.get("/v1/sessions/user%200"), 503, "session_store_unavailable")
         app.get("/health")
-    told = [record.getMessage() for record in caplog.records if "session store" in record.getMessage()]
-    assert len(told) <= 2 and "malformed" in told[0], "and at most once that the rest is well"
+    logged = [record.getMessage() for record in caplog.records if "session store" in record.getMessage()]
+    assert len(logged) <= 2 and "malformed" in logged[0], "the failure, and at most one recovery"
 
 
 @pytest.mark.parametrize(("column", "value"), [
@@ -3558,36 +3741,36 @@ def test_a_damaged_page_is_told_once(
     ("data", "CAST('{\"id\": \"a\"}' || char(10) || '[5' AS BLOB)"),
 ])  # fmt: skip
 def test_rows_of_wrong_types_are_a_store_failure(
-    tmp_path: Path, make: Make, column: str, value: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_app: MakeApp, column: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_STORE_PAUSE", 0.0)
     file = tmp_path / "sessions.db"
-    app = make(SESSION_STORE=f"sqlite:{file}", TOKENS_PER_DAY="99")
-    assert said(chat(app, user="ada"))
+    app = make_app(SESSION_STORE=f"sqlite:{file}", TOKENS_PER_DAY="99")
+    assert answer_text(chat(app, user="ada"))
     with closing(sqlite3.connect(file, isolation_level=None)) as db:
         db.execute(f"UPDATE documents SET {column} = {value}")
     for asked in (chat(app, user="ada"), app.get("/v1/sessions/ada")):
-        assert is_error(asked, 503, "session_store_unavailable")
+        assert_error(asked, 503, "session_store_unavailable")
     assert app.get("/v1/sessions").status_int in (200, 503)
     with closing(sqlite3.connect(file, isolation_level=None)) as db:
         db.execute("UPDATE counters SET value = 'many'")
-    assert said(chat(app)), "limits go by what this process has counted"
+    assert answer_text(chat(app)), "limits use the counts of this process"
     assert app.get("/v1/usage").status_int == 200
-    wait_for(lambda: app.delete("/v1/sessions/ada").status_int == 200, "it works again")
+    wait_for(lambda: app.delete("/v1/sessions/ada").status_int == 200, "the store recovers")
 
 
-def test_a_redis_user_who_may_run_no_scripts_is_told_at_the_start(make: Make, redis_server: RedisServer) -> None:
+def test_a_redis_user_without_scripts_is_refused_at_the_start(make_app: MakeApp, redis_server: RedisServer) -> None:
     redis_server.client.acl_setuser(
         "plain", enabled=True, passwords=["+s3cret"], keys=["*"], categories=["+@all", "-@scripting"])
     with pytest.raises(kimi2api.SettingError, match=r"^SESSION_STORE: the user .* may not run scripts") as refused:
-        make(SESSION_STORE=redis_server.url.replace("redis://", "redis://plain:s3cret@"))
+        make_app(SESSION_STORE=redis_server.url.replace("redis://", "redis://plain:s3cret@"))
     assert "s3cret" not in str(refused.value)
     redis_server.client.acl_deluser("plain")
 
 
-def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> None:
+def test_a_full_disk_is_an_error_and_the_store_recovers(tmp_path: Path, start_program: StartProgram) -> None:
     resource = pytest.importorskip("resource")
-    program = run(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    program = start_program(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
     assert program.chat("first", user="ada")[0] == 200
     unlimited = resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (4096, unlimited[1]))
@@ -3597,7 +3780,7 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> No
     health = program.health()
     assert health["status"] == "degraded" and health["store"] == {"kind": "sqlite", "ok": False}
     resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, unlimited)
-    wait_for(lambda: program.health()["store"]["ok"], "there is room")
+    wait_for(lambda: program.health()["store"]["ok"], "there is free space")
     assert program.chat("second", user="ada")[0] == 200
     turns = json.loads(program.ask("GET", "/v1/sessions/ada")[1])["turns"]
     assert [turn[0]["content"] for turn in turns] == ["first", "second"]
@@ -3611,157 +3794,172 @@ def test_a_full_disk_is_an_error_and_not_the_end(tmp_path: Path, run: Run) -> No
 NAMED_KEYS = {"API_MASTER_KEY": "ann:sk-1, bob:sk-2, sk-3"}
 
 
-def test_keys_may_have_names_which_the_log_tells_and_the_keys_never(
-    make: Make, caplog: pytest.LogCaptureFixture
+def test_the_log_shows_names_of_keys_and_never_keys(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    app = make(**NAMED_KEYS)
+    app = make_app(**NAMED_KEYS)
     for key, name in (("sk-1", "ann"), ("sk-2", "bob"), ("sk-3", None)):
         assert app.get("/v1/usage", headers=bearer(key)).json["key"] == name
-    assert is_error(app.get("/v1/usage", headers=bearer("ann:sk-1")), 401, "invalid_api_key")
+    assert_error(app.get("/v1/usage", headers=bearer("ann:sk-1")), 401, "invalid_api_key")
     assert " ann GET /v1/usage 200" in caplog.text and "sk-1" not in caplog.text
 
 
 @pytest.mark.parametrize("keys", ["ann:", "ann:,bob:sk-2"])
-def test_a_name_without_its_key_is_refused(keys: str) -> None:
+def test_a_name_without_a_key_is_refused(keys: str) -> None:
     with pytest.raises(kimi2api.SettingError, match=r"^API_MASTER_KEY: the value is not "):
         kimi2api.Settings.load({"API_MASTER_KEY": keys})
 
 
+def test_two_names_for_one_key_are_refused() -> None:
+    with pytest.raises(kimi2api.SettingError, match=r"^API_MASTER_KEY: the same key is listed under two names$"):
+        kimi2api.Settings.load({"API_MASTER_KEY": "ann:sk-1,bob:sk-1"})
+    assert kimi2api.Settings.load({"API_MASTER_KEY": "sk-1,sk-1"})
+
+
 @pytest.mark.parametrize("value", ["x", "-1", "20,ann", "1.5", "carl=3", "20,30", "ann=1,ann=2", "=5"])
-def test_a_limit_that_makes_no_sense_is_refused(value: str) -> None:
+def test_an_invalid_limit_is_refused(value: str) -> None:
     with pytest.raises(kimi2api.SettingError, match="REQUESTS_PER_MINUTE"):
         kimi2api.Settings.load({**NAMED_KEYS, "REQUESTS_PER_MINUTE": value})
 
 
-def test_chats_per_minute_are_limited_by_key(make: Make, clock: Clock, kimi: WebChat) -> None:
-    app = make(**NAMED_KEYS, REQUESTS_PER_MINUTE="2,ann=3,bob=0")
+def test_each_key_has_its_requests_per_minute(make_app: MakeApp, clock: Clock, kimi: WebChat) -> None:
+    app = make_app(**NAMED_KEYS, REQUESTS_PER_MINUTE="2,ann=3,bob=0")
     clock.now = 60 * 10**7 + 15
     remaining = []
     for _ in range(3):
         response = chat(app, headers=bearer("sk-1"))
-        assert said(response) and response.headers["x-ratelimit-limit-requests"] == "3"
+        assert answer_text(response) and response.headers["x-ratelimit-limit-requests"] == "3"
         assert response.headers["x-ratelimit-reset-requests"] == "45s"
         remaining.append(response.headers["x-ratelimit-remaining-requests"])
     assert remaining == ["2", "1", "0"]
     refused = chat(app, headers=bearer("sk-1"), stream=True)
-    assert is_error(refused, 429, "rate_limit_exceeded", "rate_limit_error") and refused.headers["Retry-After"] == "45"
+    assert_error(refused, 429, "rate_limit_exceeded", "rate_limit_error")
+    assert refused.headers["Retry-After"] == "45"
     assert refused.headers["x-ratelimit-remaining-requests"] == "0" and len(kimi.posts) == 3
     assert "x-ratelimit-limit-requests" not in chat(app, headers=bearer("sk-2")).headers
-    statuses = [respond(app, headers=bearer("sk-3")).status_int, embed_status(app, "sk-3"), embed_status(app, "sk-3")]
+    statuses = [
+        respond(app, headers=bearer("sk-3")).status_int,
+        embeddings_status(app, "sk-3"),
+        embeddings_status(app, "sk-3"),
+    ]
     assert statuses == [200, 400, 429]
     clock.now += 45
-    assert said(chat(app, headers=bearer("sk-1"))) and said(chat(app, headers=bearer("sk-3")))
+    assert answer_text(chat(app, headers=bearer("sk-1"))) and answer_text(chat(app, headers=bearer("sk-3")))
 
 
-def embed_status(app: Client, key: str) -> int:
+def embeddings_status(app: Client, key: str) -> int:
     return app.post_json("/v1/embeddings", {"input": "x"}, headers=bearer(key)).status_int
 
 
-def test_a_limited_chat_that_fails_tells_its_limits_too(make: Make, kimi: WebChat) -> None:
+def test_a_failed_chat_has_rate_limit_headers(make_app: MakeApp, kimi: WebChat) -> None:
     kimi.always = sends(403, JUST_A_MOMENT)
-    response = chat(make(REQUESTS_PER_MINUTE="5"))
-    assert is_error(response, 503, "upstream_blocked") and response.headers["x-ratelimit-remaining-requests"] == "4"
+    response = chat(make_app(REQUESTS_PER_MINUTE="5"))
+    assert_error(response, 503, "upstream_blocked")
+    assert response.headers["x-ratelimit-remaining-requests"] == "4"
 
 
-def test_a_chat_over_its_quota_tells_both_limits_and_does_not_count_as_a_chat(make: Make, clock: Clock) -> None:
-    app = make(TOKENS_PER_DAY="1", REQUESTS_PER_MINUTE="5")
+def test_a_chat_over_its_quota_is_not_counted_as_a_request(make_app: MakeApp, clock: Clock) -> None:
+    app = make_app(TOKENS_PER_DAY="1", REQUESTS_PER_MINUTE="5")
     clock.now = 86400 * 10**4 + 20
-    assert said(chat(app))
+    assert answer_text(chat(app))
     for _ in range(2):
         refused = chat(app)
-        assert is_error(refused, 429, "insufficient_quota", "insufficient_quota")
-        for what, told in (("tokens", ["1", "0", "23h59m40s"]), ("requests", ["5", "4", "40s"])):
+        assert_error(refused, 429, "insufficient_quota", "insufficient_quota")
+        for what, values in (("tokens", ["1", "0", "23h59m40s"]), ("requests", ["5", "4", "40s"])):
             names = [f"x-ratelimit-{part}-{what}" for part in ("limit", "remaining", "reset")]
-            assert [refused.headers.get(name) for name in names] == told
+            assert [refused.headers.get(name) for name in names] == values
 
 
-def test_tokens_per_day_are_limited_and_the_chat_that_exceeds_them_is_answered(
-    make: Make, clock: Clock, kimi: WebChat
+def test_the_chat_that_exceeds_tokens_per_day_is_answered(
+    make_app: MakeApp, clock: Clock, kimi: WebChat
 ) -> None:
-    app = make(TOKENS_PER_DAY="30")
+    app = make_app(TOKENS_PER_DAY="30")
     clock.now = 86400 * 10**4 + 86400 - 3723
     kimi.answer = "word " * 20
     response = chat(app)
-    assert said(response) and response.headers["x-ratelimit-limit-tokens"] == "30"
+    assert answer_text(response) and response.headers["x-ratelimit-limit-tokens"] == "30"
     assert response.headers["x-ratelimit-remaining-tokens"] == "30"
     assert response.headers["x-ratelimit-reset-tokens"] == "1h2m3s"
-    assert said(chat(app)), "27 tokens are used, so there are 3 left"
+    assert answer_text(chat(app)), "27 tokens are used, so there are 3 left"
     refused = chat(app)
-    assert is_error(refused, 429, "insufficient_quota", "insufficient_quota")
+    assert_error(refused, 429, "insufficient_quota", "insufficient_quota")
     assert refused.headers["Retry-After"] == "3723" and refused.headers["x-should-retry"] == "false"
     clock.now += 3723
-    assert said(chat(app))
+    assert answer_text(chat(app))
 
 
-def test_limits_hold_while_the_store_is_gone_and_counts_are_added_later(
-    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
+def test_limits_hold_during_an_outage_and_counts_are_added_later(
+    tmp_path: Path, make_app: MakeApp, clock: Clock, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 20
     server = RedisServer(tmp_path)
     try:
         settings = {**NAMED_KEYS, "SESSION_STORE": server.url}
-        app = make(**settings, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
+        app = make_app(**settings, TOKENS_PER_DAY="ann=20", REQUESTS_PER_MINUTE="bob=2")
         for key in ("sk-1", "sk-2", "sk-3"):
-            assert said(chat(app, headers=bearer(key)))
+            assert answer_text(chat(app, headers=bearer(key)))
         server.stop()
-        assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
+        assert_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
         assert [chat(app, headers=bearer("sk-2")).status_int for _ in range(2)] == [200, 429]
-        assert said(chat(app, headers=bearer("sk-3")))
+        assert answer_text(chat(app, headers=bearer("sk-3")))
         server.start()
         wait_for(lambda: app.get("/health").json["store"]["ok"], "it is back")
-        assert said(chat(app, headers=bearer("sk-3")))
+        assert answer_text(chat(app, headers=bearer("sk-3")))
         used = app.get("/v1/usage", headers=bearer("sk-3")).json["today"]
-        assert used["requests"] == 3 and used == make(**settings).get(
+        assert used["requests"] == 3 and used == make_app(**settings).get(
             "/v1/usage", headers=bearer("sk-3")).json["today"]
-        other = make(**settings, REQUESTS_PER_MINUTE="bob=3")
-        assert [chat(other, headers=bearer("sk-2")).status_int for _ in range(2)] == [429, 429], "three were counted"
-        assert is_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
+        other = make_app(**settings, REQUESTS_PER_MINUTE="bob=3")
+        assert [chat(other, headers=bearer("sk-2")).status_int for _ in range(2)] == [429, 429], (
+            "three requests were counted"
+        )
+        assert_error(chat(app, headers=bearer("sk-1")), 429, "insufficient_quota")
     finally:
         server.stop()
 
 
-def test_a_store_that_can_be_read_alone_refills_no_limit_when_it_is_gone(
-    tmp_path: Path, make: Make, clock: Clock, kimi: WebChat
+def test_a_read_only_store_refills_no_limit_when_it_stops(
+    tmp_path: Path, make_app: MakeApp, clock: Clock, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 20
     server = RedisServer(tmp_path)
     try:
-        app = make(SESSION_STORE=server.url, TOKENS_PER_DAY="40")
-        assert said(chat(app))
+        app = make_app(SESSION_STORE=server.url, TOKENS_PER_DAY="40")
+        assert answer_text(chat(app))
         server.client.config_set("maxmemory", 1)
-        assert said(chat(app)), "the store does not know of this one"
+        assert answer_text(chat(app)), "the store has not counted this chat"
         used = tokens_today(app)
         assert sum(used) > 40
-        assert is_error(chat(app), 429, "insufficient_quota")
+        assert_error(chat(app), 429, "insufficient_quota")
         server.stop()
-        assert is_error(chat(app), 429, "insufficient_quota")
+        assert_error(chat(app), 429, "insufficient_quota")
         assert tokens_today(app) == used
     finally:
         server.stop()
 
 
 @json_and_stream
-def test_a_client_that_leaves_before_the_first_chunk_has_used_its_prompt(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_a_client_that_disconnects_before_the_first_chunk_used_its_prompt(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
     api.always = hangs
-    app = make(**both, TOKENS_PER_DAY="6", SSE_KEEPALIVE="0.05")
+    app = make_app(**api_settings, TOKENS_PER_DAY="6", SSE_KEEPALIVE="0.05")
     question = {"model": "local/k2", "stream": stream, "messages": [{"role": "user", "content": "four words of text"}]}
     leaves = {"waitress.client_disconnected": lambda: bool(api.asked)}
     for _ in range(2):
         api.asked.clear()
         app.post_json("/v1/chat/completions", question, extra_environ=leaves)
     assert tokens_today(app) == (10, 0)
-    assert is_error(chat(app, model="local/k2"), 429, "insufficient_quota") and len(api.asked) == 1
+    assert_error(chat(app, model="local/k2"), 429, "insufficient_quota")
+    assert len(api.asked) == 1
 
 
 @pytest.mark.parametrize("kind", ["chat", "embeddings"])
-def test_many_at_once_do_not_get_past_a_quota(
-    address: str, make: Make, both: dict[str, str], api: Api, kind: str
+def test_concurrent_requests_do_not_exceed_a_quota(
+    store_address: str, make_app: MakeApp, api_settings: dict[str, str], api: Api, kind: str
 ) -> None:
-    app = make(**both, SESSION_STORE=address, TOKENS_PER_DAY="14")
-    api.always = late(api_sends(200, EMBEDDINGS) if kind == "embeddings" else api_answers("Hi"))
+    app = make_app(**api_settings, SESSION_STORE=store_address, TOKENS_PER_DAY="14")
+    api.always = at_the_gate(api_sends(200, EMBEDDINGS) if kind == "embeddings" else api_answers("Hi"))
 
     def ask(_: int) -> int:
         if kind == "embeddings":
@@ -3770,31 +3968,43 @@ def test_many_at_once_do_not_get_past_a_quota(
 
     with ThreadPoolExecutor(60) as pool:
         asked = [pool.submit(ask, number) for number in range(60)]
-        wait_for(lambda: sum(done.done() for done in asked) >= 57, "those that are refused need no upstream")
+        wait_for(lambda: sum(done.done() for done in asked) >= 57, "refused requests do not reach upstream")
         api.gate.set()
         statuses = sorted(done.result() for done in asked)
     assert statuses == [200] * 3 + [429] * 57 and len(api.asked) == 3
 
 
-def test_what_fails_or_is_refused_leaves_nothing_of_the_quota_behind(
-    address: str, make: Make, both: dict[str, str], api: Api, kimi: WebChat, monkeypatch: pytest.MonkeyPatch
+def test_failed_and_refused_requests_use_no_quota(
+    store_address: str,
+    make_app: MakeApp,
+    api_settings: dict[str, str],
+    api: Api,
+    kimi: WebChat,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kimi2api, "FIRST_PAUSE", 0.0)
-    settings = {**both, "SESSION_STORE": address, "REQUEST_TIMEOUT": "0.3", "MAX_RETRIES": "0", "MODELS": "kimi=x"}
-    app = make(**settings, TOKENS_PER_DAY="12")
+    settings = {
+        **api_settings,
+        "SESSION_STORE": store_address,
+        "REQUEST_TIMEOUT": "0.3",
+        "MAX_RETRIES": "0",
+        "MODELS": "kimi=x",
+    }
+    app = make_app(**settings, TOKENS_PER_DAY="12")
     four_words = "four words of text"
-    for act in (sends(500), sends(403, JUST_A_MOMENT), resets, hangs, sends(200, "?")):
-        for model, stream in itertools.product(("kimi", "local/k2"), (False, True)):
-            kimi.always = api.always = act
-            assert chat(app, four_words, model=model, stream=stream, user="ada").status_int >= 400
+    asked = list(itertools.product((sends(500), sends(403, JUST_A_MOMENT), resets, sends(200, "?")),
+                                   ("kimi", "local/k2"), (False, True)))  # fmt: skip
+    for act, model, stream in [(hangs, "kimi", True), (hangs, "local/k2", False), *asked]:
+        kimi.always = api.always = act
+        assert chat(app, four_words, model=model, stream=stream, user="ada").status_int >= 400
     assert chat(app, four_words, model="missing").status_int == 404
     assert chat(app, four_words, tools=5).status_int == 400
     assert chat(app, four_words * 900).status_int == 400
     assert respond(app, four_words, previous_response_id="resp_0").status_int == 400
     assert embed(app, model="kimi").status_int == 400 and embed(app, model="local/k2").status_int >= 500
     assert tokens_today(app) == (0, 0)
-    kimi.always, api.always = answer, api_plays(api_chunk({"content": "x"}, "stop"), b"[DONE]")
-    store = open_store(address) if address != "memory" else None
+    kimi.always, api.always = web_chat_answers, api_streams(api_chunk({"content": "x"}, "stop"), b"[DONE]")
+    store = open_store(store_address) if store_address != "memory" else None
     for expected in (200, 200, 429):
         assert chat(app, four_words, model="local/k2").status_int == expected
     if store:
@@ -3802,13 +4012,13 @@ def test_what_fails_or_is_refused_leaves_nothing_of_the_quota_behind(
         assert counters["reserved"] == counters["released"] > 0
 
 
-def test_chats_that_fail_on_the_next_day_give_it_nothing(
-    make: Make, both: dict[str, str], api: Api, clock: Clock
+def test_a_chat_that_fails_after_midnight_returns_its_quota_to_its_day(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, clock: Clock
 ) -> None:
     clock.now = 86400 * 10**4 - 5
-    app = make(**both, TOKENS_PER_DAY="14")
+    app = make_app(**api_settings, TOKENS_PER_DAY="14")
     question = partial(chat, app, "four words of text", model="local/k2")
-    api.always = late(api_sends(400, {}))
+    api.always = at_the_gate(api_sends(400, {}))
     with ThreadPoolExecutor(20) as pool:
         failing = [pool.submit(question) for _ in range(3)]
         wait_for(lambda: len(api.asked) == 3)
@@ -3823,45 +4033,45 @@ def test_chats_that_fail_on_the_next_day_give_it_nothing(
 
 
 def test_a_quota_holds_through_an_outage_of_its_store(
-    tmp_path: Path, make: Make, both: dict[str, str], api: Api
+    tmp_path: Path, make_app: MakeApp, api_settings: dict[str, str], api: Api
 ) -> None:
-    app = make(**both, SESSION_STORE=f"sqlite:{tmp_path}/sessions.db", TOKENS_PER_DAY="14")
-    api.always = late(api_plays(api_chunk({"content": "x"}, "stop"), b"[DONE]"))
+    app = make_app(**api_settings, SESSION_STORE=f"sqlite:{tmp_path}/sessions.db", TOKENS_PER_DAY="14")
+    api.always = at_the_gate(api_streams(api_chunk({"content": "x"}, "stop"), b"[DONE]"))
     with ThreadPoolExecutor(20) as pool:
         asked = [pool.submit(chat, app, "four words of text", model="local/k2") for _ in range(20)]
         wait_for(lambda: len(api.asked) == 3 and sum(done.done() for done in asked) == 17)
-        put_out_of_order(tmp_path)
-        assert is_error(chat(app, model="local/k2"), 429, "insufficient_quota")
+        break_store(tmp_path)
+        assert_error(chat(app, model="local/k2"), 429, "insufficient_quota")
         (tmp_path / "sessions.db").rmdir()
         api.gate.set()
         assert sorted(done.result().status_int for done in asked) == [200] * 3 + [429] * 17
     wait_for(lambda: app.get("/health").json["store"]["ok"])
-    assert is_error(chat(app, model="local/k2"), 429, "insufficient_quota")
+    assert_error(chat(app, model="local/k2"), 429, "insufficient_quota")
     assert tokens_today(app)[0] == 15
 
 
-def test_one_keys_made_up_models_do_not_turn_anothers_into_other(make: Make, both: dict[str, str]) -> None:
-    app = make(**both, **NAMED_KEYS)
+def test_one_keys_made_up_models_do_not_hide_anothers_models(make_app: MakeApp, api_settings: dict[str, str]) -> None:
+    app = make_app(**api_settings, **NAMED_KEYS)
     for number in range(200):
-        assert said(chat(app, model=f"local/made-up-{number}", headers=bearer("sk-1")))
-    assert said(chat(app, model="local/k2", headers=bearer("sk-2")))
+        assert answer_text(chat(app, model=f"local/made-up-{number}", headers=bearer("sk-1")))
+    assert answer_text(chat(app, model="local/k2", headers=bearer("sk-2")))
     models = app.get("/v1/usage", headers=bearer("sk-2")).json["days"][-1]["models"]
     assert set(models) == {"local/k2"}
     assert len(app.get("/v1/usage", headers=bearer("sk-1")).json["days"][-1]["models"]) < 200
 
 
 @pytest.mark.parametrize("user", [".", "..", "a/b", "x" * 512])
-def test_any_user_can_be_listed_and_forgotten(address: str, make: Make, user: str) -> None:
-    app = make(SESSION_STORE=address)
-    assert said(chat(app, user=user))
+def test_any_user_can_be_listed_and_deleted(store_address: str, make_app: MakeApp, user: str) -> None:
+    app = make_app(SESSION_STORE=store_address)
+    assert answer_text(chat(app, user=user))
     assert [entry["user"] for entry in app.get("/v1/sessions").json["data"]] == [user]
     path = "/v1/sessions/" + quote(user, safe="").replace(".", "%2E")
     assert app.get(path).json["user"] == user and app.delete(path).status_int == 200
-    assert is_error(chat(app, user=user + "x" * 512), 400, None, param="user")
+    assert_error(chat(app, user=user + "x" * 512), 400, None, param="user")
 
 
 class FlakyStore(kimi2api.SQLiteStore):
-    """A store that is up or down, or fails with every third call; some calls take a while."""
+    """A store that is up, is down, or fails every third call. Some calls are slow."""
 
     is_down = False
     is_flaky = False
@@ -3879,11 +4089,11 @@ class FlakyStore(kimi2api.SQLiteStore):
         return super().add_counters(key, amounts)
 
 
-def test_totals_are_right_while_a_store_fails_and_recovers_under_many_threads(tmp_path: Path) -> None:
+def test_totals_are_exact_while_a_store_fails_and_recovers(tmp_path: Path) -> None:
     store = FlakyStore(tmp_path)
     store.is_flaky = True
     counters = kimi2api.Counters(store)
-    key = counter("minute 1")
+    key = counter_key("minute 1")
     finished = itertools.count(1)
     added = 0
 
@@ -3896,58 +4106,58 @@ def test_totals_are_right_while_a_store_fails_and_recovers_under_many_threads(tm
         return total > before
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(add, range(2000))), "no total leaves out what had been added before"
+        assert all(pool.map(add, range(2000))), "every total includes all earlier additions"
     store.is_down = False
-    wait_for(lambda: counters.add(counter("minute 2", "other"), {"requests": 1}) and not counters._pending)
+    wait_for(lambda: counters.add(counter_key("minute 2", "other"), {"requests": 1}) and not counters._pending)
     assert store.read_counters([key]) == [{"requests": 2000}] and counters.read([key]) == [{"requests": 2000}]
 
 
-def test_usage_of_an_idle_key_is_stored_and_old_periods_are_forgotten(tmp_path: Path, clock: Clock) -> None:
+def test_usage_of_an_idle_key_is_stored_and_old_periods_are_dropped(tmp_path: Path, clock: Clock) -> None:
     store = FlakyStore(tmp_path)
     store.is_down = True
     counters = kimi2api.Counters(store)
-    old = counter("day 1", "ann", 5)
+    old = counter_key("day 1", "ann", 5)
     assert counters.add(old, {"tokens": 7})["tokens"] == 7 and counters.add(old, {"tokens": 1})["tokens"] == 8
     assert counters.read([old]) == [{"tokens": 8}]
     store.is_down = False
-    counters.add(counter("day 1", "bob", 5), {"tokens": 1})
+    counters.add(counter_key("day 1", "bob", 5), {"tokens": 1})
     assert store.read_counters([old]) == [{"tokens": 8}]
     clock.now += 6
-    counters.add(counter("day 2", "bob"), {"tokens": 1})
+    counters.add(counter_key("day 2", "bob"), {"tokens": 1})
     assert len(counters._known) == 1 and not counters._pending
 
 
-def put_out_of_order(folder: Path) -> None:
-    """The sqlite store in this folder: where its file was is a directory."""
+def break_store(folder: Path) -> None:
+    """Replace the file of the SQLite store in this folder by a directory."""
     for path in folder.iterdir():
         path.unlink()
     (folder / "sessions.db").mkdir()
 
 
 @pytest.mark.parametrize("limit", ["REQUESTS_PER_MINUTE", "TOKENS_PER_DAY"])
-def test_a_store_that_fails_refills_no_limit(make: Make, clock: Clock, tmp_path: Path, limit: str) -> None:
+def test_a_failing_store_refills_no_limit(make_app: MakeApp, clock: Clock, tmp_path: Path, limit: str) -> None:
     settings = {"SESSION_STORE": f"sqlite:{tmp_path}/sessions.db", limit: "1"}
-    app, other = make(**settings), make(**settings)
-    assert said(chat(other))
-    assert chat(app).status_int == 429, "which is all that this process knows of the other's chat"
-    put_out_of_order(tmp_path)
+    app, other = make_app(**settings), make_app(**settings)
+    assert answer_text(chat(other))
+    assert chat(app).status_int == 429, "this process learns of the other's chat only by this"
+    break_store(tmp_path)
     assert app.get("/health").json["store"]["ok"] is False
     assert chat(app).status_int == 429
 
 
-def test_usage_counts_every_kind_of_answer_and_of_its_own_key_alone(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+def test_usage_counts_every_kind_of_answer_for_its_key(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
-    app = make(**both, **NAMED_KEYS, FALLBACK_MODELS="kimi", TOKENS_PER_DAY="1000000,ann=7000000")
+    app = make_app(**api_settings, **NAMED_KEYS, FALLBACK_MODELS="kimi", TOKENS_PER_DAY="1000000,ann=7000000")
     ann = bearer("sk-1")
-    assert said(chat(app, model="local/k2", headers=ann))
-    assert events(chat(app, model="local/k2", headers=ann, stream=True))[-1] == "[DONE]"
+    assert answer_text(chat(app, model="local/k2", headers=ann))
+    assert sse_events(chat(app, model="local/k2", headers=ann, stream=True))[-1] == "[DONE]"
     assert output_text(respond(app, model="local/k2", headers=ann))
     assert app.post_json("/v1/completions", {"model": "local/k2", "prompt": "x"}, headers=ann).status_int == 200
     api.always = api_sends(200, EMBEDDINGS)
     assert app.post_json("/v1/embeddings", {"model": "local/k2", "input": "x"}, headers=ann).status_int == 200
     api.always = api_sends(500, {})
-    assert said(chat(app, model="local/k2", headers=ann)) == kimi.answer
+    assert answer_text(chat(app, model="local/k2", headers=ann)) == kimi.answer
     kimi.always = sends(403, JUST_A_MOMENT)
     assert chat(app, headers=ann).status_int == 503
     usage = app.get("/v1/usage", headers=ann).json
@@ -3964,24 +4174,24 @@ def test_usage_counts_every_kind_of_answer_and_of_its_own_key_alone(
     assert app.get("/v1/usage", headers=bearer("sk-2")).json["today"]["requests"] == 0
 
 
-def test_usage_of_embeddings_is_estimated_where_an_api_tells_none(
-    make: Make, both: dict[str, str], api: Api
+def test_missing_usage_of_embeddings_is_estimated(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
 ) -> None:
-    app = make(**both, REQUESTS_PER_MINUTE="4")
+    app = make_app(**api_settings, REQUESTS_PER_MINUTE="4")
     api.always = api_sends(200, {"object": "list", "data": []})
     for given in ("word " * 8, ["word", "word"], [7, 8, 9], [[1, 2], [3]]):
-        assert embed(app, model="missing").status_int == 404, "which is not counted, as for a chat"
+        assert embed(app, model="missing").status_int == 404, "an unknown model is not counted"
         assert embed(app, model="local/e", input=given).status_int == 200
     today = app.get("/v1/usage").json["today"]
     assert today["requests"] == 4 and today["prompt_tokens"] == 10 + 2 + 3 + 3
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
-def test_usage_counts_an_answer_whose_client_has_left(
-    run: Run, both: dict[str, str], api: Api, stream: bool
+def test_usage_counts_an_answer_whose_client_disconnected(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
-    api.always = steady
-    program = run(before=CHECKS_OFTEN, **both)
+    api.always = api_streams_words
+    program = start_program(before=CHECKS_OFTEN, **api_settings)
     link = program.open_chat("four words of prompt", model="local/k2", stream=stream)
     if stream:
         read_until(link, b"word", 5)
@@ -3995,10 +4205,11 @@ def test_usage_counts_an_answer_whose_client_has_left(
     wait_for(lambda: today()["requests"])
     used = today()
     assert used["requests"] == 1 and used["prompt_tokens"] == 5 and used["completion_tokens"] >= 4
+    wait_for(lambda: program.running() == 0)
 
 
 def metrics(app: Any, headers: dict[str, str] | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """All samples by name and labels, read by Prometheus's own parser."""
+    """Return all samples by name and labels, read by Prometheus's own parser."""
     parser = pytest.importorskip("prometheus_client.parser")
     response = app.get("/metrics", headers=headers)
     assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -4008,11 +4219,13 @@ def metrics(app: Any, headers: dict[str, str] | None = None) -> dict[tuple[str, 
     return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
 
 
-def test_metrics_agree_with_what_was_asked(make: Make, both: dict[str, str], api: Api, kimi: WebChat) -> None:
-    app = make(**both, MAX_RETRIES="1")
+def test_metrics_agree_with_the_requests(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat
+) -> None:
+    app = make_app(**api_settings, MAX_RETRIES="1")
     for _ in range(3):
-        assert said(chat(app))
-    assert events(chat(app, model="local/k2", stream=True))[-1] == "[DONE]"
+        assert answer_text(chat(app))
+    assert sse_events(chat(app, model="local/k2", stream=True))[-1] == "[DONE]"
     assert output_text(respond(app, model="local/k2"))
     assert chat(app, model="gpt-5").status_int == 404 and chat(app, messages=[]).status_int == 400
     kimi.always = sends(500)
@@ -4044,10 +4257,12 @@ def test_metrics_agree_with_what_was_asked(make: Make, both: dict[str, str], api
 
 
 @pytest.mark.parametrize("count", [10**400, 10**4300 - 1, "9", -5, True, None], ids=range(6))
-def test_no_usage_of_an_api_breaks_the_counters(make: Make, both: dict[str, str], api: Api, count: Any) -> None:
+def test_malformed_usage_breaks_no_counter(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, count: Any
+) -> None:
     usage = {"prompt_tokens": count, "completion_tokens": count}
-    api.always = api_plays(api_chunk({"content": "one"}), api_chunk({}, "stop", usage=usage), b"[DONE]")
-    app = make(**both, TOKENS_PER_DAY="100")
+    api.always = api_streams(api_chunk({"content": "one"}), api_chunk({}, "stop", usage=usage), b"[DONE]")
+    app = make_app(**api_settings, TOKENS_PER_DAY="100")
     for _ in range(2):
         assert chat(app, model="local/k2").status_int == 200
     today = app.get("/v1/usage").json["today"]
@@ -4060,26 +4275,24 @@ def test_no_usage_of_an_api_breaks_the_counters(make: Make, both: dict[str, str]
     ({"prompt_tokens": None, "completion_tokens": 30}, (5, 30)),
     ({"prompt_tokens": "50", "completion_tokens": -30}, (5, 3)),
 ])  # fmt: skip
-def test_of_usage_that_is_told_in_part_the_rest_is_estimated(
-    make: Make, both: dict[str, str], api: Api, usage: Any, counted: tuple[int, int]
+def test_missing_parts_of_usage_are_estimated(
+    api_app: Client, api: Api, usage: Any, counted: tuple[int, int]
 ) -> None:
-    app = make(**both)
     in_each = [api_chunk({"content": "word "}, usage=usage), api_chunk({"content": "another"}, usage=usage)]
-    api.always = api_plays(*in_each, api_chunk({}, "stop", usage=usage), b"[DONE]")
-    assert said(chat(app, "four words of text", model="local/k2"))
-    assert tokens_today(app) == counted
+    api.always = api_streams(*in_each, api_chunk({}, "stop", usage=usage), b"[DONE]")
+    assert answer_text(chat(api_app, "four words of text", model="local/k2"))
+    assert tokens_today(api_app) == counted
 
 
 @json_and_stream
-def test_usage_in_a_choice_counts_as_moonshot_tells_it_there(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_usage_inside_a_choice_is_counted(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
-    app = make(**both)
     end = api_chunk({}, "stop")
     end["choices"][0]["usage"] = {"prompt_tokens": 19, "completion_tokens": 13, "total_tokens": 32}
-    api.always = api_plays(api_chunk({"content": "word"}), end, b"[DONE]")
-    assert chat(app, model="local/k2", stream=stream).status_int == 200
-    assert tokens_today(app) == (19, 13)
+    api.always = api_streams(api_chunk({"content": "word"}), end, b"[DONE]")
+    assert chat(api_app, model="local/k2", stream=stream).status_int == 200
+    assert tokens_today(api_app) == (19, 13)
 
 
 WRITTEN = "w" * 400
@@ -4089,55 +4302,53 @@ CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "ar
 @pytest.mark.parametrize("delta", [
     {"content": WRITTEN}, {"reasoning_content": WRITTEN}, {"tool_calls": [CALL]},
 ], ids=["text", "reasoning", "call"])  # fmt: skip
-def test_all_that_a_model_writes_is_in_the_estimate(
-    make: Make, both: dict[str, str], api: Api, delta: dict[str, Any]
+def test_the_estimate_covers_text_reasoning_and_calls(
+    api_app: Client, api: Api, delta: dict[str, Any]
 ) -> None:
-    app = make(**both)
     choices = [{"index": index, "delta": delta, "finish_reason": "stop"} for index in range(3)]
-    api.always = api_plays({**api_chunk(), "choices": choices}, b"[DONE]")
-    assert chat(app, model="local/k2", n=3).status_int == 200
-    assert 300 <= tokens_today(app)[1] <= 301
+    api.always = api_streams({**api_chunk(), "choices": choices}, b"[DONE]")
+    assert chat(api_app, model="local/k2", n=3).status_int == 200
+    assert 300 <= tokens_today(api_app)[1] <= 301
 
 
-def test_what_was_said_before_is_in_the_estimate(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    api.always = api_plays(api_chunk({"content": WRITTEN}, "stop"), b"[DONE]")
+def test_the_estimate_covers_remembered_turns(api_app: Client, api: Api) -> None:
+    api.always = api_streams(api_chunk({"content": WRITTEN}, "stop"), b"[DONE]")
     for _ in range(2):
-        assert said(chat(app, "four words of text", model="local/k2", user="ada"))
-    assert tokens_today(app)[0] == 5 + (5 + 100 + 5)
-    id = respond(app, model="local/k2").json["id"]
-    assert output_text(respond(app, model="local/k2", previous_response_id=id))
-    assert tokens_today(app)[0] > 115 + 100
+        assert answer_text(chat(api_app, "four words of text", model="local/k2", user="ada"))
+    assert tokens_today(api_app)[0] == 5 + (5 + 100 + 5)
+    id = respond(api_app, model="local/k2").json["id"]
+    assert output_text(respond(api_app, model="local/k2", previous_response_id=id))
+    assert tokens_today(api_app)[0] > 115 + 100
 
 
-def test_a_model_of_the_settings_has_its_name_before_it_has_answered(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+def test_a_configured_model_is_a_label_before_its_first_answer(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
-    app = make(**both, FALLBACK_MODELS="local/k2", MAX_RETRIES="0")
+    app = make_app(**api_settings, FALLBACK_MODELS="local/k2", MAX_RETRIES="0")
     kimi.always, api.always = sends(403, JUST_A_MOMENT), api_sends(500, {})
     assert chat(app).status_int == 503
     labels = {"provider": "local", "model": "local/k2", "status": "503"}
     assert metrics(app)["kimi2api_chats_total", frozenset(labels.items())] == 1
 
 
-def loses_its_store_before_the_answer(kimi: WebChat, folder: Path) -> None:
+def break_store_before_the_answer(kimi: WebChat, folder: Path) -> None:
     answer = kimi.always
 
     def loses_it_and_answers(handler: WebChatHandler) -> None:
         if (folder / "sessions.db").is_file():
-            put_out_of_order(folder)
+            break_store(folder)
         answer(handler)
 
     kimi.always = loses_it_and_answers
 
 
-def test_a_chat_whose_session_fails_is_counted_as_it_was_answered(
-    make: Make, kimi: WebChat, tmp_path: Path
+def test_a_chat_whose_session_fails_is_counted_as_503(
+    make_app: MakeApp, kimi: WebChat, tmp_path: Path
 ) -> None:
-    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
-    loses_its_store_before_the_answer(kimi, tmp_path)
-    assert is_error(chat(app, user="ada"), 503, "session_store_unavailable"), "its turn cannot be recorded"
-    assert is_error(chat(app, user="ada"), 503, "session_store_unavailable"), "its session cannot be read"
+    app = make_app(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    break_store_before_the_answer(kimi, tmp_path)
+    assert_error(chat(app, user="ada"), 503, "session_store_unavailable")  # its turn cannot be recorded
+    assert_error(chat(app, user="ada"), 503, "session_store_unavailable")  # its session cannot be read
     samples = metrics(app)
     for labels in ({"provider": "kimi", "model": "kimi"}, {"provider": "none", "model": "other"}):
         assert samples["kimi2api_chats_total", frozenset({**labels, "status": "503"}.items())] == 1
@@ -4145,11 +4356,11 @@ def test_a_chat_whose_session_fails_is_counted_as_it_was_answered(
 
 
 @json_and_stream
-def test_a_response_that_cannot_be_kept_is_counted_as_the_failure_that_it_was(
-    make: Make, kimi: WebChat, tmp_path: Path, stream: bool
+def test_a_response_that_cannot_be_stored_is_counted_as_503(
+    make_app: MakeApp, kimi: WebChat, tmp_path: Path, stream: bool
 ) -> None:
-    app = make(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
-    loses_its_store_before_the_answer(kimi, tmp_path)
+    app = make_app(SESSION_STORE=f"sqlite:{tmp_path}/sessions.db")
+    break_store_before_the_answer(kimi, tmp_path)
     refused = respond(app, stream=stream)
     assert b"response.completed" not in refused.body and (stream or refused.status_int == 503)
     counted = {key: value for key, value in metrics(app).items() if key[0] == "kimi2api_chats_total"}
@@ -4159,31 +4370,30 @@ def test_a_response_that_cannot_be_kept_is_counted_as_the_failure_that_it_was(
 
 
 @pytest.mark.parametrize("models", ["kimi=x,*=kimi", "kimi=local/k2,*=kimi"], ids=["web chat", "api"])
-def test_made_up_models_add_no_series(make: Make, both: dict[str, str], models: str) -> None:
-    app = make(**both, MODELS=models)
-    assert said(chat(app, model="made-up-0"))
+def test_made_up_models_add_no_metric(make_app: MakeApp, api_settings: dict[str, str], models: str) -> None:
+    app = make_app(**api_settings, MODELS=models)
+    assert answer_text(chat(app, model="made-up-0"))
     before = len(metrics(app))
     for number in range(1, 30):
-        assert said(chat(app, model=f"made-up-{number}"))
+        assert answer_text(chat(app, model=f"made-up-{number}"))
     assert len(metrics(app)) == before
     assert set(app.get("/v1/usage").json["days"][-1]["models"]) == {"other"}
 
 
-def test_a_models_long_name_is_no_label(make: Make, both: dict[str, str]) -> None:
-    app = make(**both)
-    assert said(chat(app, model="local/" + "x" * 100_000)) and said(chat(app, model="local/k2"))
-    assert set(app.get("/v1/usage").json["days"][-1]["models"]) == {"other", "local/k2"}
-    assert len(app.get("/metrics").text) < 20_000
+def test_a_long_model_name_is_no_label(api_app: Client) -> None:
+    assert answer_text(chat(api_app, model="local/" + "x" * 100_000)) and answer_text(chat(api_app, model="local/k2"))
+    assert set(api_app.get("/v1/usage").json["days"][-1]["models"]) == {"other", "local/k2"}
+    assert len(api_app.get("/metrics").text) < 20_000
 
 
-def test_metrics_ask_for_a_key_where_keys_are_set(make: Make) -> None:
-    app = make(**NAMED_KEYS)
-    assert is_error(app.get("/metrics"), 401, "invalid_api_key")
+def test_metrics_require_a_key_if_keys_are_set(make_app: MakeApp) -> None:
+    app = make_app(**NAMED_KEYS)
+    assert_error(app.get("/metrics"), 401, "invalid_api_key")
     assert metrics(app, bearer("sk-1"))
 
 
-def test_sessions_are_listed_for_their_own_key(make: Make, clock: Clock) -> None:
-    app = make(**NAMED_KEYS)
+def test_sessions_are_listed_for_their_own_key(make_app: MakeApp, clock: Clock) -> None:
+    app = make_app(**NAMED_KEYS)
     for user in ("ada", "ada", "bob"):
         chat(app, user=user, headers=bearer("sk-1"))
     respond(app, headers=bearer("sk-1"))
@@ -4201,16 +4411,21 @@ def test_sessions_are_listed_for_their_own_key(make: Make, clock: Clock) -> None
 ########################################################################################################################
 
 
-def test_upstream_that_refuses_connections_or_has_no_name_is_unavailable(make: Make) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Connections, transport, scraper, cached fetches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreachable_web_chat_is_unavailable(make_app: MakeApp) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         for url in (f"http://127.0.0.1:{unused.getsockname()[1]}/chat/", "http://no.such.host.invalid/chat/"):
-            response = chat(make(CHAT_PAGE_URL=url))
-            assert is_error(response, 502, "upstream_unavailable")
+            response = chat(make_app(CHAT_PAGE_URL=url))
+            assert_error(response, 502, "upstream_unavailable")
             assert "object at" not in response.text and response.headers["x-should-retry"] == "false"
 
 
-def test_a_connection_to_an_api_is_used_again(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_connection_to_an_api_is_reused(api_app: Client, api: Api) -> None:
     ports = set()
 
     def act(handler: ApiHandler) -> None:
@@ -4218,14 +4433,13 @@ def test_a_connection_to_an_api_is_used_again(make: Make, both: dict[str, str], 
         api_answers("x")(handler)
 
     api.always = act
-    app = make(**both)
     for _ in range(16):
-        assert said(chat(app, model="local/k2")) == "x"
-    assert len(ports) <= 8, "a chat may begin while the connection of the one before is still read to its end"
+        assert answer_text(chat(api_app, model="local/k2")) == "x"
+    assert len(ports) <= 8, "a chat may start while the previous connection is still drained"
 
 
-def echoes_with(before: bytes = b"", after: bytes = b"") -> Act:
-    """The web chat's answer is the question, with bytes of HTTP before and after it."""
+def web_chat_echoes(before: bytes = b"", after: bytes = b"") -> Act:
+    """Return an act that answers with the question, with these bytes before and after the response."""
 
     def act(handler: WebChatHandler) -> None:
         body = json.dumps({"success": True, "data": {"message": handler.form["message"]}}).encode()
@@ -4248,21 +4462,20 @@ EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\
         pytest.param(b"HTTP/1.1 199 What\r\n\r\n" + EARLY_HINTS, id="an unknown one, then 103"),
     ],
 )
-def test_interim_answers_are_passed_over(app: Client, kimi: WebChat, interim: bytes) -> None:
-    kimi.always = echoes_with(before=interim)
+def test_interim_responses_are_skipped(app: Client, kimi: WebChat, interim: bytes) -> None:
+    kimi.always = web_chat_echoes(before=interim)
     for question in ("one", "two", "three"):
-        assert said(chat(app, question)) == question
+        assert answer_text(chat(app, question)) == question
 
 
-def test_an_api_that_sends_early_hints_answers_the_one_who_asked(make: Make, both: dict[str, str], api: Api) -> None:
+def test_early_hints_of_an_api_mix_up_no_answers(api_app: Client, api: Api) -> None:
     def act(handler: ApiHandler) -> None:
         handler.wfile.write(EARLY_HINTS)
         api_answers(json.loads(handler.body)["messages"][-1]["content"])(handler)
 
     api.always = act
-    app = make(**both)
     for question in ("one", "two", "three"):
-        assert said(chat(app, question, model="local/k2")) == question
+        assert answer_text(chat(api_app, question, model="local/k2")) == question
 
 
 @pytest.mark.parametrize(
@@ -4272,23 +4485,23 @@ def test_an_api_that_sends_early_hints_answers_the_one_who_asked(make: Make, bot
         pytest.param(EARLY_HINTS * 100, id="interim answers without end"),
     ],
 )
-def test_an_upstream_that_never_gets_to_its_answer_is_an_error(app: Client, kimi: WebChat, head: bytes) -> None:
-    kimi.always = raw(head)
-    assert is_error(chat(app), 502, "upstream_unavailable")
-    kimi.always = answer
-    assert said(chat(app))
+def test_endless_interim_responses_are_an_error(app: Client, kimi: WebChat, head: bytes) -> None:
+    kimi.always = sends_raw(head)
+    assert_error(chat(app), 502, "upstream_unavailable")
+    kimi.always = web_chat_answers
+    assert answer_text(chat(app))
 
 
-def test_what_comes_after_an_answer_is_nobodys(app: Client, kimi: WebChat) -> None:
+def test_bytes_after_a_response_are_no_answer(app: Client, kimi: WebChat) -> None:
     stray = json.dumps({"success": True, "data": {"message": "stray"}}).encode()
     answered = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(stray) + stray
-    kimi.always = echoes_with(after=answered)
+    kimi.always = web_chat_echoes(after=answered)
     for question in ("one", "two", "three"):
-        assert said(chat(app, question)) == question
+        assert answer_text(chat(app, question)) == question
 
 
-def test_what_comes_after_an_answer_in_one_tls_record_is_nobodys(
-    make: Make, both: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bytes_after_a_response_in_one_tls_record_are_no_answer(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate, key = self_signed(tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
@@ -4307,31 +4520,31 @@ def test_what_comes_after_an_answer_in_one_tls_record_is_nobodys(
         handler.wfile.flush()
 
     api.always = act
-    app = make(**{**both, "LOCAL_BASE_URL": f"https://localhost:{api.port}/v1"})
+    app = make_app(**{**api_settings, "LOCAL_BASE_URL": f"https://localhost:{api.port}/v1"})
     for question in ("one", "two", "three"):
-        assert said(chat(app, question, model="local/k2")) == question
+        assert answer_text(chat(app, question, model="local/k2")) == question
 
 
-def test_a_stray_answer_that_comes_late_makes_no_later_answer_another_ones(
-    make: Make, both: dict[str, str], api: Api
+def test_a_late_stray_response_mixes_up_no_answers(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
 ) -> None:
     def act(handler: ApiHandler) -> None:
         question = json.loads(handler.body)["messages"][-1]["content"]
         if question == "two":
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray")
             handler.wfile.flush()
-            time.sleep(0.2)  # by now the stray answer has been read, and its connection could be another's
+            time.sleep(0.2)  # until the stray response has been read, so that another chat could get its connection
         api_answers(question)(handler)
 
     api.always = act
-    app = make(**both, MAX_RETRIES="0")
-    assert said(chat(app, "one", model="local/k2")) == "one"
-    assert is_error(chat(app, "two", model="local/k2"), 502, "upstream_unavailable")
+    app = make_app(**api_settings, MAX_RETRIES="0")
+    assert answer_text(chat(app, "one", model="local/k2")) == "one"
+    assert_error(chat(app, "two", model="local/k2"), 502, "upstream_unavailable")
     for question in ("three", "four"):
-        assert said(chat(app, question, model="local/k2")) == question
+        assert answer_text(chat(app, question, model="local/k2")) == question
 
 
-def test_after_an_unusable_answer_the_web_chats_connection_is_used_no_more(make: Make, kimi: WebChat) -> None:
+def test_an_unusable_answer_closes_the_web_chats_connection(make_app: MakeApp, kimi: WebChat) -> None:
     links = []
 
     def noting(act: Act) -> Act:
@@ -4341,15 +4554,15 @@ def test_after_an_unusable_answer_the_web_chats_connection_is_used_no_more(make:
 
         return acts
 
-    app = make(MAX_RETRIES="0")
-    kimi.script.extend(map(noting, [answer, answer, sends(200, "?"), answer]))
+    app = make_app(MAX_RETRIES="0")
+    kimi.script.extend(map(noting, [web_chat_answers, web_chat_answers, sends(200, "?"), web_chat_answers]))
     assert [chat(app).status_int for _ in range(4)] == [200, 200, 502, 200]
     assert links[0] == links[1] == links[2] != links[3]
 
 
 @contextmanager
 def full_backlog() -> Iterator[int]:
-    """A port whose system answers no request for a connection any more."""
+    """Yield a port whose backlog is full, so that connecting hangs."""
     with ExitStack() as sockets:
         listener = sockets.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -4361,29 +4574,36 @@ def full_backlog() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_a_connection_that_is_never_made_ends_before_the_timeout_of_answers(
-    make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_connecting_has_a_timeout_of_its_own(
+    make_app: MakeApp, api_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "CONNECT_TIMEOUT", 0.3)
     with full_backlog() as port:
-        response = chat(make(**{**both, "LOCAL_BASE_URL": f"http://127.0.0.1:{port}/v1"}), model="local/k2")
-        assert is_error(response, 504, "upstream_timeout") and "within 60 s" not in response.text
+        response = chat(make_app(**{**api_settings, "LOCAL_BASE_URL": f"http://127.0.0.1:{port}/v1"}), model="local/k2")
+        assert_error(response, 504, "upstream_timeout")
+        assert "within 60 s" not in response.text
 
 
 @pytest.mark.parametrize("proxied", [False, True], ids=["straight", "through a proxy"])
-def test_a_slow_tls_handshake_is_waited_for(
-    make: Make, both: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxied: bool
+def test_a_slow_tls_handshake_succeeds(
+    make_app: MakeApp,
+    api_settings: dict[str, str],
+    api: Api,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    proxied: bool,
 ) -> None:
     certificate, key = self_signed(tmp_path)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
-    if proxied:  # loopback is never asked of a proxy
+    monkeypatch.setattr(kimi2api, "CLIENT_CHECK_INTERVAL", 0.1)
+    if proxied:  # no proxy is used for loopback
         monkeypatch.setattr(kimi2api, "is_loopback", lambda host: False)
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{api.port}")
 
     def serve_tls(handler: ApiHandler) -> None:
-        time.sleep(0.8)  # longer than a slice of a wait
+        time.sleep(0.3)  # longer than a slice of a wait
         with tls.wrap_socket(handler.connection, server_side=True) as link:
             request = link.recv(65536)
             while not request.endswith(b"}"):
@@ -4403,33 +4623,36 @@ def test_a_slow_tls_handshake_is_waited_for(
             serve_tls(self)
 
     api.handler = Handler
-    app = make(**{**both, "LOCAL_BASE_URL": f"https://localhost:{api.port}/v1", "API_MASTER_KEY": "sk"})
-    assert said(chat(app, model="local/k2", headers={"Authorization": "Bearer sk"})) == "Hi"
+    app = make_app(**{**api_settings, "LOCAL_BASE_URL": f"https://localhost:{api.port}/v1", "API_MASTER_KEY": "sk"})
+    assert answer_text(chat(app, model="local/k2", headers={"Authorization": "Bearer sk"})) == "Hi"
 
 
-def test_a_tls_handshake_that_never_ends_is_a_timeout(
-    make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_an_endless_tls_handshake_times_out(
+    make_app: MakeApp, api_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "CONNECT_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
-        assert is_error(chat(make(**{**both, "LOCAL_BASE_URL": url}), model="local/k2"), 504, "upstream_timeout")
+        assert_error(
+            chat(make_app(**{**api_settings, "LOCAL_BASE_URL": url}), model="local/k2"), 504, "upstream_timeout"
+        )
 
 
-def test_a_request_that_the_upstream_does_not_read_is_a_timeout(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+def test_a_request_that_upstream_does_not_read_times_out(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never reads
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
-        app = make(**{**both, "LOCAL_BASE_URL": url}, REQUEST_TIMEOUT="0.6", MAX_BODY_BYTES="99999999")
+        app = make_app(**{**api_settings, "LOCAL_BASE_URL": url}, REQUEST_TIMEOUT="0.3", MAX_BODY_BYTES="99999999")
         began = time.monotonic()
         response = chat(app, "x" * 20_000_000, model="local/k2")
-        assert is_error(response, 504, "upstream_timeout") and response.headers["x-should-retry"] == "false"
+        assert_error(response, 504, "upstream_timeout")
+        assert response.headers["x-should-retry"] == "false"
         assert time.monotonic() - began < PATIENCE
 
 
-def test_under_stress_every_answer_reaches_the_one_who_asked(
-    run: Run, both: dict[str, str], api: Api, kimi: WebChat
+def test_under_stress_every_client_receives_its_own_answer(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
     """Interim answers, resets, cut bodies, stray bytes and clients that leave, over one pool of connections."""
     chance = random.Random(7)
@@ -4452,7 +4675,7 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
                 return None
         handler.event(api_chunk({}, "stop"))
         handler.event(b"[DONE]")
-        if kind == 3:  # and no end of the body
+        if kind == 3:  # the body is not ended
             handler.server.gate.wait(0.05)
             return None
         handler.end()
@@ -4462,7 +4685,7 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
         return None
 
     api.always = act
-    program = run(**both, MAX_RETRIES="2")
+    program = start_program(**api_settings, MAX_RETRIES="2")
     whole = 0
 
     def ask(number: int) -> bool:
@@ -4475,7 +4698,7 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
         status, body = program.chat(question, model="local/k2", stream=bool(number % 2))
         text = body.decode()
         if number % 2 and status == 200:
-            text = streamed([event for event in events(body) if "error" not in event])
+            text = streamed_text([event for event in sse_events(body) if "error" not in event])
         assert "stray" not in text
         assert not re.findall(rf"question (?!{number} )\d+", text), text
         return status == 200 and question in text
@@ -4486,17 +4709,21 @@ def test_under_stress_every_answer_reaches_the_one_who_asked(
     wait_for(lambda: program.running() == 0)
 
 
-def test_a_client_is_attended_to_while_its_request_is_sent(run: Run, both: dict[str, str]) -> None:
+def test_keepalives_are_sent_while_the_request_goes_upstream(
+    start_program: StartProgram, api_settings: dict[str, str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never reads
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
-        program = run(**{**both, "LOCAL_BASE_URL": url}, SSE_KEEPALIVE="0.1", MAX_BODY_BYTES="99999999")
+        program = start_program(
+            **{**api_settings, "LOCAL_BASE_URL": url}, SSE_KEEPALIVE="0.1", MAX_BODY_BYTES="99999999"
+        )
         with program.open_chat("x" * 20_000_000, model="local/k2", stream=True) as link:
             assert read_until(link, b": keep-alive\n\n", 3)
-        wait_for(lambda: program.running() == 0, "the client has left")
+        wait_for(lambda: program.running() == 0, "the client has disconnected")
 
 
-def test_a_complete_answer_is_remembered_also_when_the_client_left_before_its_end_was_told(
-    run: Run, both: dict[str, str], api: Api
+def test_a_complete_answer_is_remembered_if_the_client_disconnects(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -4505,29 +4732,29 @@ def test_a_complete_answer_is_remembered_also_when_the_client_left_before_its_en
         handler.server.gate.wait(PATIENCE)  # usage and [DONE] are still to come
 
     api.always = act
-    program = run(**both)
+    program = start_program(**api_settings)
     with program.open_chat(model="local/k2", stream=True, user="ann") as link:
         read_until(link, b"All of it.")
     wait_for(lambda: program.running() == 0)
     assert b"All of it." in program.ask("GET", "/v1/sessions/ann")[1]
 
 
-def test_a_paid_question_is_not_asked_again_for_a_client_that_has_left(
-    run: Run, both: dict[str, str], api: Api
+def test_no_retry_is_made_for_a_disconnected_client(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
-    api.always = api_sends(429, {"error": {"message": "slow down"}}, Retry_After="1")
-    program = run(before=CHECKS_OFTEN, **both)
+    api.always = api_sends(429, {"error": {"message": "slow down"}}, retry_after_ms="300")
+    program = start_program(before=CHECKS_OFTEN, **api_settings)
     link = program.open_chat(model="local/k2")
     wait_for(lambda: api.asked)
     link.close()
     wait_for(lambda: program.running() == 0)
-    time.sleep(1.2)  # the pause that was asked for, and some more
+    time.sleep(0.4)  # longer than the pause before a retry
     assert len(api.asked) == 1
 
 
-def test_a_question_is_not_sent_for_a_client_that_left_while_it_was_prepared(run: Run, kimi: WebChat) -> None:
-    kimi.page_script.append(late(page))
-    program = run(before=CHECKS_OFTEN)
+def test_no_question_is_sent_for_a_disconnected_client(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.page_script.append(at_the_gate(serves_page))
+    program = start_program(before=CHECKS_OFTEN)
     with program.open_chat("given up"):
         wait_for(lambda: kimi.pages)
     wait_for(lambda: program.running() == 0)
@@ -4538,14 +4765,14 @@ def test_a_question_is_not_sent_for_a_client_that_left_while_it_was_prepared(run
 
 
 def test_proxies_of_the_environment_are_honoured(kimi: WebChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    proxy = WebChat()  # asked for an absolute URL, it answers as the site would
+    proxy = WebChat()  # it answers requests for absolute URLs as the site would
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
     elsewhere = {"UPSTREAM_URL": "http://kimi.example/ajax", "CHAT_PAGE_URL": "http://kimi.example/"}
     try:
-        assert said(chat(Client(kimi2api.create_app(kimi2api.Settings.load(elsewhere)))))
+        assert answer_text(chat(Client(kimi2api.create_app(kimi2api.Settings.load(elsewhere)))))
         assert len(proxy.posts) == 1
-        assert said(chat(Client(kimi2api.create_app(kimi2api.Settings.load(kimi.settings)))))
-        assert len(proxy.posts) == 1, "loopback is never asked of a proxy"
+        assert answer_text(chat(Client(kimi2api.create_app(kimi2api.Settings.load(kimi.settings)))))
+        assert len(proxy.posts) == 1, "no proxy is used for loopback"
     finally:
         proxy.stop()
 
@@ -4591,7 +4818,7 @@ class SocksHandler(StandInHandler):
 
 
 class Proxy(StandIn):
-    """A proxy whose tunnels all lead to one port."""
+    """A proxy whose tunnels all end at one port."""
 
     def __init__(self, target: int, handler: type[StandInHandler] = ProxyHandler) -> None:
         self.target = target
@@ -4602,7 +4829,7 @@ class Proxy(StandIn):
 
 @pytest.mark.parametrize("scheme", ["http", "https", "socks5h"])
 def test_chats_of_an_https_api_go_through_a_proxy(
-    make: Make, both: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, scheme: str
 ) -> None:
     if scheme == "socks5h":
@@ -4616,17 +4843,17 @@ def test_chats_of_an_https_api_go_through_a_proxy(
     proxy.tls = api.tls if scheme == "https" else None
     name = "ALL_PROXY" if scheme == "socks5h" else "HTTPS_PROXY"
     monkeypatch.setenv(name, f"{scheme}://me:s3cret@localhost:{proxy.port}")
-    app = make(**{**both, "LOCAL_BASE_URL": "https://api.example/v1"}, MAX_RETRIES="0")
+    app = make_app(**{**api_settings, "LOCAL_BASE_URL": "https://api.example/v1"}, MAX_RETRIES="0")
     try:
         for _ in range(3):
-            assert said(chat(app, model="local/k2")) == "Hi from the API."
-            assert streamed(events(chat(app, model="local/k2", stream=True))) == "Hi from the API."
-        assert scheme == "https" or len(proxy.heads) < 6, "a tunnel is used again"
+            assert answer_text(chat(app, model="local/k2")) == "Hi from the API."
+            assert streamed_text(sse_events(chat(app, model="local/k2", stream=True))) == "Hi from the API."
+        assert scheme == "https" or len(proxy.heads) < 6, "tunnels are reused"
         if scheme == "socks5h":
             assert proxy.heads[0] == {"user": "me", "password": "s3cret", "host": "api.example"}
         else:
             assert {head["Proxy-Authorization"] for head in proxy.heads} == {"Basic bWU6czNjcmV0"}
-        api.always = steady
+        api.always = api_streams_words
         for stream in (False, True):
             api.words_sent = 0
             api.hung_up.clear()
@@ -4635,49 +4862,56 @@ def test_chats_of_an_https_api_go_through_a_proxy(
             app.post_json("/v1/chat/completions", question, extra_environ=leaves)
             assert api.hung_up.wait(PATIENCE)
         api.always = api_answers("fine")
-        assert said(chat(app, model="local/k2")) == "fine"
+        assert answer_text(chat(app, model="local/k2")) == "fine"
     finally:
         proxy.stop()
     for path in ("/health", "/v1/models"):
         assert "s3cret" not in app.get(path).text
-    assert is_error(chat(app, model="local/k2"), 502, "upstream_unavailable") and "s3cret" not in caplog.text
+    assert_error(chat(app, model="local/k2"), 502, "upstream_unavailable")
+    assert "s3cret" not in caplog.text
 
 
-def names_the_proxy(text: str) -> bool:
+def assert_proxy_is_named(text: str) -> None:
+    """Assert that a text says how to use a proxy, and shows no credentials and no traceback."""
     assert all(word in text for word in ("ALL_PROXY", "socks5h://", "pip install")), text
-    return not re.search("s3c|ret@|Traceback", text)
+    assert not re.search("s3c|ret@|Traceback", text)
 
 
 @pytest.mark.parametrize("proxy", ["socks://me:s3cret@localhost:9", "ftp://me:s3c@ret@localhost"])
-def test_a_proxy_that_cannot_be_used_is_named(
-    make: Make, both: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
+def test_an_unusable_proxy_is_named(
+    make_app: MakeApp,
+    api_settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    proxy: str,
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", proxy)
-    app = make(**{**both, "LOCAL_BASE_URL": "https://api.example/v1", "CHAT_PAGE_URL": "https://api.example/"})
+    app = make_app(**{**api_settings, "LOCAL_BASE_URL": "https://api.example/v1", "CHAT_PAGE_URL": "https://api.example/"})
     for model in ("kimi", "local/k2"):
         refused = chat(app, model=model)
-        assert is_error(refused, 502, "upstream_unavailable")
-        assert names_the_proxy(refused.text + app.get("/health").text + caplog.text)
+        assert_error(refused, 502, "upstream_unavailable")
+        assert_proxy_is_named(refused.text + app.get("/health").text + caplog.text)
 
 
-def test_a_socks_proxy_without_its_package_is_told() -> None:
+def test_a_socks_proxy_without_its_package_is_reported() -> None:
     without = "import sys; sys.modules['socks'] = None; import kimi2api; sys.exit(kimi2api.main(['--check']))"
     proxy = {"ALL_PROXY": "socks5h://me:s3cret@localhost:9", "CHAT_PAGE_URL": "https://api.example/"}
     done = subprocess.run(
         [sys.executable, "-c", without], env={**os.environ, **COMPILED_ONCE, **proxy},
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    assert done.returncode == 1 and names_the_proxy(done.stdout + done.stderr)
+    assert done.returncode == 1
+    assert_proxy_is_named(done.stdout + done.stderr)
 
 
-def test_credentials_in_addresses_are_sent_and_shown_nowhere(
-    make: Make, kimi: WebChat, api: Api, caplog: pytest.LogCaptureFixture
+def test_credentials_in_addresses_are_sent_and_never_shown(
+    make_app: MakeApp, kimi: WebChat, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     sites = {name: value.replace("://", "://me:s3%2Fcret@") for name, value in kimi.settings.items()}
     settings = {**sites, "PROVIDERS": "local", "LOCAL_BASE_URL": api.url.replace("://", "://me:s3%2Fcret@")}
-    app = make(**settings, MAX_RETRIES="0")
-    assert said(chat(app)) and said(chat(app, model="local/k2"))
+    app = make_app(**settings, MAX_RETRIES="0")
+    assert answer_text(chat(app)) and answer_text(chat(app, model="local/k2"))
     for headers in (kimi.pages[0], kimi.heads[0], api.asked[0][1]):
         assert headers["Authorization"] == "Basic " + b64encode(b"me:s3/cret").decode()
         assert "s3" not in str(headers).replace(headers["Authorization"], "")
@@ -4686,47 +4920,47 @@ def test_credentials_in_addresses_are_sent_and_shown_nowhere(
         kimi.always = api.always = act
         shown += [chat(app, model=model).text for model in ("kimi", "local/k2")]
         shown.append(app.get("/health").text)
-    done = command("--check", **settings, LOG_LEVEL="DEBUG")
+    done = run_program("--check", **settings, LOG_LEVEL="DEBUG")
     assert not re.search("s3|me:", "".join([*shown, caplog.text, done.stdout, done.stderr]))
 
 
-def test_an_idle_connection_is_not_used_again_and_all_are_kept_alive(
-    make: Make, both: dict[str, str], api: Api, clock: Clock
+def test_idle_connections_are_replaced_and_all_have_tcp_keepalive(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, clock: Clock
 ) -> None:
     links = []
 
     def act(handler: ApiHandler) -> None:
         links.append(handler.client_address)
         if len(links) == 2 and links[0] == links[1]:
-            handler.server.gate.wait(PATIENCE)  # as over a connection that a NAT has forgotten
+            handler.server.gate.wait(PATIENCE)  # like a connection that a NAT has dropped
         api_answers("x")(handler)
 
     api.always = act
-    app = make(**both, REQUEST_TIMEOUT="1")
-    assert said(chat(app, model="local/k2"))
+    app = make_app(**api_settings, REQUEST_TIMEOUT="1")
+    assert answer_text(chat(app, model="local/k2"))
     transports = [thing for thing in gc.get_objects() if type(thing) is kimi2api.Transport]
     [(pool, _)] = [each._pools[api.url.replace("/v1", "/")] for each in transports if str(api.port) in str(each._pools)]
     wait_for(lambda: pool.pool.queue[-1])
     assert pool.pool.queue[-1].sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     clock.now += kimi2api.MAX_IDLE + 1
-    assert said(chat(app, model="local/k2")) and links[0] != links[1]
-    assert said(chat(app, model="local/k2")) and links[1] == links[2]
+    assert answer_text(chat(app, model="local/k2")) and links[0] != links[1]
+    assert answer_text(chat(app, model="local/k2")) and links[1] == links[2]
 
 
-def test_https_upstreams_are_verified(
-    kimi: WebChat, tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+def test_https_certificates_are_verified(
+    kimi: WebChat, tmp_path: Path, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate, key = self_signed(tmp_path)
     kimi.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     kimi.tls.load_cert_chain(certificate, key)
     urls = {name: value.replace("http://127.0.0.1", "https://localhost") for name, value in kimi.settings.items()}
-    assert is_error(chat(make(**urls)), 502, "upstream_unavailable"), "a certificate that nobody vouches for"
+    assert_error(chat(make_app(**urls)), 502, "upstream_unavailable")  # the certificate is self-signed
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-    assert said(chat(make(**urls)))
+    assert answer_text(chat(make_app(**urls)))
 
 
-def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
-    run: Run, both: dict[str, str], api: Api
+def test_a_client_that_disconnects_closes_the_apis_connection(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
     begun = False
 
@@ -4739,7 +4973,7 @@ def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
             api.hung_up.set()
         handler.close_connection = True
 
-    program = run(before=CHECKS_OFTEN, **both)
+    program = start_program(before=CHECKS_OFTEN, **api_settings)
     for begun, stream in itertools.product((False, True), (False, True)):
         api.always = act
         api.asked.clear()
@@ -4750,18 +4984,18 @@ def test_when_the_client_leaves_the_apis_connection_is_closed_at_once(
                 read_until(link, b"one")
         assert api.hung_up.wait(PATIENCE)
         wait_for(lambda: program.running() == 0)
-        assert len(api.asked) == 1, "a call that nobody waits for is not retried"
+        assert len(api.asked) == 1, "an abandoned call is not retried"
         api.always = api_answers("fine")
         assert b"fine" in program.chat(model="local/k2")[1]
 
 
-def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(make: Make, kimi: WebChat) -> None:
+def test_concurrent_first_requests_to_two_spellings_of_a_host_succeed(make_app: MakeApp, kimi: WebChat) -> None:
     page = kimi.settings["CHAT_PAGE_URL"].replace("127.0.0.1", "LOCALHOST")
     upstream = kimi.settings["UPSTREAM_URL"].replace("127.0.0.1", "localhost")
     for _ in range(3):
-        app = make(CHAT_PAGE_URL=page, UPSTREAM_URL=upstream)
+        app = make_app(CHAT_PAGE_URL=page, UPSTREAM_URL=upstream)
         with ThreadPoolExecutor(16) as pool:
-            assert all(said(done) for done in pool.map(lambda _, app=app: chat(app), range(16)))
+            assert all(answer_text(done) for done in pool.map(lambda _, app=app: chat(app), range(16)))
 
 
 ########################################################################################################################
@@ -4770,13 +5004,13 @@ def test_first_requests_at_once_to_one_host_in_several_spellings_are_answered(ma
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Circuit breaker and providers
+# Circuit breaker, providers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_retry_that_succeeds_is_all_the_client_sees(app: Client, kimi: WebChat) -> None:
+def test_a_successful_retry_hides_the_failure(app: Client, kimi: WebChat) -> None:
     kimi.script.append(resets)
-    assert said(chat(app)) == "Hello from upstream." and len(kimi.posts) == 2
+    assert answer_text(chat(app)) == "Hello from upstream." and len(kimi.posts) == 2
 
 
 @pytest.mark.parametrize(
@@ -4787,29 +5021,30 @@ def test_a_retry_that_succeeds_is_all_the_client_sees(app: Client, kimi: WebChat
         pytest.param(lambda: "-3", "none", id="negative"),
     ],
 )
-def test_retry_after_is_passed_on(app: Client, kimi: WebChat, header: Callable[[], str], passed_on: str) -> None:
+def test_the_client_receives_retry_after(app: Client, kimi: WebChat, header: Callable[[], str], passed_on: str) -> None:
     kimi.script.append(sends(429, "", Retry_After=header()))
     response = chat(app)
-    assert is_error(response, 429, "upstream_rate_limited", "rate_limit_error")
+    assert_error(response, 429, "upstream_rate_limited", "rate_limit_error")
     assert re.fullmatch(passed_on, response.headers.get("Retry-After", "none"))
 
 
-def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(make: Make, kimi: WebChat) -> None:
-    app = make(MAX_RETRIES="0")
+def test_an_open_circuit_allows_one_probe_at_a_time(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(MAX_RETRIES="0")
     kimi.always = sends(500)
     for _ in range(5):
-        assert is_error(chat(app), 502, "upstream_unavailable")
+        assert_error(chat(app), 502, "upstream_unavailable")
     response = chat(app)
-    assert is_error(response, 502, "upstream_unavailable") and "after 5 failures" in response.json["error"]["message"]
+    assert_error(response, 502, "upstream_unavailable")
+    assert "after 5 failures" in response.json["error"]["message"]
     assert int(response.headers["Retry-After"]) >= 1
-    assert len(kimi.posts) == 5, "it failed at once, without a call"
+    assert len(kimi.posts) == 5, "it failed fast, without a call"
     health = app.get("/health").json
     assert health["status"] == "degraded" and health["upstreams"]["kimi"]["failing_since"] <= time.time()
-    wait_for(lambda: chat(app) and len(kimi.posts) == 6, "a trial call after the pause")
+    wait_for(lambda: chat(app) and len(kimi.posts) == 6, "a probe after the pause")
     began = time.monotonic()
-    wait_for(lambda: chat(app) and len(kimi.posts) == 7, "another one")
+    wait_for(lambda: chat(app) and len(kimi.posts) == 7, "the next probe")
     assert time.monotonic() - began > 0.35, "the pause has grown from 0.2 s to 0.4 s"
-    kimi.always = at_the_gate
+    kimi.always = web_chat_answers_at_the_gate
     with ThreadPoolExecutor(1) as pool:
 
         def trial_begins() -> Any:
@@ -4817,16 +5052,16 @@ def test_an_upstream_that_is_down_for_long_is_asked_by_one_trial_call_at_a_time(
             wait_for(lambda: future.done() or len(kimi.posts) == 8)
             return None if future.done() else future
 
-        trial = wait_for(trial_begins, "a third one, which waits at the gate")
+        trial = wait_for(trial_begins, "a third probe, which waits at the gate")
         for _ in range(5):
-            assert is_error(chat(app), 502, "upstream_unavailable")
-        assert len(kimi.posts) == 8, "only one call tries"
+            assert_error(chat(app), 502, "upstream_unavailable")
+        assert len(kimi.posts) == 8, "there is only one probe"
         kimi.gate.set()
-        assert said(trial.result())
-    assert said(chat(app)) and app.get("/health").json["status"] == "ok"
+        assert answer_text(trial.result())
+    assert answer_text(chat(app)) and app.get("/health").json["status"] == "ok"
 
 
-def test_calls_that_hang_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_calls_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(kimi2api.time, "monotonic", lambda: now)
     breaker = kimi2api.CircuitBreaker("kimi")
@@ -4839,22 +5074,24 @@ def test_calls_that_hang_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatc
         with suppress(kimi2api.APIError):
             breaker.allow()
             probes += 1
-    assert 3 <= probes <= 6, "in the minute until the first of them times out"
+    assert 3 <= probes <= 6, "in the minute until the first probe times out"
 
 
-def test_a_probe_whose_answer_takes_long_holds_nobody_back(run: Run, both: dict[str, str], api: Api) -> None:
-    program = run("--max-retries", "0", before="kimi2api.FIRST_PAUSE = 0.05", **both)
+def test_a_long_probe_does_not_block_the_next_one(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
+    program = start_program("--max-retries", "0", before="kimi2api.FIRST_PAUSE = 0.05", **api_settings)
     api.always = api_sends(500, {"error": {"message": "down"}})
     for _ in range(5):
         assert program.chat(model="local/k2")[0] == 500
-    api.always = steady
-    probe = wait_for(lambda: begun_stream(program), "the circuit is half-open")
+    api.always = api_streams_words
+    probe = wait_for(lambda: open_stream(program), "the circuit is half-open")
     api.always = api_answers("fine")
     wait_for(lambda: b"fine" in program.chat(model="local/k2")[1], "the next probe")
     probe.close()
 
 
-def begun_stream(program: Program) -> socket.socket | None:
+def open_stream(program: Program) -> socket.socket | None:
     link = program.open_chat(model="local/k2", stream=True)
     if link.recv(65536).startswith(b"HTTP/1.1 200"):
         return link
@@ -4862,13 +5099,13 @@ def begun_stream(program: Program) -> socket.socket | None:
     return None
 
 
-def test_refusals_and_rate_limits_are_no_reason_to_stop_asking(make: Make, kimi: WebChat) -> None:
-    app = make(MAX_RETRIES="0")
+def test_refusals_and_rate_limits_do_not_open_the_circuit(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(MAX_RETRIES="0")
     wants_json = {"response_format": {"type": "json_object"}}
     for act, request, code in (
         (sends(429), {}, "upstream_rate_limited"),
         (sends(403, "-1"), {}, "upstream_refused"),
-        (says("no JSON"), wants_json, "invalid_json_answer"),
+        (web_chat_says("no JSON"), wants_json, "invalid_json_answer"),
     ):
         kimi.always = act
         for _ in range(7):
@@ -4876,19 +5113,20 @@ def test_refusals_and_rate_limits_are_no_reason_to_stop_asking(make: Make, kimi:
             assert chat(app, **request).json["error"]["code"] == code and len(kimi.posts) > posts
 
 
-def test_a_bug_of_ours_is_no_upstream_failure_and_does_not_show_the_prompt(
+def test_our_own_bug_does_not_open_the_circuit_or_show_the_prompt(
     app: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lookup(*_: Any, **__: Any) -> Any:
         return {}["my prompt"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", lookup)  # the system's, where a call of upstream begins
+        patch.setattr(socket, "getaddrinfo", lookup)  # a call of upstream starts with it
         for _ in range(7):
             response = chat(app, "my prompt")
-            assert is_error(response, 500, "internal_error", "server_error") and "my prompt" not in response.text
+            assert_error(response, 500, "internal_error", "server_error")
+            assert "my prompt" not in response.text
     assert app.get("/health").json["status"] == "ok"
-    assert said(chat(app))
+    assert answer_text(chat(app))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4896,7 +5134,7 @@ def test_a_bug_of_ours_is_no_upstream_failure_and_does_not_show_the_prompt(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_system_and_developer_messages_count_and_are_not_remembered(app: Client, kimi: WebChat) -> None:
+def test_system_messages_are_sent_and_not_remembered(app: Client, kimi: WebChat) -> None:
     messages = [
         {"role": "system", "content": "S."},
         {"role": "user", "content": "u"},
@@ -4908,8 +5146,8 @@ def test_system_and_developer_messages_count_and_are_not_remembered(app: Client,
     assert "S." not in kimi.posts[-1]["message"]
 
 
-def test_the_oldest_turns_are_dropped_from_the_prompt_but_not_forgotten(make: Make, kimi: WebChat) -> None:
-    app = make(CONTEXT_MAX_LENGTH="100")
+def test_the_prompt_drops_the_oldest_turns_and_the_session_keeps_them(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(CONTEXT_MAX_LENGTH="100")
     kimi.answer = "ok"
     for number in range(6):
         question = {"role": "user", "content": f"question {number} " + "x" * 15}
@@ -4919,46 +5157,46 @@ def test_the_oldest_turns_are_dropped_from_the_prompt_but_not_forgotten(make: Ma
     assert len(app.get("/v1/sessions/ada").json["turns"]) == 6
 
 
-def test_a_newest_message_that_cannot_fit_is_400_context_length_exceeded(make: Make, kimi: WebChat) -> None:
-    app = make(CONTEXT_MAX_LENGTH="50")
-    assert said(chat(app, "x" * 50))
-    assert is_error(chat(app, "x" * 51), 400, "context_length_exceeded", param="messages")
+def test_a_newest_message_that_cannot_fit_returns_400(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(CONTEXT_MAX_LENGTH="50")
+    assert answer_text(chat(app, "x" * 50))
+    assert_error(chat(app, "x" * 51), 400, "context_length_exceeded", param="messages")
     both = [{"role": "system", "content": "s" * 30}, {"role": "user", "content": "u" * 30}]
-    assert is_error(chat(app, messages=both), 400, "context_length_exceeded")
+    assert_error(chat(app, messages=both), 400, "context_length_exceeded")
     assert len(kimi.posts) == 1
 
 
-def test_a_context_that_is_too_long_is_told_in_words_that_clients_know(make: Make) -> None:
-    app = make(CONTEXT_MAX_LENGTH="500")
+def test_context_length_exceeded_uses_words_that_clients_match(make_app: MakeApp) -> None:
+    app = make_app(CONTEXT_MAX_LENGTH="500")
     both = [{"role": "system", "content": "s" * 100}, {"role": "user", "content": "u" * 600}]
     message = chat(app, messages=both).json["error"]["message"]
     assert message.startswith("This model's maximum context length is 500 characters (CONTEXT_MAX_LENGTH). ")
     assert "Your messages have 704: system 100, newest message 604. Please reduce the length" in message
     assert "FALLBACK_MODELS" in message
     response = chat(app, "u" * 300, tools=[tool("f", "d" * 400)], tool_choice="required", response_format=JSON_OBJECT)
-    assert is_error(response, 400, "context_length_exceeded")
+    assert_error(response, 400, "context_length_exceeded")
     assert re.search(r": tools \d+, response format \d+, newest message \d+\.", response.json["error"]["message"])
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
-def test_allowed_tools_are_those_that_are_offered(app: Client, kimi: WebChat, mode: str) -> None:
+def test_only_allowed_tools_are_offered(app: Client, kimi: WebChat, mode: str) -> None:
     kimi.answer = '<tool_call>{"name": "clock"}</tool_call>'
     allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "clock"}}]}
     choice = {"type": "allowed_tools", "allowed_tools": allowed}
-    assert called(chat(app, tools=[WEATHER, CLOCK], tool_choice=choice)) == [("clock", {})]
+    assert tool_calls(chat(app, tools=[WEATHER, CLOCK], tool_choice=choice)) == [("clock", {})]
     prompt = kimi.posts[-1]["message"]
     assert "- clock" in prompt and "get_weather" not in prompt
     assert ("You must call" in prompt) == (mode == "required")
     choice["allowed_tools"] = {"mode": mode, "tools": [{}]}
     response = chat(app, tools=[CLOCK], tool_choice=choice)
-    assert is_error(response, 400, None, param="tool_choice.allowed_tools.tools[0].function")
+    assert_error(response, 400, None, param="tool_choice.allowed_tools.tools[0].function")
 
 
-def test_allowed_tools_that_are_no_functions_reach_an_api(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_api_receives_allowed_tools_that_are_no_functions(api_app: Client, api: Api) -> None:
     allowed = {"mode": "required", "tools": [{"type": "mcp", "server_label": "x"}]}
     choice = {"type": "allowed_tools", "allowed_tools": allowed}
     tools = [CLOCK, {"type": "mcp", "server_label": "x"}]
-    assert said(chat(make(**both), model="local/k2", tools=tools, tool_choice=choice))
+    assert answer_text(chat(api_app, model="local/k2", tools=tools, tool_choice=choice))
     assert api.asked[0][2]["tool_choice"] == choice
 
 
@@ -4966,7 +5204,7 @@ MANY_TOOLS = [tool(f"tool_{number}", "What it does. " * (50 if number == 1 else 
 
 
 @json_and_stream
-def test_tools_that_do_not_fit_are_left_out_and_the_answer_says_how_many(
+def test_tools_that_do_not_fit_are_dropped_and_counted_in_a_header(
     app: Client, kimi: WebChat, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -4974,23 +5212,23 @@ def test_tools_that_do_not_fit_are_left_out_and_the_answer_says_how_many(
     assert response.status_int == 200
     prompt = kimi.posts[-1]["message"]
     offered = re.findall(r"^- (tool_\d+)", prompt, re.M)
-    assert offered[:2] == ["tool_0", "tool_2"], "in order, and one that is too long gives way to the next"
+    assert offered[:2] == ["tool_0", "tool_2"], "tools keep their order, and one that is too long is skipped"
     assert response.headers["X-Kimi2api-Tools-Dropped"] == str(28 - len(offered))
     assert f"{28 - len(offered)} of 28 tools" in caplog.text
     assert len(prompt) <= 1000 and prompt.endswith("用户: What time is it?")
     assert "X-Kimi2api-Tools-Dropped" not in chat(app, tools=[CLOCK]).headers
 
 
-def test_tools_leave_room_for_what_was_said_before(app: Client, kimi: WebChat) -> None:
-    said(chat(app, "My name is Ada.", user="ada"))
-    said(chat(app, "What is my name?", user="ada", tools=MANY_TOOLS))
+def test_tools_leave_room_for_the_previous_turn(app: Client, kimi: WebChat) -> None:
+    answer_text(chat(app, "My name is Ada.", user="ada"))
+    answer_text(chat(app, "What is my name?", user="ada", tools=MANY_TOOLS))
     prompt = kimi.posts[-1]["message"]
     assert "My name is Ada." in prompt and "- tool_0" in prompt and len(prompt) <= 1000
 
 
-def test_a_long_turn_and_a_long_tool_do_not_push_out_the_rest(app: Client, kimi: WebChat) -> None:
-    said(chat(app, "First: " + "a" * 400, user="ada"))
-    said(chat(app, "My name is Ada.", user="ada"))
+def test_a_long_turn_and_a_long_tool_do_not_displace_the_rest(app: Client, kimi: WebChat) -> None:
+    answer_text(chat(app, "First: " + "a" * 400, user="ada"))
+    answer_text(chat(app, "My name is Ada.", user="ada"))
     chat(app, "What is my name?", user="ada", tools=[tool("long", "x " * 200), CLOCK])
     prompt = kimi.posts[-1]["message"]
     assert "My name is Ada." in prompt and "First" in prompt and "- clock" in prompt and "- long" not in prompt
@@ -4999,22 +5237,22 @@ def test_a_long_turn_and_a_long_tool_do_not_push_out_the_rest(app: Client, kimi:
     assert "My name is Ada." in prompt and "First" not in prompt and "- tool_0" in prompt
 
 
-def test_tools_that_must_be_called_and_do_not_fit_are_a_400(app: Client) -> None:
-    assert is_error(chat(app, tools=MANY_TOOLS, tool_choice="required"), 400, "context_length_exceeded")
+def test_required_tools_that_do_not_fit_return_400(app: Client) -> None:
+    assert_error(chat(app, tools=MANY_TOOLS, tool_choice="required"), 400, "context_length_exceeded")
 
 
-def test_a_question_that_leaves_no_room_for_any_tool_is_asked_without(app: Client, kimi: WebChat) -> None:
+def test_a_question_that_leaves_no_room_for_tools_is_sent_without(app: Client, kimi: WebChat) -> None:
     response = chat(app, "x" * 980, tools=MANY_TOOLS)
     assert response.headers["X-Kimi2api-Tools-Dropped"] == "28" and kimi.posts[-1]["message"] == "用户: " + "x" * 980
 
 
 @pytest.mark.parametrize("limit", range(200, 240, 5))
-def test_no_prompt_is_longer_than_the_limit(make: Make, kimi: WebChat, limit: int) -> None:
-    assert chat(make(CONTEXT_MAX_LENGTH=str(limit)), "x" * 20, tools=[CLOCK, WEATHER]).status_int == 200
+def test_no_prompt_is_longer_than_the_limit(make_app: MakeApp, kimi: WebChat, limit: int) -> None:
+    assert chat(make_app(CONTEXT_MAX_LENGTH=str(limit)), "x" * 20, tools=[CLOCK, WEATHER]).status_int == 200
     assert len(kimi.posts[-1]["message"]) <= limit
 
 
-def agents_turn(*results: str) -> list[dict[str, Any]]:
+def agent_messages(*results: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "The question."}]
     for number, result in enumerate(results):
         call = {"id": f"c{number}", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
@@ -5023,25 +5261,25 @@ def agents_turn(*results: str) -> list[dict[str, Any]]:
     return messages
 
 
-def test_older_rounds_of_tools_give_way_before_the_question_and_the_last(app: Client, kimi: WebChat) -> None:
+def test_older_tool_rounds_are_dropped_before_the_question_and_the_last(app: Client, kimi: WebChat) -> None:
     history = [{"role": "user", "content": "Before."}, {"role": "assistant", "content": "Yes."}]
-    messages = [*history, *agents_turn(*(f"result {number} " + "x" * 200 for number in range(6)))]
+    messages = [*history, *agent_messages(*(f"result {number} " + "x" * 200 for number in range(6)))]
     assert chat(app, messages=messages, tools=[CLOCK]).status_int == 200
     prompt = kimi.posts[-1]["message"]
     assert len(prompt) <= 1000 and "用户: The question." in prompt and "- clock" in prompt
     assert re.findall(r"result (\d)", prompt) == ["4", "5"] and "Before." not in prompt
 
 
-def test_a_long_result_of_the_last_round_is_clipped_in_its_middle(app: Client, kimi: WebChat) -> None:
+def test_a_long_tool_result_of_the_last_round_is_clipped(app: Client, kimi: WebChat) -> None:
     long = "begin " + "x" * 5000 + " end"
-    assert chat(app, messages=agents_turn("older", long), tools=MANY_TOOLS).status_int == 200
+    assert chat(app, messages=agent_messages("older", long), tools=MANY_TOOLS).status_int == 200
     prompt = kimi.posts[-1]["message"]
     assert len(prompt) <= 1000 and "用户: The question." in prompt and "[… clipped …]" in prompt
     assert "begin x" in prompt and prompt.endswith("x end") and "- tool_0" in prompt
-    two = agents_turn("short one", "y" * 900)
+    two = agent_messages("short one", "y" * 900)
     two.append({"role": "tool", "tool_call_id": "c1", "content": "kept"})
     assert chat(app, messages=two).status_int == 200
-    assert kimi.posts[-1]["message"].endswith("y\n工具 clock: kept"), "the longest gives way first"
+    assert kimi.posts[-1]["message"].endswith("y\n工具 clock: kept"), "the longest result is clipped first"
 
 
 @pytest.mark.parametrize(
@@ -5058,20 +5296,20 @@ def test_a_long_result_of_the_last_round_is_clipped_in_its_middle(app: Client, k
         pytest.param({"stop": "three", "max_tokens": 1}, "one ", "length", id="stop and max_tokens"),
     ],
 )
-def test_stop_and_max_tokens_cut_the_answer(
+def test_stop_and_max_tokens_truncate_the_answer(
     app: Client, kimi: WebChat, request_: Any, content: str | None, finish_reason: str
 ) -> None:
     kimi.answer = "one two STOP three"
     response = chat(app, **request_)
-    assert said(response) == (kimi.answer if content is None else content)
+    assert answer_text(response) == (kimi.answer if content is None else content)
     assert response.json["choices"][0]["finish_reason"] == finish_reason
     assert response.json["usage"]["completion_tokens"] <= request_.get("max_tokens", 999)
-    chunks = events(chat(app, stream=True, **request_))
-    assert streamed(chunks) == (kimi.answer if content is None else content)
+    chunks = sse_events(chat(app, stream=True, **request_))
+    assert streamed_text(chunks) == (kimi.answer if content is None else content)
     assert chunks[-2]["choices"][0]["finish_reason"] == finish_reason
 
 
-def test_the_prompt_tells_of_tools_in_few_words(app: Client, kimi: WebChat) -> None:
+def test_the_prompt_describes_tools_briefly(app: Client, kimi: WebChat) -> None:
     nested = tool(
         "plan",
         days={"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}},
@@ -5088,24 +5326,26 @@ def test_the_prompt_tells_of_tools_in_few_words(app: Client, kimi: WebChat) -> N
 def test_tool_choice_and_parallel_tool_calls_are_obeyed(app: Client, kimi: WebChat) -> None:
     both = '<tool_call>{"name": "clock"}</tool_call><tool_call>{"name": "get_weather"}</tool_call>'
     kimi.answer = both
-    assert said(chat(app, tools=[WEATHER, CLOCK], tool_choice="none")) == both
+    assert answer_text(chat(app, tools=[WEATHER, CLOCK], tool_choice="none")) == both
     assert "clock" not in kimi.posts[-1]["message"]
-    assert [name for name, _ in called(chat(app, tools=[WEATHER, CLOCK], parallel_tool_calls=False))] == ["clock"]
+    assert [name for name, _ in tool_calls(chat(app, tools=[WEATHER, CLOCK], parallel_tool_calls=False))] == ["clock"]
     assert "one tool" in kimi.posts[-1]["message"]
-    kimi.script.append(says("I would rather not."))
-    assert len(called(chat(app, tools=[WEATHER, CLOCK], tool_choice="required"))) == 2
+    kimi.script.append(web_chat_says("I would rather not."))
+    assert len(tool_calls(chat(app, tools=[WEATHER, CLOCK], tool_choice="required"))) == 2
     assert "must contain a tool call" in kimi.posts[-1]["message"]
     kimi.answer = '<tool_call>{"name": "clock"}</tool_call>'
-    assert called(chat(app, tools=[WEATHER, CLOCK], tool_choice={"type": "function", "function": {"name": "clock"}}))
+    assert tool_calls(
+        chat(app, tools=[WEATHER, CLOCK], tool_choice={"type": "function", "function": {"name": "clock"}})
+    )
     assert "get_weather" not in kimi.posts[-1]["message"]
 
 
-def test_tool_results_go_into_the_prompt_and_a_user_keeps_the_session(app: Client, kimi: WebChat) -> None:
+def test_the_prompt_and_the_session_contain_tool_results(app: Client, kimi: WebChat) -> None:
     kimi.answer = call_text = '<tool_call>{"name": "get_weather", "arguments": {"city": "x"}}</tool_call>'
     call = chat(app, "How is it?", tools=[WEATHER], user="ada").json["choices"][0]["message"]["tool_calls"][0]
     kimi.answer = "Sunny."
     result = {"role": "tool", "tool_call_id": call["id"], "content": [{"type": "text", "text": "18 degrees"}]}
-    assert said(chat(app, messages=[result], tools=[WEATHER], user="ada")) == "Sunny."
+    assert answer_text(chat(app, messages=[result], tools=[WEATHER], user="ada")) == "Sunny."
     expected = f"用户: How is it?\n模型: {call_text}\n工具 get_weather: 18 degrees"
     assert kimi.posts[-1]["message"].endswith(expected)
     resent = [
@@ -5113,10 +5353,12 @@ def test_tool_results_go_into_the_prompt_and_a_user_keeps_the_session(app: Clien
         {"role": "assistant", "content": None, "tool_calls": [call]},
         result,
     ]
-    assert said(chat(app, messages=resent, tools=[WEATHER])) == "Sunny."
+    assert answer_text(chat(app, messages=resent, tools=[WEATHER])) == "Sunny."
     assert kimi.posts[-1]["message"].endswith(expected)
     [turn] = app.get("/v1/sessions/ada").json["turns"]
-    assert [message["role"] for message in turn] == ["user", "assistant", "tool", "assistant"], "a result stays there"
+    assert [message["role"] for message in turn] == ["user", "assistant", "tool", "assistant"], (
+        "a result stays in the turn of its call"
+    )
 
 
 IN_PARIS = ("get_weather", {"city": "Paris"})
@@ -5202,14 +5444,14 @@ NATIVE = (
         ),
     ],
 )
-def test_tool_calls_are_read_in_every_form_that_kimi_writes(
+def test_tool_calls_are_parsed_in_every_form_that_kimi_writes(
     app: Client, kimi: WebChat, text: str, content: str | None, calls: Any
 ) -> None:
     kimi.answer = text
     response = chat(app, tools=[WEATHER, CLOCK])
-    assert called(response) == calls and response.json["choices"][0]["message"]["content"] == content
-    *chunks, done = events(chat(app, tools=[WEATHER, CLOCK], stream=True))
-    assert done == "[DONE]" and streamed(chunks) == (content or "")
+    assert tool_calls(response) == calls and response.json["choices"][0]["message"]["content"] == content
+    *chunks, done = sse_events(chat(app, tools=[WEATHER, CLOCK], stream=True))
+    assert done == "[DONE]" and streamed_text(chunks) == (content or "")
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
     deltas = [delta for chunk in chunks for delta in chunk["choices"][0]["delta"].get("tool_calls", ())]
     assert [delta["index"] for delta in deltas] == list(range(len(calls)))
@@ -5230,16 +5472,18 @@ def test_tool_calls_are_read_in_every_form_that_kimi_writes(
         pytest.param('For example:\n```json\n{"name": "clock", "arguments": {}}\n```', id="example in a fence"),
     ],
 )
-def test_an_answer_without_a_call_is_text_and_no_call_is_invented(app: Client, kimi: WebChat, text: str) -> None:
+def test_an_answer_without_a_call_stays_text(app: Client, kimi: WebChat, text: str) -> None:
     kimi.answer = text
     response = chat(app, tools=[CLOCK])
-    assert said(response) == text and "tool_calls" not in response.json["choices"][0]["message"]
+    assert answer_text(response) == text and "tool_calls" not in response.json["choices"][0]["message"]
     assert len(kimi.posts) == 1
 
 
-def test_a_call_of_an_unknown_tool_is_asked_for_once_again_then_handed_on(app: Client, kimi: WebChat) -> None:
+def test_a_call_of_an_unknown_tool_is_retried_once_then_returned(app: Client, kimi: WebChat) -> None:
     kimi.answer = '<tool_call>{"name": "hammer", "arguments": {"nails": 2}}</tool_call>'
-    assert called(chat(app, tools=[CLOCK])) == [("hammer", {"nails": 2})], "agents answer that there is none"
+    assert tool_calls(chat(app, tools=[CLOCK])) == [("hammer", {"nails": 2})], (
+        "agents report the unknown tool to the model"
+    )
     assert len(kimi.posts) == 2 and "there is no tool 'hammer'" in kimi.posts[1]["message"]
 
 
@@ -5255,31 +5499,37 @@ def test_a_call_of_an_unknown_tool_is_asked_for_once_again_then_handed_on(app: C
         pytest.param("<tool_call>" + "[" * 100_000, id="nested 100,000 deep"),
     ],
 )
-def test_a_call_that_cannot_be_made_is_asked_for_once_again_then_given_as_text(
+def test_a_malformed_call_is_retried_once_then_returned_as_text(
     app: Client, kimi: WebChat, text: str
 ) -> None:
-    kimi.script.extend([says(text), says('<tool_call>{"name": "clock", "arguments": {}}</tool_call>')])
-    assert called(chat(app, tools=[CLOCK])) == [("clock", {})]
+    kimi.script.extend(
+        [web_chat_says(text), web_chat_says('<tool_call>{"name": "clock", "arguments": {}}</tool_call>')]
+    )
+    assert tool_calls(chat(app, tools=[CLOCK])) == [("clock", {})]
     first, second = (post["message"] for post in kimi.posts)
     assert "could not be used" in second and second.startswith(first.split("\n\n")[0])
     kimi.posts.clear()
-    kimi.always = says(text)
+    kimi.always = web_chat_says(text)
     response = chat(app, tools=[CLOCK])
-    assert said(response) == text and response.json["choices"][0]["finish_reason"] == "stop" and len(kimi.posts) == 2
+    assert (
+        answer_text(response) == text
+        and response.json["choices"][0]["finish_reason"] == "stop"
+        and len(kimi.posts) == 2
+    )
 
 
 @pytest.mark.parametrize("required", [True, 5, "a", None], ids=["true", "number", "text", "null"])
-def test_schemas_of_older_drafts_are_no_crash(app: Client, required: Any) -> None:
+def test_schemas_of_older_drafts_are_accepted(app: Client, required: Any) -> None:
     parameters = {"properties": {"a": {"type": "string"}}, "required": required}
-    assert said(chat(app, tools=function(name="f", parameters=parameters)))
+    assert answer_text(chat(app, tools=function(name="f", parameters=parameters)))
 
 
 @pytest.mark.parametrize("depth", [100, 330, 400])
-def test_schemas_that_are_nested_deep_are_no_crash(make: Make, depth: int) -> None:
+def test_deeply_nested_schemas_are_answered_or_refused(make_app: MakeApp, depth: int) -> None:
     deep: Any = {"type": "string"}
     for _ in range(depth):
         deep = {"type": "object", "properties": {"a": deep}}
-    response = chat(make(CONTEXT_MAX_LENGTH="999999"), tools=function(name="f", parameters=deep))
+    response = chat(make_app(CONTEXT_MAX_LENGTH="999999"), tools=function(name="f", parameters=deep))
     assert response.status_int in ((200,) if depth == 100 else (200, 400)), response.text
 
 
@@ -5301,19 +5551,19 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         pytest.param('By [1], [2nd]: {"a": 1} (see {x}).\n[^1]: "a"', id="footnotes around"),
     ],
 )
-def test_a_json_answer_is_exactly_one_document(app: Client, kimi: WebChat, format_: Any, text: str) -> None:
+def test_a_json_answer_is_reduced_to_its_document(app: Client, kimi: WebChat, format_: Any, text: str) -> None:
     kimi.answer = text
-    assert said(chat(app, response_format=format_)) == '{"a": 1}'
-    assert streamed(events(chat(app, response_format=format_, stream=True))) == '{"a": 1}'
+    assert answer_text(chat(app, response_format=format_)) == '{"a": 1}'
+    assert streamed_text(sse_events(chat(app, response_format=format_, stream=True))) == '{"a": 1}'
     prompt = kimi.posts[0]["message"]
     assert "JSON" in prompt and '{"type":"object"' in prompt
 
 
-def test_a_document_with_a_fence_in_it_is_read_whole(app: Client, kimi: WebChat) -> None:
+def test_a_json_document_may_contain_a_fence(app: Client, kimi: WebChat) -> None:
     document = '{"code": "```py\\n{}\\n```"}'
     for text in (document, f"Sure:\n```json\n{document}\n```"):
         kimi.answer = text
-        assert said(chat(app, response_format=JSON_OBJECT)) == document
+        assert answer_text(chat(app, response_format=JSON_OBJECT)) == document
 
 
 @pytest.mark.parametrize(
@@ -5326,16 +5576,16 @@ def test_a_document_with_a_fence_in_it_is_read_whole(app: Client, kimi: WebChat)
         pytest.param({"type": "string"}, '"a"', '"a"', id="string"),
     ],
 )
-def test_a_schemas_root_may_be_other_than_an_object(
+def test_the_root_of_a_schema_may_be_any_type(
     app: Client, kimi: WebChat, root: Any, text: str, document: str
 ) -> None:
     kimi.answer = text
-    assert said(chat(app, response_format=json_schema(root))) == document
+    assert answer_text(chat(app, response_format=json_schema(root))) == document
 
 
-def test_an_answer_that_is_not_json_is_asked_for_once_again(app: Client, kimi: WebChat) -> None:
-    kimi.script.extend([says('{"a": '), says('{"a": 2}')])
-    assert said(chat(app, response_format=JSON_OBJECT)) == '{"a": 2}'
+def test_an_answer_that_is_not_json_is_retried_once(app: Client, kimi: WebChat) -> None:
+    kimi.script.extend([web_chat_says('{"a": '), web_chat_says('{"a": 2}')])
+    assert answer_text(chat(app, response_format=JSON_OBJECT)) == '{"a": 2}'
     assert "could not be used" in kimi.posts[-1]["message"]
 
 
@@ -5364,10 +5614,10 @@ def test_an_answer_that_is_not_json_is_asked_for_once_again(app: Client, kimi: W
         pytest.param("[1st] " * 101 + '{"a": 1}', id="too many brackets"),
     ],
 )
-def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text: str) -> None:
+def test_an_answer_that_is_never_json_returns_502(app: Client, kimi: WebChat, text: str) -> None:
     kimi.answer = text
     response = chat(app, response_format=JSON_OBJECT)
-    assert is_error(response, 502, "invalid_json_answer", "upstream_error")
+    assert_error(response, 502, "invalid_json_answer", "upstream_error")
     assert response.headers["x-should-retry"] == "false" and len(kimi.posts) == 2
 
 
@@ -5376,7 +5626,7 @@ def test_an_answer_that_stays_no_json_is_a_502(app: Client, kimi: WebChat, text:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat) -> None:
+def test_the_form_equals_the_form_of_the_chat_page(app: Client, kimi: WebChat) -> None:
     chat(app, "你好 & = + \0 \U0001f600", model="kimi-k2-instruct")
     form, head = kimi.posts[0], kimi.heads[0]
     assert set(form) == {"action", "nonce", "message", "model", "session_id"}
@@ -5402,14 +5652,14 @@ def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat
         pytest.param("tool_choice.type", {"tool_choice": {"type": "custom", "custom": {}}}, id="custom choice"),
     ],
 )
-def test_what_would_change_the_shape_of_the_answer_is_a_clear_400(
+def test_parameters_that_change_the_answers_shape_return_400(
     app: Client, kimi: WebChat, field: str, request_: Any
 ) -> None:
-    assert is_error(chat(app, **request_), 400, "unsupported_value", "invalid_request_error", field)
+    assert_error(chat(app, **request_), 400, "unsupported_value", "invalid_request_error", field)
     assert not kimi.posts
 
 
-def test_unsupported_settings_are_ignored_and_safety_identifier_is_no_session(app: Client, kimi: WebChat) -> None:
+def test_unsupported_parameters_are_ignored(app: Client, kimi: WebChat) -> None:
     ignored = {
         "temperature": 0,
         "top_p": 0.5,
@@ -5429,7 +5679,7 @@ def test_unsupported_settings_are_ignored_and_safety_identifier_is_no_session(ap
         "tools": [],
         "response_format": {"type": "text"},
     }
-    assert said(chat(app, **ignored)) and said(chat(app, **ignored))
+    assert answer_text(chat(app, **ignored)) and answer_text(chat(app, **ignored))
     assert [post["message"] for post in kimi.posts] == ["Hello", "Hello"]
 
 
@@ -5443,40 +5693,35 @@ def test_unsupported_settings_are_ignored_and_safety_identifier_is_no_session(ap
         ),
     ],
 )
-def test_the_nonce_is_found_however_the_page_writes_it(app: Client, kimi: WebChat, script: str) -> None:
+def test_the_nonce_is_found_in_every_spelling(app: Client, kimi: WebChat, script: str) -> None:
     kimi.nonce = "abc123"
-    kimi.page_script.append(page_with(f'var other = {{"nonce":"wrong"}}</script><script id="x">{script}'))
-    assert said(chat(app))
+    kimi.page_script.append(serves_page_with(f'var other = {{"nonce":"wrong"}}</script><script id="x">{script}'))
+    assert answer_text(chat(app))
     assert kimi.posts[0]["nonce"] == "abc123" and len(kimi.pages) == len(kimi.posts) == 1
 
 
-def test_a_nonce_is_fetched_once_and_kept(app: Client, kimi: WebChat) -> None:
-    for _ in range(3):
-        assert said(chat(app))
-    assert len(kimi.pages) == 1
-
-
 def test_a_stale_nonce_is_renewed_once_for_ten_waiting_chats(app: Client, kimi: WebChat) -> None:
-    assert said(chat(app))
+    assert answer_text(chat(app))
     kimi.nonce = "ffffffffff"
     with ThreadPoolExecutor(10) as pool:
-        assert all(said(done.result()) for done in [pool.submit(chat, app) for _ in range(10)])
+        assert all(answer_text(done.result()) for done in [pool.submit(chat, app) for _ in range(10)])
     assert len(kimi.pages) == 2
 
 
-def test_a_failed_fetch_of_the_page_is_shared_by_all_who_wait(make: Make, kimi: WebChat) -> None:
-    app = make(MAX_RETRIES="0")
-    kimi.page_script.append(late(sends(500)))
+def test_a_failed_fetch_of_the_page_fails_all_waiting_chats(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(MAX_RETRIES="0")
+    kimi.page_script.append(at_the_gate(sends(500)))
     with ThreadPoolExecutor(5) as pool:
         chats = [pool.submit(chat, app) for _ in range(5)]
         wait_for(lambda: app.get("/health").json["chats"]["running"] == 5 and kimi.pages)
-        wait_until_still()  # one fetches, four wait
+        wait_until_still()  # one chat fetches, four wait
         kimi.gate.set()
-        assert all(is_error(done.result(), 502, "upstream_unavailable") for done in chats)
+        for done in chats:
+            assert_error(done.result(), 502, "upstream_unavailable")
     assert len(kimi.pages) == 1
 
 
-def test_a_fetch_whose_thread_cannot_start_is_waited_for_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetch_whose_thread_cannot_start_is_tried_by_the_next_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     cached = kimi2api.Cached("nonce", lambda: "1234", 100)
 
     def refuses(thread: threading.Thread) -> None:
@@ -5489,28 +5734,28 @@ def test_a_fetch_whose_thread_cannot_start_is_waited_for_by_nobody(monkeypatch: 
     assert cached.latest().result(PATIENCE) == "1234"
 
 
-def test_a_failure_does_not_last_when_the_clock_is_set_back(clock: Clock, app: Client, kimi: WebChat) -> None:
+def test_a_clock_set_back_does_not_prolong_a_failure(clock: Clock, app: Client, kimi: WebChat) -> None:
     kimi.page_script.append(sends(200, "no nonce"))
-    assert is_error(chat(app), 502, "upstream_changed")
+    assert_error(chat(app), 502, "upstream_changed")
     clock.error = -3600
-    assert said(chat(app))
+    assert answer_text(chat(app))
 
 
-def test_a_clock_that_is_wrong_for_a_moment_wipes_nothing_in_memory(clock: Clock, make: Make) -> None:
-    app = make(TOKENS_PER_DAY="1000", REQUESTS_PER_MINUTE="9")
-    assert said(chat(app, user="ada"))
+def test_a_clock_that_jumps_deletes_nothing_in_memory(clock: Clock, make_app: MakeApp) -> None:
+    app = make_app(TOKENS_PER_DAY="1000", REQUESTS_PER_MINUTE="9")
+    assert answer_text(chat(app, user="ada"))
     clock.error = 40 * 86400
-    assert said(chat(app))
+    assert answer_text(chat(app))
     clock.error = 0
-    assert said(chat(app))
+    assert answer_text(chat(app))
     assert app.get("/v1/usage").json["today"]["requests"] == 2 and app.get("/v1/sessions/ada").json["turns"]
 
 
-def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(clock: Clock, kimi: WebChat, app: Client) -> None:
+def test_the_nonce_is_renewed_before_it_is_twelve_hours_old(clock: Clock, kimi: WebChat, app: Client) -> None:
     fetched = clock.now
     for hours, pages in ((0, 1), (10, 1), (11.9, 2)):
         clock.now = fetched + hours * 3600
-        assert said(chat(app))
+        assert answer_text(chat(app))
         assert len(kimi.pages) == pages
 
 
@@ -5526,13 +5771,13 @@ def test_a_nonce_is_renewed_before_it_is_twelve_hours_old(clock: Clock, kimi: We
         ),
     ],
 )
-def test_a_rejected_nonce_is_renewed_and_the_chat_tried_once_more(app: Client, kimi: WebChat, rejected: Act) -> None:
+def test_a_rejected_nonce_is_renewed_and_the_chat_retried_once(app: Client, kimi: WebChat, rejected: Act) -> None:
     kimi.script.append(rejected)
-    assert said(chat(app)) == "Hello from upstream."
+    assert answer_text(chat(app)) == "Hello from upstream."
     assert (len(kimi.pages), len(kimi.posts)) == (2, 2)
 
 
-def test_a_nonce_in_upstreams_words_is_hidden(app: Client, kimi: WebChat) -> None:
+def test_a_nonce_in_an_upstream_error_is_hidden(app: Client, kimi: WebChat) -> None:
     kimi.always = sends(200, f'{{"success": false, "data": "bad nonce {kimi.nonce}"}}')
     assert kimi.nonce not in chat(app).text
 
@@ -5547,33 +5792,33 @@ def test_a_nonce_in_upstreams_words_is_hidden(app: Client, kimi: WebChat) -> Non
         pytest.param('"' + "x" * 9999 + '"', "x" * 300, id="long text"),
     ],
 )
-def test_a_refusal_is_passed_on_in_upstreams_words(app: Client, kimi: WebChat, data: str, words: str) -> None:
+def test_the_client_receives_the_web_chats_refusal(app: Client, kimi: WebChat, data: str, words: str) -> None:
     kimi.always = sends(200, f'{{"success": false, "data": {data}}}', "application/json")
     response = chat(app)
-    assert is_error(response, 502, "upstream_refused", "upstream_error")
+    assert_error(response, 502, "upstream_refused", "upstream_error")
     assert words in response.json["error"]["message"] and len(response.json["error"]["message"]) < 400
     assert response.headers["x-should-retry"] == "false" and len(kimi.posts) == 2
 
 
 UNAVAILABLE = (502, "upstream_unavailable")
 INVALID = (502, "upstream_invalid_response")
-TIMEOUT = (504, "upstream_timeout")
+TIMED_OUT = (504, "upstream_timeout")
 BLOCKED = (503, "upstream_blocked")
 REFUSED = (502, "upstream_refused")
 LIMITED = (429, "upstream_rate_limited")
 CHANGED = (502, "upstream_changed")
 
-# name, what upstream does, status and code for the client, posts that upstream sees with MAX_RETRIES=1
+# name, upstream's act, status and code for the client, posts with MAX_RETRIES=1
 FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
     *((f"{status}", sends(status, DOWN, **CLOUDFLARE), UNAVAILABLE, 2) for status in (500, 502, 503, *range(520, 528))),
     ("reset", resets, UNAVAILABLE, 2),
-    ("reset in the head", raw(b"HTTP/1.1 200 OK\r\nContent-"), INVALID, 2),
-    ("not HTTP", raw(b"SSH-2.0-OpenSSH_9.6\r\n"), UNAVAILABLE, 2),
-    ("body cut off", raw(b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"succ'), UNAVAILABLE, 2),
-    ("chunks cut off", raw(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"su'), UNAVAILABLE, 2),
-    ("silence", hangs, TIMEOUT, 1),
-    ("slow drip of the head", drips(b"HTTP/1.1 200 OK\r\nX-A: "), TIMEOUT, 1),
-    ("slow drip of the body", drips(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"), TIMEOUT, 1),
+    ("reset in the head", sends_raw(b"HTTP/1.1 200 OK\r\nContent-"), INVALID, 2),
+    ("not HTTP", sends_raw(b"SSH-2.0-OpenSSH_9.6\r\n"), UNAVAILABLE, 2),
+    ("body cut off", sends_raw(b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"succ'), UNAVAILABLE, 2),
+    ("chunks cut off", sends_raw(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{"su'), UNAVAILABLE, 2),
+    ("silence", hangs, TIMED_OUT, 1),
+    ("slow drip of the head", drips(b"HTTP/1.1 200 OK\r\nX-A: "), TIMED_OUT, 1),
+    ("slow drip of the body", drips(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"), TIMED_OUT, 1),
     ("endless body", endless, INVALID, 2),
     ("20 MB", sends(200, b" " * 20_000_000), INVALID, 2),
     ("gzip that is not gzip", sends(200, "plain", Content_Encoding="gzip"), INVALID, 2),
@@ -5584,7 +5829,7 @@ FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
     ("wrong shape", sends(200, '{"success": true, "data": ["x"]}'), INVALID, 2),
     ("no message", sends(200, '{"success": true, "data": {"message": null}}'), INVALID, 2),
     ("a number", sends(200, "17"), INVALID, 2),
-    ("empty answer", says(" "), INVALID, 2),
+    ("empty answer", web_chat_says(" "), INVALID, 2),
     ("empty body", sends(200), INVALID, 2),
     ("404", sends(404, "gone"), INVALID, 1),
     ("redirect elsewhere", sends(302, Location="http://127.0.0.2:1/steal"), INVALID, 1),
@@ -5606,31 +5851,31 @@ FAULTS: list[tuple[str, Act, tuple[int, str], int]] = [
 
 
 @pytest.mark.parametrize(("fault", "error", "posts"), [pytest.param(*row[1:], id=row[0]) for row in FAULTS])
-def test_a_fault_of_upstream_is_an_honest_error(
-    make: Make, kimi: WebChat, fault: Act, error: tuple[int, str], posts: int
+def test_a_fault_of_the_web_chat_has_its_status_and_code(
+    make_app: MakeApp, kimi: WebChat, fault: Act, error: tuple[int, str], posts: int
 ) -> None:
     status, code = error
-    app = make(REQUEST_TIMEOUT="0.3" if error == TIMEOUT else "20")
-    assert said(chat(app, "before"))
+    app = make_app(REQUEST_TIMEOUT="0.3" if error == TIMED_OUT else "20")
+    assert answer_text(chat(app, "before"))
     kimi.always = fault
     began = time.monotonic()
     for body in ({"user": "ada"}, {"stream": True}):
         kimi.posts.clear()
         response = chat(app, **body)
         assert time.monotonic() - began < PATIENCE
-        assert is_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
+        assert_error(response, status, code, "rate_limit_error" if status == 429 else "upstream_error")
         assert len(kimi.posts) == posts
         assert response.headers.get("x-should-retry") == ("false" if posts > 1 or status == 504 else None)
-        assert "<" not in response.json["error"]["message"], "no HTML is passed on"
-    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+        assert "<" not in response.json["error"]["message"], "the client receives no HTML"
+    assert_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
     health = app.get("/health").json
     assert health["status"] == "degraded" and code in health["upstreams"]["kimi"]["reason"]
     assert health["chats"]["running"] == 0
     kimi.gate.set()
-    kimi.always = answer
-    assert said(chat(app, "after")) == "Hello from upstream."
+    kimi.always = web_chat_answers
+    assert answer_text(chat(app, "after")) == "Hello from upstream."
     assert app.get("/health").json["status"] == "ok"
-    assert not hasattr(sys, "tracebacklimit"), "cloudscraper sets it and blanks every later traceback"
+    assert not hasattr(sys, "tracebacklimit"), "cloudscraper sets tracebacklimit, which blanks every later traceback"
 
 
 @pytest.mark.parametrize(
@@ -5649,45 +5894,47 @@ def test_a_fault_of_upstream_is_an_honest_error(
         pytest.param(sends(503, IUAM, **CLOUDFLARE), BLOCKED, id="IUAM page"),
         pytest.param(sends(403, FIREWALL, **CLOUDFLARE), BLOCKED, id="1020"),
         pytest.param(sends(429), LIMITED, id="429"),
-        pytest.param(hangs, TIMEOUT, id="silence"),
+        pytest.param(hangs, TIMED_OUT, id="silence"),
     ],
 )
-def test_a_fault_of_the_chat_page_is_an_honest_error(
-    make: Make, kimi: WebChat, fault: Act, error: tuple[int, str]
+def test_a_fault_of_the_chat_page_has_its_status_and_code(
+    make_app: MakeApp, kimi: WebChat, fault: Act, error: tuple[int, str]
 ) -> None:
-    app = make(REQUEST_TIMEOUT="0.3" if error == TIMEOUT else "20")
+    app = make_app(REQUEST_TIMEOUT="0.3" if error == TIMED_OUT else "20")
     kimi.page_script.append(fault)
-    assert is_error(chat(app), *error)
+    assert_error(chat(app), *error)
     assert not kimi.posts and len(kimi.pages) == 1
     kimi.gate.set()
-    assert said(chat(app))
+    assert answer_text(chat(app))
 
 
-def test_a_redirect_of_the_page_is_followed_on_its_own_host_only(app: Client, kimi: WebChat) -> None:
+def test_a_redirect_of_the_page_is_followed(app: Client, kimi: WebChat) -> None:
     kimi.page_script.append(sends(301, Location="/chat/moved"))
-    assert said(chat(app)) and len(kimi.pages) == 2
+    assert answer_text(chat(app)) and len(kimi.pages) == 2
 
 
-def test_a_page_in_a_circle_of_redirects_is_an_error(app: Client, kimi: WebChat) -> None:
+def test_a_redirect_loop_of_the_page_is_an_error(app: Client, kimi: WebChat) -> None:
     kimi.page_script.extend([sends(301, Location="/chat/again")] * 9)
-    assert is_error(chat(app), 502, "upstream_changed")
+    assert_error(chat(app), 502, "upstream_changed")
 
 
-def test_cookies_never_make_a_request_that_a_server_would_refuse(app: Client, kimi: WebChat) -> None:
+def test_large_cookies_are_dropped_before_a_server_refuses_them(app: Client, kimi: WebChat) -> None:
     for number in range(8):
         body = '{"success": true, "data": {"message": "x"}}'
         kimi.script.append(sends(200, body, Set_Cookie=f"c{number}={'x' * 3000}"))
-        assert said(chat(app))
-    assert said(chat(app))
+        assert answer_text(chat(app))
+    assert answer_text(chat(app))
     cookies = [head.get("Cookie", "") for head in kimi.heads]
-    assert max(map(len, cookies)) < 10_000 and "c1=" in cookies[2], "more than a browser would send are forgotten"
+    assert max(map(len, cookies)) < 10_000 and "c1=" in cookies[2], "cookies beyond what a browser sends are dropped"
 
 
-def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_contains_no_secret_and_no_prompt(
+    make_app: MakeApp, kimi: WebChat, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    app = make(API_MASTER_KEY="sk-secret")
+    app = make_app(API_MASTER_KEY="sk-secret")
     kimi.script.extend([sends(200, '{"success": false, "data": "its words"}'), sends(500)])
-    assert said(chat(app, "my prompt", user="somebody", headers={"Authorization": "Bearer sk-secret"}))
+    assert answer_text(chat(app, "my prompt", user="somebody", headers={"Authorization": "Bearer sk-secret"}))
     chat(app, "my prompt", headers={"Authorization": "Bearer sk-wrong"})
     for secret in ("sk-secret", "sk-wrong", "my prompt", kimi.nonce, "somebody", "its words"):
         assert secret not in caplog.text, secret
@@ -5699,9 +5946,12 @@ def test_nothing_secret_and_no_prompt_is_logged(make: Make, kimi: WebChat, caplo
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def thinks(*steps: Any, knows: str = "moonshot") -> Act:
-    """As strict as the official APIs are with a thinking model. The answer to a question calls the tools of the first
-    step, that to their results those of the next, and so on; then it says "Done."."""
+def api_thinks(*steps: Any, knows: str = "moonshot") -> Act:
+    """Return an act that is as strict as the official APIs with a thinking model.
+
+    The answer to a question calls the tools of the first step, the answer to their results those of the next step, and
+    so on. The last answer is "Done.". `knows` selects the API whose rules apply.
+    """
 
     def refusal(body: Any) -> str:
         thinking = body.get("thinking", {}).get("type") != "disabled"
@@ -5744,20 +5994,20 @@ STEPS = ([("get_weather", '{"city": "Paris"}')], [("clock", "{}"), ("get_weather
 
 
 def reasoning_sent(api: Api) -> list[str]:
-    """The reasoning of the assistant's messages in the last request."""
+    """Return the reasoning of the assistant's messages in the last request."""
     messages = api.asked[-1][2]["messages"]
     return [message["reasoning_content"] for message in messages if message["role"] == "assistant"]
 
 
 def agent_loop(app: Client, stream: bool = False, **body: Any) -> list[Any]:
-    """What a client does that keeps nothing but what OpenAI's protocol has: the messages at the end."""
+    """Run an agent as a client that keeps only the fields of OpenAI's protocol. Return its messages."""
     messages: list[Any] = [{"role": "user", "content": "Find out."}]
     for _ in range(9):
         response = chat(app, messages=messages, model="local/k3", tools=[WEATHER, CLOCK], stream=stream, **body)
         if stream:
-            calls = [call for event in events(response)[:-1] for choice in event["choices"]
+            calls = [call for event in sse_events(response)[:-1] for choice in event["choices"]
                      for call in choice["delta"].get("tool_calls", ())]
-            message = {"role": "assistant", "content": streamed(events(response)), "tool_calls": calls}
+            message = {"role": "assistant", "content": streamed_text(sse_events(response)), "tool_calls": calls}
         else:
             assert response.status_int == 200, response.text
             message = response.json["choices"][0]["message"]
@@ -5772,11 +6022,11 @@ def agent_loop(app: Client, stream: bool = False, **body: Any) -> list[Any]:
 
 @json_and_stream
 @pytest.mark.parametrize("knows", ["moonshot", "k3"])
-def test_reasoning_goes_back_to_the_api_that_gave_it(
-    make: Make, both: dict[str, str], api: Api, knows: str, stream: bool
+def test_reasoning_returns_to_the_api_that_sent_it(
+    api_app: Client, api: Api, knows: str, stream: bool
 ) -> None:
-    api.always = thinks(*STEPS, knows=knows)
-    messages = agent_loop(make(**both), stream)
+    api.always = api_thinks(*STEPS, knows=knows)
+    messages = agent_loop(api_app, stream)
     assert messages[-1]["content"] == "Done." and len(api.asked) == 3, "no request was refused"
     sent = api.asked[-1][2]["messages"]
     reasoning = [message.get("reasoning_content") for message in sent if message["role"] == "assistant"]
@@ -5785,28 +6035,30 @@ def test_reasoning_goes_back_to_the_api_that_gave_it(
 
 
 @pytest.mark.parametrize(("knows", "filling"), [("moonshot", ""), ("deepseek", ""), ("k2.6", " ")])
-def test_where_reasoning_is_not_known_any_more_gaps_are_filled(
-    make: Make, both: dict[str, str], api: Api, knows: str, filling: str
+def test_lost_reasoning_is_replaced_by_a_filling(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, knows: str, filling: str
 ) -> None:
-    api.always = thinks(*STEPS, knows=knows)
-    messages = agent_loop(make(**both))[:-1]
+    api.always = api_thinks(*STEPS, knows=knows)
+    messages = agent_loop(make_app(**api_settings))[:-1]
     api.asked.clear()
-    app = make(**both)  # has been started anew
+    app = make_app(**api_settings)  # as after a restart
     again = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, *messages]
     for _ in range(2):
-        assert said(chat(app, messages=again, model="local/k3", tools=[WEATHER, CLOCK])) == "Done."
+        assert answer_text(chat(app, messages=again, model="local/k3", tools=[WEATHER, CLOCK])) == "Done."
     refused = 2 if filling else 1
-    assert len(api.asked) == 2 + refused, "the first was refused; the second was not"
+    assert len(api.asked) == 2 + refused, "only the first request was refused"
     sent = [message for message in api.asked[-1][2]["messages"] if message["role"] == "assistant"]
     assert {message["reasoning_content"] for message in sent} == {filling}
-    assert said(chat(app, messages=again, model="local/other")) == "Done."
+    assert answer_text(chat(app, messages=again, model="local/other")) == "Done."
     other = json.dumps(api.asked[2 + refused][2])
-    assert "reasoning_content" not in other, "a model that never asked is not sent an empty one"
+    assert "reasoning_content" not in other, "a model that never required reasoning receives none"
 
 
-def test_reasoning_is_put_back_only_where_it_belongs(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = thinks(*STEPS)
-    app = make(**both, API_MASTER_KEY="sk-one,sk-two")
+def test_reasoning_is_restored_only_in_its_own_message(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
+) -> None:
+    api.always = api_thinks(*STEPS)
+    app = make_app(**api_settings, API_MASTER_KEY="sk-one,sk-two")
     one, two = ({"Authorization": f"Bearer {key}"} for key in ("sk-one", "sk-two"))
     question = {"role": "user", "content": "x"}
     answered = chat(app, messages=[question], model="local/k3", tools=[WEATHER], headers=one).json
@@ -5816,35 +6068,33 @@ def test_reasoning_is_put_back_only_where_it_belongs(make: Make, both: dict[str,
 
     def reasoning_sent(*messages: Any, headers: Any) -> list[Any]:
         api.always = api_answers("ok")
-        assert said(chat(app, messages=[question, *messages], model="local/k3", headers=headers)) == "ok"
+        assert answer_text(chat(app, messages=[question, *messages], model="local/k3", headers=headers)) == "ok"
         sent = api.asked[-1][2]["messages"]
         return [message.get("reasoning_content") for message in sent if message.get("tool_calls")]
 
     assert reasoning_sent(calls, result, headers=one) == ["I think of step 0."]
-    assert reasoning_sent(calls, result, headers=two) == [None], "another key's is never used"
+    assert reasoning_sent(calls, result, headers=two) == [None], "the reasoning of another key is never used"
     assert reasoning_sent({**calls, "reasoning_content": "mine"}, result, headers=one) == ["mine"]
     assert reasoning_sent({**calls, "reasoning_content": ""}, result, headers=one) == [""]
     again = reasoning_sent(calls, result, question, calls, result, headers=one)
-    assert again == ["I think of step 0.", None], "the second is another answer, though ids and question are the same"
+    assert again == ["I think of step 0.", None], "the second answer is another one, in spite of equal ids and question"
 
 
-def test_a_session_keeps_the_reasoning_of_its_tool_calls(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = thinks(*STEPS)
-    app = make(**both)
-    call = chat(app, model="local/k3", tools=[WEATHER], user="ada").json["choices"][0]["message"]["tool_calls"][0]
+def test_a_session_keeps_the_reasoning_of_its_tool_calls(api_app: Client, api: Api) -> None:
+    api.always = api_thinks(*STEPS)
+    call = chat(api_app, model="local/k3", tools=[WEATHER], user="ada").json["choices"][0]["message"]["tool_calls"][0]
     result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
-    chat(app, messages=[result], model="local/k3", tools=[WEATHER], user="ada")
+    chat(api_app, messages=[result], model="local/k3", tools=[WEATHER], user="ada")
     assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "I think of step 0."
-    [turn] = app.get("/v1/sessions/ada").json["turns"]
+    [turn] = api_app.get("/v1/sessions/ada").json["turns"]
     assert [message["role"] for message in turn][:3] == ["user", "assistant", "tool"]
 
 
-def test_reasoning_stays_in_its_conversation_though_call_ids_repeat(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
-    api.always = thinks(*STEPS)
+def test_reasoning_stays_in_its_conversation_though_call_ids_repeat(api_app: Client, api: Api) -> None:
+    api.always = api_thinks(*STEPS)
     calls = {}
     for question in ("mine", "yours"):
-        answered = chat(app, question, model="local/k3", tools=[WEATHER]).json["choices"][0]["message"]
+        answered = chat(api_app, question, model="local/k3", tools=[WEATHER]).json["choices"][0]["message"]
         calls[question] = answered["tool_calls"]
     api.always = api_answers("ok")
     for question, expected in (("mine", "I think of step 0."), ("another", None)):
@@ -5853,42 +6103,40 @@ def test_reasoning_stays_in_its_conversation_though_call_ids_repeat(make: Make, 
             {"role": "assistant", "content": None, "tool_calls": calls["mine"]},
             {"role": "tool", "tool_call_id": calls["mine"][0]["id"], "content": "fine"},
         ]
-        chat(app, messages=messages, model="local/k3")
+        chat(api_app, messages=messages, model="local/k3")
         assert api.asked[-1][2]["messages"][1].get("reasoning_content") == expected
 
 
-def test_a_value_that_a_model_refuses_says_nothing_of_another(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = thinks()
-    app = make(**both)
-    assert chat(app, model="local/k3", temperature=1.5).headers["X-Kimi2api-Ignored"] == "temperature"
-    assert "X-Kimi2api-Ignored" not in chat(app, model="local/k3", temperature=1).headers
+def test_a_refused_value_does_not_affect_another_value(api_app: Client, api: Api) -> None:
+    api.always = api_thinks()
+    assert chat(api_app, model="local/k3", temperature=1.5).headers["X-Kimi2api-Ignored"] == "temperature"
+    assert "X-Kimi2api-Ignored" not in chat(api_app, model="local/k3", temperature=1).headers
     assert api.asked[-1][2]["temperature"] == 1
 
 
 @json_and_stream
-def test_a_parameter_that_a_model_refuses_is_left_out(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_a_refused_parameter_is_dropped(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
-    api.always = thinks()
-    app = make(**both)
+    api.always = api_thinks()
     body = {"temperature": 0.7, "top_p": 0.5, "max_tokens": 9, "presence_penalty": 1}
     for asked in (4, 5):
-        response = chat(app, model="local/k3", stream=stream, **body)
+        response = chat(api_app, model="local/k3", stream=stream, **body)
         assert response.status_int == 200
         assert response.headers["X-Kimi2api-Ignored"] == "temperature, top_p, presence_penalty"
-        assert len(api.asked) == asked, "what was refused once is not sent again"
+        assert len(api.asked) == asked, "a refused form is not sent again"
     assert "temperature" not in api.asked[-1][2] and api.asked[-1][2]["max_tokens"] == 9
-    response = chat(app, model="local/k3", stream=stream)
+    response = chat(api_app, model="local/k3", stream=stream)
     assert "X-Kimi2api-Ignored" not in response.headers
-    chat(app, model="local/other", temperature=0.7)
-    assert api.asked[-2][2]["temperature"] == 0.7, "another model is another matter"
+    chat(api_app, model="local/other", temperature=0.7)
+    assert api.asked[-2][2]["temperature"] == 0.7, "another model still receives it"
 
 
-def test_what_a_model_refuses_is_tried_again_after_an_hour(
-    make: Make, api: Api, both: dict[str, str], clock: Clock
+def test_a_refused_parameter_is_sent_again_after_an_hour(
+    make_app: MakeApp, api: Api, api_settings: dict[str, str], clock: Clock
 ) -> None:
-    api.always = thinks()
-    app = make(**both)
+    api.always = api_thinks()
+    app = make_app(**api_settings)
     chat(app, model="local/k3", temperature=0.7)
     clock.now += 3599
     chat(app, model="local/k3", temperature=0.7)
@@ -5908,19 +6156,18 @@ def test_what_a_model_refuses_is_tried_again_after_an_hour(
         pytest.param("reasoning_content is missing", {}, id="no gap to fill"),
     ],
 )
-def test_any_other_refusal_is_passed_on(
-    make: Make, both: dict[str, str], api: Api, message: str, body: dict[str, Any]
+def test_the_client_receives_any_other_refusal(
+    api_app: Client, api: Api, message: str, body: dict[str, Any]
 ) -> None:
     api.always = api_sends(400, {"error": {"message": message}})
-    assert chat(make(**both), model="local/k3", **body).status_int == 400
+    assert chat(api_app, model="local/k3", **body).status_int == 400
     assert len(api.asked) == 1
 
 
-def test_a_refusal_that_stays_is_passed_on_and_not_remembered(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_persistent_refusal_is_returned_and_not_remembered(api_app: Client, api: Api) -> None:
     api.always = api_sends(400, {"error": {"message": "temperature, top_p and what else is wrong"}})
-    app = make(**both)
     for asked in (3, 6):
-        assert chat(app, model="local/k3", temperature=0.5, top_p=0.5).status_int == 400
+        assert chat(api_app, model="local/k3", temperature=0.5, top_p=0.5).status_int == 400
         assert len(api.asked) == asked
     assert "temperature" in api.asked[3][2]
 
@@ -5937,24 +6184,23 @@ NAMED = {"type": "function", "function": {"name": "clock"}}
         pytest.param("k3", "required", ("required", ["get_weather", "clock"], None), id="required, which it takes"),
     ],
 )
-def test_a_forced_tool_is_kept_by_other_means(
-    make: Make, both: dict[str, str], api: Api, knows: str, choice: Any, sent: Any
+def test_a_refused_forced_tool_is_forced_by_other_means(
+    api_app: Client, api: Api, knows: str, choice: Any, sent: Any
 ) -> None:
-    api.always = thinks(*STEPS, knows=knows)
-    app = make(**both)
+    api.always = api_thinks(*STEPS, knows=knows)
     for _ in range(2):
-        assert chat(app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice=choice).status_int == 200
+        assert chat(api_app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice=choice).status_int == 200
         body = api.asked[-1][2]
         names = [tool["function"]["name"] for tool in body["tools"]]
         assert (body["tool_choice"], names, body.get("thinking", {}).get("type")) == sent
     count = len(api.asked)
     assert count <= 4
-    chat(app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice="auto")
+    chat(api_app, model="local/k3", tools=[WEATHER, CLOCK], tool_choice="auto")
     assert "thinking" not in api.asked[-1][2] and len(api.asked) == count + 1
 
 
-def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
-    make: Make, both: dict[str, str], api: Api
+def test_a_forced_tool_that_stays_refused_returns_the_first_error(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
 ) -> None:
     def act(handler: ApiHandler) -> None:
         body = json.loads(handler.body)
@@ -5963,16 +6209,16 @@ def test_a_forced_tool_that_cannot_be_had_is_refused_in_the_first_words(
         api_sends(400, {"error": {"message": what}})(handler)
 
     api.always = act
-    response = chat(make(**both), model="local/k3", tools=[WEATHER, CLOCK], tool_choice=NAMED)
+    response = chat(make_app(**api_settings), model="local/k3", tools=[WEATHER, CLOCK], tool_choice=NAMED)
     assert response.status_int == 400 and "tool_choice {" in response.json["error"]["message"]
     assert len(api.asked) == 3
     mine = {"tool_choice": "required", "thinking": {"type": "enabled"}}
-    assert chat(make(**both), model="local/k3", tools=[WEATHER], **mine).status_int == 400
-    assert len(api.asked) == 4, "what the client says of thinking stays"
+    assert chat(make_app(**api_settings), model="local/k3", tools=[WEATHER], **mine).status_int == 400
+    assert len(api.asked) == 4, "the client's own `thinking` is kept"
 
 
-def refuses(complaint: str, when: Callable[[Any], bool], status: int = 400, **fields: Any) -> Act:
-    """An API that refuses some requests in these words, and answers all others."""
+def api_refuses(complaint: str, when: Callable[[Any], bool], status: int = 400, **fields: Any) -> Act:
+    """Return an act that refuses requests with this message when `when(body)` is true, and answers all others."""
 
     def act(handler: ApiHandler) -> None:
         if when(json.loads(handler.body)):
@@ -5983,8 +6229,8 @@ def refuses(complaint: str, when: Callable[[Any], bool], status: int = 400, **fi
     return act
 
 
-def forbids(name: str) -> Act:
-    """An API whose schema knows no such parameter, and says so as Mistral does."""
+def api_forbids(name: str) -> Act:
+    """Return an act that refuses a parameter with the error of Mistral's schema."""
     detail = [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted", "input": 1}]
     refusal = api_sends(422, {"object": "error", "message": {"detail": detail}, "type": "invalid_request_error"})
 
@@ -5994,7 +6240,7 @@ def forbids(name: str) -> Act:
     return act
 
 
-def roles(body: Any) -> list[str]:
+def message_roles(body: Any) -> list[str]:
     return [message["role"] for message in body["messages"]]
 
 
@@ -6003,7 +6249,7 @@ def has_reasoning(body: Any) -> bool:
 
 
 def is_beyond_moonshot(schema: Any) -> bool:
-    """Whether Moonshot's validator would refuse a schema: siblings of $ref, type beside anyOf, null among options."""
+    """Return whether Moonshot's validator refuses a schema: siblings of $ref, type beside anyOf, null among options."""
     if isinstance(schema, list):
         return any(map(is_beyond_moonshot, schema))
     if not isinstance(schema, dict):
@@ -6037,109 +6283,136 @@ OBJECT_OF_ANY = {
 @pytest.mark.parametrize(
     ("act", "body", "is_kept"),
     [
-        pytest.param(forbids("stream_options"), {}, lambda sent: sent["stream"], id="stream_options"),
-        pytest.param(forbids("frequency_penalty"), {"frequency_penalty": 0}, bool, id="a penalty of 0"),
-        pytest.param(forbids("metadata"), {"metadata": {"a": "b"}}, bool, id="metadata"),
-        pytest.param(forbids("user"), {"user": "ada"}, bool, id="user"),
+        pytest.param(api_forbids("stream_options"), {}, lambda sent: sent["stream"], id="stream_options"),
+        pytest.param(api_forbids("frequency_penalty"), {"frequency_penalty": 0}, bool, id="a penalty of 0"),
+        pytest.param(api_forbids("metadata"), {"metadata": {"a": "b"}}, bool, id="metadata"),
+        pytest.param(api_forbids("user"), {"user": "ada"}, bool, id="user"),
         pytest.param(
-            refuses("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
-                    "instead.", lambda body: "max_tokens" in body),
-            {"max_tokens": 9}, lambda sent: sent["max_completion_tokens"] == 9, id="max_tokens",
+            api_refuses(
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+                "instead.",
+                lambda body: "max_tokens" in body,
+            ),
+            {"max_tokens": 9},
+            lambda sent: sent["max_completion_tokens"] == 9,
+            id="max_tokens",
         ),
         pytest.param(
-            forbids("max_completion_tokens"), {"max_completion_tokens": 9}, lambda sent: sent["max_tokens"] == 9,
+            api_forbids("max_completion_tokens"),
+            {"max_completion_tokens": 9},
+            lambda sent: sent["max_tokens"] == 9,
             id="max_completion_tokens",
         ),
         pytest.param(
-            refuses("cannot specify both 'thinking' and 'reasoning_effort'",
-                    lambda body: "thinking" in body and "reasoning_effort" in body),
-            {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}, lambda sent: sent["thinking"],
+            api_refuses(
+                "cannot specify both 'thinking' and 'reasoning_effort'",
+                lambda body: "thinking" in body and "reasoning_effort" in body,
+            ),
+            {"thinking": {"type": "enabled"}, "reasoning_effort": "high"},
+            lambda sent: sent["thinking"],
             id="two that exclude each other",
         ),
         pytest.param(
-            refuses("The 'metadata' parameter is only allowed when 'store' is enabled.", lambda b: "metadata" in b),
-            {"metadata": {"a": "b"}}, bool, id="one that wants another",
+            api_refuses("The 'metadata' parameter is only allowed when 'store' is enabled.", lambda b: "metadata" in b),
+            {"metadata": {"a": "b"}},
+            bool,
+            id="one that wants another",
         ),
         pytest.param(
-            refuses("This response_format type is unavailable now",
-                    lambda body: body.get("response_format", {}).get("type") == "json_schema"),
+            api_refuses(
+                "This response_format type is unavailable now",
+                lambda body: body.get("response_format", {}).get("type") == "json_schema",
+            ),
             {"response_format": json_schema(WANTED_SCHEMA)},
             lambda sent: sent["response_format"] == JSON_OBJECT and '"city"' in sent["messages"][0]["content"],
             id="json_schema",
         ),
         pytest.param(
-            refuses("'response_format.type' must be 'text'", lambda body: "response_format" in body),
-            {"response_format": json_schema(WANTED_SCHEMA)}, lambda sent: '"city"' in sent["messages"][0]["content"],
+            api_refuses("'response_format.type' must be 'text'", lambda body: "response_format" in body),
+            {"response_format": json_schema(WANTED_SCHEMA)},
+            lambda sent: '"city"' in sent["messages"][0]["content"],
             id="JSON of any kind",
         ),
         pytest.param(
-            refuses("Prompt must contain the word 'json' in some form to use response_format",
-                    lambda body: "response_format" in body and "JSON" not in json.dumps(body["messages"])),
-            {"response_format": JSON_OBJECT}, lambda sent: sent["response_format"] == JSON_OBJECT, id="the word JSON",
+            api_refuses(
+                "Prompt must contain the word 'json' in some form to use response_format",
+                lambda body: "response_format" in body and "JSON" not in json.dumps(body["messages"]),
+            ),
+            {"response_format": JSON_OBJECT},
+            lambda sent: sent["response_format"] == JSON_OBJECT,
+            id="the word JSON",
         ),
         pytest.param(
-            refuses(MOONSHOTS_WORDS, lambda body: is_beyond_moonshot(body.get("tools"))),
+            api_refuses(MOONSHOTS_WORDS, lambda body: is_beyond_moonshot(body.get("tools"))),
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": OBJECT_OF_ANY}}]},
-            lambda sent: sent["tools"][0]["function"]["parameters"] == {
-                "type": "object",
-                "properties": {"a": {"$ref": "#/$defs/A"}},
-                "$defs": {"A": {"anyOf": [{"type": "string", "enum": ["x"]}]}},
-            },
+            lambda sent: (
+                sent["tools"][0]["function"]["parameters"]
+                == {
+                    "type": "object",
+                    "properties": {"a": {"$ref": "#/$defs/A"}},
+                    "$defs": {"A": {"anyOf": [{"type": "string", "enum": ["x"]}]}},
+                }
+            ),
             id="Moonshot's schemas",
         ),
         pytest.param(
-            refuses("System message must be at the beginning.", lambda body: "system" in roles(body)[1:]),
+            api_refuses("System message must be at the beginning.", lambda body: "system" in message_roles(body)[1:]),
             {"messages": SYSTEM_LATER},
             lambda sent: sent["messages"][0]["content"] == "A\n\nB",
             id="a system message later",
         ),
         pytest.param(
-            refuses("property 'reasoning_content' is unsupported", has_reasoning),
-            {"messages": THOUGHT}, lambda sent: len(sent["messages"]) == 3, id="reasoning",
+            api_refuses("property 'reasoning_content' is unsupported", has_reasoning),
+            {"messages": THOUGHT},
+            lambda sent: len(sent["messages"]) == 3,
+            id="reasoning",
         ),
         pytest.param(
-            refuses("Your organization must be verified to stream this model.", lambda body: body.get("stream"),
-                    param="stream", code="unsupported_value"),
-            {}, bool, id="streaming",
+            api_refuses(
+                "Your organization must be verified to stream this model.",
+                lambda body: body.get("stream"),
+                param="stream",
+                code="unsupported_value",
+            ),
+            {},
+            bool,
+            id="streaming",
         ),
     ],
 )
-def test_what_an_api_refuses_is_sent_in_another_form(
-    make: Make, both: dict[str, str], api: Api, act: Act, body: dict[str, Any], is_kept: Callable[[Any], bool]
+def test_a_refused_request_is_sent_in_another_form(
+    api_app: Client, api: Api, act: Act, body: dict[str, Any], is_kept: Callable[[Any], bool]
 ) -> None:
     api.always = act
-    app = make(**both)
     for stream in (False, True, False):
-        response = chat(app, model="local/k2", stream=stream, **body)
+        response = chat(api_app, model="local/k2", stream=stream, **body)
         assert response.status_int == 200, response.text
     sent = api.asked[-1][2]
     assert is_kept(sent)
-    assert len(api.asked) <= 5, "what was refused once is not sent again"
-    assert chat(app, model="local/other").status_int == 200
+    assert len(api.asked) <= 5, "a refused form is not sent again"
+    assert chat(api_app, model="local/other").status_int == 200
     changes = {name for name in body if name not in sent and name != "max_completion_tokens" and name != "max_tokens"}
     assert set(response.headers.get("X-Kimi2api-Ignored", "").split(", ")) - {""} == changes
 
 
-def test_one_clients_refused_value_costs_another_nothing(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = refuses(
+def test_a_value_refused_for_one_client_is_kept_for_another(api_app: Client, api: Api) -> None:
+    api.always = api_refuses(
         "cannot specify both temperature and top_p", lambda body: "temperature" in body and "top_p" in body)
-    app = make(**both)
-    assert chat(app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "temperature"
+    assert chat(api_app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "temperature"
     for value in (0.5, 0.7):
-        assert chat(app, model="local/k2", temperature=value).status_int == 200
+        assert chat(api_app, model="local/k2", temperature=value).status_int == 200
         assert api.asked[-1][2]["temperature"] == value
     assert len(api.asked) == 4
 
 
-def test_only_a_change_that_helped_is_remembered(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = refuses("temperature or top_p is wrong", lambda body: "top_p" in body)
-    app = make(**both)
+def test_only_a_change_that_succeeded_is_remembered(api_app: Client, api: Api) -> None:
+    api.always = api_refuses("temperature or top_p is wrong", lambda body: "top_p" in body)
     for asked in (3, 4):
-        assert chat(app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "top_p"
+        assert chat(api_app, model="local/k2", temperature=0.5, top_p=0.5).headers["X-Kimi2api-Ignored"] == "top_p"
         assert len(api.asked) == asked and api.asked[-1][2]["temperature"] == 0.5
 
 
-def test_ids_in_refusals_make_no_useless_change_look_helpful(make: Make, both: dict[str, str], api: Api) -> None:
+def test_ids_in_refusals_do_not_make_them_look_different(api_app: Client, api: Api) -> None:
     numbers = itertools.count(20251129001)
 
     def act(handler: ApiHandler) -> None:
@@ -6147,51 +6420,48 @@ def test_ids_in_refusals_make_no_useless_change_look_helpful(make: Make, both: d
         (api_fails(400, refusal) if b'"top_p"' in handler.body else api_answers("ok"))(handler)
 
     api.always = act
-    response = chat(make(**both), model="local/k2", temperature=0.5, top_p=0.5)
+    response = chat(api_app, model="local/k2", temperature=0.5, top_p=0.5)
     assert response.headers["X-Kimi2api-Ignored"] == "top_p" and api.asked[-1][2]["temperature"] == 0.5
 
 
-def test_what_one_client_is_refused_never_makes_anothers_good_request_worse(
-    make: Make, both: dict[str, str], api: Api
+def test_one_clients_refusal_never_degrades_anothers_request(
+    api_app: Client, api: Api
 ) -> None:
-    api.always = refuses(
+    api.always = api_refuses(
         "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", lambda body: "max_tokens" in body)
-    app = make(**both)
-    assert chat(app, model="local/k2", max_tokens=9).status_int == 200
-    assert chat(app, model="local/k2", max_completion_tokens=9).status_int == 200
+    assert chat(api_app, model="local/k2", max_tokens=9).status_int == 200
+    assert chat(api_app, model="local/k2", max_completion_tokens=9).status_int == 200
     assert len(api.asked) == 3 and api.asked[-1][2]["max_completion_tokens"] == 9
-    api.always = refuses(
+    api.always = api_refuses(
         "logprobs cannot be used with stream", lambda body: body.get("logprobs") and body.get("stream"))
     for body, count in (({"logprobs": True}, 5), ({"logprobs": True}, 6), ({}, 7)):
-        assert chat(app, model="local/k3", **body).status_int == 200 and len(api.asked) == count
+        assert chat(api_app, model="local/k3", **body).status_int == 200 and len(api.asked) == count
     assert api.asked[-1][2]["stream"], "only the combination was refused"
-    api.always = refuses("use the word json", lambda body: "JSON" not in json.dumps(body["messages"]))
-    assert chat(app, model="local/k4", response_format=JSON_OBJECT).status_int == 200
-    assert chat(app, model="local/k4").status_int == 400 and "response_format" not in api.asked[-1][2]
+    api.always = api_refuses("use the word json", lambda body: "JSON" not in json.dumps(body["messages"]))
+    assert chat(api_app, model="local/k4", response_format=JSON_OBJECT).status_int == 200
+    assert chat(api_app, model="local/k4").status_int == 400 and "response_format" not in api.asked[-1][2]
 
 
-def test_values_that_differ_in_each_conversation_are_refused_once(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = forbids("metadata")
-    app = make(**both)
+def test_a_parameter_with_changing_values_is_refused_once(api_app: Client, api: Api) -> None:
+    api.always = api_forbids("metadata")
     for number in range(4):
-        response = chat(app, model="local/k2", metadata={"id": f"{number} {'x' * 200}"})
+        response = chat(api_app, model="local/k2", metadata={"id": f"{number} {'x' * 200}"})
         assert response.headers["X-Kimi2api-Ignored"] == "metadata"
     assert len(api.asked) == 5
 
 
-def test_large_values_are_remembered_by_their_hash(make: Make, both: dict[str, str], api: Api) -> None:
-    api.always = forbids("verbosity")
-    app = make(**both)
+def test_large_values_are_remembered_by_their_hash(api_app: Client, api: Api) -> None:
+    api.always = api_forbids("verbosity")
     for value in ("x" * 101, "x" * 102, "x" * 101):
-        assert chat(app, model="local/k2", verbosity=value).status_int == 200
+        assert chat(api_app, model="local/k2", verbosity=value).status_int == 200
     assert len(api.asked) == 5
 
 
 @pytest.mark.parametrize("name", ["(", "(a+)+b", "a|b", "[", "\\"])
-def test_names_of_parameters_are_no_patterns(make: Make, both: dict[str, str], api: Api, name: str) -> None:
+def test_parameter_names_are_not_regular_expressions(api_app: Client, api: Api, name: str) -> None:
     api.always = api_fails(400, f"unrecognized argument: {'a' * 40}")
     began = time.monotonic()
-    assert chat(make(**both), model="local/k2", **{name: 1}).status_int == 400
+    assert chat(api_app, model="local/k2", **{name: 1}).status_int == 400
     assert time.monotonic() - began < 2 and len(api.asked) == 1
 
 
@@ -6205,50 +6475,52 @@ def test_names_of_parameters_are_no_patterns(make: Make, both: dict[str, str], a
         {"properties": {"x": {"type": "string", "anyOf": [True]}}},
     ],
 )
-def test_a_schema_that_is_none_is_the_apis_to_refuse(
-    make: Make, both: dict[str, str], api: Api, parameters: Any
+def test_the_api_refuses_an_invalid_schema(
+    api_app: Client, api: Api, parameters: Any
 ) -> None:
-    api.always = refuses(MOONSHOTS_WORDS, lambda body: body["tools"][0]["function"]["name"] == "f")
-    app = make(**both)
+    api.always = api_refuses(MOONSHOTS_WORDS, lambda body: body["tools"][0]["function"]["name"] == "f")
     f, g = ([{"type": "function", "function": {"name": name, "parameters": parameters}}] for name in "fg")
-    assert is_error(chat(app, model="local/k2", tools=f), 400, None)
-    assert chat(app, model="local/k2", tools=g).status_int == 200
+    assert_error(chat(api_app, model="local/k2", tools=f), 400, None)
+    assert chat(api_app, model="local/k2", tools=g).status_int == 200
 
 
 @pytest.mark.parametrize("tool", [{"function": 5}, {"function": {"name": 5}}, {"function": {}}, {"function": None}])
-def test_a_tool_of_another_type_is_passed_on(make: Make, both: dict[str, str], api: Api, tool: Any) -> None:
+def test_an_api_receives_a_tool_of_another_type(api_app: Client, api: Api, tool: Any) -> None:
     tool = {"type": "builtin", **tool}
-    assert chat(make(**both), model="local/k2", tools=[tool]).status_int == 200
+    assert chat(api_app, model="local/k2", tools=[tool]).status_int == 200
     assert api.asked[-1][2]["tools"] == [tool]
 
 
 @pytest.mark.parametrize(
     "words", ["system error", "reasoning unsupported", "reasoning_content is missing", "the word json", "bad stream"])
-def test_refused_embeddings_have_no_messages_to_change(
-    make: Make, both: dict[str, str], api: Api, words: str
+def test_refused_embeddings_are_not_adapted(
+    api_app: Client, api: Api, words: str
 ) -> None:
     api.always = api_fails(400, words)
-    assert is_error(embed(make(**both), model="local/e1"), 400, None)
+    assert_error(embed(api_app, model="local/e1"), 400, None)
 
 
-def test_many_long_names_take_no_time(make: Make, both: dict[str, str], api: Api) -> None:
+def test_shortening_many_long_names_is_fast(api_app: Client, api: Api) -> None:
     tools = [tool(f"{'x' * 60}{number:06d}") for number in range(15_000)]
-    app = make(**both)
-    began = time.monotonic()
-    assert chat(app, model="local/k2", tools=tools).status_int == 200
-    assert time.monotonic() - began < 5
+    began = time.thread_time()
+    assert chat(api_app, model="local/k2", tools=tools).status_int == 200
+    assert time.thread_time() - began < 3, "usually 0.5 s of CPU"
 
 
-def test_a_choice_that_was_left_out_is_not_waited_for(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_answer_without_a_dropped_choice_is_complete(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
+) -> None:
     def act(handler: ApiHandler) -> None:
         is_refused = "n" in json.loads(handler.body)
-        (api_fails(400, "n > 1", param="n") if is_refused else api_plays(api_chunk({"content": "x"}, "stop")))(handler)
+        (api_fails(400, "n > 1", param="n") if is_refused else api_streams(api_chunk({"content": "x"}, "stop")))(
+            handler
+        )
 
     api.always = act
-    assert said(chat(make(**both, MAX_RETRIES="0"), model="local/k2", n=2)) == "x"
+    assert answer_text(chat(make_app(**api_settings, MAX_RETRIES="0"), model="local/k2", n=2)) == "x"
 
 
-def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], api: Api) -> None:
+def test_requests_are_normalized_for_every_api(api_app: Client, api: Api) -> None:
     messages = [
         {"role": "system", "content": "A"},
         {"role": "developer", "content": "B"},
@@ -6258,8 +6530,7 @@ def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], ap
         {"role": "tool", "content": "r", "tool_call_id": "c1"},
         {"role": "developer", "content": "C"},
     ]
-    app = make(**both)
-    response = chat(app, messages=messages, model="local/k2", tools=[], tool_choice="auto", stop=list("abcd"))
+    response = chat(api_app, messages=messages, model="local/k2", tools=[], tool_choice="auto", stop=list("abcd"))
     assert response.status_int == 200
     sent = api.asked[-1][2]
     assert sent["messages"] == [
@@ -6274,22 +6545,21 @@ def test_every_api_is_sent_what_it_can_take(make: Make, both: dict[str, str], ap
 
 
 @json_and_stream
-def test_long_names_of_functions_are_shortened_and_come_back(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_long_function_names_are_shortened_and_restored(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
     names = [f"mcp__{'enterprise_' * 6}{end}" for end in ("read", "write")]
     tools = [tool(name) for name in names]
-    app = make(**both)
-    api.always = echoes_calls
-    response = chat(app, model="local/k2", tools=tools, stream=stream, user="ada")
+    api.always = api_calls_every_tool
+    response = chat(api_app, model="local/k2", tools=tools, stream=stream, user="ada")
     if stream:
-        deltas = [chunk["choices"][0]["delta"] for chunk in events(response)[:-1]]
+        deltas = [chunk["choices"][0]["delta"] for chunk in sse_events(response)[:-1]]
         calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
     else:
         calls = response.json["choices"][0]["message"]["tool_calls"]
     assert [call["function"]["name"] for call in calls] == names
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "fine"} for call in calls]
-    chat(app, messages=results, model="local/k2", tools=tools, tool_choice={"type": "function", "function": {
+    chat(api_app, messages=results, model="local/k2", tools=tools, tool_choice={"type": "function", "function": {
         "name": names[1]}}, user="ada")
     sent = api.asked[-1][2]
     short = [tool["function"]["name"] for tool in sent["tools"]]
@@ -6298,22 +6568,21 @@ def test_long_names_of_functions_are_shortened_and_come_back(
     assert sent["tool_choice"]["function"]["name"] == short[1]
 
 
-def echoes_calls(handler: ApiHandler) -> None:
-    """An API that calls all its tools."""
+def api_calls_every_tool(handler: ApiHandler) -> None:
+    """Answer with a call of every tool."""
     names = [tool["function"]["name"] for tool in json.loads(handler.body)["tools"]]
     calls = [{"index": i, "id": f"c{i}", "function": {"name": n, "arguments": "{}"}} for i, n in enumerate(names)]
     api_answers(deltas=[{"tool_calls": [call]} for call in calls], finish="tool_calls")(handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# APIs: reading answers, and the provider
+# APIs: errors, reading answers, provider
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_api_is_addressed_by_its_name_and_gets_the_request_as_it_is(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+def test_the_models_prefix_selects_an_api_that_receives_the_request(
+    api_app: Client, api: Api, kimi: WebChat
 ) -> None:
-    app = make(**both)
     content = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
     request = {
         "messages": [{"role": "user", "content": content}],
@@ -6321,8 +6590,8 @@ def test_an_api_is_addressed_by_its_name_and_gets_the_request_as_it_is(
         "temperature": 0.5,
         "thinking": {"type": "enabled"},
     }
-    response = chat(app, model="local/org/k2", **request)
-    assert said(response) == "Hi from the API."
+    response = chat(api_app, model="local/org/k2", **request)
+    assert answer_text(response) == "Hi from the API."
     assert response.headers["X-Kimi2api-Provider"] == "local" and response.json["model"] == "local/org/k2"
     assert response.json["usage"] == USAGE and response.json["system_fingerprint"] == "fp"
     assert response.json["choices"][0]["finish_reason"] == "stop" and response.json["choices"][0]["logprobs"] is None
@@ -6332,19 +6601,21 @@ def test_an_api_is_addressed_by_its_name_and_gets_the_request_as_it_is(
     assert not kimi.posts
 
 
-def test_chunks_of_an_api_pass_through_untouched(make: Make, both: dict[str, str], api: Api) -> None:
+def test_chunks_of_an_api_pass_through_unchanged(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     deltas = [{"reasoning_content": "Hm", "content": None}, {"content": "你", "unknown": {"a": [1]}}, {"content": "好"}]
     api.always = api_answers(deltas=deltas, x_ratelimit_remaining_requests="9")
-    response = chat(make(**both), model="local/k2", stream=True)
-    *chunks, done = events(response)
+    response = chat(make_app(**api_settings), model="local/k2", stream=True)
+    *chunks, done = sse_events(response)
     assert done == "[DONE]"
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}, *deltas, {}]
     assert all(chunk["system_fingerprint"] == "fp" and "usage" not in chunk for chunk in chunks)
     assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
     assert response.headers["x-ratelimit-remaining-requests"] == "9"
-    chunks = events(chat(make(**both), model="local/k2", stream=True, stream_options={"include_usage": True}))
+    chunks = sse_events(
+        chat(make_app(**api_settings), model="local/k2", stream=True, stream_options={"include_usage": True})
+    )
     assert chunks[-2]["usage"] == USAGE and chunks[-2]["choices"] == []
-    folded = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    folded = chat(make_app(**api_settings), model="local/k2").json["choices"][0]["message"]
     assert folded == {
         "role": "assistant",
         "content": "你好",
@@ -6354,14 +6625,16 @@ def test_chunks_of_an_api_pass_through_untouched(make: Make, both: dict[str, str
     }
 
 
-def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Run, both: dict[str, str], api: Api) -> None:
+def test_a_stream_cut_off_by_an_api_ends_with_an_error_event(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     busy = {"error": {"message": "overloaded", "type": "engine_error", "code": "busy"}}
-    program = run(**both, FALLBACK_MODELS="kimi")
+    program = start_program(**api_settings, FALLBACK_MODELS="kimi")
     for act, code in (
-        (half_then(ends=False), "upstream_unavailable"),
-        (half_then(), "upstream_unavailable"),
-        (half_then(busy), "busy"),
-        (half_then(b'{"choices": [7]}'), "upstream_invalid_response"),
+        (api_streams_half_then(ends=False), "upstream_unavailable"),
+        (api_streams_half_then(), "upstream_unavailable"),
+        (api_streams_half_then(busy), "busy"),
+        (api_streams_half_then(b'{"choices": [7]}'), "upstream_invalid_response"),
     ):
         api.always = act
         api.gate.clear()
@@ -6369,30 +6642,29 @@ def test_a_stream_that_an_api_breaks_off_is_an_error_event(run: Run, both: dict[
             body = read_until(link, b"half")
             api.gate.set()
             body += read_all(link)
-        error = events(body)[-1]["error"]
+        error = sse_events(body)[-1]["error"]
         assert error["code"] == code and "base 16" not in error["message"] and b"[DONE]" not in body
         assert program.ask("GET", "/v1/sessions/ada")[0] == 404, "half an answer is not remembered"
 
 
-def test_our_key_for_an_api_is_never_told(make: Make, both: dict[str, str], api: Api) -> None:
+def test_the_key_of_an_api_is_never_shown(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     for field in ("message", "type", "code", "param"):
         api.always = api_sends(400, {"error": {"message": "m", field: "y" * 295 + " sk-theirs"}})
-        assert "sk-th" not in chat(make(**both), model="local/k2").text
+        assert "sk-th" not in chat(make_app(**api_settings), model="local/k2").text
 
 
-def test_a_prompt_in_an_apis_error_code_is_neither_in_the_log_nor_in_health(
-    make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
+def test_a_prompt_in_an_apis_error_code_is_not_logged(
+    api_app: Client, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    app = make(**both)
     for field in ("code", "type"):
         api.always = api_sends(500, {"error": {"message": "m", field: "you said: my secret"}})
-        assert chat(app, "my secret", model="local/k2").json["error"][field] == "you said: my secret"
-    assert "secret" not in caplog.text and "secret" not in app.get("/health").text
+        assert chat(api_app, "my secret", model="local/k2").json["error"][field] == "you said: my secret"
+    assert "secret" not in caplog.text and "secret" not in api_app.get("/health").text
 
 
 def api_fails(status: int, message: str, **fields: str) -> Act:
-    """An error in OpenAI's shape."""
+    """Return an act that sends an error in OpenAI's shape."""
     return api_sends(status, {"error": {"message": message, **fields}})
 
 
@@ -6440,34 +6712,35 @@ def api_fails(status: int, message: str, **fields: str) -> Act:
         pytest.param(resets, (502, "upstream_unavailable", "upstream_error"), 2, id="reset"),
     ],
 )
-def test_errors_of_an_api_pass_through(
-    make: Make, both: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int
+def test_errors_of_an_api_are_returned(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, act: Act, error: tuple[int, str | None, str], asked: int
 ) -> None:
     api.always = act
-    app = make(**both, REQUEST_TIMEOUT="0.3")
+    app = make_app(**api_settings, REQUEST_TIMEOUT="0.3" if act is hangs else "20")
     for stream in (False, True):
         api.asked.clear()
         response = chat(app, model="local/k2", stream=stream)
-        assert is_error(response, *error)
+        assert_error(response, *error)
         assert len(api.asked) == asked
         assert "sk-theirs" not in response.text and "<" not in response.json["error"]["message"]
 
 
 @json_and_stream
-def test_a_rate_limit_of_an_api_passes_through_with_its_headers(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_a_rate_limit_of_an_api_is_returned_with_its_headers(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
     body = {"error": {"message": "slow", "type": "rate_limit_reached_error"}}
     api.always = api_sends(429, body, Retry_After="60", X_RateLimit_Limit="3")
-    response = chat(make(**both), model="local/k2", stream=stream)
-    assert is_error(response, 429, "upstream_rate_limited", "rate_limit_reached_error")
+    response = chat(api_app, model="local/k2", stream=stream)
+    assert_error(response, 429, "upstream_rate_limited", "rate_limit_reached_error")
     assert response.headers["Retry-After"] == "60" and response.headers["X-RateLimit-Limit"] == "3"
     assert len(api.asked) == 1
 
 
-def test_an_api_that_cannot_be_reached_is_unavailable(make: Make) -> None:
-    response = chat(make(PROVIDERS="local", LOCAL_BASE_URL="http://127.0.0.1:9/v1"), model="local/k2")
-    assert is_error(response, 502, "upstream_unavailable") and response.headers["x-should-retry"] == "false"
+def test_an_unreachable_api_is_unavailable(make_app: MakeApp) -> None:
+    response = chat(make_app(PROVIDERS="local", LOCAL_BASE_URL="http://127.0.0.1:9/v1"), model="local/k2")
+    assert_error(response, 502, "upstream_unavailable")
+    assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(
@@ -6479,48 +6752,48 @@ def test_an_api_that_cannot_be_reached_is_unavailable(make: Make) -> None:
         pytest.param(EARLY_HINTS + b"HTTP/1.1 103 X\r\nLink: ", id="interim answer"),
     ],
 )
-def test_what_comes_before_the_first_event_has_a_deadline(
-    make: Make, both: dict[str, str], api: Api, dripped: bytes
+def test_everything_before_the_first_event_has_a_deadline(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, dripped: bytes
 ) -> None:
     api.always = drips(dripped)
-    app = make(**both, REQUEST_TIMEOUT="0.3")
-    assert is_error(chat(app, model="local/k2"), 504, "upstream_timeout")
+    app = make_app(**api_settings, REQUEST_TIMEOUT="0.3")
+    assert_error(chat(app, model="local/k2"), 504, "upstream_timeout")
 
 
-def test_a_list_of_models_and_trailers_have_a_deadline(
-    make: Make, both: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
+def test_the_list_of_models_and_trailers_have_a_deadline(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.list_act = drips(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-    app = make(**both, REQUEST_TIMEOUT="0.3")
+    app = make_app(**api_settings, REQUEST_TIMEOUT="0.3")
     assert app.get("/v1/models").status_int == 200
     wait_for(lambda: "cannot be listed" in caplog.text)
     chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in (as_events(HALF, REST), b"data: [DONE]\n\n")]
     stream = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     api.always = drips(stream + b"".join(chunks) + b"0\r\nX-Trailer: ")
-    assert said(chat(app, model="local/k2")) == "half and half"
+    assert answer_text(chat(app, model="local/k2")) == "half and half"
 
 
-def test_a_control_character_in_a_header_of_an_api_is_no_crash(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_header_with_a_control_character_is_dropped(api_app: Client, api: Api) -> None:
     api.always = api_answers("Hi", x_ratelimit_limit_requests="5\x00", x_ratelimit_remaining_requests="4")
-    response = chat(make(**both), model="local/k2")
-    assert said(response) == "Hi" and response.headers["x-ratelimit-remaining-requests"] == "4"
+    response = chat(api_app, model="local/k2")
+    assert answer_text(response) == "Hi" and response.headers["x-ratelimit-remaining-requests"] == "4"
     assert "x-ratelimit-limit-requests" not in response.headers
 
 
-def test_headers_of_an_api_do_not_make_an_answer_too_long_for_clients(
-    make: Make, both: dict[str, str], api: Api
+def test_oversized_headers_of_an_api_are_dropped(
+    api_app: Client, api: Api
 ) -> None:
     api.always = api_answers("Hi", **{f"x_ratelimit_{number}": "x" * 60_000 for number in range(20)})
-    response = chat(make(**both), model="local/k2")
-    assert said(response) == "Hi" and len(str(response.headers)) < 2000
+    response = chat(api_app, model="local/k2")
+    assert answer_text(response) == "Hi" and len(str(response.headers)) < 2000
 
 
 HALF = api_chunk({"content": "half"})
 REST = api_chunk({"content": " and half"}, "stop")
 
 
-def ends_with(data: bytes) -> Act:
-    """A stream without chunked framing, so that the end of the connection is the end of the body."""
+def api_streams_unframed(data: bytes) -> Act:
+    """Return an act that streams without chunked framing, so that the end of the connection ends the body."""
 
     def act(handler: ApiHandler) -> None:
         handler.head(200, {"Content_Type": "text/event-stream"})
@@ -6529,7 +6802,7 @@ def ends_with(data: bytes) -> Act:
     return act
 
 
-def then_hangs(*chunks: Any) -> Act:
+def api_streams_then_hangs(*chunks: Any) -> Act:
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
         for chunk in chunks:
@@ -6539,7 +6812,7 @@ def then_hangs(*chunks: Any) -> Act:
     return act
 
 
-def then_is_cut(*chunks: Any) -> Act:
+def api_streams_then_breaks_off(*chunks: Any) -> Act:
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
         for chunk in chunks:
@@ -6553,45 +6826,45 @@ def then_is_cut(*chunks: Any) -> Act:
 @pytest.mark.parametrize(
     "act",
     [
-        pytest.param(api_plays(HALF, REST), id="no DONE"),
-        pytest.param(then_is_cut(HALF, REST), id="cut after the finish reason"),
-        pytest.param(then_hangs(HALF, REST), id="silence after the finish reason"),
-        pytest.param(api_plays({"id": "x"}, HALF, {"choices": None}, REST, b"[DONE]"), id="chunks without choices"),
-        pytest.param(ends_with(as_events(HALF, REST)), id="end of the connection"),
-        pytest.param(ends_with(as_events(HALF, REST).rstrip()), id="last event without its newline"),
-        pytest.param(ends_with(b"\xef\xbb\xbf" + as_events(HALF, REST)), id="byte order mark"),
-        pytest.param(ends_with(as_events(HALF, REST).replace(b"\n", b"\r\n")), id="lines that end in CRLF"),
+        pytest.param(api_streams(HALF, REST), id="no DONE"),
+        pytest.param(api_streams_then_breaks_off(HALF, REST), id="cut after the finish reason"),
+        pytest.param(api_streams_then_hangs(HALF, REST), id="silence after the finish reason"),
+        pytest.param(api_streams({"id": "x"}, HALF, {"choices": None}, REST, b"[DONE]"), id="chunks without choices"),
+        pytest.param(api_streams_unframed(as_events(HALF, REST)), id="end of the connection"),
+        pytest.param(api_streams_unframed(as_events(HALF, REST).rstrip()), id="last event without its newline"),
+        pytest.param(api_streams_unframed(b"\xef\xbb\xbf" + as_events(HALF, REST)), id="byte order mark"),
+        pytest.param(api_streams_unframed(as_events(HALF, REST).replace(b"\n", b"\r\n")), id="lines that end in CRLF"),
     ],
 )
-def test_an_answer_with_its_finish_reason_is_whole(
-    make: Make, both: dict[str, str], api: Api, act: Act, stream: bool
+def test_an_answer_with_its_finish_reason_is_complete(
+    api_app: Client, api: Api, act: Act, stream: bool
 ) -> None:
     api.always = act
-    response = chat(make(**both), model="local/k2", stream=stream)
+    response = chat(api_app, model="local/k2", stream=stream)
     if stream:
-        assert streamed(events(response)) == "half and half" and events(response)[-1] == "[DONE]"
+        assert streamed_text(sse_events(response)) == "half and half" and sse_events(response)[-1] == "[DONE]"
     else:
-        assert said(response) == "half and half"
+        assert answer_text(response) == "half and half"
 
 
-def test_nothing_is_sent_behind_the_end_of_a_stream(run: Run, both: dict[str, str], api: Api) -> None:
+def test_nothing_is_sent_after_done(start_program: StartProgram, api_settings: dict[str, str], api: Api) -> None:
     def act(handler: ApiHandler) -> None:
-        api_plays_open(HALF, REST, b"[DONE]")(handler)
+        api_streams_without_end(HALF, REST, b"[DONE]")(handler)
         handler.server.gate.wait(1)
 
     api.always = act
-    with run(**both, SSE_KEEPALIVE="0.05").open_chat(model="local/k2", stream=True) as link:
+    with start_program(**api_settings, SSE_KEEPALIVE="0.05").open_chat(model="local/k2", stream=True) as link:
         assert read_all(link).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"), "no keep-alive comment either"
 
 
 @json_and_stream
-def test_a_client_that_leaves_before_the_end_leaves_no_upstream_connection(
-    run: Run, both: dict[str, str], api: Api, stream: bool
+def test_a_client_that_disconnects_early_leaves_no_upstream_connection(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
     received: list[bytes] = []
 
     def act(handler: ApiHandler) -> None:
-        api_plays_open(HALF, REST)(handler)
+        api_streams_without_end(HALF, REST)(handler)
         handler.server.gate.wait(0.3)
         handler.connection.settimeout(PATIENCE)
         try:
@@ -6602,7 +6875,7 @@ def test_a_client_that_leaves_before_the_end_leaves_no_upstream_connection(
         handler.close_connection = True
 
     api.always = act
-    program = run(before="kimi2api.CLIENT_CHECK_INTERVAL = 5", **both)
+    program = start_program(before="kimi2api.CLIENT_CHECK_INTERVAL = 5", **api_settings)
     with program.open_chat(model="local/k2", stream=stream) as link:
         wait_for(lambda: api.asked)
         if stream:
@@ -6611,7 +6884,7 @@ def test_a_client_that_leaves_before_the_end_leaves_no_upstream_connection(
 
 
 def test_a_bounded_number_of_adaptations_is_kept(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "MAX_ADAPTATIONS", 2)
 
@@ -6620,35 +6893,37 @@ def test_a_bounded_number_of_adaptations_is_kept(
         (api_sends(400, {"error": {"message": "invalid temperature"}}) if refused else api_answers("Hi"))(handler)
 
     api.always = act
-    app = make(**both)
+    app = make_app(**api_settings)
     for name in "abcd":
-        assert said(chat(app, model=f"local/{name}")) == "Hi"
-        assert said(chat(app, model=f"local/{name}", temperature=0)) == "Hi"
-    assert len(api.asked) == 12, "a refusal each"
+        assert answer_text(chat(app, model=f"local/{name}")) == "Hi"
+        assert answer_text(chat(app, model=f"local/{name}", temperature=0)) == "Hi"
+    assert len(api.asked) == 12, "one refusal for each model"
     for name in "dca":
         chat(app, model=f"local/{name}", temperature=0)
-    assert len(api.asked) == 16, "of these three, only the last is not known any more"
+    assert len(api.asked) == 16, "of these three models, only the last has been evicted"
 
 
-def test_an_api_that_goes_on_after_done_does_not_hold_the_end_back(run: Run, both: dict[str, str], api: Api) -> None:
+def test_an_api_that_sends_after_done_does_not_delay_the_end(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     ended = threading.Event()
 
     def act(handler: ApiHandler) -> None:
-        api_plays_open(HALF, REST, b"[DONE]")(handler)
+        api_streams_without_end(HALF, REST, b"[DONE]")(handler)
         with suppress(OSError):
             while not handler.server.gate.wait(0.02):
                 handler.send(b": ping\n\n")
         ended.set()
 
     api.always = act
-    program = run(**both)
+    program = start_program(**api_settings)
     status, body = program.chat(model="local/k2", stream=True)
-    assert status == 200 and events(body)[-1] == "[DONE]" and not ended.is_set()
-    assert ended.wait(PATIENCE), "what follows is read for a moment only"
+    assert status == 200 and sse_events(body)[-1] == "[DONE]" and not ended.is_set()
+    assert ended.wait(PATIENCE), "the connection is drained only briefly"
 
 
-def api_plays_open(*chunks: Any) -> Act:
-    """A stream of these chunks that is not ended."""
+def api_streams_without_end(*chunks: Any) -> Act:
+    """Return an act that streams these chunks and does not end the body."""
 
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -6658,20 +6933,20 @@ def api_plays_open(*chunks: Any) -> Act:
     return act
 
 
-def test_a_connection_is_used_again_though_the_end_of_its_body_comes_late(
-    run: Run, both: dict[str, str], api: Api
+def test_a_connection_is_reused_if_the_end_of_its_body_comes_late(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
     connections, ended = set(), []
 
     def act(handler: ApiHandler) -> None:
         connections.add(handler.client_address)
-        api_plays_open(HALF, REST, b"[DONE]")(handler)
+        api_streams_without_end(HALF, REST, b"[DONE]")(handler)
         handler.server.gate.wait(0.01)
         handler.end()
         ended.append(1)
 
     api.always = act
-    program = run(**both)
+    program = start_program(**api_settings)
     for count in range(1, 13):
         assert program.chat(model="local/k2", stream=True)[0] == 200
         wait_for(lambda count=count: len(ended) == count)
@@ -6679,11 +6954,11 @@ def test_a_connection_is_used_again_though_the_end_of_its_body_comes_late(
 
 
 @json_and_stream
-def test_the_circuit_opens_for_an_api_whose_answers_break_off(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_truncated_answers_open_the_circuit(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
-    api.always = then_is_cut(HALF)
-    app = make(**both, MAX_RETRIES="0")
+    api.always = api_streams_then_breaks_off(HALF)
+    app = make_app(**api_settings, MAX_RETRIES="0")
     for _ in range(8):
         chat(app, model="local/k2", stream=stream)
     assert len(api.asked) == 5
@@ -6693,9 +6968,7 @@ def test_the_circuit_opens_for_an_api_whose_answers_break_off(
     assert app.get("/health").json["status"] == "ok"
 
 
-def test_chunks_without_choices_neither_pile_up_nor_lift_the_deadline(
-    make: Make, both: dict[str, str], api: Api, run: Run
-) -> None:
+def test_chunks_without_choices_keep_the_deadline(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     def empty_then_drips(handler: ApiHandler) -> None:
         handler.begin_stream()
         handler.event({"choices": []})
@@ -6703,8 +6976,12 @@ def test_chunks_without_choices_neither_pile_up_nor_lift_the_deadline(
             handler.send(b": wait\n\n")
 
     api.always = empty_then_drips
-    assert is_error(chat(make(**both, REQUEST_TIMEOUT="0.3"), model="local/k2"), 504, "upstream_timeout")
+    assert_error(chat(make_app(**api_settings, REQUEST_TIMEOUT="0.3"), model="local/k2"), 504, "upstream_timeout")
 
+
+def test_chunks_without_choices_use_no_memory(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     def empties(handler: ApiHandler) -> None:
         handler.begin_stream()
         for _ in range(100):
@@ -6713,21 +6990,20 @@ def test_chunks_without_choices_neither_pile_up_nor_lift_the_deadline(
         handler.end()
 
     api.always = empties
-    program = run(**both)
+    program = start_program(**api_settings)
     before = program.memory(peak=True)
     for stream in (True, False):
         assert program.chat(model="local/k2", stream=stream)[0] == 200
     assert program.memory(peak=True) - before < 15
 
 
-def test_an_answer_nested_deep_is_an_invalid_response(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
+def test_a_deeply_nested_answer_is_an_invalid_response(api_app: Client, api: Api) -> None:
     for depth in (200, 310, 600, 950):
         deep: Any = 1
         for _ in range(depth):
             deep = {"a": deep}
         api.always = api_answers(deltas=[{"content": "x", "deep": deep}])
-        response = chat(app, model="local/k2", user="ada")
+        response = chat(api_app, model="local/k2", user="ada")
         assert response.status_int == (200 if depth == 200 else 502), response.text
 
 
@@ -6735,13 +7011,12 @@ NO_ARGUMENTS = {"id": "c", "function": {"name": "clock"}}
 
 
 @pytest.mark.parametrize("call", [{"id": "c"}, NO_ARGUMENTS], ids=["bare", "no arguments"])
-def test_a_tool_call_without_all_its_parts_breaks_no_session(
-    make: Make, both: dict[str, str], api: Api, call: dict[str, Any]
+def test_an_incomplete_tool_call_breaks_no_session(
+    api_app: Client, api: Api, call: dict[str, Any]
 ) -> None:
     api.always = api_answers(deltas=[{"tool_calls": [{"index": 0, **call}]}], finish="tool_calls")
-    app = make(**both)
-    assert chat(app, model="local/k2", user="ada").status_int == 200
-    assert said(chat(app, user="ada")) == "Hello from upstream."
+    assert chat(api_app, model="local/k2", user="ada").status_int == 200
+    assert answer_text(chat(api_app, user="ada")) == "Hello from upstream."
 
 
 @json_and_stream
@@ -6763,22 +7038,22 @@ def test_a_tool_call_without_all_its_parts_breaks_no_session(
         ),
     ],
 )
-def test_a_chunk_of_another_shape_is_an_invalid_response(
-    make: Make, both: dict[str, str], api: Api, choices: Any, stream: bool
+def test_a_malformed_chunk_is_an_invalid_response(
+    api_app: Client, api: Api, choices: Any, stream: bool
 ) -> None:
-    api.always = api_plays({"choices": choices}, REST, b"[DONE]")
-    response = chat(make(**both), model="local/k2", user="ada", stream=stream)
-    assert is_error(response, 502, "upstream_invalid_response")
+    api.always = api_streams({"choices": choices}, REST, b"[DONE]")
+    response = chat(api_app, model="local/k2", user="ada", stream=stream)
+    assert_error(response, 502, "upstream_invalid_response")
 
 
-def test_a_field_that_changes_its_type_between_chunks_is_no_crash(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_field_may_change_its_type_between_chunks(api_app: Client, api: Api) -> None:
     odd = [{"x": "a"}, {"x": 1}, {"x": {"y": "b"}}, {"x": [1]}, {"x": [{"index": 0, "z": "c"}]}, {"x": "d"}]
     api.always = api_answers(deltas=[{"content": "Hi", **delta} for delta in odd])
-    assert said(chat(make(**both), model="local/k2")) == "Hi" * len(odd)
+    assert answer_text(chat(api_app, model="local/k2")) == "Hi" * len(odd)
 
 
 def test_pieces_of_tool_calls_without_an_index_belong_to_the_last_call(
-    make: Make, both: dict[str, str], api: Api
+    api_app: Client, api: Api
 ) -> None:
     pieces = [
         {"id": "call_a", "type": "function", "function": {"name": "clock", "arguments": ""}},
@@ -6787,12 +7062,11 @@ def test_pieces_of_tool_calls_without_an_index_belong_to_the_last_call(
         {"id": "call_b", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}},
     ]
     api.always = api_answers(deltas=[{"tool_calls": [piece]} for piece in pieces], finish="tool_calls")
-    app = make(**both)
-    response = chat(app, model="local/k2", user="ada")
-    assert called(response) == [("clock", {"zone": "UTC"}), ("get_weather", {})]
+    response = chat(api_app, model="local/k2", user="ada")
+    assert tool_calls(response) == [("clock", {"zone": "UTC"}), ("get_weather", {})]
     result = {"role": "tool", "tool_call_id": "call_a", "content": "noon"}
     api.always = api_answers("It is noon.")
-    assert said(chat(app, messages=[result], model="local/k2", user="ada")) == "It is noon."
+    assert answer_text(chat(api_app, messages=[result], model="local/k2", user="ada")) == "It is noon."
 
 
 @pytest.mark.parametrize(
@@ -6807,32 +7081,32 @@ def test_pieces_of_tool_calls_without_an_index_belong_to_the_last_call(
         pytest.param(None, id="nothing"),
     ],
 )
-def test_one_bad_model_of_an_api_hides_no_other(make: Make, both: dict[str, str], api: Api, bad: Any) -> None:
+def test_an_invalid_model_in_a_list_hides_no_other(api_app: Client, api: Api, bad: Any) -> None:
     api.list_act = api_sends(200, {"data": [bad, {"id": "k2"}]})
-    app = make(**both)
-    wait_for(lambda: "local/k2" in [model["id"] for model in app.get("/v1/models").json["data"]])
+    wait_for(lambda: "local/k2" in [model["id"] for model in api_app.get("/v1/models").json["data"]])
 
 
-def test_a_short_key_of_ours_is_hidden_but_as_a_part_of_words(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_short_key_is_hidden_except_inside_words(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     error = {"message": "The maximum context is 8k; your key is x.", "code": "context_length_exceeded"}
-    for key, told in (("x", "The maximum context is 8k; your key is …."), ("maximum-", "The maximum context is 8k")):
+    for key, shown in (("x", "The maximum context is 8k; your key is …."), ("maximum-", "The maximum context is 8k")):
         api.always = api_sends(400, {"error": error})
-        response = chat(make(**{**both, "LOCAL_API_KEY": key}), model="local/k2")
-        assert is_error(response, 400, "context_length_exceeded") and told in response.text
+        response = chat(make_app(**{**api_settings, "LOCAL_API_KEY": key}), model="local/k2")
+        assert_error(response, 400, "context_length_exceeded")
+        assert shown in response.text
     api.always = api_sends(400, {"error": {"message": "key_sk-theirs_is wrong"}})
-    assert "key_…_is wrong" in chat(make(**{**both, "LOCAL_API_KEY": "sk-theirs"}), model="local/k2").text
+    assert "key_…_is wrong" in chat(make_app(**{**api_settings, "LOCAL_API_KEY": "sk-theirs"}), model="local/k2").text
 
 
-def bit(index: Any = 0, id: Any = None, name: Any = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
-    """A delta with a piece of a tool call, without what is None."""
+def call_delta(index: Any = 0, id: Any = None, name: Any = None, arguments: Any = None, **more: Any) -> dict[str, Any]:
+    """Return a delta with a piece of a tool call, without fields that are None."""
     function = {"name": name, "arguments": arguments}
     function = {key: value for key, value in function.items() if value is not None}
     call = {"index": index, "id": id, "function": function or None, **more}
     return {"tool_calls": [{key: value for key, value in call.items() if value is not None}]}
 
 
-def message_of_stream(chunks: list[Any]) -> dict[str, Any]:
-    """The message as a client builds it that joins all texts of a delta, ids and names too."""
+def stream_message(chunks: list[Any]) -> dict[str, Any]:
+    """Build the message as a client that joins all texts of deltas, including ids and names."""
     message: dict[str, Any] = {"tool_calls": {}, "finish": []}
     for chunk in chunks:
         for choice in chunk["choices"] if chunk != "[DONE]" else ():
@@ -6848,7 +7122,7 @@ def message_of_stream(chunks: list[Any]) -> dict[str, Any]:
     return {**message, "tool_calls": list(message["tool_calls"].values())}
 
 
-def message_of_json(completion: Any) -> dict[str, Any]:
+def json_message(completion: Any) -> dict[str, Any]:
     [choice] = completion["choices"]
     message = {**choice["message"], "finish": [choice["finish_reason"]]}
     calls = message.get("tool_calls") or []
@@ -6864,69 +7138,111 @@ THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
 @pytest.mark.parametrize(
     ("deltas", "expected"),
     [
-        pytest.param([bit(0, "c1", "a", ""), bit(0, "", "", '{"x":1}')], ["c1"], id="id and name repeated empty"),
-        pytest.param([bit(0, "c1", "a", '{"x"'), bit(0, "c1", "a", ":1}")], ["c1"], id="id and name repeated"),
-        pytest.param([bit(0, "c1", "", ""), bit(0, None, "a", '{"x":1}')], ["c1"], id="name comes second"),
         pytest.param(
-            [bit(0, "c1", "a", '{"x":1}'), bit(0, "c2", "b", '{"y":2}')], ["c1", "c2"], id="all have index 0"),
+            [call_delta(0, "c1", "a", ""), call_delta(0, "", "", '{"x":1}')], ["c1"], id="id and name repeated empty"
+        ),
         pytest.param(
-            [bit(None, "c1", "a", '{"x"'), bit(None, "c1", None, ":1}")], ["c1"], id="the same id, no index"),
+            [call_delta(0, "c1", "a", '{"x"'), call_delta(0, "c1", "a", ":1}")], ["c1"], id="id and name repeated"
+        ),
         pytest.param(
-            [bit(None, "c1", "a", '{"x"'), bit(None, "c2", "b", ""), bit(None, "c1", None, ":1}"),
-             bit(None, "c2", None, '{"y":2}')], ["c1", "c2"], id="by turns, no index"),
+            [call_delta(0, "c1", "", ""), call_delta(0, None, "a", '{"x":1}')], ["c1"], id="name comes second"
+        ),
         pytest.param(
-            [bit(0, "c1", "a", '{"x"'), bit(1, "c2", "b", ""), bit(0, None, None, ":1}"),
-             bit(1, None, None, '{"y":2}')], ["c1", "c2"], id="by turns"),
-        pytest.param([bit("0", "c1", "a", ""), bit("0", None, None, '{"x":1}')], ["c1"], id="index as text"),
-        pytest.param([bit(0, "c1", "a", {"x": 1})], ["c1"], id="arguments as an object"),
+            [call_delta(0, "c1", "a", '{"x":1}'), call_delta(0, "c2", "b", '{"y":2}')],
+            ["c1", "c2"],
+            id="all have index 0",
+        ),
         pytest.param(
-            [bit(0, "c1", "a", None), {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":1}'}}]}], ["c1"],
-            id="no arguments at first"),
+            [call_delta(None, "c1", "a", '{"x"'), call_delta(None, "c1", None, ":1}")],
+            ["c1"],
+            id="the same id, no index",
+        ),
         pytest.param(
-            [bit(None, "", "a", '{"x":1}'), bit(None, "", "b", '{"y":2}')], [None, None], id="no ids, no indexes"),
-        pytest.param([bit(0, "", "a", '{"x":1}'), bit(0, "", "b", '{"y":2}')], [None, None], id="no ids, index 0"),
+            [
+                call_delta(None, "c1", "a", '{"x"'),
+                call_delta(None, "c2", "b", ""),
+                call_delta(None, "c1", None, ":1}"),
+                call_delta(None, "c2", None, '{"y":2}'),
+            ],
+            ["c1", "c2"],
+            id="by turns, no index",
+        ),
         pytest.param(
-            [{"tool_calls": [{"function": {"name": "a", "arguments": '{"x":1}'}},
-                             {"function": {"name": "b", "arguments": '{"y":2}'}}]}], [None, None], id="in one chunk"),
+            [
+                call_delta(0, "c1", "a", '{"x"'),
+                call_delta(1, "c2", "b", ""),
+                call_delta(0, None, None, ":1}"),
+                call_delta(1, None, None, '{"y":2}'),
+            ],
+            ["c1", "c2"],
+            id="by turns",
+        ),
+        pytest.param(
+            [call_delta("0", "c1", "a", ""), call_delta("0", None, None, '{"x":1}')], ["c1"], id="index as text"
+        ),
+        pytest.param([call_delta(0, "c1", "a", {"x": 1})], ["c1"], id="arguments as an object"),
+        pytest.param(
+            [call_delta(0, "c1", "a", None), {"tool_calls": [{"index": 0, "function": {"arguments": '{"x":1}'}}]}],
+            ["c1"],
+            id="no arguments at first",
+        ),
+        pytest.param(
+            [call_delta(None, "", "a", '{"x":1}'), call_delta(None, "", "b", '{"y":2}')],
+            [None, None],
+            id="no ids, no indexes",
+        ),
+        pytest.param(
+            [call_delta(0, "", "a", '{"x":1}'), call_delta(0, "", "b", '{"y":2}')], [None, None], id="no ids, index 0"
+        ),
+        pytest.param(
+            [
+                {
+                    "tool_calls": [
+                        {"function": {"name": "a", "arguments": '{"x":1}'}},
+                        {"function": {"name": "b", "arguments": '{"y":2}'}},
+                    ]
+                }
+            ],
+            [None, None],
+            id="in one chunk",
+        ),
     ],
 )
-def test_tool_calls_arrive_whole_however_an_api_sends_them(
-    make: Make, both: dict[str, str], api: Api, form: str, deltas: list[Any], expected: list[str | None]
+def test_tool_calls_are_complete_in_every_form_that_apis_send(
+    api_app: Client, api: Api, form: str, deltas: list[Any], expected: list[str | None]
 ) -> None:
     api.always = api_answers(deltas=deltas)
-    app = make(**both)
     if form == "stream":
-        message = message_of_stream(events(chat(app, model="local/k2", stream=True)))
+        message = stream_message(sse_events(chat(api_app, model="local/k2", stream=True)))
     else:
-        message = message_of_json(chat(app, model="local/k2", user="ada").json)
+        message = json_message(chat(api_app, model="local/k2", user="ada").json)
     calls = message["tool_calls"]
     assert [(call["name"], call["arguments"]) for call in calls] == list(CALLED.values())[:len(expected)]
-    assert message["finish"] == ["tool_calls"], "also where the API says stop"
+    assert message["finish"] == ["tool_calls"], "even if the API sends stop"
     ids = [call["id"] for call in calls]
     assert all(ids) and len(set(ids)) == len(ids)
     assert [known and id for id, known in zip(ids, expected, strict=True)] == expected
     if form == "session":
         api.always = api_answers("ok")
         results = [{"role": "tool", "tool_call_id": id, "content": "r"} for id in ids]
-        assert said(chat(app, messages=results, model="local/k2", user="ada")) == "ok"
+        assert answer_text(chat(api_app, messages=results, model="local/k2", user="ada")) == "ok"
         sent = api.asked[-1][2]["messages"][1]["tool_calls"]
         assert [(call["id"], call["function"]["name"]) for call in sent] == [(c["id"], c["name"]) for c in calls]
 
 
-def test_fields_of_a_call_are_kept_and_go_back(make: Make, both: dict[str, str], api: Api) -> None:
+def test_extra_fields_of_a_call_are_kept_and_sent_back(api_app: Client, api: Api) -> None:
     signature = {"google": {"thought_signature": "AY89"}}
-    app = make(**both)
 
     def sent_back(**more: Any) -> Any:
         result = {"role": "tool", "tool_call_id": "c1", "content": "r"}
-        chat(app, messages=[*more.pop("messages", []), result], model="local/k2", **more)
+        chat(api_app, messages=[*more.pop("messages", []), result], model="local/k2", **more)
         return api.asked[-1][2]["messages"][1]["tool_calls"][0].get("extra_content")
 
-    api.always = api_answers(deltas=[bit(0, "c1", "a", "{}", extra_content=signature)])
-    message = chat(app, "x", model="local/k2", user="ada").json["choices"][0]["message"]
+    api.always = api_answers(deltas=[call_delta(0, "c1", "a", "{}", extra_content=signature)])
+    message = chat(api_app, "x", model="local/k2", user="ada").json["choices"][0]["message"]
     assert message["tool_calls"][0]["extra_content"] == signature
     assert sent_back(user="ada") == signature
-    del message["tool_calls"][0]["extra_content"]  # a client that knows no such field
+    del message["tool_calls"][0]["extra_content"]  # a client that drops unknown fields
     assert sent_back(messages=[{"role": "user", "content": "x"}, message]) == signature
 
 
@@ -6942,7 +7258,7 @@ def test_fields_of_a_call_are_kept_and_go_back(make: Make, both: dict[str, str],
              {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "xy"}}]}],
             {"content": "xy"}, id="the whole message at the end"),
         pytest.param(
-            [api_chunk(bit(0, "c1", "a", '{"x":1}')),
+            [api_chunk(call_delta(0, "c1", "a", '{"x":1}')),
              {"choices": [{"index": 0, "finish_reason": "tool_calls", "message": {"tool_calls": [WHOLE_CALL]}}]}],
             {"tool_calls": [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]}, id="the whole call at the end"),
         pytest.param(
@@ -6955,40 +7271,42 @@ def test_fields_of_a_call_are_kept_and_go_back(make: Make, both: dict[str, str],
             id="no choices at first"),
     ],
 )
-def test_answers_arrive_whole_however_an_api_sends_them(
-    make: Make, both: dict[str, str], api: Api, chunks: list[Any], expected: dict[str, Any], stream: bool
+def test_answers_are_complete_in_every_form_that_apis_send(
+    api_app: Client, api: Api, chunks: list[Any], expected: dict[str, Any], stream: bool
 ) -> None:
-    api.always = api_plays(*chunks, b"[DONE]")
-    response = chat(make(**both), model="local/k2", stream=stream)
-    message = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    api.always = api_streams(*chunks, b"[DONE]")
+    response = chat(api_app, model="local/k2", stream=stream)
+    message = stream_message(sse_events(response)) if stream else json_message(response.json)
     assert {name: message.get(name) for name in expected} == expected
     assert message["finish"] == ["tool_calls" if "tool_calls" in expected else "stop"]
     if stream:
-        assert all(chunk == "[DONE]" or chunk["choices"] for chunk in events(response)), "no usage was asked for"
+        assert all(chunk == "[DONE]" or chunk["choices"] for chunk in sse_events(response)), (
+            "the request did not include usage"
+        )
 
 
-def test_a_role_that_is_repeated_is_told_once(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_repeated_role_is_sent_once(api_app: Client, api: Api) -> None:
     deltas = [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": "y"}]
     api.always = api_answers(deltas=deltas)
-    *chunks, _ = events(chat(make(**both), model="local/k2", stream=True))
-    told = [choice["delta"].get("role") for chunk in chunks for choice in chunk["choices"]]
-    assert list(filter(None, told)) == ["assistant"], "openai-python would read assistantassistant"
+    *chunks, _ = sse_events(chat(api_app, model="local/k2", stream=True))
+    roles = [choice["delta"].get("role") for chunk in chunks for choice in chunk["choices"]]
+    assert list(filter(None, roles)) == ["assistant"], "openai-python would read assistantassistant"
 
 
-def test_parts_that_are_neither_text_nor_thinking_are_kept(make: Make, both: dict[str, str], api: Api) -> None:
+def test_parts_that_are_neither_text_nor_thinking_are_kept(api_app: Client, api: Api) -> None:
     reference = {"type": "reference", "reference_ids": [1]}
     api.always = api_answers(deltas=[{"content": [{"type": "text", "text": "x"}, reference]}, {"content": "y"}])
-    message = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    message = chat(api_app, model="local/k2").json["choices"][0]["message"]
     assert message["content"] == "xy" and message["content_parts"] == [reference]
 
 
-def test_fields_that_do_not_grow_keep_their_last_value(make: Make, both: dict[str, str], api: Api) -> None:
+def test_fields_that_do_not_grow_keep_their_last_value(api_app: Client, api: Api) -> None:
     details = [{"type": "reasoning.text", "format": "f1", "index": 0, **more}
                for more in ({"text": "Let"}, {"text": " me"}, {"signature": "Et8B"})]
     deltas = [{"channel": "final", "reasoning_details": [detail]} for detail in details]
     chunks = [api_chunk(delta, citations=["u"]) for delta in deltas]
-    api.always = api_plays(*chunks, api_chunk({"content": "x"}, "stop"), b"[DONE]")
-    answer = chat(make(**both), model="local/k2").json
+    api.always = api_streams(*chunks, api_chunk({"content": "x"}, "stop"), b"[DONE]")
+    answer = chat(api_app, model="local/k2").json
     message = answer["choices"][0]["message"]
     assert answer["citations"] == ["u"] and message["channel"] == "final"
     joined = {"type": "reasoning.text", "format": "f1", "index": 0, "text": "Let me", "signature": "Et8B"}
@@ -6996,14 +7314,14 @@ def test_fields_that_do_not_grow_keep_their_last_value(make: Make, both: dict[st
 
 
 @json_and_stream
-def test_a_complete_answer_in_place_of_a_stream_is_an_answer(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_a_complete_json_answer_may_replace_a_stream(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
     message = {"role": "assistant", "content": "ok", "tool_calls": [WHOLE_CALL]}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     api.always = api_sends(200, {"id": "x", "choices": [choice], "usage": USAGE})
-    response = chat(make(**both), model="local/k2", stream=stream)
-    whole = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    response = chat(api_app, model="local/k2", stream=stream)
+    whole = stream_message(sse_events(response)) if stream else json_message(response.json)
     assert (whole["content"], whole["finish"]) == ("ok", ["tool_calls"])
     assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": '{"x":1}'}]
 
@@ -7015,39 +7333,40 @@ def test_a_complete_answer_in_place_of_a_stream_is_an_answer(
         {"index": "0", "delta": {"content": "x"}, "finish_reason": None},
     ],
 )
-def test_an_index_may_be_written_as_another_number(make: Make, both: dict[str, str], api: Api, chunk: Any) -> None:
-    api.always = api_plays({"choices": [chunk]}, api_chunk({"content": "y"}, "stop"), b"[DONE]")
-    app = make(**both)
-    assert said(chat(app, model="local/k2")) == "xy"
-    assert [event["choices"][0]["index"] for event in events(chat(app, model="local/k2", stream=True))[:-1]] == [0, 0]
+def test_an_index_may_be_a_float_or_a_string(api_app: Client, api: Api, chunk: Any) -> None:
+    api.always = api_streams({"choices": [chunk]}, api_chunk({"content": "y"}, "stop"), b"[DONE]")
+    assert answer_text(chat(api_app, model="local/k2")) == "xy"
+    assert [
+        event["choices"][0]["index"] for event in sse_events(chat(api_app, model="local/k2", stream=True))[:-1]
+    ] == [0, 0]
 
 
 @json_and_stream
-def test_a_custom_call_with_reasoning_is_passed_on(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_the_client_receives_a_custom_call_with_reasoning(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
     call = {"id": "c1", "type": "custom", "custom": {"name": "x", "input": "hi"}}
     api.always = api_answers(deltas=[{"reasoning_content": "why"}, {"tool_calls": [{"index": 0, **call}]}])
-    app = make(**both)
-    response = chat(app, model="local/k2", stream=stream, user="ada")
+    response = chat(api_app, model="local/k2", stream=stream, user="ada")
     if stream:
-        assert events(response)[-1] == "[DONE]"
+        assert sse_events(response)[-1] == "[DONE]"
     else:
         assert response.json["choices"][0]["message"]["tool_calls"] == [call]
-    assert app.get("/v1/sessions/ada", expect_errors=True).status_int == 404, "APIs would refuse it in later requests"
-    assert respond(app, model="local/k2", stream=stream).status_int == 200
+    assert api_app.get("/v1/sessions/ada", expect_errors=True).status_int == 404, (
+        "APIs would refuse it in later requests"
+    )
+    assert respond(api_app, model="local/k2", stream=stream).status_int == 200
 
 
 @json_and_stream
-def test_lone_surrogates_in_arguments_harm_nothing(
-    make: Make, both: dict[str, str], api: Api, stream: bool
+def test_lone_surrogates_in_arguments_are_harmless(
+    api_app: Client, api: Api, stream: bool
 ) -> None:
-    app = make(**both)
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x":"\\ud83d"}'}}
     api.always = api_answers(deltas=[{"reasoning_content": "why"}, {"tool_calls": [{"index": 0, **call}]}])
-    response = chat(app, model="local/k2", stream=stream)
+    response = chat(api_app, model="local/k2", stream=stream)
     if stream:
-        assert events(response)[-1] == "[DONE]"
+        assert sse_events(response)[-1] == "[DONE]"
     else:
         assert response.json["choices"][0]["message"]["tool_calls"] == [call]
     api.always = api_answers("ok")
@@ -7056,11 +7375,11 @@ def test_lone_surrogates_in_arguments_harm_nothing(
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "r"},
     ]
-    assert said(chat(app, messages=messages, model="local/k2")) == "ok"
+    assert answer_text(chat(api_app, messages=messages, model="local/k2")) == "ok"
     assert api.asked[-1][2]["messages"][1]["reasoning_content"] == "why"
 
 
-def test_an_answer_in_json_may_follow_empty_lines(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_json_answer_may_follow_empty_lines(make_app: MakeApp, api_settings: dict[str, str], api: Api) -> None:
     choice = {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}
 
     def act(handler: ApiHandler) -> None:
@@ -7071,7 +7390,7 @@ def test_an_answer_in_json_may_follow_empty_lines(make: Make, both: dict[str, st
         handler.end()
 
     api.always = act
-    assert said(chat(make(**both, MAX_RETRIES="0"), model="local/k2")) == "ok"
+    assert answer_text(chat(make_app(**api_settings, MAX_RETRIES="0"), model="local/k2")) == "ok"
 
 
 @pytest.mark.parametrize(
@@ -7079,18 +7398,18 @@ def test_an_answer_in_json_may_follow_empty_lines(make: Make, both: dict[str, st
     [
         pytest.param(
             as_events({"choices": [{"index": 0, "delta": {"tool_calls": [
-                {"index": 0, "function": {"arguments": "x" * 40}}] * 40_000}}]}) * 6,
+                {"index": 0, "function": {"arguments": "x" * 40}}] * 40_000}}]}) * 2,
             id="pieces of a call without a name",
         ),
         pytest.param(
             as_events({"choices": [{"index": 0, "delta": {"content": [
-                {"type": "text", "text": "x" * 40}] * 50_000}}]}) * 6,
+                {"type": "text", "text": "x" * 40}] * 50_000}}]}) * 2,
             id="parts of a text",
         ),
         pytest.param(as_events(*({f"k{number}": 1} for number in range(20_000))), id="chunks without choices"),
     ],
 )
-def test_pieces_take_linear_time(make: Make, both: dict[str, str], api: Api, body: bytes) -> None:
+def test_folding_many_pieces_takes_linear_time(api_app: Client, api: Api, body: bytes) -> None:
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
         handler.send(body)
@@ -7098,105 +7417,106 @@ def test_pieces_take_linear_time(make: Make, both: dict[str, str], api: Api, bod
         handler.end()
 
     api.always = act
-    app = make(**both)
     began = time.monotonic()
-    assert said(chat(app, model="local/k2")).endswith(".")
+    assert answer_text(chat(api_app, model="local/k2")).endswith(".")
     assert time.monotonic() - began < 6
 
 
 def test_reasoning_of_many_choices_is_stored_once_each(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = []
     monkeypatch.setattr(kimi2api.Sessions, "keep_reasoning", lambda *of: stored.append(of))
     chunks = []
     for index in range(9):
-        delta = {"reasoning_content": "r", **bit(0, f"c{index}", "f", "{}")}
+        delta = {"reasoning_content": "r", **call_delta(0, f"c{index}", "f", "{}")}
         chunks.append({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
     chunks += [{"choices": [{"index": index, "delta": {}, "finish_reason": "tool_calls"}]} for index in range(9)]
-    api.always = api_plays(*chunks, b"[DONE]")
-    assert chat(make(**both), model="local/k2", n=9).status_int == 200
+    api.always = api_streams(*chunks, b"[DONE]")
+    assert chat(make_app(**api_settings), model="local/k2", n=9).status_int == 200
     assert len(stored) == 9
 
 
-def test_an_embedding_that_json_cannot_have_is_no_answer(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_embedding_of_nan_is_an_invalid_response(api_app: Client, api: Api) -> None:
     encoded = b64encode(struct.pack("<f", float("nan"))).decode()
     api.always = api_sends(200, {"data": [{"index": 0, "embedding": encoded}]})
-    app = make(**both)
-    assert is_error(embed(app, model="local/e1"), 502, "upstream_invalid_response")
-    assert embed(app, model="local/e1", encoding_format="base64").json["data"][0]["embedding"] == encoded
+    assert_error(embed(api_app, model="local/e1"), 502, "upstream_invalid_response")
+    assert embed(api_app, model="local/e1", encoding_format="base64").json["data"][0]["embedding"] == encoded
 
 
-def test_details_with_and_without_an_index_are_all_kept(make: Make, both: dict[str, str], api: Api) -> None:
+def test_details_with_and_without_an_index_are_all_kept(api_app: Client, api: Api) -> None:
     details = [{"text": "a", "index": 0}, {"data": "x"}, {"text": "b", "index": 0}, {"text": "c", "index": -1}]
     api.always = api_answers(deltas=[{"reasoning_details": [entry]} for entry in details])
-    message = chat(make(**both), model="local/k2").json["choices"][0]["message"]
+    message = chat(api_app, model="local/k2").json["choices"][0]["message"]
     assert message["reasoning_details"] == [{"text": "ab", "index": 0}, {"data": "x"}, {"text": "c", "index": -1}]
 
 
-def test_usage_with_lists_is_an_answer(make: Make, both: dict[str, str], api: Api) -> None:
+def test_usage_with_lists_is_an_answer(api_app: Client, api: Api) -> None:
     usage = {**USAGE, "audio": {"data": [1]}, "logprobs": {"content": [{"x": 1}]}}
-    api.always = api_plays(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
-    assert chat(make(**both), model="local/k2").json["usage"] == usage
+    api.always = api_streams(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
+    assert chat(api_app, model="local/k2").json["usage"] == usage
 
 
 @json_and_stream
 @pytest.mark.parametrize("nothing", [None, [], {}, 0, False, ""])
-def test_calls_that_are_none_end_no_call(
-    make: Make, both: dict[str, str], api: Api, nothing: Any, stream: bool
+def test_empty_tool_calls_end_no_call(
+    api_app: Client, api: Api, nothing: Any, stream: bool
 ) -> None:
-    deltas = [{"reasoning_content": "r"}, bit(0, "c1", "a", "{"), {"tool_calls": nothing}, bit(0, None, None, "}")]
+    deltas = [
+        {"reasoning_content": "r"},
+        call_delta(0, "c1", "a", "{"),
+        {"tool_calls": nothing},
+        call_delta(0, None, None, "}"),
+    ]
     extra = {"tool_calls": [{"index": 0, "extra_content": {"google": 1}}]}
     api.always = api_answers(deltas=[*deltas, extra], finish="tool_calls")
-    response = chat(make(**both), model="local/k2", stream=stream)
-    whole = message_of_stream(events(response)) if stream else message_of_json(response.json)
+    response = chat(api_app, model="local/k2", stream=stream)
+    whole = stream_message(sse_events(response)) if stream else json_message(response.json)
     assert whole["tool_calls"] == [{"id": "c1", "name": "a", "arguments": "{}"}]
 
 
 @pytest.mark.parametrize("place", ["choice", "chunk", "both"])
-def test_usage_is_told_once(make: Make, both: dict[str, str], api: Api, place: str) -> None:
+def test_usage_is_sent_once(api_app: Client, api: Api, place: str) -> None:
     finish = api_chunk({}, "stop")
     if place != "chunk":
         finish["choices"][0]["usage"] = USAGE
     last = [] if place == "choice" else [{**api_chunk(), "choices": [], "usage": USAGE}]
-    api.always = api_plays(api_chunk({"content": "x"}), finish, *last, b"[DONE]")
-    chunks = events(chat(make(**both), model="local/k2", stream=True, stream_options={"include_usage": True}))[:-1]
+    api.always = api_streams(api_chunk({"content": "x"}), finish, *last, b"[DONE]")
+    chunks = sse_events(chat(api_app, model="local/k2", stream=True, stream_options={"include_usage": True}))[:-1]
     assert [chunk["usage"] for chunk in chunks if chunk.get("usage")] == [USAGE]
     assert chunks[-1]["choices"] == [] and not any("usage" in chunk["choices"][0] for chunk in chunks[:-1])
 
 
-def test_a_total_above_the_sum_is_counted(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_total_above_the_sum_is_counted(api_app: Client, api: Api) -> None:
     usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 40}
-    api.always = api_plays(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
-    app = make(**both)
-    assert chat(app, model="local/k2").json["usage"] == usage
-    assert tokens_today(app) == (10, 30)
+    api.always = api_streams(api_chunk({"content": "x"}, "stop"), {"choices": [], "usage": usage}, b"[DONE]")
+    assert chat(api_app, model="local/k2").json["usage"] == usage
+    assert tokens_today(api_app) == (10, 30)
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_details"])
-def test_reasoning_by_any_name_is_an_item_and_goes_back_under_its_name(
-    make: Make, both: dict[str, str], api: Api, field: str
+def test_reasoning_under_any_name_returns_under_its_name(
+    api_app: Client, api: Api, field: str
 ) -> None:
     value: Any = "why" if field == "reasoning" else [{"type": "reasoning.text", "text": "why", "index": 0}]
-    app = make(**both)
-    api.always = api_answers(deltas=[{field: value}, bit(0, "c1", "a", "{}")])
+    api.always = api_answers(deltas=[{field: value}, call_delta(0, "c1", "a", "{}")])
     tools = [{"type": "function", "name": "a"}]
     include = ["reasoning.encrypted_content"]
-    response = respond(app, "x", model="local/k2", tools=tools, include=include).json
+    response = respond(api_app, "x", model="local/k2", tools=tools, include=include).json
     reasoning, call = response["output"]
     assert (reasoning["type"], reasoning["content"][0]["text"], call["type"]) == ("reasoning", "why", "function_call")
     result = {"type": "function_call_output", "call_id": "c1", "output": "r"}
     items = [{"role": "user", "content": "x"}, {**reasoning, "content": None}, call, result]
     api.always = api_answers("ok")
     for request in ({"input": items, "store": False}, {"input": [result], "previous_response_id": response["id"]}):
-        assert respond(app, model="local/k2", tools=tools, **request).status_int == 200
+        assert respond(api_app, model="local/k2", tools=tools, **request).status_int == 200
         assert api.asked[-1][2]["messages"][1][field] == value
-    # of a client that drops it
-    api.always = api_answers(deltas=[{field: value}, bit(0, "c2", "a", "{}")])
-    message = chat(app, "y", model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
+    # A client that drops the reasoning
+    api.always = api_answers(deltas=[{field: value}, call_delta(0, "c2", "a", "{}")])
+    message = chat(api_app, "y", model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
     assert message.pop(field) == value
     result = {"role": "tool", "tool_call_id": "c2", "content": "r"}
-    chat(app, messages=[{"role": "user", "content": "y"}, message, result], model="local/k2", tools=[tool("a")])
+    chat(api_app, messages=[{"role": "user", "content": "y"}, message, result], model="local/k2", tools=[tool("a")])
     assert api.asked[-1][2]["messages"][1][field] == value
 
 
@@ -7214,17 +7534,16 @@ DETAILS = [{"type": "reasoning.text", "format": "f", "index": 0, "text": "I see 
         pytest.param({"reasoning": "I see it!"}, False, id="another text"),
     ],
 )
-def test_reasoning_that_clients_sent_back_in_a_form_of_their_own_gets_that_of_the_api(
-    make: Make, both: dict[str, str], api: Api, sent: Any, goes_back: bool
+def test_reasoning_that_clients_altered_is_restored(
+    api_app: Client, api: Api, sent: Any, goes_back: bool
 ) -> None:
-    told = [{"reasoning": text, "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
-    api.always = api_answers(deltas=[*told, bit(0, "c1", "a", "{}")])
-    app = make(**both)
+    reasoning = [{"reasoning": text, "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
+    api.always = api_answers(deltas=[*reasoning, call_delta(0, "c1", "a", "{}")])
     question = {"role": "user", "content": "x"}
-    message = chat(app, messages=[question], model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
+    message = chat(api_app, messages=[question], model="local/k2", tools=[tool("a")]).json["choices"][0]["message"]
     message = {name: value for name, value in message.items() if not name.startswith("reasoning")}
     result = {"role": "tool", "tool_call_id": "c1", "content": "r"}
-    chat(app, messages=[question, {**message, **sent}, result], model="local/k2", tools=[tool("a")])
+    chat(api_app, messages=[question, {**message, **sent}, result], model="local/k2", tools=[tool("a")])
     arrived = api.asked[-1][2]["messages"][1]
     arrived = {name: value for name, value in arrived.items() if name.startswith("reasoning")}
     assert arrived == ({"reasoning": "I see it", "reasoning_details": DETAILS} if goes_back else sent)
@@ -7247,27 +7566,27 @@ def test_reasoning_that_clients_sent_back_in_a_form_of_their_own_gets_that_of_th
     ],
 )
 def test_an_error_inside_a_stream_is_an_error_with_its_status(
-    make: Make, both: dict[str, str], api: Api, event: Any, status: int, code: str | None
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, event: Any, status: int, code: str | None
 ) -> None:
-    app = make(**both, MAX_RETRIES="0")
-    api.always = api_plays(event)
-    assert is_error(chat(app, model="local/k2"), status, code)
-    assert is_error(chat(app, model="local/k2", stream=True), status, code)
+    app = make_app(**api_settings, MAX_RETRIES="0")
+    api.always = api_streams(event)
+    assert_error(chat(app, model="local/k2"), status, code)
+    assert_error(chat(app, model="local/k2", stream=True), status, code)
     api.always = api_sends(200, event)
-    assert is_error(chat(app, model="local/k2"), status, code)
-    api.always = api_plays(api_chunk({"content": "half"}), event)
-    assert is_error(chat(app, model="local/k2"), status, code)
-    *_, last = events(chat(app, model="local/k2", stream=True))
+    assert_error(chat(app, model="local/k2"), status, code)
+    api.always = api_streams(api_chunk({"content": "half"}), event)
+    assert_error(chat(app, model="local/k2"), status, code)
+    *_, last = sse_events(chat(app, model="local/k2", stream=True))
     assert last["error"]["code"] == code, "no [DONE] follows"
     api.always = api_answers("ok")
     if status < 500:
-        assert said(chat(app, model="local/k2")) == "ok", "the circuit breaker has not opened"
+        assert answer_text(chat(app, model="local/k2")) == "ok", "the circuit breaker has not opened"
 
 
-def test_an_error_behind_the_finish_reason_may_carry_the_usage(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_error_after_the_finish_reason_may_carry_the_usage(api_app: Client, api: Api) -> None:
     late = {"error": {"message": "m", "code": 502}, "usage": USAGE}
-    api.always = api_plays(api_chunk({"content": "x"}, "stop"), late)
-    answer = chat(make(**both), model="local/k2").json
+    api.always = api_streams(api_chunk({"content": "x"}, "stop"), late)
+    answer = chat(api_app, model="local/k2").json
     assert answer["choices"][0]["message"]["content"] == "x" and answer["usage"] == USAGE
 
 
@@ -7283,24 +7602,23 @@ def test_an_error_behind_the_finish_reason_may_carry_the_usage(make: Make, both:
     ],
 )
 @json_and_stream
-def test_half_an_answer_is_never_a_completed_response(
-    make: Make, both: dict[str, str], api: Api, reason: str, status: str, stream: bool
+def test_a_partial_answer_is_never_a_completed_response(
+    api_app: Client, api: Api, reason: str, status: str, stream: bool
 ) -> None:
     api.always = api_answers("half", finish=reason)
-    response = respond(make(**both), model="local/k2", stream=stream)
+    response = respond(api_app, model="local/k2", stream=stream)
     final = response_events(response)[-1]["response"] if stream else response.json
     assert final["status"] == status and bool(final["error"]) == (status == "failed")
 
 
-def test_reasoning_alone_is_not_remembered_as_an_empty_message(make: Make, both: dict[str, str], api: Api) -> None:
-    app = make(**both)
+def test_reasoning_alone_is_not_remembered(api_app: Client, api: Api) -> None:
     api.always = api_answers(deltas=[{"reasoning_content": "long"}], finish="length")
-    chat(app, "x", model="local/k2", user="ada")
-    previous = respond(app, "x", model="local/k2").json["id"]
+    chat(api_app, "x", model="local/k2", user="ada")
+    previous = respond(api_app, "x", model="local/k2").json["id"]
     api.always = api_answers("ok")
-    chat(app, "y", model="local/k2", user="ada")
+    chat(api_app, "y", model="local/k2", user="ada")
     assert [message["content"] for message in api.asked[-1][2]["messages"]] == ["y"]
-    respond(app, "y", model="local/k2", previous_response_id=previous)
+    respond(api_app, "y", model="local/k2", previous_response_id=previous)
     assert [message["content"] for message in api.asked[-1][2]["messages"]] == ["x", "y"]
 
 
@@ -7318,22 +7636,24 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize("words", OVERFLOWS)
-def test_an_overflow_in_any_words_has_openais_code(make: Make, both: dict[str, str], api: Api, words: str) -> None:
-    app = make(**both, FALLBACK_MODELS="kimi")
+def test_every_wording_of_an_overflow_has_openais_code(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, words: str
+) -> None:
+    app = make_app(**api_settings, FALLBACK_MODELS="kimi")
     api.always = api_fails(400, words)
     assert chat(app, model="local/k2").headers["X-Kimi2api-Provider"] == "kimi"
-    app = make(**both)
+    app = make_app(**api_settings)
     response = chat(app, model="local/k2")
-    assert is_error(response, 400, "context_length_exceeded")
+    assert_error(response, 400, "context_length_exceeded")
     assert "context_length_exceeded" in response.json["error"]["message"], "LangChain looks for it there"
-    api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": words, "code": 500}})
-    failed = events(respond(app, model="local/k2", stream=True))[-1]
+    api.always = api_streams(api_chunk({"content": "half"}), {"error": {"message": words, "code": 500}})
+    failed = sse_events(respond(app, model="local/k2", stream=True))[-1]
     assert failed["response"]["error"]["code"] == "context_length_exceeded", "Codex would ask five times more"
 
 
-def test_a_bound_that_is_too_large_is_no_overflow(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_invalid_max_tokens_is_no_overflow(api_app: Client, api: Api) -> None:
     api.always = api_fails(400, "max_tokens is too large: 999999. This model supports at most 16384 completion tokens")
-    assert is_error(chat(make(**both), model="local/k2", max_tokens=999999), 400, None)
+    assert_error(chat(api_app, model="local/k2", max_tokens=999999), 400, None)
     assert len(api.asked) == 1
 
 
@@ -7349,46 +7669,52 @@ def test_a_bound_that_is_too_large_is_no_overflow(make: Make, both: dict[str, st
         ([{"error": {"code": 400, "message": "the reason", "status": "INVALID_ARGUMENT"}}], "the reason"),
     ],
 )
-def test_the_reason_of_an_error_is_told_wherever_it_stands(
-    make: Make, both: dict[str, str], api: Api, body: Any, words: str
+def test_the_reason_of_an_error_is_found_in_every_shape(
+    api_app: Client, api: Api, body: Any, words: str
 ) -> None:
     api.always = api_sends(400, body)
-    assert words in chat(make(**both), model="local/k2").json["error"]["message"]
+    assert words in chat(api_app, model="local/k2").json["error"]["message"]
 
 
 @pytest.mark.parametrize("status", [402, 403])
-def test_what_an_account_cannot_have_another_model_may_answer(
-    make: Make, both: dict[str, str], api: Api, status: int
+def test_a_refused_account_falls_back_to_another_model(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, status: int
 ) -> None:
     api.always = api_fails(status, "Insufficient Balance", type="unknown_error")
-    response = chat(make(**both), model="local/k2")
-    assert is_error(response, status, None, "unknown_error") and "Insufficient" in response.json["error"]["message"]
-    assert chat(make(**both, FALLBACK_MODELS="kimi"), model="local/k2").headers["X-Kimi2api-Provider"] == "kimi"
+    response = chat(make_app(**api_settings), model="local/k2")
+    assert_error(response, status, None, "unknown_error")
+    assert "Insufficient" in response.json["error"]["message"]
+    assert (
+        chat(make_app(**api_settings, FALLBACK_MODELS="kimi"), model="local/k2").headers["X-Kimi2api-Provider"]
+        == "kimi"
+    )
 
 
-def test_a_wrong_key_is_the_servers_whatever_its_status(make: Make, both: dict[str, str], api: Api) -> None:
+def test_a_wrong_key_of_an_api_is_an_upstream_auth_error(api_app: Client, api: Api) -> None:
     api.always = api_fails(400, "Incorrect API key provided: xai-…")
-    response = chat(make(**both), model="local/k2")
-    assert is_error(response, 502, "upstream_auth") and response.headers["x-should-retry"] == "false"
+    response = chat(api_app, model="local/k2")
+    assert_error(response, 502, "upstream_auth")
+    assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(("headers", "seconds"), [({"retry_after_ms": "1500"}, "2"), ({"Retry_After": "7.5"}, "8")])
-def test_the_time_to_wait_is_passed_on_in_whole_seconds(
-    make: Make, both: dict[str, str], api: Api, headers: dict[str, str], seconds: str
+def test_retry_after_is_rounded_up_to_whole_seconds(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, headers: dict[str, str], seconds: str
 ) -> None:
     api.always = api_sends(429, {"error": {"message": "slow"}}, **headers)
-    assert chat(make(**both, MAX_RETRIES="0"), model="local/k2").headers["Retry-After"] == seconds
+    assert chat(make_app(**api_settings, MAX_RETRIES="0"), model="local/k2").headers["Retry-After"] == seconds
 
 
-def test_a_spent_quota_is_no_wait(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_exhausted_quota_is_not_retried(api_app: Client, api: Api) -> None:
     api.always = api_sends(429, {"error": {"message": "m", "type": "exceeded_current_quota_error"}}, Retry_After="1")
-    response = chat(make(**both), model="local/k2")
-    assert is_error(response, 429, "upstream_rate_limited") and response.headers["x-should-retry"] == "false"
+    response = chat(api_app, model="local/k2")
+    assert_error(response, 429, "upstream_rate_limited")
+    assert response.headers["x-should-retry"] == "false"
     assert len(api.asked) == 1
 
 
-def test_the_circuit_breaker_of_a_model_stops_no_other_and_quotes_nobody(
-    make: Make, both: dict[str, str], api: Api
+def test_each_model_has_its_own_circuit_breaker(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
 ) -> None:
     def act(handler: ApiHandler) -> None:
         body = json.loads(handler.body)
@@ -7396,20 +7722,21 @@ def test_the_circuit_breaker_of_a_model_stops_no_other_and_quotes_nobody(
         (api_fails(500, f"cannot read {asked}") if body["model"] == "bad" else api_answers("ok"))(handler)
 
     api.always = act
-    app = make(**both, MAX_RETRIES="0")
+    app = make_app(**api_settings, MAX_RETRIES="0")
     for _ in range(5):
         assert "my secret" in chat(app, "my secret", model="local/bad").json["error"]["message"]
     response = chat(app, "another's", model="local/bad")
-    assert is_error(response, 500, "upstream_unavailable") and "Retry-After" in response.headers
+    assert_error(response, 500, "upstream_unavailable")
+    assert "Retry-After" in response.headers
     assert "secret" not in response.text and len(api.asked) == 5
-    assert said(chat(app, model="local/good")) == "ok"
+    assert answer_text(chat(app, model="local/good")) == "ok"
 
 
-def test_a_model_that_failed_a_while_ago_is_no_trouble(
-    make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
+def test_an_old_failure_does_not_degrade_health(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kimi2api, "FAILING_MAX_AGE", 0.2)
-    app = make(**both, MAX_RETRIES="0")
+    app = make_app(**api_settings, MAX_RETRIES="0")
     api.always = api_fails(500, "no such model")
     chat(app, model="local/made-up")
     assert app.get("/health").json["upstreams"]["local"]["reason"] == "upstream_unavailable (500)"
@@ -7419,27 +7746,26 @@ def test_a_model_that_failed_a_while_ago_is_no_trouble(
 
 @pytest.mark.parametrize("sends_base64", [False, True])
 @pytest.mark.parametrize("wanted", [None, "float", "base64"])
-def test_embeddings_come_in_the_encoding_that_was_asked_for(
-    make: Make, both: dict[str, str], api: Api, wanted: str | None, sends_base64: bool
+def test_embeddings_have_the_requested_encoding(
+    api_app: Client, api: Api, wanted: str | None, sends_base64: bool
 ) -> None:
     numbers = [0.5, -0.25]
     encoded = b64encode(struct.pack("<2f", *numbers)).decode()
     api.always = api_sends(200, {"data": [{"index": 0, "embedding": encoded if sends_base64 else numbers}]})
     body = {"encoding_format": wanted} if wanted else {}
-    [entry] = embed(make(**both), model="local/e1", **body).json["data"]
+    [entry] = embed(api_app, model="local/e1", **body).json["data"]
     assert entry["embedding"] == (encoded if wanted == "base64" else numbers)
 
 
-def test_an_api_that_refuses_base64_is_asked_for_numbers(make: Make, both: dict[str, str], api: Api) -> None:
+def test_embeddings_are_encoded_here_if_an_api_refuses_base64(api_app: Client, api: Api) -> None:
     def act(handler: ApiHandler) -> None:
         refusal = api_fails(400, "encoding_format only supports float", param="encoding_format")
         is_refused = json.loads(handler.body).get("encoding_format") == "base64"
         (refusal if is_refused else api_sends(200, {"data": [{"index": 0, "embedding": [0.5] * 8}]}))(handler)
 
     api.always = act
-    app = make(**both)
     for asked in (2, 3):
-        response = embed(app, model="local/e1", encoding_format="base64")
+        response = embed(api_app, model="local/e1", encoding_format="base64")
         assert len(b64decode(response.json["data"][0]["embedding"])) == 32
         assert "X-Kimi2api-Ignored" not in response.headers and len(api.asked) == asked
 
@@ -7449,29 +7775,29 @@ def test_an_api_that_refuses_base64_is_asked_for_numbers(make: Make, both: dict[
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_listed_and_their_creation_is_stable(make: Make) -> None:
-    app = make()
+def test_models_are_listed_and_their_creation_is_stable(make_app: MakeApp) -> None:
+    app = make_app()
     listed = app.get("/v1/models").json
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["kimi", "kimi-k2-instruct-0905", "kimi-k2-instruct"]
     for model in listed["data"]:
         assert set(model) == {"id", "object", "created", "owned_by"} and model["object"] == "model"
         assert app.get(f"/v1/models/{model['id']}").json == model
-    assert make().get("/v1/models").json == listed
+    assert make_app().get("/v1/models").json == listed
 
 
-def test_a_star_accepts_any_model_and_the_answer_names_the_one_asked_for(make: Make, kimi: WebChat) -> None:
-    app = make(MODELS="kimi=a/b,*=c/d", DEFAULT_MODEL="whatever")
+def test_a_star_accepts_any_model_and_the_answer_has_its_name(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(MODELS="kimi=a/b,*=c/d", DEFAULT_MODEL="whatever")
     assert chat(app, model="gpt-4o").json["model"] == "gpt-4o"
     assert chat(app).json["model"] == "whatever"
     assert [post["model"] for post in kimi.posts] == ["c/d", "c/d"]
     assert [model["id"] for model in app.get("/v1/models").json["data"]] == ["kimi"]
 
 
-def test_models_are_resolved_by_the_table_then_by_provider_then_by_the_web_chat(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+def test_models_resolve_by_table_then_provider_then_web_chat(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
-    app = make(**both, MODELS="kimi=moonshotai/K2,gpt-4o=local/k2,mini=gpt-4o,far=mini,*=kimi")
+    app = make_app(**api_settings, MODELS="kimi=moonshotai/K2,gpt-4o=local/k2,mini=gpt-4o,far=mini,*=kimi")
     for model, provider, own_name in (
         ("gpt-4o", "local", "k2"),
         ("mini", "local", "k2"),
@@ -7486,10 +7812,10 @@ def test_models_are_resolved_by_the_table_then_by_provider_then_by_the_web_chat(
         assert (api.asked[-1][2]["model"] if provider == "local" else kimi.posts[-1]["model"]) == own_name
 
 
-def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(
-    make: Make, both: dict[str, str], api: Api
+def test_a_slow_list_of_models_does_not_delay_the_others(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
 ) -> None:
-    app = make(**both)
+    app = make_app(**api_settings)
 
     def listed_of_api() -> list[Any]:
         return [model for model in app.get("/v1/models").json["data"] if model["id"].startswith("local/")]
@@ -7499,12 +7825,12 @@ def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(
     app.get("/v1/models")
     assert len(api.listed) == 1, "the list is kept"
     assert app.get("/v1/models/local/k2").json == listed[0]
-    assert is_error(app.get("/v1/models/local/other"), 404, "model_not_found")
+    assert_error(app.get("/v1/models/local/other"), 404, "model_not_found")
     api.list_act = hangs
     began = time.monotonic()
     aliases = ",".join(f"m{number}=local/k2" for number in range(30))
-    assert len(make(**both, MODELS=f"kimi=a/b,{aliases}").get("/v1/models").json["data"]) == 31
-    assert time.monotonic() - began < PATIENCE / 2, "one wait for all, not one for each"
+    assert len(make_app(**api_settings, MODELS=f"kimi=a/b,{aliases}").get("/v1/models").json["data"]) == 31
+    assert time.monotonic() - began < PATIENCE / 2, "one wait covers all lists"
 
 
 @pytest.mark.parametrize(
@@ -7520,58 +7846,64 @@ def test_models_of_an_api_are_listed_lazily_and_never_hold_the_list_up(
     ],
 )
 @json_and_stream
-def test_when_the_web_chat_cannot_answer_the_next_model_does(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat, fault: Any, stream: bool
+def test_a_failing_web_chat_falls_back_to_the_next_model(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat, fault: Any, stream: bool
 ) -> None:
-    app = make(**both, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT="0.3", MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20")
-    kimi.always = fault or answer
+    timeout = "0.3" if fault is hangs else "20"
+    app = make_app(
+        **api_settings, FALLBACK_MODELS="local/k2", REQUEST_TIMEOUT=timeout, MAX_RETRIES="0", CONTEXT_MAX_LENGTH="20"
+    )
+    kimi.always = fault or web_chat_answers
     response = chat(app, "Hello" if fault else "x" * 30, stream=stream)
     assert response.status_int == 200 and response.headers["X-Kimi2api-Provider"] == "local"
     if stream:
-        assert {chunk["model"] for chunk in events(response)[:-1]} == {"local/k2"}
-        assert streamed(events(response)) == "Hi from the API."
+        assert {chunk["model"] for chunk in sse_events(response)[:-1]} == {"local/k2"}
+        assert streamed_text(sse_events(response)) == "Hi from the API."
     else:
-        assert said(response) == "Hi from the API." and response.json["model"] == "local/k2"
+        assert answer_text(response) == "Hi from the API." and response.json["model"] == "local/k2"
     kimi.gate.set()
-    kimi.always = answer
+    kimi.always = web_chat_answers
     response = chat(app)
     assert response.json["model"] == "kimi" and response.headers["X-Kimi2api-Provider"] == "kimi"
 
 
-def test_an_api_that_breaks_off_before_anything_is_sent_is_replaced(make: Make, both: dict[str, str], api: Api) -> None:
+def test_an_api_that_fails_before_the_first_delta_falls_back(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api
+) -> None:
     api.gate.set()
-    app = make(**both, FALLBACK_MODELS="kimi")
-    api.always = half_then(ends=False)
-    assert chat(app, model="local/k2").json["model"] == "kimi", "nothing of a JSON answer is sent before its end"
+    app = make_app(**api_settings, FALLBACK_MODELS="kimi")
+    api.always = api_streams_half_then(ends=False)
+    assert chat(app, model="local/k2").json["model"] == "kimi", "a JSON answer is sent only when complete"
     only_role = api_chunk({"role": "assistant"})
-    for act in (api_sends(200, {"choices": []}), api_plays(b"[DONE]"), api_plays(only_role)):
+    for act in (api_sends(200, {"choices": []}), api_streams(b"[DONE]"), api_streams(only_role)):
         api.always = act
-        assert streamed(events(chat(app, model="local/k2", stream=True))) == "Hello from upstream."
+        assert streamed_text(sse_events(chat(app, model="local/k2", stream=True))) == "Hello from upstream."
         assert chat(app, model="local/k2").headers["X-Kimi2api-Provider"] == "kimi"
 
 
-def test_a_bad_request_never_falls_back_and_when_all_fail_the_error_says_so(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+def test_an_invalid_request_never_falls_back(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
-    app = make(**both, FALLBACK_MODELS="local/k2,kimi", MAX_RETRIES="0")
-    assert is_error(chat(app, [{"type": "image_url", "image_url": {}}]), 400, "unsupported_value")
+    app = make_app(**api_settings, FALLBACK_MODELS="local/k2,kimi", MAX_RETRIES="0")
+    assert_error(chat(app, [{"type": "image_url", "image_url": {}}]), 400, "unsupported_value")
     assert not api.asked
     kimi.always, api.always = sends(500), api_sends(401, b"no")
     response = chat(app)
-    assert is_error(response, 502, "upstream_unavailable") and "local/k2" in response.json["error"]["message"]
+    assert_error(response, 502, "upstream_unavailable")
+    assert "local/k2" in response.json["error"]["message"]
     assert len(kimi.posts) == len(api.asked) == 1
 
 
-def test_an_error_that_several_wait_for_is_told_to_each_alone(
-    make: Make, both: dict[str, str], api: Api, kimi: WebChat
+def test_each_waiting_chat_receives_its_own_error(
+    make_app: MakeApp, api_settings: dict[str, str], api: Api, kimi: WebChat
 ) -> None:
-    app = make(**both, FALLBACK_MODELS="local/k2", MAX_RETRIES="0")
-    kimi.page_script.append(late(sends(200, "no nonce")))
+    app = make_app(**api_settings, FALLBACK_MODELS="local/k2", MAX_RETRIES="0")
+    kimi.page_script.append(at_the_gate(sends(200, "no nonce")))
     api.always = api_sends(402, {"error": {"message": "pay"}})
     with ThreadPoolExecutor(5) as pool:
         chats = [pool.submit(chat, app) for _ in range(5)]
         wait_for(lambda: app.get("/health").json["chats"]["running"] == 5 and kimi.pages)
-        wait_until_still()  # one fetches, four wait
+        wait_until_still()  # one chat fetches, four wait
         kimi.gate.set()
         assert [done.result().text.count("pay") for done in chats] == [1] * 5
     assert len(kimi.pages) == 1
@@ -7583,29 +7915,30 @@ def test_an_error_that_several_wait_for_is_told_to_each_alone(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Clients and chats
+# Clients, chats
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_sessions_work_the_same_for_an_api(make: Make, both: dict[str, str], api: Api, kimi: WebChat) -> None:
-    app = make(**both)
-    chat(app, "first", user="ada", model="local/k2", stream=True)
-    chat(app, "second", user="ada")
+def test_sessions_span_the_web_chat_and_an_api(api_app: Client, api: Api, kimi: WebChat) -> None:
+    chat(api_app, "first", user="ada", model="local/k2", stream=True)
+    chat(api_app, "second", user="ada")
     assert kimi.posts[-1]["message"] == "用户: first\n模型: Hi from the API.\n用户: second"
     third = [{"role": "system", "content": "S"}, {"role": "user", "content": "third"}]
-    chat(app, messages=third, user="ada", model="local/k2")
+    chat(api_app, messages=third, user="ada", model="local/k2")
     contents = [message["content"] for message in api.asked[-1][2]["messages"]]
     assert contents == ["S", "first", "Hi from the API.", "second", kimi.answer, "third"]
 
 
-def test_a_failed_request_records_nothing(make: Make, kimi: WebChat) -> None:
-    app = make(MAX_RETRIES="0")
+def test_a_failed_request_records_nothing(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(MAX_RETRIES="0")
     kimi.script.append(sends(500))
-    assert is_error(chat(app, user="ada"), 502, "upstream_unavailable")
-    assert is_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
+    assert_error(chat(app, user="ada"), 502, "upstream_unavailable")
+    assert_error(app.get("/v1/sessions/ada"), 404, "session_not_found")
 
 
-def test_chunks_of_an_api_arrive_one_by_one(run: Run, both: dict[str, str], api: Api) -> None:
+def test_chunks_of_an_api_are_forwarded_immediately(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     step = threading.Semaphore(0)
 
     def act(handler: ApiHandler) -> None:
@@ -7617,7 +7950,7 @@ def test_chunks_of_an_api_arrive_one_by_one(run: Run, both: dict[str, str], api:
         handler.end()
 
     api.always = act
-    with run(**both).open_chat(model="local/k2", stream=True) as link:
+    with start_program(**api_settings).open_chat(model="local/k2", stream=True) as link:
         received = b""
         for number in range(5):
             assert f"<{number}>".encode() not in received
@@ -7626,7 +7959,9 @@ def test_chunks_of_an_api_arrive_one_by_one(run: Run, both: dict[str, str], api:
         assert b"[DONE]" in received + read_all(link)
 
 
-def test_a_first_chunk_without_choices_holds_nothing_back(run: Run, both: dict[str, str], api: Api) -> None:
+def test_a_first_chunk_without_choices_delays_nothing(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
         handler.event({"choices": [], "prompt_filter_results": [1]})
@@ -7636,15 +7971,15 @@ def test_a_first_chunk_without_choices_holds_nothing_back(run: Run, both: dict[s
         handler.end()
 
     api.always = act
-    with run(**both).open_chat(model="local/k2", stream=True) as link:
+    with start_program(**api_settings).open_chat(model="local/k2", stream=True) as link:
         body = read_until(link, b"now")
         api.gate.set()
         assert b"[DONE]" in read_all(link) and b"prompt_filter_results" in body
 
 
-def test_a_stream_arrives_piece_by_piece_in_its_time(run: Run, kimi: WebChat) -> None:
+def test_the_replay_sends_pieces_within_its_time(start_program: StartProgram, kimi: WebChat) -> None:
     kimi.answer = "word " * 400
-    program = run(STREAM_INTERVAL_MS="20", STREAM_MAX_SECONDS="0.5")
+    program = start_program(STREAM_INTERVAL_MS="20", STREAM_MAX_SECONDS="0.5")
     connection = program.connect()
     connection.request(
         "POST", "/v1/chat/completions", json.dumps({"stream": True, "messages": [{"role": "user", "content": "x"}]})
@@ -7654,23 +7989,23 @@ def test_a_stream_arrives_piece_by_piece_in_its_time(run: Run, kimi: WebChat) ->
     while part := response.read1(65536):
         arrivals.append(time.monotonic())
         body += part
-    chunks = events(body)
-    assert streamed(chunks) == kimi.answer and chunks[-1] == "[DONE]"
-    assert len(arrivals) >= 10, "one by one, not all at once"
+    chunks = sse_events(body)
+    assert streamed_text(chunks) == kimi.answer and chunks[-1] == "[DONE]"
+    assert len(arrivals) >= 10, "pieces arrive one by one"
     assert 0.3 < arrivals[-1] - arrivals[0] < PATIENCE / 2
     assert len(chunks) <= 25 + 3, "pieces grow so that the replay keeps to STREAM_MAX_SECONDS"
 
 
-def test_with_no_interval_an_answer_goes_out_at_once(run: Run, kimi: WebChat) -> None:
+def test_without_an_interval_the_answer_is_one_piece(start_program: StartProgram, kimi: WebChat) -> None:
     kimi.answer = "word " * 400
-    program = run(STREAM_INTERVAL_MS="0")
+    program = start_program(STREAM_INTERVAL_MS="0")
     _, body = program.chat(stream=True)
-    assert streamed(events(body)) == kimi.answer and len(events(body)) == 4
+    assert streamed_text(sse_events(body)) == kimi.answer and len(sse_events(body)) == 4
 
 
-def test_silence_is_filled_with_keep_alive_comments(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(SSE_KEEPALIVE="0.1")
+def test_silence_is_filled_with_keep_alive_comments(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(SSE_KEEPALIVE="0.1")
     with program.open_chat(stream=True) as link:
         head = link.recv(65536)
         assert b" 200 OK" in head and b"text/event-stream" in head
@@ -7680,41 +8015,41 @@ def test_silence_is_filled_with_keep_alive_comments(run: Run, kimi: WebChat) -> 
     assert b"data: [DONE]" in body and b"Hello" in body
 
 
-def test_an_error_after_the_first_byte_is_an_event_and_there_is_no_done(run: Run, kimi: WebChat) -> None:
-    kimi.always = late(sends(500))
-    program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0")
+def test_an_error_after_the_first_byte_is_an_event_without_done(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = at_the_gate(sends(500))
+    program = start_program(SSE_KEEPALIVE="0.1", MAX_RETRIES="0")
     with program.open_chat(stream=True) as link:
         body = link.recv(65536)
         assert b" 200 OK" in body
         kimi.gate.set()
         body += read_all(link)
-    assert events(body)[-1]["error"]["code"] == "upstream_unavailable"
+    assert sse_events(body)[-1]["error"]["code"] == "upstream_unavailable"
     assert b"[DONE]" not in body and body.endswith(b"0\r\n\r\n")
 
 
 @json_and_stream
-def test_a_client_that_leaves_in_silence_is_noticed_and_its_turn_is_recorded(
-    run: Run, kimi: WebChat, stream: bool
+def test_the_turn_of_a_disconnected_client_is_recorded(
+    start_program: StartProgram, kimi: WebChat, stream: bool
 ) -> None:
-    kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="1")
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(MAX_CONCURRENT_CHATS="1")
     with program.open_chat("leaving", stream=stream, user="ada"):
         wait_for(lambda: kimi.posts)
         assert program.running() == 1
         status, body = program.chat("too many")
         assert status == 429 and json.loads(body)["error"]["code"] == "server_busy"
-    assert program.running() == 1, "its call goes on and holds the slot"
+    assert program.running() == 1, "its call continues and holds the slot"
     kimi.gate.set()
     wait_for(lambda: program.ask("GET", "/v1/sessions/ada")[0] == 200, "the turn is recorded")
     assert b"leaving" in program.ask("GET", "/v1/sessions/ada")[1]
     wait_for(lambda: program.running() == 0, "the slot is free again")
-    kimi.always = answer
+    kimi.always = web_chat_answers
     assert program.chat()[0] == 200
 
 
-def test_a_client_that_leaves_during_the_replay_frees_its_slot(run: Run, kimi: WebChat) -> None:
+def test_a_client_that_disconnects_during_the_replay_frees_its_slot(start_program: StartProgram, kimi: WebChat) -> None:
     kimi.answer = "word " * 4000
-    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="100", STREAM_MAX_SECONDS="600")
+    program = start_program(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="100", STREAM_MAX_SECONDS="600")
     with program.open_chat(stream=True) as link:
         assert link.recv(100)
         assert program.running() == 1
@@ -7722,9 +8057,9 @@ def test_a_client_that_leaves_during_the_replay_frees_its_slot(run: Run, kimi: W
     assert not [line for line in program.log if "Traceback" in line]
 
 
-def test_a_response_whose_client_leaves_during_the_replay_is_kept_whole(run: Run, kimi: WebChat) -> None:
+def test_a_response_abandoned_during_the_replay_is_stored(start_program: StartProgram, kimi: WebChat) -> None:
     kimi.answer = "word " * 4000
-    program = run(STREAM_INTERVAL_MS="100", STREAM_MAX_SECONDS="600")
+    program = start_program(STREAM_INTERVAL_MS="100", STREAM_MAX_SECONDS="600")
     body = b'{"input": "Hello", "stream": true}'
     head = b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     with program.open(head + body) as link:
@@ -7737,24 +8072,12 @@ def test_a_response_whose_client_leaves_during_the_replay_is_kept_whole(run: Run
     assert counted == ['kimi2api_chats_total{provider="kimi",model="kimi",status="499"} 1']
 
 
-@json_and_stream
-def test_a_client_that_leaves_a_steady_answer_is_noticed(
-    run: Run, both: dict[str, str], api: Api, stream: bool
-) -> None:
-    api.always = steady
-    program = run(before=CHECKS_OFTEN, **both)
-    with program.open_chat(model="local/k2", stream=stream):
-        wait_for(lambda: api.asked)
-    assert api.hung_up.wait(PATIENCE)
-    wait_for(lambda: program.running() == 0)
-
-
-def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="2")
+def test_an_abandoned_chat_holds_its_slot_until_its_call_ends(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="2")
     with program.open_chat(user="ada"), program.open_chat(user="bob"):
         wait_for(lambda: len(kimi.posts) == 2)
-    time.sleep(0.3)  # by now both have been found gone
+    time.sleep(0.3)  # until both disconnects have been noticed
     assert program.chat()[0] == 429 and len(kimi.posts) == 2
     refused = 'kimi2api_chats_total{provider="none",model="other",status="429"} 1'
     assert refused in program.ask("GET", "/metrics")[1].decode().splitlines()
@@ -7762,18 +8085,18 @@ def test_a_chat_whose_client_left_holds_its_slot_until_its_call_ends(run: Run, k
     wait_for(lambda: program.chat()[0] == 200)
 
 
-def test_a_chat_that_nobody_waits_for_is_ended(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="1")
+def test_an_abandoned_chat_is_ended(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(before=CHECKS_OFTEN, MAX_CONCURRENT_CHATS="1")
     for count in range(1, 4):
         with program.open_chat():
             wait_for(lambda count=count: len(kimi.posts) == count)
         wait_for(lambda: program.running() == 0)
-    kimi.always = answer
+    kimi.always = web_chat_answers
     wait_for(lambda: program.chat()[0] == 200)
 
 
-def test_all_that_one_read_brings_is_one_write(make: Make, both: dict[str, str], api: Api) -> None:
+def test_the_events_of_one_read_are_one_write(api_app: Client, api: Api) -> None:
     def act(handler: ApiHandler) -> None:
         handler.begin_stream()
         chunks = [b"data: %s\n\n" % json.dumps(api_chunk({"content": f"<{number}>"})).encode() for number in range(50)]
@@ -7784,17 +8107,16 @@ def test_all_that_one_read_brings_is_one_write(make: Make, both: dict[str, str],
         handler.end()
 
     api.always = act
-    app = make(**both)
     writes: list[bytes] = []
     body = json.dumps({"model": "local/k2", "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode()
     environ = webtest.TestRequest.blank("/v1/chat/completions", method="POST", body=body).environ
-    rest = app.app(environ, lambda *_: writes.append)
+    rest = api_app.app(environ, lambda *_: writes.append)
     assert [write.count(b"data: ") for write in writes][:1] == [50] and len(writes) <= 3
     assert not b"".join(rest) and writes[-1].endswith(b"[DONE]\n\n")
 
 
-def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
-    run: Run, both: dict[str, str], api: Api
+def test_a_client_may_pause_longer_than_the_upstream_timeout(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
     text = "word " * 2_000  # less than SEND_SIZE: it is sent before the next wait
 
@@ -7808,16 +8130,16 @@ def test_a_client_may_read_nothing_for_longer_than_an_upstream_may_be_silent(
         handler.end()
 
     api.always = act
-    program = run(**both, REQUEST_TIMEOUT="0.3")
+    program = start_program(**api_settings, REQUEST_TIMEOUT="0.2")
     with program.open_chat(model="local/k2", stream=True, stream_options={"include_usage": True}) as link:
         wait_for(lambda: api.asked)
-        time.sleep(0.6)
+        time.sleep(0.4)
         body = read_all(link)
     assert body.count(text.encode()) == 600 and b"[DONE]" in body and b'"completion_tokens":3' in body
 
 
-def test_an_endless_upstream_and_a_client_that_reads_nothing_cost_no_memory(
-    run: Run, both: dict[str, str], api: Api
+def test_an_endless_answer_that_is_not_read_uses_no_memory(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
     sent = 0
 
@@ -7829,19 +8151,21 @@ def test_an_endless_upstream_and_a_client_that_reads_nothing_cost_no_memory(
             sent += 1
 
     api.always = act
-    program = run(**both)
+    program = start_program(**api_settings)
     before = program.memory()
     with program.open_chat(model="local/k2", stream=True):
         wait_for(lambda: sent > 10)
-        wait_for(lambda: sent == (time.sleep(0.2), sent)[1], "the upstream is read no more")
+        wait_for(lambda: sent == (time.sleep(0.2), sent)[1], "the upstream is no longer read")
         assert program.memory() - before < 60
     wait_for(lambda: program.running() == 0)
     assert program.chat()[0] == 200
 
 
-def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> None:
-    kimi.answer = "word " * 600_000  # 3 MB: more than the system takes for a client that does not read
-    program = run(MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 0.3")
+def test_a_client_that_stops_reading_frees_its_slot(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.answer = "word " * 600_000  # 3 MB: more than the system buffers for a client that does not read
+    program = start_program(
+        MAX_CONCURRENT_CHATS="1", STREAM_INTERVAL_MS="0", before="kimi2api.CONNECTION_TIMEOUT = 0.3"
+    )
     before = program.memory()
     links = []
     for stream in (True, False):
@@ -7861,20 +8185,20 @@ def test_a_client_that_stops_reading_frees_its_slot(run: Run, kimi: WebChat) -> 
         pytest.param(sends(403, b"-1"), id="stale nonce"),
         pytest.param(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"), id="blocked"),
         pytest.param(resets, id="reset"),
-        pytest.param(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"), id="cut off"),
+        pytest.param(sends_raw(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"), id="cut off"),
         pytest.param(hangs, id="timed out"),
     ],
 )
-def test_nothing_of_a_request_stays_once_it_has_ended(
-    make: Make, kimi: WebChat, api: Api, both: dict[str, str], act: Act
+def test_no_request_stays_in_memory(
+    make_app: MakeApp, kimi: WebChat, api: Api, api_settings: dict[str, str], act: Act
 ) -> None:
-    app = make(**both, REQUEST_TIMEOUT="0.2", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
+    app = make_app(**api_settings, REQUEST_TIMEOUT="0.1", MAX_RETRIES="1", FALLBACK_MODELS="kimi")
     kimi.always = api.always = act
-    kimi.page_script.extend([page, act])
+    kimi.page_script.extend([serves_page, act])
     chat(app)
     gc.collect(0)
-    gc.freeze()  # what was there before is not looked at each time
-    gc.disable()  # what only it could free would stay for thousands of chats
+    gc.freeze()  # exempts existing objects from each search
+    gc.disable()  # requests must be freed without the collector
     try:
         for model, stream in itertools.product(("kimi", "local/k2"), (False, True)):
             chat(app, model=model, stream=stream, tools=[WEATHER], tool_choice="required")
@@ -7889,24 +8213,24 @@ def requests_in_memory() -> list[Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Application and routes
+# Access, application, routes
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_is_asked_for_everything_but_health(make: Make, kimi: WebChat) -> None:
-    app = make(API_MASTER_KEY="sk-one, sk-two")
+def test_everything_but_health_requires_a_key(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(API_MASTER_KEY="sk-one, sk-two")
     wrong = ("Bearer wrong", "Bearer", "Basic sk-one", "sk-one", "Bearer sk-one,sk-two", "Bearer schl\xfcssel")
     for header in (None, *wrong):
         headers = {"Authorization": header} if header else {}
         response = chat(app, headers=headers)
-        assert is_error(response, 401, "invalid_api_key", "invalid_request_error")
+        assert_error(response, 401, "invalid_api_key", "invalid_request_error")
         assert response.headers["WWW-Authenticate"] == "Bearer"
         for path in ("/v1/models", "/v1/models/kimi", "/v1/sessions/ada", "/nowhere"):
-            assert is_error(app.get(path, headers=headers), 401, "invalid_api_key")
+            assert_error(app.get(path, headers=headers), 401, "invalid_api_key")
     assert not kimi.posts
     assert app.get("/health").json["status"] == "ok"
     for header in ("Bearer sk-one", "bearer sk-two", "Bearer  sk-two "):
-        assert said(chat(app, headers={"Authorization": header}))
+        assert answer_text(chat(app, headers={"Authorization": header}))
 
 
 @pytest.mark.parametrize(
@@ -7927,11 +8251,14 @@ def test_a_key_is_asked_for_everything_but_health(make: Make, kimi: WebChat) -> 
         pytest.param("localhost, evil.com", False, id="two names"),
     ],
 )
-def test_without_a_key_a_host_that_is_not_this_machine_is_refused(make: Make, host: str, admitted: bool) -> None:
-    keyless, keyed = make(), make(API_MASTER_KEY="sk-1")
+def test_without_a_key_a_foreign_host_is_refused(make_app: MakeApp, host: str, admitted: bool) -> None:
+    keyless, keyed = make_app(), make_app(API_MASTER_KEY="sk-1")
     for method in ("GET", "OPTIONS"):
         response = keyless.request("/v1/models", method=method, headers={"Host": host})
-        assert (response.status_int < 400) == admitted or is_error(response, 403, "host_not_allowed")
+        if admitted:
+            assert response.status_int < 400
+        else:
+            assert_error(response, 403, "host_not_allowed")
     assert keyed.get("/v1/models", headers={"Host": host, "Authorization": "Bearer sk-1"}).status_int == 200
 
 
@@ -7949,27 +8276,30 @@ def test_without_a_key_a_host_that_is_not_this_machine_is_refused(make: Make, ho
         pytest.param("file://", False, id="file"),
     ],
 )
-def test_without_a_key_a_foreign_page_is_refused_preflight_or_not(
-    make: Make, kimi: WebChat, origin: str, admitted: bool
+def test_without_a_key_a_foreign_origin_is_refused(
+    make_app: MakeApp, kimi: WebChat, origin: str, admitted: bool
 ) -> None:
-    app = make()
+    app = make_app()
     headers = {"Origin": origin}
     for response in (chat(app, headers=headers), app.options("/v1/chat/completions", headers=headers)):
-        assert (response.status_int < 400) == admitted or is_error(response, 403, "origin_not_allowed")
+        if admitted:
+            assert response.status_int < 400
+        else:
+            assert_error(response, 403, "origin_not_allowed")
         assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
     assert len(kimi.posts) == admitted
 
 
-def test_with_a_key_any_page_may_call_unless_origins_are_listed(make: Make) -> None:
+def test_with_a_key_any_origin_is_allowed_unless_origins_are_listed(make_app: MakeApp) -> None:
     key = {"Authorization": "Bearer sk-1"}
-    anyone = make(API_MASTER_KEY="sk-1")
-    listed = make(API_MASTER_KEY="sk-1", CORS_ORIGINS="https://mine.example, https://b")
+    anyone = make_app(API_MASTER_KEY="sk-1")
+    listed = make_app(API_MASTER_KEY="sk-1", CORS_ORIGINS="https://mine.example, https://b")
     response = chat(anyone, headers={**key, "Origin": "https://evil.com"})
-    assert said(response) and response.headers["Access-Control-Allow-Origin"] == "https://evil.com"
+    assert answer_text(response) and response.headers["Access-Control-Allow-Origin"] == "https://evil.com"
     assert response.headers["Vary"] == "Origin" and response.headers["Access-Control-Expose-Headers"] == "*"
-    assert said(chat(listed, headers={**key, "Origin": "https://mine.example"}))
-    assert is_error(chat(listed, headers={**key, "Origin": "https://evil.com"}), 403, "origin_not_allowed")
-    assert said(chat(listed, headers={**key, "Origin": "http://localhost:80"})), "a page of the server itself"
+    assert answer_text(chat(listed, headers={**key, "Origin": "https://mine.example"}))
+    assert_error(chat(listed, headers={**key, "Origin": "https://evil.com"}), 403, "origin_not_allowed")
+    assert answer_text(chat(listed, headers={**key, "Origin": "http://localhost:80"})), "the server's own page"
 
 
 @pytest.mark.parametrize(
@@ -7982,10 +8312,13 @@ def test_with_a_key_any_page_may_call_unless_origins_are_listed(make: Make) -> N
         ("chrome-extension://abcd", False),
     ],
 )  # fmt: skip
-def test_listed_origins_are_matched_whole_or_by_their_domain(make: Make, origin: str, admitted: bool) -> None:
-    app = make(CORS_ORIGINS="https://*.example.com, https://*.other.com:8443, null, chrome-extension://abc")
+def test_listed_origins_match_exactly_or_by_domain(make_app: MakeApp, origin: str, admitted: bool) -> None:
+    app = make_app(CORS_ORIGINS="https://*.example.com, https://*.other.com:8443, null, chrome-extension://abc")
     response = app.get("/v1/models", headers={"Origin": origin})
-    assert (response.status_int == 200) == admitted or is_error(response, 403, "origin_not_allowed")
+    if admitted:
+        assert response.status_int == 200
+    else:
+        assert_error(response, 403, "origin_not_allowed")
     assert response.headers.get("Access-Control-Allow-Origin") == (origin if admitted else None)
 
 
@@ -8002,13 +8335,16 @@ def test_listed_origins_are_matched_whole_or_by_their_domain(make: Make, origin:
         ({"X-Forwarded-For": "[2001:db8::1]:4711"}, False), ({"X-Forwarded-For": "2001:db8::127"}, False),
     ],
 )  # fmt: skip
-def test_without_a_key_a_proxy_opens_the_server_to_nobody_else(
-    make: Make, headers: dict[str, str], admitted: bool
+def test_without_a_key_requests_forwarded_for_others_are_refused(
+    make_app: MakeApp, headers: dict[str, str], admitted: bool
 ) -> None:
-    response = make().get("/v1/models", headers=headers)
-    assert (response.status_int == 200) == admitted or is_error(response, 403, "host_not_allowed")
+    response = make_app().get("/v1/models", headers=headers)
+    if admitted:
+        assert response.status_int == 200
+    else:
+        assert_error(response, 403, "host_not_allowed")
     assert admitted or "proxy" in response.json["error"]["message"]
-    assert make(API_MASTER_KEY="sk").get("/v1/models", headers={**headers, **bearer("sk")}).status_int == 200
+    assert make_app(API_MASTER_KEY="sk").get("/v1/models", headers={**headers, **bearer("sk")}).status_int == 200
 
 
 @pytest.mark.parametrize(
@@ -8024,32 +8360,32 @@ def test_without_a_key_a_proxy_opens_the_server_to_nobody_else(
         ("PUT", "/v1/chat/completions", 405, "PUT"), ("GET", "/v1/responses", 405, "GET"), ("POST", "/health", 405, ""),
     ],
 )  # fmt: skip
-def test_a_path_that_is_nearly_right_is_404_with_advice(
-    make: Make, method: str, path: str, status: int, said_in_it: str
+def test_a_nearly_right_path_returns_404_with_advice(
+    make_app: MakeApp, method: str, path: str, status: int, said_in_it: str
 ) -> None:
-    response = make().request(path, method=method, body=b"{}")
-    assert is_error(response, status, "not_found" if status == 404 else "method_not_allowed")
+    response = make_app().request(path, method=method, body=b"{}")
+    assert_error(response, status, "not_found" if status == 404 else "method_not_allowed")
     assert said_in_it in response.json["error"]["message"]
 
 
-def test_a_named_key_has_its_share_of_the_slots(make: Make, kimi: WebChat) -> None:
-    app = make(API_MASTER_KEY="ann:sk-1,bob:sk-2", MAX_CONCURRENT_CHATS="3,ann=1")
-    kimi.always = at_the_gate
+def test_a_named_key_has_its_share_of_the_slots(make_app: MakeApp, kimi: WebChat) -> None:
+    app = make_app(API_MASTER_KEY="ann:sk-1,bob:sk-2", MAX_CONCURRENT_CHATS="3,ann=1")
+    kimi.always = web_chat_answers_at_the_gate
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(chat, app, headers=bearer("sk-1"))]
         wait_for(lambda: len(kimi.posts) == 1)
-        assert is_error(chat(app, headers=bearer("sk-1")), 429, "server_busy")
+        assert_error(chat(app, headers=bearer("sk-1")), 429, "server_busy")
         running += [pool.submit(chat, app, headers=bearer("sk-2")) for _ in range(2)]
         wait_for(lambda: len(kimi.posts) == 3)
-        assert is_error(chat(app, headers=bearer("sk-2")), 429, "server_busy")
+        assert_error(chat(app, headers=bearer("sk-2")), 429, "server_busy")
         assert app.get("/health").json["chats"] == {"running": 3, "limit": 3}
         kimi.gate.set()
-        assert all(said(done.result()) for done in running)
-    assert app.get("/health").json["chats"]["running"] == 0 and said(chat(app, headers=bearer("sk-1")))
+        assert all(answer_text(done.result()) for done in running)
+    assert app.get("/health").json["chats"]["running"] == 0 and answer_text(chat(app, headers=bearer("sk-1")))
 
 
-def test_a_preflight_needs_no_key_and_echoes_the_headers_asked_for(make: Make) -> None:
-    app = make(API_MASTER_KEY="sk-1")
+def test_a_preflight_needs_no_key_and_allows_the_requested_headers(make_app: MakeApp) -> None:
+    app = make_app(API_MASTER_KEY="sk-1")
     asked = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-retry-count"
     preflight = {
         "Origin": "https://app.example",
@@ -8065,7 +8401,7 @@ def test_a_preflight_needs_no_key_and_echoes_the_headers_asked_for(make: Make) -
         assert {"POST", "GET", "DELETE"} <= set(response.headers["Access-Control-Allow-Methods"].split(", "))
 
 
-def test_every_response_has_a_request_id_and_a_sane_one_is_kept(app: Client) -> None:
+def test_every_response_has_a_request_id_and_a_valid_one_is_kept(app: Client) -> None:
     assert app.get("/v1/models", headers={"X-Request-Id": "trace-1.2_3"}).headers["X-Request-Id"] == "trace-1.2_3"
     for response in (
         app.get("/health"),
@@ -8079,15 +8415,15 @@ def test_every_response_has_a_request_id_and_a_sane_one_is_kept(app: Client) -> 
         assert re.fullmatch(r"req_[0-9a-f]{32}", response.headers["X-Request-Id"])
 
 
-def test_a_body_above_the_limit_is_413_and_one_above_bottles_own_limit_is_fine(make: Make) -> None:
-    app = make(MAX_BODY_BYTES="300000", CONTEXT_MAX_LENGTH="999999")
-    assert said(chat(app, "x" * 200_000))
-    assert is_error(chat(app, "x" * 300_000), 413, "request_too_large", "invalid_request_error")
+def test_a_body_above_the_limit_returns_413(make_app: MakeApp) -> None:
+    app = make_app(MAX_BODY_BYTES="300000", CONTEXT_MAX_LENGTH="999999")
+    assert answer_text(chat(app, "x" * 200_000))
+    assert_error(chat(app, "x" * 300_000), 413, "request_too_large", "invalid_request_error")
 
 
-def test_a_chat_too_many_is_429_at_once_and_the_rest_is_still_answered(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="3")
+def test_a_chat_without_a_free_slot_returns_429(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(MAX_CONCURRENT_CHATS="3")
     links = [program.open_chat(stream=bool(number % 2)) for number in range(3)]
     wait_for(lambda: len(kimi.posts) == 3)
     for _ in range(20):
@@ -8103,9 +8439,9 @@ def test_a_chat_too_many_is_429_at_once_and_the_rest_is_still_answered(run: Run,
     wait_for(lambda: program.chat()[0] == 200)
 
 
-def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(MAX_CONCURRENT_CHATS="256")
+def test_200_chats_run_concurrently(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(MAX_CONCURRENT_CHATS="256")
     links = [program.open_chat(f"chat {number}", stream=True) for number in range(200)]
     wait_for(lambda: len(kimi.posts) == 200, "all 200 reach upstream at the same time")
     kimi.gate.set()
@@ -8119,14 +8455,15 @@ def test_200_chats_at_once(run: Run, kimi: WebChat) -> None:
 ########################################################################################################################
 
 
-def test_too_few_open_files_are_told_at_the_start(kimi: WebChat) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# Client connections, server, command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_too_few_open_files_refuse_the_start(kimi: WebChat) -> None:
     pytest.importorskip("resource")
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
-    start = f"sys.path.insert(0, {str(HERE)!r}); import kimi2api; sys.exit(kimi2api.main())"
-    done = subprocess.run(
-        [sys.executable, "-c", limit + start, "--demo", "--api-port", "0"],
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    done = run_code(f"{limit}\nsys.exit(kimi2api.main(['--demo', '--api-port', '0']))")
     assert_refused(done, "MAX_CONCURRENT_CHATS=64")
 
 
@@ -8139,11 +8476,11 @@ def test_too_few_open_files_are_told_at_the_start(kimi: WebChat) -> None:
         pytest.param(["--env-file", "/no/such"], "/no/such", id="missing env file"),
     ],
 )
-def test_a_start_that_is_refused_says_why_in_one_line_and_exits_2(flags: list[str], word: str) -> None:
-    assert_refused(command(*flags), word)
+def test_a_refused_start_prints_one_line_and_exits_2(flags: list[str], word: str) -> None:
+    assert_refused(run_program(*flags), word)
 
 
-def test_on_windows_select_bounds_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_select_bounds_the_connections_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     assert kimi2api.connection_limit(64) == 500
     with pytest.raises(ValueError, match="MAX_CONCURRENT_CHATS=500"):
@@ -8156,12 +8493,12 @@ def assert_refused(done: subprocess.CompletedProcess[str], word: str) -> None:
 
 
 def test_a_port_in_use_is_refused_in_one_line(kimi: WebChat) -> None:
-    assert_refused(command("--api-port", str(kimi.port)), "in use")
+    assert_refused(run_program("--api-port", str(kimi.port)), "in use")
 
 
 def test_an_env_file_in_another_encoding_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"API_PORT=\xff")
-    assert_refused(command("--env-file", str(tmp_path / "latin")), "latin")
+    assert_refused(run_program("--env-file", str(tmp_path / "latin")), "latin")
 
 
 @pytest.mark.parametrize("value", ['"sk-1', "'sk-1", '"sk-1"x', '"'])
@@ -8172,38 +8509,42 @@ def test_an_env_file_whose_quotes_do_not_match_is_refused_in_one_line(tmp_path: 
     assert "sk-1" not in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_check_listens_nowhere_and_asks_for_no_key(kimi: WebChat) -> None:
-    done = command("--check", "--api-host", "0.0.0.0", **kimi.settings)
+def test_check_does_not_listen_and_requires_no_key(kimi: WebChat) -> None:
+    done = run_program("--check", "--api-host", "0.0.0.0", **kimi.settings)
     assert done.returncode == 0 and done.stdout.count("✓") == 2
 
 
 def test_an_unknown_flag_is_refused() -> None:
-    assert command("--no-such-flag").returncode == 2
+    assert run_program("--no-such-flag").returncode == 2
 
 
-def test_help_names_every_setting_and_version_is_the_modules() -> None:
-    done = command("--help")
+def test_help_lists_every_setting_and_version_is_the_modules() -> None:
+    done = run_program("--help")
     assert done.returncode == 0
     for field in kimi2api.Settings.table():
         assert f"--{field.name.replace('_', '-')}" in done.stdout
     first = ["demo", "check", "env-file", "version", "api-master-key", "session-store", "models", "moonshot-api-key"]
     assert re.findall(r"(?m)^  --([\w-]+)", done.stdout)[:9] == [*first, "api-host"]
-    assert command("--version").stdout.strip() == f"kimi2api {kimi2api.__version__}"
+    assert run_program("--version").stdout.strip() == f"kimi2api {kimi2api.__version__}"
 
 
 @pytest.mark.parametrize(
     ("host", "address"),
     [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")],
 )
-def test_the_greeting_names_an_address_that_answers(run: Run, host: str, address: str) -> None:
-    program = run(API_HOST=host, API_MASTER_KEY="sk-one,sk-two" if host == "0.0.0.0" else "", PROVIDERS="local",
-                  LOCAL_BASE_URL="http://me:s3cret@127.0.0.1:9/v1")
+def test_the_greeting_shows_an_address_that_answers(start_program: StartProgram, host: str, address: str) -> None:
+    program = start_program(
+        API_HOST=host,
+        API_MASTER_KEY="sk-one,sk-two" if host == "0.0.0.0" else "",
+        PROVIDERS="local",
+        LOCAL_BASE_URL="http://me:s3cret@127.0.0.1:9/v1",
+    )
     assert program.host == address and program.health()["status"] == "ok"
     assert ("no key is asked" in program.greeting) == (host != "0.0.0.0") and "local" in program.greeting
     assert not re.search("sk-one|s3cret", program.greeting) and program.greeting.count("\n") == 3
 
 
-def test_a_host_of_several_addresses_needs_only_those_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_this_machine_lacks_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_ipv6(host: str, port: int, **how: Any) -> list[Any]:
         local = [(socket.AF_INET6, ("2001:db8::1", port, 0, 0)), (socket.AF_INET, ("127.0.0.1", port))]
         return [(family, socket.SOCK_STREAM, 0, "", address) for family, address in local]
@@ -8221,7 +8562,7 @@ def test_a_host_of_several_addresses_needs_only_those_that_this_machine_has(monk
     ("host", "address"),
     [("127.0.0.2",) * 2, ("::1", "[::1]"), ("::", "[::1]"), ("0.0.0.0", "127.0.0.1"), ("192.0.2.2",) * 2],
 )
-def test_the_greeting_and_the_health_check_know_where_the_server_listens(host: str, address: str) -> None:
+def test_the_greeting_and_the_health_check_use_the_servers_address(host: str, address: str) -> None:
     settings = kimi2api.Settings.load({"API_HOST": host, "API_MASTER_KEY": "sk-1"})
     assert f"http://{address}:8088/v1 is the base URL" in kimi2api.greeting(settings, 8088)
     check = re.search(r"HEALTHCHECK.*?\n +\"(.*)\"\]", (HERE / "Dockerfile").read_text())[1]
@@ -8236,25 +8577,23 @@ http.client.HTTPConnection = Connection
     assert done.stdout.split() == [host, "8088"], "a connection to 0.0.0.0 or :: reaches this machine"
 
 
-def test_too_few_threads_are_told_at_the_start() -> None:
-    few = (
-        "import sys, threading; sys.path.insert(0, %r); import kimi2api; start = threading.Thread.start; left = [%d]\n"
-        "def starts(thread):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] < 0: raise RuntimeError(\"can't start new thread\")\n"
-        "    start(thread)\n"
-        "threading.Thread.start = starts\n"
-        "sys.exit(kimi2api.main())"
-    )
+def test_too_few_threads_refuse_the_start() -> None:
+    few = """
+import threading
+start, left = threading.Thread.start, [%d]
+def start_one_of_few(thread):
+    left[0] -= 1
+    if left[0] < 0:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = start_one_of_few
+sys.exit(kimi2api.main(["--demo", "--api-port", "0"]))
+"""
     for count in (0, 20):
-        done = subprocess.run(
-            [sys.executable, "-c", few % (str(HERE), count), "--demo", "--api-port", "0"],
-            capture_output=True, text=True, timeout=PATIENCE,
-        )  # fmt: skip
-        assert_refused(done, "thread")
+        assert_refused(run_code(few % count), "thread")
 
 
-def test_an_unreadable_directory_has_no_env_file_unless_one_was_named(tmp_path: Path) -> None:
+def test_an_unreadable_env_file_is_an_error_only_if_named(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     code = (
         "import os, kimi2api\nos.chmod('.', 0)\nos.getuid() or os.setuid(65534)\n"
@@ -8268,7 +8607,7 @@ def test_an_unreadable_directory_has_no_env_file_unless_one_was_named(tmp_path: 
     assert done.stdout == "{}\n" and "SettingError: .env: cannot be read" in done.stderr, done
 
 
-def test_a_deleted_working_directory_is_told_where_it_is_needed(tmp_path: Path, kimi: WebChat) -> None:
+def test_a_deleted_working_directory_is_an_error_only_if_needed(tmp_path: Path, kimi: WebChat) -> None:
     (tmp_path / "here").mkdir()
     line = 'rmdir ../here; "$0" -m kimi2api --check; "$0" -m kimi2api --api-port 0 --session-store sqlite:sessions.db'
     done = subprocess.run(
@@ -8280,39 +8619,53 @@ def test_a_deleted_working_directory_is_told_where_it_is_needed(tmp_path: Path, 
     assert "Traceback" not in done.stderr
 
 
-def test_check_goes_through_the_upstream_step_by_step(kimi: WebChat) -> None:
-    def check(*pages: Act) -> tuple[int, str]:
-        kimi.page_script.extend(pages)
-        done = command("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
-        return done.returncode, done.stdout
-
-    code, printed = check()
-    assert code == 0 and printed.count("✓") == 2 and "✗" not in printed
-    assert re.search(r"one question answered \(\d+\.\d s\)\nAll upstreams answer", printed)
-    assert check(sends(500))[1].startswith("kimi:\n  ✗")
-    code, printed = check(sends(403, JUST_A_MOMENT, cf_mitigated="challenge"))
-    assert code == 1 and "✓" not in printed and "✗ reached" in printed and "upstream_blocked" in printed
-    code, printed = check(sends(200, "<html>nothing</html>"))
-    assert code == 1 and "✓" not in printed and "carries no nonce" in printed
-    kimi.always = sends(500)
-    code, printed = check()
-    assert code == 1 and printed.count("✓") == 1 and "✗ one question" in printed
+@pytest.mark.parametrize(
+    ("page", "post", "printed"),
+    [
+        pytest.param(
+            serves_page,
+            web_chat_answers,
+            r"kimi:\n  ✓ .*\n  ✓ one question answered \(\d+\.\d s\)\nAll upstreams answer[^✗]*",
+            id="both steps succeed",
+        ),
+        pytest.param(sends(500), web_chat_answers, "kimi:\n  ✗ [^✓]*", id="the page fails"),
+        pytest.param(
+            sends(403, JUST_A_MOMENT, cf_mitigated="challenge"),
+            web_chat_answers,
+            "kimi:\n  ✗ reached[^✓]*upstream_blocked[^✓]*",
+            id="the page is a challenge",
+        ),
+        pytest.param(
+            sends(200, "<html>nothing</html>"),
+            web_chat_answers,
+            "kimi:\n  ✗ [^✓]*carries no nonce[^✓]*",
+            id="the page has no nonce",
+        ),
+        pytest.param(serves_page, sends(500), "kimi:\n  ✓ [^✓]*✗ one question[^✓]*", id="the question fails"),
+    ],
+)
+def test_check_tests_the_web_chat_step_by_step(kimi: WebChat, page: Act, post: Act, printed: str) -> None:
+    kimi.page_script.append(page)
+    kimi.always = post
+    done = run_program("--check", **kimi.settings, MAX_RETRIES="0", LOG_LEVEL="ERROR")
+    assert re.fullmatch(printed, done.stdout), done.stdout
+    assert done.returncode == ("✗" in done.stdout)
 
 
 @pytest.mark.parametrize("where", [pytest.param(">/dev/full", id="full"), pytest.param("| true", id="closed pipe")])
-def test_a_check_that_nobody_reads_ends_without_a_traceback(kimi: WebChat, where: str) -> None:
+def test_a_check_with_closed_output_prints_no_traceback(kimi: WebChat, where: str) -> None:
     line = f"set -o pipefail; {shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'kimi2api.py'))} --check {where}"
     env = {**os.environ, **kimi.settings}
     done = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
-def test_check_covers_every_provider(kimi: WebChat, api: Api, both: dict[str, str]) -> None:
-    done = command("--check", **kimi.settings, **both)
+def test_check_tests_every_provider(kimi: WebChat, api: Api, api_settings: dict[str, str]) -> None:
+    done = run_program("--check", **kimi.settings, **api_settings)
     assert done.returncode == 0 and done.stdout.count("✓") == 4 and "local:" in done.stdout
     assert api.asked[0][2]["model"] == "k2"
     api.list_act = api_sends(401, b"no")
-    done = command("--check", **kimi.settings, **both)
+    done = run_program("--check", **kimi.settings, **api_settings)
     assert done.returncode == 1 and "upstream_auth" in done.stdout and "sk-theirs" not in done.stdout + done.stderr
 
 
@@ -8337,24 +8690,26 @@ def test_check_covers_every_provider(kimi: WebChat, api: Api, both: dict[str, st
         ),
     ],
 )
-def test_what_is_not_proper_http_is_refused_in_openais_shape(demo: Program, request_bytes: bytes, status: int) -> None:
-    with demo.open(request_bytes) as link:
+def test_malformed_http_returns_openais_errors(demo_program: Program, request_bytes: bytes, status: int) -> None:
+    with demo_program.open(request_bytes) as link:
         response, body = read_response(link)
     assert response.status == status and set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     assert response.headers["X-Request-Id"] and response.headers["Content-Type"] == "application/json"
 
 
-@pytest.mark.parametrize("version, length", [("1.1", "Content-Length: 5\r\n"), ("1.0", "")])
-def test_behind_two_lengths_of_a_body_nothing_is_a_request(demo: Program, version: str, length: str) -> None:
+@pytest.mark.parametrize(
+    "version, length", [("1.1", "Content-Length: 5\r\n"), ("1.0", "Content-Length: 5\r\n"), ("1.0", "")]
+)
+def test_a_body_with_two_lengths_smuggles_no_request(demo_program: Program, version: str, length: str) -> None:
     head = f"POST /v1/models HTTP/{version}\r\nHost: x.localhost\r\n{length}Transfer-Encoding: chunked\r\n"
     head += "Connection: keep-alive\r\n\r\n0\r\n\r\n"
-    with demo.open(head.encode() + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
+    with demo_program.open(head.encode() + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         answered = read_all(link)
     assert answered.count(b"HTTP/1.") == 1 and b"Connection: close" in answered
 
 
-def test_bodies_of_one_key_leave_room_for_other_requests(run: Run) -> None:
-    program = run(API_MASTER_KEY="sk-1,sk-2", MAX_CONCURRENT_CHATS="4")
+def test_large_bodies_of_one_key_do_not_block_another(start_program: StartProgram) -> None:
+    program = start_program(API_MASTER_KEY="sk-1,sk-2", MAX_CONCURRENT_CHATS="4")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-1\r\nContent-Length: 4000000\r\n\r\n"
     with ExitStack() as links:
         for _ in range(8):
@@ -8362,11 +8717,11 @@ def test_bodies_of_one_key_leave_room_for_other_requests(run: Run) -> None:
         assert program.ask("POST", "/v1/completions", {"prompt": "x"}, **bearer("sk-2"))[0] == 200
 
 
-def test_without_a_temporary_directory_large_bodies_are_errors_and_large_answers_are_sent(
-    run: Run, kimi: WebChat
+def test_without_a_temporary_directory_large_bodies_return_500(
+    start_program: StartProgram, kimi: WebChat
 ) -> None:
     kimi.answer = "word " * 300_000
-    program = run(before="import tempfile; tempfile._candidate_tempdir_list = lambda: ['/no/such']")
+    program = start_program(before="import tempfile; tempfile._candidate_tempdir_list = lambda: ['/no/such']")
     for content, status in (("Hello", 200), ("x" * 600_000, 500), ("Hello", 200)):
         link = program.open_chat(content)
         response, body = read_response(link, "POST")
@@ -8378,15 +8733,15 @@ def test_without_a_temporary_directory_large_bodies_are_errors_and_large_answers
     assert not [line for line in program.log if "Traceback" in line]
 
 
-def test_a_client_that_sends_too_much_reads_the_413(run: Run) -> None:
-    program = run(MAX_BODY_BYTES="1000")
+def test_a_client_that_sends_too_much_receives_413(start_program: StartProgram) -> None:
+    program = start_program(MAX_BODY_BYTES="1000")
     for size in (1001, 100_000, 8_000_000):
         status, body = program.ask("POST", "/v1/chat/completions", b"x" * size)
         assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
 
 
-def test_chunked_requests_work(demo: Program) -> None:
-    connection = demo.connect()
+def test_chunked_requests_are_read(demo_program: Program) -> None:
+    connection = demo_program.connect()
     connection.request(
         "POST",
         "/v1/chat/completions",
@@ -8398,10 +8753,10 @@ def test_chunked_requests_work(demo: Program) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_lets_running_chats_finish_and_their_bytes_are_sent(run: Run, kimi: WebChat, number: int) -> None:
-    kimi.always = at_the_gate
+def test_a_signal_lets_running_chats_finish(start_program: StartProgram, kimi: WebChat, number: int) -> None:
+    kimi.always = web_chat_answers_at_the_gate
     kimi.answer = "word " * 200_000  # more than the system buffers for a client that does not read yet
-    program = run(STREAM_INTERVAL_MS="0")
+    program = start_program(STREAM_INTERVAL_MS="0")
     links = [program.open_chat(stream=stream) for stream in (False, True, True)]
     wait_for(lambda: len(kimi.posts) == 3)
     idle = program.open()
@@ -8418,8 +8773,8 @@ def test_a_signal_lets_running_chats_finish_and_their_bytes_are_sent(run: Run, k
     assert program.wait() == 0
 
 
-def test_a_busy_connection_cannot_hold_up_a_stop(run: Run) -> None:
-    program = run()
+def test_a_busy_connection_does_not_delay_a_stop(start_program: StartProgram) -> None:
+    program = start_program()
     connection = program.connect()
     stop_asking = threading.Event()
 
@@ -8443,24 +8798,28 @@ def test_a_busy_connection_cannot_hold_up_a_stop(run: Run) -> None:
         asking.join()
 
 
-def test_fifty_streams_end_with_done_at_a_stop(run: Run, both: dict[str, str], api: Api) -> None:
-    api.always = steady
-    program, links = fifty_streams(run(**both, SHUTDOWN_GRACE="60"))
+def test_fifty_streams_end_with_done_at_a_stop(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
+    api.always = api_streams_words
+    program, links = stop_during_fifty_streams(start_program(**api_settings, SHUTDOWN_GRACE="60"))
     api.gate.set()
     assert all(b"data: [DONE]" in read_all(link) for link in links)
     assert program.wait() == 0
 
 
-def test_fifty_streams_end_with_an_error_when_grace_is_over(run: Run, both: dict[str, str], api: Api) -> None:
-    api.always = steady
-    program, links = fifty_streams(run(before=CHECKS_OFTEN, **both, SHUTDOWN_GRACE="0.3"))
+def test_fifty_streams_end_with_an_error_when_grace_is_over(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
+    api.always = api_streams_words
+    program, links = stop_during_fifty_streams(start_program(before=CHECKS_OFTEN, **api_settings, SHUTDOWN_GRACE="0.3"))
     bodies = [read_all(link) for link in links]
     assert all(b"server_stopping" in body and b"[DONE]" not in body for body in bodies)
     assert program.wait() == 0
 
 
-def fifty_streams(program: Program) -> tuple[Program, list[socket.socket]]:
-    """Fifty streams that have begun, of a program that has been told to stop."""
+def stop_during_fifty_streams(program: Program) -> tuple[Program, list[socket.socket]]:
+    """Open fifty streams, then signal the program to stop. Return it and the open streams."""
     links = [program.open_chat(model="local/k2", stream=True) for _ in range(50)]
     assert all(link.recv(1) for link in links)
     program.signal(signal.SIGTERM)
@@ -8468,22 +8827,22 @@ def fifty_streams(program: Program) -> tuple[Program, list[socket.socket]]:
     return program, links
 
 
-def test_when_grace_is_over_streams_get_an_error_event_and_the_exit_is_prompt(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(before=CHECKS_OFTEN, SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
+def test_after_the_grace_chats_end_with_server_stopping(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(before=CHECKS_OFTEN, SHUTDOWN_GRACE="0.2", SSE_KEEPALIVE="0.1")
     stream, plain = program.open_chat(stream=True), program.open_chat()
     wait_for(lambda: len(kimi.posts) == 2)
     assert stream.recv(65536)
     program.signal(signal.SIGTERM)
     body = read_all(stream)
-    assert events(body)[-1]["error"]["code"] == "server_stopping" and b"[DONE]" not in body
+    assert sse_events(body)[-1]["error"]["code"] == "server_stopping" and b"[DONE]" not in body
     assert b" 503 " in read_all(plain)
     assert program.wait() == 0
 
 
-def test_a_second_signal_ends_at_once(run: Run, kimi: WebChat) -> None:
-    kimi.always = at_the_gate
-    program = run(SHUTDOWN_GRACE="600")
+def test_a_second_signal_exits_immediately(start_program: StartProgram, kimi: WebChat) -> None:
+    kimi.always = web_chat_answers_at_the_gate
+    program = start_program(SHUTDOWN_GRACE="600")
     with program.open_chat():
         wait_for(lambda: kimi.posts)
         program.signal(signal.SIGTERM)
@@ -8492,8 +8851,8 @@ def test_a_second_signal_ends_at_once(run: Run, kimi: WebChat) -> None:
         assert program.wait() == 128 + signal.SIGTERM
 
 
-def test_a_byte_out_of_band_keeps_no_core_busy(run: Run) -> None:
-    program = run()
+def test_an_out_of_band_byte_uses_no_cpu(start_program: StartProgram) -> None:
+    program = start_program()
     stat = Path(f"/proc/{program.process.pid}/stat")
     if not stat.exists():
         pytest.skip("needs Linux")
@@ -8505,13 +8864,13 @@ def test_a_byte_out_of_band_keeps_no_core_busy(run: Run) -> None:
         link.send(b"!", socket.MSG_OOB)
         program.health()
         before = seconds_of_cpu()
-        time.sleep(0.4)
-        assert seconds_of_cpu() - before < 0.2
+        time.sleep(0.2)
+        assert seconds_of_cpu() - before < 0.1
         program.health()
 
 
-class Asked(kimi2api.wasyncore.dispatcher):
-    """An entry of SocketMap that counts how often it is asked what it waits for, and keeps what it reads."""
+class CountingDispatcher(kimi2api.wasyncore.dispatcher):
+    """An entry of SocketMap that counts calls of readable() and keeps what it reads."""
 
     def __init__(self, link: socket.socket, sockets: kimi2api.SocketMap) -> None:
         self.asked, self.got, self.requests, self.waits = 0, b"", [], True
@@ -8531,10 +8890,10 @@ class Asked(kimi2api.wasyncore.dispatcher):
         self.close()
 
 
-def test_the_loop_asks_only_connections_that_something_happened_to() -> None:
+def test_the_loop_checks_only_connections_with_events() -> None:
     sockets = kimi2api.SocketMap()
     pairs = [socket.socketpair() for _ in range(20)]
-    entries = [Asked(inner, sockets) for _, inner in pairs]
+    entries = [CountingDispatcher(inner, sockets) for _, inner in pairs]
     entries[4].requests = ["one that a thread answers"]
     for round_ in range(5):
         pairs[3][0].send(b"x")
@@ -8545,19 +8904,19 @@ def test_the_loop_asks_only_connections_that_something_happened_to() -> None:
     entries[4].waits = False
     pairs[4][0].send(b"y")
     sockets.poll_once(0)
-    assert not entries[4].got, "one that waits for nothing is not read"
+    assert not entries[4].got, "an entry that waits for nothing is not read"
     entries[4].waits = True
     sockets.poll_once(0.1)
-    assert entries[4].got == b"y", "and is asked at every turn"
+    assert entries[4].got == b"y", "its readable() is called at every turn"
     pairs[5][0].close()
     sockets.poll_once(0.1)
     assert len(sockets) == 19
-    # The descriptor of a closed connection is the next one's
+    # The next connection gets the descriptor of a closed one
     descriptor = entries[3]._fileno
     entries[3].close()
     inner, outer = socket.socketpair()
     assert inner.fileno() == descriptor
-    newer = Asked(inner, sockets)
+    newer = CountingDispatcher(inner, sockets)
     outer.send(b"z")
     sockets.poll_once(0.1)
     assert (newer._fileno, newer.got) == (descriptor, b"z")
@@ -8565,8 +8924,8 @@ def test_the_loop_asks_only_connections_that_something_happened_to() -> None:
         entry.close()
 
 
-def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
-    program = run(API_MASTER_KEY="sk-1", MAX_BODY_BYTES=str(32 << 20))
+def test_a_body_without_a_valid_key_is_discarded(start_program: StartProgram) -> None:
+    program = start_program(API_MASTER_KEY="sk-1", MAX_BODY_BYTES=str(32 << 20))
     before = program.memory()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nContent-Length: %d\r\n\r\n"
     links = [program.open(head % (20 << 20) + b"x" * (10 << 20)) for _ in range(8)]
@@ -8579,15 +8938,17 @@ def test_a_body_without_the_right_key_is_not_kept(run: Run) -> None:
     smuggled = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     link = program.open(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n") % len(smuggled))
     response, _ = read_response(link)
-    assert response.status == 401 and response.getheader("Connection") == "close", "without waiting for the body"
+    assert response.status == 401 and response.getheader("Connection") == "close", (
+        "the server does not wait for the body"
+    )
     with suppress(OSError):
         link.sendall(smuggled)
-        assert link.recv(100) == b"", "which is no request"
+        assert link.recv(100) == b"", "the body is no request"
     link.close()
 
 
-def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None:
-    program = run(before="kimi2api.CONNECTION_TIMEOUT = 0.4; kimi2api.MIN_BODY_RATE = 300")
+def test_a_connection_without_a_complete_request_times_out(start_program: StartProgram) -> None:
+    program = start_program(before="kimi2api.CONNECTION_TIMEOUT = 0.4; kimi2api.MIN_BODY_RATE = 300")
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     silent = [program.open(start) for start in (b"", b"GET", head, head + b"\r\n{")]
     dripping = [program.open(start) for start in (b"GET", head, head + b"\r\n{")]
@@ -8603,7 +8964,7 @@ def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None
         for link in dripping:
             with suppress(OSError):  # closed
                 link.send(b"x")
-        time.sleep(0.15)  # the loop looks once a second
+        time.sleep(0.15)  # the loop checks once a second
         for link in select.select(waiting, [], [], 0)[0]:
             with suppress(ConnectionResetError):
                 assert link.recv(100) == b"", "closed without an answer"
@@ -8613,7 +8974,7 @@ def test_a_connection_that_does_not_send_its_request_is_closed(run: Run) -> None
         link.close()
 
 
-# An application in place of the program's: /write writes without end, /ended shows how that ended
+# An application that replaces ours: /write writes without end, /ended shows the errors that ended it
 WRITER = """
 ended = []
 def application(environ, start_response):
@@ -8631,28 +8992,28 @@ kimi2api.create_app = lambda *_: application
 """
 
 
-def ended(program: Program) -> bytes:
+def write_errors(program: Program) -> bytes:
     return program.ask("GET", "/ended")[1]
 
 
 @pytest.mark.parametrize("way", ["RST", "FIN", "reads nothing"])
-def test_a_thread_that_writes_ends_with_its_client(run: Run, way: str) -> None:
-    program = run(before=WRITER + f"kimi2api.CONNECTION_TIMEOUT = {0.5 if way == 'reads nothing' else 60}")
+def test_a_thread_that_writes_ends_with_its_client(start_program: StartProgram, way: str) -> None:
+    program = start_program(before=WRITER + f"kimi2api.CONNECTION_TIMEOUT = {0.5 if way == 'reads nothing' else 60}")
     before = program.memory()
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         link.recv(100)
         time.sleep(0.2)
-        assert ended(program) == b"[]"
+        assert write_errors(program) == b"[]"
         if way == "RST":
             link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if way != "reads nothing":
             link.close()
-        wait_for(lambda: ended(program) == b"['ClientDisconnected']")
-    assert program.memory() - before < 5, "it waits for its client"
+        wait_for(lambda: write_errors(program) == b"['ClientDisconnected']")
+    assert program.memory() - before < 5, "the thread waits for its client"
 
 
-def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
-    program = run(before=WRITER, SHUTDOWN_GRACE="0.1")
+def test_a_thread_that_writes_ends_when_the_server_stops(start_program: StartProgram) -> None:
+    program = start_program(before=WRITER, SHUTDOWN_GRACE="0.1")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
         link.recv(100)
         program.signal(signal.SIGTERM)
@@ -8660,14 +9021,14 @@ def test_a_thread_that_writes_ends_when_the_server_stops(run: Run) -> None:
         assert "ended: ['ClientDisconnected']" in "".join(program.log)
 
 
-def test_a_client_that_reads_slowly_is_not_closed(run: Run) -> None:
-    program = run(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 0.5")
+def test_a_client_that_reads_slowly_is_not_closed(start_program: StartProgram) -> None:
+    program = start_program(before=WRITER + "kimi2api.CONNECTION_TIMEOUT = 0.5")
     with program.open(b"GET /write HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
-        for _ in range(30):
+        for _ in range(24):  # 1.2 s, within which the loop checks once
             assert read_exactly(link, 15_000)
             time.sleep(0.05)
-        assert ended(program) == b"[]"
-    wait_for(lambda: ended(program) == b"['ClientDisconnected']")
+        assert write_errors(program) == b"[]"
+    wait_for(lambda: write_errors(program) == b"['ClientDisconnected']")
 
 
 def read_exactly(link: socket.socket, count: int) -> bytes:
@@ -8679,19 +9040,8 @@ def read_exactly(link: socket.socket, count: int) -> bytes:
     return data
 
 
-def test_a_body_whose_end_is_told_in_two_ways_is_the_connections_last(run: Run) -> None:
-    program = run()
-    body = b"2\r\n{}\r\n0\r\n\r\n"
-    heads = (b"POST /v1/chat/completions HTTP/1.%d\r\nHost: localhost\r\nConnection: keep-alive\r\n"
-             b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n" % version for version in (0, 1))  # fmt: skip
-    for head in heads:
-        with program.open(head + body + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as link:
-            answers = read_all(link)
-        assert answers.startswith(b"HTTP/1.") and answers.count(b"HTTP/1.") == 1 and b"Connection: close" in answers
-
-
-def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run) -> None:
-    program = run(MAX_CONCURRENT_CHATS="1")
+def test_pipelined_requests_with_unread_answers_hold_no_thread(start_program: StartProgram) -> None:
+    program = start_program(MAX_CONCURRENT_CHATS="1")
     page = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"  # the longest answer without a key
     with ExitStack() as links:
         for _ in range(20):
@@ -8704,32 +9054,34 @@ def test_requests_without_end_whose_answers_nobody_reads_hold_no_thread(run: Run
         assert read_all(link).count(b"HTTP/1.1 200 OK") == kimi2api.MAX_PIPELINED
 
 
-BODY_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n"
-
-
-def test_connections_that_ask_nothing_leave_room_for_others(run: Run) -> None:
+def test_idle_connections_are_closed_for_new_ones(start_program: StartProgram) -> None:
     pytest.importorskip("resource")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))"
-    program = run(before=limit, MAX_CONCURRENT_CHATS="4")
-    for start in (
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        BODY_HEAD + b"{",
-        BODY_HEAD + b"{" * 600_000,  # which is kept in a file
-        b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8,  # whose answers are not read
+    program = start_program(before=limit, MAX_CONCURRENT_CHATS="4")
+    body_head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 3000000\r\n\r\n"
+    )
+    for head, body in (
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),
+        (body_head, b"{"),
+        (body_head, b"{" * 600_000),  # stored in a file
+        (b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 8, b""),  # with unread answers
     ):
         with ExitStack() as links:
             for _ in range(70):
-                links.enter_context(program.open(start))
-                time.sleep(0.004)  # so that one has been read before the next is there
+                link = links.enter_context(program.open(head))
+                assert select.select([link], [], [], PATIENCE)[0], "the head has been read"
+                link.sendall(body)
             assert program.health()["status"] == "ok"
             assert program.chat()[0] == 200
 
 
-def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
+def test_half_sent_requests_are_closed_for_new_ones(start_program: StartProgram) -> None:
     pytest.importorskip("resource")
     allow_descriptors(2000)
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))"
-    program = run(before=limit, MAX_CONCURRENT_CHATS="4")
+    program = start_program(before=limit, MAX_CONCURRENT_CHATS="4")
     with ExitStack() as links:
         for _ in range(600):
             links.enter_context(program.open(b"GET /health HTTP/1.1\r\nHost: "))
@@ -8737,8 +9089,8 @@ def test_half_sent_requests_leave_room_for_others(run: Run) -> None:
         assert program.chat()[0] == 200
 
 
-def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(run: Run) -> None:
-    program = run()
+def test_a_client_reset_during_an_error_logs_no_traceback(start_program: StartProgram) -> None:
+    program = start_program()
     for _ in range(50):
         link = program.open(b"GET /\x00 bad\r\n\r\n" * 20)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -8750,7 +9102,7 @@ def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(run: Run) 
 
 
 @pytest.mark.parametrize("where", [">&-", "--api-master-key sk-1 >&-", ">/dev/full", "2>&-", "2>/dev/full", "| true"])
-def test_nobody_has_to_read_what_the_program_prints(kimi: WebChat, where: str) -> None:
+def test_the_program_runs_with_closed_or_full_output(kimi: WebChat, where: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     line = f"{shlex.quote(sys.executable)} -m kimi2api --api-port {port} {where}"
@@ -8770,13 +9122,13 @@ def test_nobody_has_to_read_what_the_program_prints(kimi: WebChat, where: str) -
     assert b"Traceback" not in errors and b"Error" not in errors, errors
 
 
-def test_a_hangup_is_a_stop(run: Run) -> None:
-    program = run()
+def test_a_hangup_is_a_stop(start_program: StartProgram) -> None:
+    program = start_program()
     program.signal(signal.SIGHUP)
     assert program.wait() == 0
 
 
-def test_a_stop_reaches_process_1_while_it_still_starts(tmp_path: Path) -> None:
+def test_sigterm_stops_process_1_during_its_start(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-pf", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to make a process namespace")
     process = subprocess.Popen(
@@ -8793,15 +9145,15 @@ def test_a_stop_reaches_process_1_while_it_still_starts(tmp_path: Path) -> None:
     wait_for(handles_sigterm)
     os.kill(child, signal.SIGTERM)
     assert process.wait(PATIENCE) == 128 + signal.SIGTERM
-    assert process.stdout and process.stdout.read() == b"", "it had not got as far as to print anything"
+    assert process.stdout and process.stdout.read() == b"", "nothing had been printed yet"
     process.stdout.close()
 
 
-def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: Api) -> None:
+def test_upstreams_cannot_forge_log_lines(start_program: StartProgram, api_settings: dict[str, str], api: Api) -> None:
     forged = "x\n2026-01-01 00:00:00,000 ERROR forged\x1b[31m"
     api.always = api_sends(500, {"error": {"message": forged, "code": forged, "type": forged}})
     models = "*=local/k2,kimi=moonshotai/Kimi-K2-Instruct"
-    program = run(**both, FALLBACK_MODELS="kimi", MODELS=models, LOG_LEVEL="DEBUG")
+    program = start_program(**api_settings, FALLBACK_MODELS="kimi", MODELS=models, LOG_LEVEL="DEBUG")
     assert program.chat(model=forged)[0] == 200
     assert "forged\x1b" not in json.dumps(program.health()) and "\\n" not in json.dumps(program.health())
     program.signal(signal.SIGTERM)
@@ -8822,8 +9174,8 @@ def test_lines_of_the_log_cannot_be_forged(run: Run, both: dict[str, str], api: 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
-    program = Program("--demo", HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
+def test_the_demo_repeats_the_remembered_turns() -> None:
+    program = Program("--demo", is_new=True, HTTP_PROXY="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
     with closing(program):
         for question in ("My name is Ada.", "What is my name?"):
             status, body = program.chat(question, user="ada")
@@ -8844,26 +9196,28 @@ def test_demo_goes_the_real_way_and_shows_that_earlier_turns_arrived() -> None:
     ],
     ids=["object", "schema of an object", "schema of an array", "schema of anything"],
 )
-def test_the_demo_answers_with_empty_json_where_json_is_asked_for(demo: Program, format_: Any, document: str) -> None:
-    status, body = demo.chat(response_format=format_)
+def test_the_demo_answers_json_requests_with_an_empty_document(
+    demo_program: Program, format_: Any, document: str
+) -> None:
+    status, body = demo_program.chat(response_format=format_)
     assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == document
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_the_demo_calls_the_first_tool_then_tells_the_result(demo: Program, choice: str) -> None:
+def test_the_demo_calls_the_first_tool_then_repeats_the_result(demo_program: Program, choice: str) -> None:
     request: dict[str, Any] = {"tools": [WEATHER, CLOCK], "tool_choice": choice}
     messages: list[Any] = [{"role": "user", "content": "Weather?"}]
-    status, body = demo.chat(messages=messages, **request)
+    status, body = demo_program.chat(messages=messages, **request)
     (call,) = json.loads(body)["choices"][0]["message"]["tool_calls"]
     assert status == 200 and call["function"] == {"name": "get_weather", "arguments": "{}"}
     messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
     messages.append({"role": "tool", "tool_call_id": call["id"], "content": "21 degrees"})
-    told = json.loads(demo.chat(messages=messages, **request)[1])["choices"][0]["message"]
-    assert "21 degrees" in told["content"] and "Weather?" in told["content"] and not told.get("tool_calls")
+    answer = json.loads(demo_program.chat(messages=messages, **request)[1])["choices"][0]["message"]
+    assert "21 degrees" in answer["content"] and "Weather?" in answer["content"] and not answer.get("tool_calls")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Description and page
+# Description, page
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -8877,9 +9231,9 @@ def test_every_route_is_described_and_every_description_is_a_route(app: Client) 
     assert described == routes
 
 
-def test_real_answers_are_valid_by_the_description(make: Make, kimi: WebChat) -> None:
+def test_answers_conform_to_the_openapi_description(make_app: MakeApp, kimi: WebChat) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    app = make(API_MASTER_KEY="sk-1", MAX_RETRIES="0")
+    app = make_app(API_MASTER_KEY="sk-1", MAX_RETRIES="0")
     document = app.get("/openapi.json").json
     pytest.importorskip("openapi_spec_validator").validate(document)
     key = {"Authorization": "Bearer sk-1"}
@@ -8927,8 +9281,8 @@ def test_real_answers_are_valid_by_the_description(make: Make, kimi: WebChat) ->
     described("/health", "get", app.get("/health"))
 
 
-def test_the_page_needs_no_key_and_nothing_from_elsewhere(make: Make) -> None:
-    app = make(API_MASTER_KEY="sk-1")
+def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(make_app: MakeApp) -> None:
+    app = make_app(API_MASTER_KEY="sk-1")
     for path in ("/", "/docs"):
         response = app.get(path)
         assert response.content_type == "text/html"
@@ -8939,12 +9293,12 @@ def test_the_page_needs_no_key_and_nothing_from_elsewhere(make: Make) -> None:
 
 
 @pytest.mark.parametrize("user", [".", ".."])
-def test_a_browser_can_read_and_forget_users_that_it_takes_out_of_paths(app: Client, user: str) -> None:
+def test_users_named_as_dots_are_addressed_in_the_query(app: Client, user: str) -> None:
     chat(app, user=user)
     assert app.get(f"/v1/sessions/?user={user}").json["user"] == user
     assert app.request(f"/v1/sessions/?user={user}", method="DELETE").json["deleted"]
     for query in (f"?user={user}", "", "?user=%ff"):
-        assert is_error(app.get(f"/v1/sessions/{query}"), 404, "session_not_found")
+        assert_error(app.get(f"/v1/sessions/{query}"), 404, "session_not_found")
 
 
 ########################################################################################################################
@@ -8958,9 +9312,9 @@ def test_a_browser_can_read_and_forget_users_that_it_takes_out_of_paths(app: Cli
 
 
 @pytest.fixture
-def client(run: Run) -> Any:
+def openai_client(start_program: StartProgram) -> Any:
     openai = pytest.importorskip("openai")
-    program = run(
+    program = start_program(
         API_MASTER_KEY="sk-test",
         REQUEST_TIMEOUT="0.4",
         MAX_CONCURRENT_CHATS="2",
@@ -8973,21 +9327,23 @@ def client(run: Run) -> Any:
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def test_openai_python_chats_streams_and_lists_models(client: Any, kimi: WebChat) -> None:
+def test_openai_python_chats_streams_and_lists_models(openai_client: Any, kimi: WebChat) -> None:
     kimi.answer = "你好，世界！ Hello, world!"
-    completion = client.chat.completions.create(model="kimi", messages=HELLO, user="ada")
+    completion = openai_client.chat.completions.create(model="kimi", messages=HELLO, user="ada")
     assert completion.choices[0].message.content == kimi.answer and completion.usage.total_tokens > 0
     with_usage = {"stream": True, "stream_options": {"include_usage": True}}
-    stream = list(client.chat.completions.create(model="kimi", messages=HELLO, **with_usage))
+    stream = list(openai_client.chat.completions.create(model="kimi", messages=HELLO, **with_usage))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == kimi.answer
     assert stream[-1].usage.total_tokens > 0
-    assert next(model.id for model in client.models.list()) == "kimi"
-    assert client.models.retrieve("kimi").id == "kimi"
+    assert next(model.id for model in openai_client.models.list()) == "kimi"
+    assert openai_client.models.retrieve("kimi").id == "kimi"
 
 
-def test_openai_python_completes_and_embeds(run: Run, kimi: WebChat, both: dict[str, str], api: Api) -> None:
+def test_openai_python_completes_and_embeds(
+    start_program: StartProgram, kimi: WebChat, api_settings: dict[str, str], api: Api
+) -> None:
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=run(**both).base_url, api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=start_program(**api_settings).base_url, api_key="none", max_retries=0)
     assert client.completions.create(model="kimi", prompt="x").choices[0].text == kimi.answer
     stream = client.completions.create(model="kimi", prompt="x", stream=True)
     assert "".join(part.choices[0].text for part in stream) == kimi.answer
@@ -8997,12 +9353,12 @@ def test_openai_python_completes_and_embeds(run: Run, kimi: WebChat, both: dict[
     assert api.asked[-1][2]["encoding_format"] == "base64"
 
 
-def test_openai_python_raises_its_own_exception_for_each_error(client: Any, kimi: WebChat) -> None:
+def test_openai_python_raises_its_own_exception_for_each_error(openai_client: Any, kimi: WebChat) -> None:
     import openai
 
     def fails(expected: type[Exception], code: str | None, **request: Any) -> Any:
         with pytest.raises(expected) as raised:
-            client.chat.completions.create(**{"model": "kimi", "messages": HELLO, **request})
+            openai_client.chat.completions.create(**{"model": "kimi", "messages": HELLO, **request})
         assert raised.value.code == code, raised.value
         return raised.value
 
@@ -9022,58 +9378,59 @@ def test_openai_python_raises_its_own_exception_for_each_error(client: Any, kimi
         for stream in (False, True):
             error = fails(openai.InternalServerError, code, stream=stream)
             assert error.status_code == status and error.request_id
-        kimi.always = answer
-        client.chat.completions.create(model="kimi", messages=HELLO)  # else the program would stop asking for a while
+        kimi.always = web_chat_answers
+        # Otherwise the circuit would open
+        openai_client.chat.completions.create(model="kimi", messages=HELLO)
     kimi.always = sends(429, "", Retry_After="60")
     assert fails(openai.RateLimitError, "upstream_rate_limited").response.headers["Retry-After"] == "60"
     with pytest.raises(openai.AuthenticationError):
-        client.with_options(api_key="sk-wrong").models.list()
+        openai_client.with_options(api_key="sk-wrong").models.list()
 
 
-def test_openai_python_obeys_x_should_retry_and_retries_the_rest(client: Any, kimi: WebChat) -> None:
+def test_openai_python_obeys_x_should_retry(openai_client: Any, kimi: WebChat) -> None:
     import openai
 
-    patient = client.with_options(max_retries=1)
+    patient = openai_client.with_options(max_retries=1)
     kimi.always = sends(500)
     with pytest.raises(openai.InternalServerError):
         patient.chat.completions.create(model="kimi", messages=HELLO)
-    assert len(kimi.posts) == 2, "the program's own retry only"
+    assert len(kimi.posts) == 2, "only the program retried"
     kimi.posts.clear()
-    kimi.always = answer
+    kimi.always = web_chat_answers
     kimi.script.append(sends(429))
     assert patient.chat.completions.create(model="kimi", messages=HELLO)
     assert len(kimi.posts) == 2
 
 
-def test_openai_python_sees_an_error_in_the_middle_of_a_stream(kimi: WebChat, run: Run) -> None:
+def test_openai_python_raises_an_error_inside_a_stream(kimi: WebChat, start_program: StartProgram) -> None:
     openai = pytest.importorskip("openai")
-    program = run(SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5")
-    kimi.always = at_the_gate
+    program = start_program(SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.3")
+    kimi.always = web_chat_answers_at_the_gate
     client = openai.OpenAI(base_url=program.base_url, api_key="none", max_retries=0)
     with pytest.raises(openai.APIError) as raised:
         list(client.chat.completions.create(model="kimi", messages=HELLO, stream=True))
     assert raised.value.code == "upstream_timeout"
 
 
-def plays_travel_agent(handler: WebChatHandler) -> None:
-    """A model that looks two things up, one after the other, and then answers."""
+def web_chat_plays_travel_agent(handler: WebChatHandler) -> None:
+    """Play a model that calls two tools, one after the other, and then answers."""
     message = handler.form["message"]
     if "工具 book" in message:
-        says("Booked Paris: 21 degrees, order 7.")(handler)
+        web_chat_says("Booked Paris: 21 degrees, order 7.")(handler)
     elif "工具 get_weather" in message:
-        says('Nice.\n<tool_call>{"name": "book", "arguments": {"city": "Paris"}}</tool_call>')(handler)
+        web_chat_says('Nice.\n<tool_call>{"name": "book", "arguments": {"city": "Paris"}}</tool_call>')(handler)
     else:
-        says('<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>')(handler)
+        web_chat_says('<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>')(handler)
 
 
-def test_openai_python_calls_tools_and_parses_into_a_model(run: Run, kimi: WebChat) -> None:
+def test_openai_python_calls_tools_and_parses_into_a_model(start_program: StartProgram, kimi: WebChat) -> None:
     openai, pydantic = pytest.importorskip("openai"), pytest.importorskip("pydantic")
-    client = openai.OpenAI(base_url=run().base_url, api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=start_program().base_url, api_key="none", max_retries=0)
     City = pydantic.create_model("City", name=(str, ...), people=(int, ...))
     kimi.answer = 'Of course:\n```json\n{"name": "Paris", "people": 2100000}\n```'
     parsed = client.chat.completions.parse(model="kimi", messages=HELLO, response_format=City).choices[0].message.parsed
     assert parsed == City(name="Paris", people=2100000)
-    kimi.always = plays_travel_agent
+    kimi.always = web_chat_plays_travel_agent
     with client.chat.completions.stream(model="kimi", messages=HELLO, tools=[WEATHER]) as stream:
         kinds = [event.type for event in stream]
         message = stream.get_final_completion().choices[0].message
@@ -9084,13 +9441,15 @@ def test_openai_python_calls_tools_and_parses_into_a_model(run: Run, kimi: WebCh
 chats_and_responses = pytest.mark.parametrize("responses", [False, True], ids=["chats", "responses"])
 
 
-def test_openai_python_sends_a_streamed_answer_back_as_the_api_wants_it(
-    run: Run, both: dict[str, str], api: Api
+def test_openai_python_sends_a_streamed_message_back_unchanged(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
 ) -> None:
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=run(**both).base_url, api_key="none", max_retries=0)
-    told = [{"role": "assistant", "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")]
-    api.always = api_answers(deltas=[*told, bit(0, "c1", "a", "{}")])
+    client = openai.OpenAI(base_url=start_program(**api_settings).base_url, api_key="none", max_retries=0)
+    reasoning = [
+        {"role": "assistant", "reasoning_details": [{**DETAILS[0], "text": text}]} for text in ("I see", " it")
+    ]
+    api.always = api_answers(deltas=[*reasoning, call_delta(0, "c1", "a", "{}")])
     asks: Any = {"model": "local/k2", "messages": [*HELLO], "tools": [tool("a")]}
     with client.chat.completions.stream(**asks) as stream:
         message = stream.get_final_completion().choices[0].message
@@ -9101,10 +9460,10 @@ def test_openai_python_sends_a_streamed_answer_back_as_the_api_wants_it(
     assert sent["role"] == "assistant" and sent["reasoning_details"] == DETAILS
 
 
-def test_langchain_runs_an_agent_loop_of_several_steps(run: Run, kimi: WebChat) -> None:
+def test_langchain_runs_an_agent_loop_of_several_steps(start_program: StartProgram, kimi: WebChat) -> None:
     pytest.importorskip("langchain_openai")
-    kimi.always = plays_travel_agent
-    program = run()
+    kimi.always = web_chat_plays_travel_agent
+    program = start_program()
     for responses, streaming in itertools.product((False, True), (False, True)):
         assert_langchain_books(program, responses, streaming)
 
@@ -9142,7 +9501,7 @@ TRAVEL = ([("get_weather", '{"city": "Paris"}')], [("book", '{"city": "Paris"}')
 
 
 def assert_thinking_was_served(api: Api) -> None:
-    """Of all requests only the first was refused, for its temperature; then reasoning went back with every call."""
+    """Assert that the API refused only the first request, for its temperature, and then received all reasoning."""
     bodies = [body for _, _, body in api.asked]
     assert len(bodies) == 4 and "temperature" in bodies[0] and "temperature" not in bodies[1]
     calls = [message for message in bodies[-1]["messages"] if message["role"] == "assistant"]
@@ -9151,7 +9510,7 @@ def assert_thinking_was_served(api: Api) -> None:
 
 @chats_and_responses
 def test_langchains_agent_works_with_a_thinking_model(
-    run: Run, both: dict[str, str], api: Api, responses: bool
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, responses: bool
 ) -> None:
     agents, langchain = pytest.importorskip("langchain.agents"), pytest.importorskip("langchain_openai")
     used = []
@@ -9166,9 +9525,9 @@ def test_langchains_agent_works_with_a_thinking_model(
         used.append(city)
         return "order 7"
 
-    api.always = thinks(*TRAVEL)
+    api.always = api_thinks(*TRAVEL)
     model = langchain.ChatOpenAI(
-        base_url=run(**both).base_url,
+        base_url=start_program(**api_settings).base_url,
         api_key="none",
         model="local/k3",
         temperature=0.7,
@@ -9183,7 +9542,7 @@ def test_langchains_agent_works_with_a_thinking_model(
 
 @chats_and_responses
 def test_the_agents_sdk_streams_from_a_thinking_model(
-    run: Run, both: dict[str, str], api: Api, responses: bool
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, responses: bool
 ) -> None:
     agents, openai = pytest.importorskip("agents"), pytest.importorskip("openai")
     agents.set_tracing_disabled(True)
@@ -9206,7 +9565,7 @@ def test_the_agents_sdk_streams_from_a_thinking_model(
         agent = agents.Agent(
             name="travel",
             tools=[get_weather, book],
-            model="thinker",  # it takes what stands before a slash for a prefix of its own
+            model="thinker",  # the SDK reads the part before a slash as its own prefix
             model_settings=agents.ModelSettings(temperature=0.7),
         )
         result = agents.Runner.run_streamed(agent, "Find out how Paris is and book it.")
@@ -9214,31 +9573,37 @@ def test_the_agents_sdk_streams_from_a_thinking_model(
             pass
         return result.final_output
 
-    api.always = thinks(*TRAVEL)
-    program = run(**both, MODELS="kimi=kimi,thinker=local/k3")
+    api.always = api_thinks(*TRAVEL)
+    program = start_program(**api_settings, MODELS="kimi=kimi,thinker=local/k3")
     assert asyncio.run(ask()) == "Done." and used == ["Paris", "Paris"]
     assert_thinking_was_served(api)
 
 
 @pytest.fixture
-def restarting(run: Run, both: dict[str, str], tmp_path: Path) -> tuple[str, Callable[[], None]]:
-    """The base URL of a program that remembers in a file, and what kills it and starts it again at the same address."""
-    settings = {**both, "MODELS": "kimi=kimi,thinker=local/k3", "SESSION_STORE": f"sqlite:{tmp_path}/sessions.db"}
-    programs = [run(**settings)]
+def restarting_program(
+    start_program: StartProgram, api_settings: dict[str, str], tmp_path: Path
+) -> tuple[str, Callable[[], None]]:
+    """The base URL of a program with a SQLite store, and a function that kills and restarts it at the same address."""
+    settings = {
+        **api_settings,
+        "MODELS": "kimi=kimi,thinker=local/k3",
+        "SESSION_STORE": f"sqlite:{tmp_path}/sessions.db",
+    }
+    programs = [start_program(**settings)]
 
     def restart() -> None:
         programs[-1].process.kill()
         programs[-1].wait()
-        programs.append(run("--api-port", str(programs[0].port), **settings))
+        programs.append(start_program("--api-port", str(programs[0].port), **settings))
 
     return programs[0].base_url, restart
 
 
-def test_langchains_agent_goes_on_after_a_restart_in_the_middle(
-    restarting: tuple[str, Callable[[], None]], api: Api
+def test_langchains_agent_continues_after_a_restart(
+    restarting_program: tuple[str, Callable[[], None]], api: Api
 ) -> None:
     agents, langchain = pytest.importorskip("langchain.agents"), pytest.importorskip("langchain_openai")
-    base_url, restart = restarting
+    base_url, restart = restarting_program
 
     def get_weather(city: str) -> str:
         """The weather of a city."""
@@ -9250,7 +9615,7 @@ def test_langchains_agent_goes_on_after_a_restart_in_the_middle(
         restart()
         return "order 7"
 
-    api.always = thinks(*TRAVEL)
+    api.always = api_thinks(*TRAVEL)
     model = langchain.ChatOpenAI(base_url=base_url, api_key="none", model="thinker", temperature=0.7, max_retries=0)
     agent = agents.create_agent(model, [get_weather, book])
     answer = agent.invoke({"messages": [{"role": "user", "content": "Find out how Paris is and book it."}]})
@@ -9258,13 +9623,13 @@ def test_langchains_agent_goes_on_after_a_restart_in_the_middle(
     assert reasoning_sent(api) == ["I think of step 0.", "I think of step 1."]
 
 
-def test_the_agents_sdk_goes_on_after_a_restart_in_the_middle(
-    restarting: tuple[str, Callable[[], None]], api: Api
+def test_the_agents_sdk_continues_after_a_restart(
+    restarting_program: tuple[str, Callable[[], None]], api: Api
 ) -> None:
     agents, openai = pytest.importorskip("agents"), pytest.importorskip("openai")
     agents.set_tracing_disabled(True)
     agents.set_default_openai_api("chat_completions")
-    base_url, restart = restarting
+    base_url, restart = restarting_program
 
     @agents.function_tool  # type: ignore[misc]
     def get_weather(city: str) -> str:
@@ -9281,27 +9646,27 @@ def test_the_agents_sdk_goes_on_after_a_restart_in_the_middle(
         agent = agents.Agent(name="travel", tools=[get_weather, book], model="thinker")
         return (await agents.Runner.run(agent, "Find out how Paris is and book it.")).final_output
 
-    api.always = thinks(*TRAVEL)
+    api.always = api_thinks(*TRAVEL)
     assert asyncio.run(ask()) == "Done."
     assert reasoning_sent(api) == ["I think of step 0.", "I think of step 1."]
 
 
-FORGETFUL = "kimi2api.MAX_REASONING_BYTES = 0"  # a program that keeps no reasoning: what it knows a client has sent
+FORGETFUL = "kimi2api.MAX_REASONING_BYTES = 0"  # the program keeps no reasoning, so all it has comes from the client
 
 
 def strict_client(program: Program) -> Any:
-    """The openai package, which checks all that it reads against its own types."""
+    """Return a client of the openai package that validates all responses against its types."""
     openai = pytest.importorskip("openai")
     return openai.OpenAI(
         base_url=program.base_url, api_key="none", max_retries=0, _strict_response_validation=True)
 
 
 @pytest.mark.parametrize("model", ["kimi", "local/k2"])
-def test_openai_python_has_responses_goes_on_from_them_and_forgets_them(
-    run: Run, kimi: WebChat, both: dict[str, str], api: Api, model: str
+def test_openai_python_creates_continues_and_deletes_responses(
+    start_program: StartProgram, kimi: WebChat, api_settings: dict[str, str], api: Api, model: str
 ) -> None:
     api.always = api_answers(kimi.answer[:5], kimi.answer[5:])
-    client = strict_client(run(**both))
+    client = strict_client(start_program(**api_settings))
     import openai
 
     first = client.responses.create(model=model, instructions="Be short.", input="One", metadata={"a": "b"})
@@ -9324,14 +9689,14 @@ def test_openai_python_has_responses_goes_on_from_them_and_forgets_them(
 
 @pytest.mark.parametrize("model", ["kimi", "local/k2"])
 def test_openai_python_streams_and_parses_a_response_into_a_model(
-    run: Run, kimi: WebChat, both: dict[str, str], api: Api, model: str
+    start_program: StartProgram, kimi: WebChat, api_settings: dict[str, str], api: Api, model: str
 ) -> None:
     pydantic = pytest.importorskip("pydantic")
     City = pydantic.create_model("City", name=(str, ...), people=(int, ...))
     paris = '{"name": "Paris", "people": 2100000}'
     kimi.answer = f"Of course:\n```json\n{paris}\n```"
     api.always = api_answers(paris[:9], paris[9:])
-    client = strict_client(run(**both))
+    client = strict_client(start_program(**api_settings))
     asks = {"model": model, "input": "Which city?", "text_format": City}
     assert client.responses.parse(**asks).output_parsed == City(name="Paris", people=2100000)
     with client.responses.stream(**asks) as stream:
@@ -9341,11 +9706,11 @@ def test_openai_python_streams_and_parses_a_response_into_a_model(
 
 
 @json_and_stream
-def test_openai_python_without_a_state_carries_reasoning_through_tool_calls(
-    run: Run, both: dict[str, str], api: Api, stream: bool
+def test_openai_python_carries_reasoning_in_stateless_responses(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, stream: bool
 ) -> None:
-    api.always = thinks(*TRAVEL)
-    client = strict_client(run(**both, before=FORGETFUL))
+    api.always = api_thinks(*TRAVEL)
+    client = strict_client(start_program(**api_settings, before=FORGETFUL))
     items: list[Any] = [{"role": "user", "content": "Find out how Paris is and book it."}]
     tools = [{"type": "function", **entry["function"]} for entry in (WEATHER, tool("book", city={"type": "string"}))]
     used = []
@@ -9366,8 +9731,8 @@ def test_openai_python_without_a_state_carries_reasoning_through_tool_calls(
     assert reasoning_sent(api) == ["I think of step 0.", "I think of step 1."]
 
 
-def test_openai_python_raises_its_own_exceptions_before_a_response(run: Run, kimi: WebChat) -> None:
-    client = strict_client(run())
+def test_openai_python_raises_errors_of_responses(start_program: StartProgram, kimi: WebChat) -> None:
+    client = strict_client(start_program())
     import openai
 
     def fails(expected: type[Exception], param: str | None, **request: Any) -> Any:
@@ -9385,13 +9750,13 @@ def test_openai_python_raises_its_own_exceptions_before_a_response(run: Run, kim
     assert fails(openai.InternalServerError, None).code == "upstream_blocked"
 
 
-def test_openai_python_sees_why_a_response_failed_in_the_middle(
-    run: Run, kimi: WebChat, both: dict[str, str], api: Api
+def test_openai_python_receives_the_reason_of_a_failed_response(
+    start_program: StartProgram, kimi: WebChat, api_settings: dict[str, str], api: Api
 ) -> None:
-    kimi.always = at_the_gate
-    api.always = api_plays(api_chunk({"content": "half"}), {"error": {"message": "out of order"}})
-    client = strict_client(run(**both, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.5"))
-    for model, words in (("kimi", "0.5 s"), ("local/k2", "out of order")):
+    kimi.always = web_chat_answers_at_the_gate
+    api.always = api_streams(api_chunk({"content": "half"}), {"error": {"message": "out of order"}})
+    client = strict_client(start_program(**api_settings, SSE_KEEPALIVE="0.1", MAX_RETRIES="0", REQUEST_TIMEOUT="0.3"))
+    for model, words in (("kimi", "0.3 s"), ("local/k2", "out of order")):
         *_, last = client.responses.create(model=model, input="x", stream=True)
         assert last.type == "response.failed" and last.response.status == "failed"
         assert words in last.response.error.message
@@ -9401,28 +9766,30 @@ def test_openai_python_sees_why_a_response_failed_in_the_middle(
             stream.get_final_response()
 
 
-def test_a_hard_kill_and_restart_cost_a_retrying_client_only_time(run: Run, kimi: WebChat) -> None:
+def test_openai_python_retries_through_a_kill_and_restart(start_program: StartProgram, kimi: WebChat) -> None:
     openai = pytest.importorskip("openai")
-    kimi.script.append(at_the_gate)
-    program = run()
+    kimi.script.append(web_chat_answers_at_the_gate)
+    program = start_program()
     client = openai.OpenAI(base_url=program.base_url, api_key="none", max_retries=8)
     with ThreadPoolExecutor(1) as pool:
         answered = pool.submit(client.chat.completions.create, model="kimi", messages=HELLO)
         wait_for(lambda: kimi.posts)
         program.close()
-        run("--api-port", str(program.port))
+        start_program("--api-port", str(program.port))
         assert answered.result(PATIENCE * 2).choices[0].message.content == kimi.answer
 
 
-def node(script: str, *arguments: str, needs: str) -> Any:
-    """Run .ci/SCRIPT with the packages that .ci/run has installed beside it; what it printed as JSON."""
-    if not (HERE / ".ci" / "node_modules" / needs).exists():
-        pytest.skip(f"needs npm's {needs}, which .ci/run installs")
-    done = subprocess.run(
-        ["node", str(HERE / ".ci" / script), *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def node_package(name: str) -> Path:
+    """Return the folder of a package that .ci/run has installed. Skip the test if there is none."""
+    folder = HERE / ".ci" / "node_modules" / name
+    if not folder.exists():
+        pytest.skip(f"needs npm's {name}, which .ci/run installs")
+    return folder
+
+
+def run_node(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["node", str(HERE / ".ci" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
 
 
 HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
@@ -9439,11 +9806,11 @@ HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
 """
 
 
-def plays_page(handler: ApiHandler) -> None:
-    """What the newest message asks for: words without end, Markdown, half an answer, a refusal, or else an echo."""
+def api_plays_page_steps(handler: ApiHandler) -> None:
+    """Play the part that the newest message names; echo any other message."""
     newest = handler.server.asked[-1][2]["messages"][-1]["content"]
     if newest == "words without end":
-        return steady(handler)
+        return api_streams_words(handler)
     if newest == "markdown":
         pieces = [HOSTILE_MARKDOWN[at : at + 7] for at in range(0, len(HOSTILE_MARKDOWN), 7)]
         deep = "".join(" " * depth + "- x\n" for depth in range(99))
@@ -9451,121 +9818,164 @@ def plays_page(handler: ApiHandler) -> None:
         return api_answers(*pieces, "\n\n".join(nested), "x" * 500_000)(handler)
     asked_before = [body for _, _, body in handler.server.asked[:-1] if body["messages"][-1]["content"] == newest]
     if newest == "break" and not asked_before:
-        return api_plays(api_chunk({"content": "Half"}))(handler)
+        return api_streams(api_chunk({"content": "Half"}))(handler)
     if newest == "refuse":
         return api_sends(402, {"error": {"message": "No money.", "code": "no_money"}})(handler)
     return api_answers(deltas=[{"reasoning_content": "I think."}, {"content": f"You said: {newest}"}])(handler)
 
 
-Browse = Callable[..., Any]
 HOSTILE_USERS = [
     "../x/y?z#&%2F\"'", ".", "..", "😀" * 512, "<img src=x onerror=alert(1)>", "\u202eada \u0645\u0631\u062d"]
 
 
-@pytest.fixture
-def browse(run: Run, kimi: WebChat, both: dict[str, str], api: Api) -> Browse:
-    """browse("step", …): what .ci/page.mjs has seen in Chromium, after a chat of each user."""
+class Browser:
+    """Chromium on the page of one program, which all page tests share. .ci/page.mjs takes its steps."""
+
+    def __init__(self, steps: list[str]) -> None:
+        """steps: those of all selected tests, which one run of the browser takes."""
+        self.kimi, self.api = WebChat(), Api()
+        self.api.always = api_plays_page_steps
+        self.program = Program(
+            API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600", PROVIDERS="local",
+            LOCAL_BASE_URL=self.api.url, **self.kimi.settings)
+        for user in HOSTILE_USERS:
+            body = {"messages": HELLO, "user": user}
+            assert self.program.ask("POST", "/v1/chat/completions", body, **bearer("sk-1"))[0] == 200
+        self._errors, self._seen = self._take(*steps)
+
+    def take(self, *steps: str) -> dict[str, Any]:
+        """Return what the page showed in these steps."""
+        errors, seen = self._errors, self._seen
+        if errors:  # perhaps in the steps of another test
+            errors, seen = self._take(*steps)
+        assert not errors, errors
+        return seen
+
+    def _take(self, *steps: str) -> tuple[list[str], dict[str, Any]]:
+        done = run_node("page.mjs", f"http://127.0.0.1:{self.program.port}", "sk-1", *steps)
+        if done.returncode:
+            return [done.stderr], {}
+        seen = json.loads(done.stdout)
+        errors = seen["problems"] + [f"requests {url}" for url in seen["elsewhere"]]
+        errors += ["the page scrolls sideways"] * any(seen["wide"])
+        errors += ["the page moves while it loads"] * any(seen["shifts"])
+        return errors, seen
+
+    def messages(self, newest: str) -> list[str]:
+        """Return the messages of the last request to the API whose newest message is this."""
+        asked = [[message["content"] for message in body["messages"]] for _, _, body in self.api.asked]
+        return [texts for texts in asked if texts[-1] == newest][-1]
+
+    def close(self) -> None:
+        self.program.close()
+        self.kimi.stop()
+        self.api.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     if not Path("/usr/bin/chromium").exists():
         pytest.skip("needs Debian's chromium, which .ci/run installs")
-
-    def take(*steps: str, users: tuple[str, ...] | list[str] = ()) -> Any:
-        api.always = plays_page
-        program = run(API_MASTER_KEY="ann:sk-1", TOKENS_PER_DAY="1000000", REQUESTS_PER_MINUTE="600", **both)
-        for user in users:
-            body = {"messages": HELLO, "user": user}
-            assert program.ask("POST", "/v1/chat/completions", body, Authorization="Bearer sk-1")[0] == 200
-        result = node("page.mjs", f"http://127.0.0.1:{program.port}", "sk-1", *steps, needs="playwright-core")
-        assert result.pop("problems") == [] and result.pop("elsewhere") == []
-        assert not any(result.pop("wide")), "the page scrolls sideways"
-        assert not any(result.pop("shifts")), "the page moves while it loads"
-        return result
-
-    return take
+    node_package("playwright-core")
+    marks = [item.get_closest_marker("page") for item in request.session.items]
+    with closing(Browser([step for mark in marks if mark for step in mark.args])) as browser:
+        yield browser
 
 
-def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(browse: Browse) -> None:
+@pytest.fixture
+def seen(request: pytest.FixtureRequest, browser: Browser) -> dict[str, Any]:
+    """What the page showed in the steps that the test's mark names."""
+    return browser.take(*request.node.get_closest_marker("page").args)
+
+
+@pytest.mark.page("keyIsAsked")
+def test_the_page_requests_the_key_and_reports_a_wrong_one(seen: dict[str, Any]) -> None:
     asks = "This server asks for an API key: type it at the top."
-    assert browse("keyIsAsked") == {
-        "key": [
-            [asks, "true"],
-            [401, "The API key is wrong.", "true"],
-            ["Incorrect API key. (invalid_api_key)", asks],
-            2,
-            "false",
-        ],
-        "connect": True,
-        "dark": True,
-    }
+    assert seen["key"] == [
+        [asks, "true"],
+        [401, "The API key is wrong.", "true"],
+        ["Incorrect API key. (invalid_api_key)", asks],
+        2,
+        "false",
+    ]
+    assert seen["connect"] and seen["dark"]
 
 
-def test_the_page_has_a_conversation_of_three_turns_and_a_stop(browse: Browse, api: Api) -> None:
-    said = ["one", "two\nlines", "three"]
-    result = browse("conversation", "stop")
-    assert result["turns"] == [text for turn in said for text in (turn, f"You said: {turn}")]
-    assert [message["content"] for message in api.asked[2][2]["messages"]] == result["turns"][:5]
-    assert result["thought"] == ["Thinking", "I think."] and result["begun"] == 0
-    assert result["copied"] == "You said: three"
-    assert result["stopped"] == ["Stopped", "Send", 4] and api.hung_up.wait(PATIENCE)
-    first, partial, last = (message["content"] for message in api.asked[-1][2]["messages"])
+@pytest.mark.page("conversation")
+def test_the_page_holds_a_conversation_of_three_turns(seen: dict[str, Any], browser: Browser) -> None:
+    questions = ["one", "two\nlines", "three"]
+    assert seen["turns"] == [text for question in questions for text in (question, f"You said: {question}")]
+    assert browser.messages("three") == seen["turns"][:5]
+    assert seen["thought"] == ["Thinking", "I think."] and seen["begun"] == 0
+    assert seen["copied"] == "You said: three"
+
+
+@pytest.mark.page("stop")
+def test_the_page_stops_an_answer_and_keeps_what_has_arrived(seen: dict[str, Any], browser: Browser) -> None:
+    assert seen["stopped"] == ["Stopped", "Send", 4] and browser.api.hung_up.wait(PATIENCE)
+    first, partial, last = browser.messages("after the stop")
     assert first == "words without end" and partial.startswith("word word") and last == "after the stop"
 
 
-def test_the_page_shows_markdown_and_nothing_else_of_an_answer(browse: Browse) -> None:
-    result = browse("markdown")
-    shown = result["markdown"]
-    assert shown.pop(":is(script, img, a, svg, iframe, b)") == 0 and result["seconds"] < 20
-    assert shown.pop("strong") > 1 and shown == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
-    assert result["code"].strip() == result["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
-    assert result["inline"][0] == "code"
-    assert result["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
-    assert result["items"][3].startswith("[a link](javascript:alert(3)) and <a href=")
+@pytest.mark.page("markdown")
+def test_the_page_renders_markdown_and_no_html(seen: dict[str, Any]) -> None:
+    assert seen["markdown"].pop(":is(script, img, a, svg, iframe, b)") == 0 and seen["seconds"] < 20
+    assert seen["markdown"].pop("strong") > 1
+    assert seen["markdown"] == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
+    assert seen["code"].strip() == seen["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
+    assert seen["inline"][0] == "code"
+    assert seen["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
+    assert seen["items"][3].startswith("[a link](javascript:alert(3)) and <a href=")
 
 
-def test_the_page_shows_errors_with_advice_and_tries_again(browse: Browse) -> None:
+@pytest.mark.page("failures")
+def test_the_page_shows_errors_with_advice_and_retries(seen: dict[str, Any]) -> None:
     advice = "Try again, or pick another model. kimi2api --check tells more."
     broken = "local ended the stream before the answer was complete. (upstream_unavailable)"
     refused = ["", "local: No money. (no_money)", advice]
     focus = "Message (Shift+Enter: new line)"
-    assert browse("failures")["failures"] == {
+    assert seen["failures"] == {
         "break": [["Half", broken, advice], ["break", "You said: break"], focus],
         "refuse": [refused, ["refuse", *refused], focus],
         "vanish": [["Half", "The answer broke off.", advice], ["vanish", "You said: vanish"], focus],
     }
 
 
-def test_the_page_reads_continues_and_forgets_sessions_by_keyboard(browse: Browse, kimi: WebChat, api: Api) -> None:
-    result = browse("sessions", users=HOSTILE_USERS)
-    assert len(result["names"]) == len(HOSTILE_USERS)
-    assert result["read"] == ["Hello", kimi.answer] and result["continued"] == ["..", 4]
-    sent = [message["content"] for message in api.asked[-1][2]["messages"]]
-    assert sent == ["Hello", kimi.answer, "and more"], "the server has put its turns in front"
-    assert result["forgot"] == ["Forget", *["Really forget?"] * 3, "SUMMARY", 0]
-    assert len(result["left"]) == 3 and not set(result["left"]) & set(HOSTILE_USERS[:3])
+@pytest.mark.page("sessions")
+def test_the_page_reads_continues_and_deletes_sessions_by_keyboard(seen: dict[str, Any], browser: Browser) -> None:
+    assert len(seen["names"]) == len(HOSTILE_USERS)
+    assert seen["read"] == ["Hello", browser.kimi.answer] and seen["continued"] == ["..", 4]
+    assert browser.messages("and more") == ["Hello", browser.kimi.answer, "and more"], "the server adds its turns"
+    assert seen["forgot"] == ["Forget", *["Really forget?"] * 3, "SUMMARY", 0]
+    assert len(seen["left"]) == 3 and not set(seen["left"]) & set(HOSTILE_USERS[:3])
 
 
-def test_the_page_keeps_what_is_shown_when_it_asks_again(browse: Browse) -> None:
-    result = browse("staysAsItIs", "lateAnswers", users=["ada"])
-    assert result == {
-        "meters": [64, 1_000_000],
-        "bars": 31,
-        "selected": "Requests",
-        "askedWhileHidden": 0,
-        "described": 1,
-        "late": ["kimi", "With a user name, the server remembers the chat."],
-        "away": ["The server cannot be reached."] * 2,
-    }
+@pytest.mark.page("staysAsItIs")
+def test_a_refresh_of_the_page_keeps_the_selection(seen: dict[str, Any]) -> None:
+    assert seen["meters"] == [64, 1_000_000] and seen["bars"] == 31
+    assert seen["selected"] == "Requests" and seen["askedWhileHidden"] == 0 and seen["described"] == 1
 
 
-def test_the_page_speaks_two_languages_and_fits_every_window(browse: Browse) -> None:
-    result = browse("languages", "extremes")
-    assert result["languages"] == [
+@pytest.mark.page("lateAnswers")
+def test_late_answers_do_not_overwrite_the_page(seen: dict[str, Any]) -> None:
+    assert seen["late"] == ["kimi", "With a user name, the server remembers the chat."]
+    assert seen["away"] == ["The server cannot be reached."] * 2
+
+
+@pytest.mark.page("languages")
+def test_the_page_has_two_languages(seen: dict[str, Any]) -> None:
+    assert seen["languages"] == [
         ["en", "Send", "Message (Shift+Enter: new line)", "Overview\nSessions\nConnect\nAPI", "Stop"],
         ["zh-CN", "发送", "输入消息（Shift+Enter 换行）", "概览\n会话\n接入\nAPI", "Stop"],
         "发送",
         "发送",
         "Send",
     ]
-    assert result["told"] == [
+
+
+@pytest.mark.page("extremes")
+def test_the_page_fits_every_window_with_extreme_data(seen: dict[str, Any]) -> None:
+    assert seen["told"] == [
         ["异常", 1, 0, 101, 58, ""],
         ["正常", 0, 0, 0, 0, "无"],
         ["degraded", 1, 0, 101, 58, ""],
@@ -9574,23 +9984,18 @@ def test_the_page_speaks_two_languages_and_fits_every_window(browse: Browse) -> 
 
 
 def run_client(client_name: str, program: Program, model: str) -> Any:
-    needs = {"ai-responses": "@ai-sdk/openai"}.get(client_name, client_name.removesuffix("-responses"))
-    return node("clients.mjs", client_name, program.base_url, "sk-1", model, needs=needs)
-
-
-@pytest.mark.parametrize("client_name", ["openai", "ai"])
-def test_clients_of_node_chat_stream_and_call_tools(run: Run, kimi: WebChat, client_name: str) -> None:
-    kimi.always = plays_travel_agent
-    result = run_client(client_name, run(API_MASTER_KEY="sk-1"), "kimi")
-    assert result == {"calls": ["get_weather", "book"], "text": "Booked Paris: 21 degrees, order 7.", "status": 401}
+    node_package({"ai-responses": "@ai-sdk/openai"}.get(client_name, client_name.removesuffix("-responses")))
+    done = run_node("clients.mjs", client_name, program.base_url, "sk-1", model)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("client_name", ["openai", "openai-responses", "ai", "ai-responses"])
-def test_clients_of_node_work_with_a_thinking_model(
-    run: Run, both: dict[str, str], api: Api, client_name: str
+def test_nodes_clients_work_with_a_thinking_model(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, client_name: str
 ) -> None:
-    api.always = thinks(*TRAVEL)
-    result = run_client(client_name, run(**both, API_MASTER_KEY="sk-1"), "local/k3")
+    api.always = api_thinks(*TRAVEL)
+    result = run_client(client_name, start_program(**api_settings, API_MASTER_KEY="sk-1"), "local/k3")
     assert result == {"calls": ["get_weather", "book"], "text": "Done.", "status": 401}
     assert_thinking_was_served(api)
 
@@ -9622,16 +10027,16 @@ A_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADh
         ),
     ],
 )
-def test_codex_does_what_a_thinking_model_asks_for(
-    run: Run, api: Api, tmp_path: Path, flags: list[str], steps: Any
+def test_codex_runs_the_tools_of_a_thinking_model(
+    start_program: StartProgram, api: Api, tmp_path: Path, flags: list[str], steps: Any
 ) -> None:
     codex = HERE / ".ci" / "node_modules" / ".bin" / "codex"
     if not codex.exists():
         pytest.skip("needs npm's @openai/codex, which .ci/run installs")
-    api.always = thinks(*([(name, json.dumps(arguments)) for name, arguments in step] for step in steps))
+    api.always = api_thinks(*([(name, json.dumps(arguments)) for name, arguments in step] for step in steps))
     models = "kimi=kimi,*=moonshot/kimi-k3"
     moonshot = {"MOONSHOT_API_KEY": "sk-theirs", "MOONSHOT_BASE_URL": api.url, "MODELS": models}
-    program = run(before=FORGETFUL, API_MASTER_KEY="sk-codex", **moonshot)
+    program = start_program(before=FORGETFUL, API_MASTER_KEY="sk-codex", **moonshot)
     home = tmp_path / ".codex"
     home.mkdir()
     config = re.search(r"```toml\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1]
@@ -9658,11 +10063,11 @@ def test_codex_does_what_a_thinking_model_asks_for(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bad input: no request of any shape is a 500, a hang or a broken connection
+# Bad input: no request causes a 500, a hang or a broken connection
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, kimi: WebChat) -> None:
+def test_json_of_any_shape_is_answered_or_refused(app: Client, kimi: WebChat) -> None:
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     document = app.get("/openapi.json").json
@@ -9699,7 +10104,7 @@ def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, 
     tried = 0
 
     @hypothesis.settings(
-        max_examples=200, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=100, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(request | anything)
     def holds(body: Any) -> None:
@@ -9708,14 +10113,14 @@ def test_json_of_any_shape_is_answered_or_refused_in_openais_shape(app: Client, 
         response = app.post("/v1/chat/completions", json.dumps(body).encode(), content_type="application/json")
         assert response.status_int in (200, 400, 404, 502), response.text
         if response.status_int != 200:
-            assert is_error(response, response.status_int, response.json["error"]["code"])
+            assert_error(response, response.status_int, response.json["error"]["code"])
             assert response.status_int != 502 or response.json["error"]["code"] == "invalid_json_answer", response.text
 
     holds()
-    assert tried >= 200
+    assert tried >= 100
 
 
-def test_paths_and_headers_of_any_bytes_are_answered_in_openais_shape(demo: Program) -> None:
+def test_paths_and_headers_of_any_bytes_are_answered(demo_program: Program) -> None:
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
 
@@ -9733,7 +10138,9 @@ def test_paths_and_headers_of_any_bytes_are_answered_in_openais_shape(demo: Prog
         path = b"".join(b"%%%02x" % byte for byte in path) if escaped else re.sub(rb"[\x00-\x20]", b"", path)
         value = re.sub(rb"[\x00-\x1f\x7f]", b"", value)
         header = name + b": " + value
-        with demo.open(method + b" /v1/" + path + b" HTTP/1.1\r\n" + header + b"\r\nConnection: close\r\n\r\n") as link:
+        with demo_program.open(
+            method + b" /v1/" + path + b" HTTP/1.1\r\n" + header + b"\r\nConnection: close\r\n\r\n"
+        ) as link:
             response, body = read_response(link, method.decode())
         assert response.status in (200, 204, 400, 401, 403, 404, 405), (response.status, body)
         assert response.headers["X-Request-Id"]
@@ -9741,12 +10148,12 @@ def test_paths_and_headers_of_any_bytes_are_answered_in_openais_shape(demo: Prog
             assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
     holds()
-    assert demo.chat()[0] == 200 and not [line for line in demo.log if "Traceback" in line]
+    assert demo_program.chat()[0] == 200 and not [line for line in demo_program.log if "Traceback" in line]
 
 
-def test_a_thousand_idle_connections_and_half_sent_bodies_hold_nobody_up(run: Run) -> None:
+def test_a_thousand_idle_connections_delay_nobody(start_program: StartProgram) -> None:
     allow_descriptors(4096)
-    program = run()
+    program = start_program()
     half_a_body = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
     with ExitStack() as links:
         for sent in [half_a_body, b"POST /v1", b"\r\n"] * 100 + [b""] * 700:
@@ -9758,8 +10165,10 @@ def test_a_thousand_idle_connections_and_half_sent_bodies_hold_nobody_up(run: Ru
     assert program.chat()[0] == 200
 
 
-def test_a_body_shorter_than_its_length_and_pipelined_requests(run: Run, kimi: WebChat) -> None:
-    program = run()
+def test_a_truncated_body_is_dropped_and_pipelined_requests_answered(
+    start_program: StartProgram, kimi: WebChat
+) -> None:
+    program = start_program()
     half_a_body = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{}"
     with program.open(half_a_body) as link:
         link.shutdown(socket.SHUT_WR)
@@ -9769,52 +10178,54 @@ def test_a_body_shorter_than_its_length_and_pipelined_requests(run: Run, kimi: W
     assert not kimi.posts
 
 
-def many(text: str, size: int) -> str:
+def repeat_to(text: str, size: int) -> str:
     return text * (size // len(text))
 
 
 MB = 1 << 20
-LONG = 300_000  # characters: what takes the square of it takes much longer than STALL
+LONG = 150_000  # characters; quadratic time would be many times STALL
 HOSTILE_ANSWERS = {
     "fence, spaces": "```" + " " * LONG + "x",
-    "fences": many("``` ", LONG),
-    "tool call marks": many("<tool_call>", LONG),
-    "K2's marks": many("<|tool_call_begin|>a", LONG),
+    "fences": repeat_to("``` ", LONG),
+    "tool call marks": repeat_to("<tool_call>", LONG),
+    "K2's marks": repeat_to("<|tool_call_begin|>a", LONG),
     "K2's mark, a long name": "<|tool_call_begin|>" + "a" * LONG,
     "K2's mark, digits": "<|tool_call_begin|>a:" + "1" * LONG,
-    "braces and letters": many("{x", LONG),
-    "lists and numbers": many("[1,", LONG),
-    "lists, empty": many("[],", LONG),
-    "open strings": many('{"', LONG),
-    "escapes": '{"' + many("\\\\\"", LONG) + "x",
-    "angle brackets": many("<", LONG),
-    "braces that are none": many("{x}", LONG),
-    "ordinals": many("[1st]", LONG),
-    "joined emoji": many("\U0001f468\u200d", LONG),
-    "combining marks": "a" + many("\u0301", LONG),
-    "spaces": many(" ", LONG) + "x",
+    "braces and letters": repeat_to("{x", LONG),
+    "lists and numbers": repeat_to("[1,", LONG),
+    "lists, empty": repeat_to("[],", LONG),
+    "open strings": repeat_to('{"', LONG),
+    "escapes": '{"' + repeat_to("\\\\\"", LONG) + "x",
+    "angle brackets": repeat_to("<", LONG),
+    "braces that are none": repeat_to("{x}", LONG),
+    "ordinals": repeat_to("[1st]", LONG),
+    "joined emoji": repeat_to("\U0001f468\u200d", LONG),
+    "combining marks": "a" + repeat_to("\u0301", LONG),
+    "spaces": repeat_to(" ", LONG) + "x",
 }
 
 
-def hostile_web_chats() -> Iterator[Any]:
+def hostile_web_chat_cases() -> Iterator[Any]:
     for name, text in HOSTILE_ANSWERS.items():
-        yield pytest.param("post", says(text), id=f"answer: {name}")
-    refusals = {"<": "<" * LONG, "&": "&" * LONG, "objects": many('{"a":', LONG)}
+        yield pytest.param("post", web_chat_says(text), id=f"answer: {name}")
+    refusals = {"<": "<" * LONG, "&": "&" * LONG, "objects": repeat_to('{"a":', LONG)}
     for name, text in refusals.items():
         refusal = json.dumps({"success": False, "data": text})
         yield pytest.param("post", sends(200, refusal, "application/json"), id=f"refusal of {name}")
     for text in ("kimi_ajax ", "</script>", "kimi_ajax nonce: ", "kimi_ajax 'nonce' "):
-        yield pytest.param("page", sends(200, many(text, LONG)), id=f"page of {text}")
+        yield pytest.param("page", sends(200, repeat_to(text, LONG)), id=f"page of {text}")
     for text in ("<form ", "cf-", " "):
-        yield pytest.param("page", sends(503, "<html>" + many(text, LONG), **CLOUDFLARE), id=f"503 page of {text!r}")
-    yield pytest.param("post", sends(403, "{" + many(" cloudflar", LONG)), id="403 of half a problem")
-    yield pytest.param("post", raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
-    yield pytest.param("post", raw(b"<" * LONG), id="no HTTP")
+        yield pytest.param(
+            "page", sends(503, "<html>" + repeat_to(text, LONG), **CLOUDFLARE), id=f"503 page of {text!r}"
+        )
+    yield pytest.param("post", sends(403, "{" + repeat_to(" cloudflar", LONG)), id="403 of half a problem")
+    yield pytest.param("post", sends_raw(b"HTTP/1.1 200 " + b"<" * 60_000 + b"\r\n\r\n"), id="status line of <")
+    yield pytest.param("post", sends_raw(b"<" * LONG), id="no HTTP")
     cookies = b"".join(b"Set-Cookie: a%d=%b; expires=%b\r\n" % (n, b"x" * 3000, b"1" * 3000) for n in range(20))
-    yield pytest.param("page", raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
+    yield pytest.param("page", sends_raw(b"HTTP/1.1 200 OK\r\n" + cookies + b"Content-Length: 0\r\n\r\n"), id="cookies")
 
 
-def hostile_requests() -> Iterator[Any]:
+def hostile_request_cases() -> Iterator[Any]:
     def offering(parameters: Any) -> dict[str, Any]:
         return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
 
@@ -9830,8 +10241,8 @@ def hostile_requests() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def beside() -> Iterator[tuple[Program, WebChat]]:
-    """One program for all hostile texts, which none of them may hold up."""
+def shared_program() -> Iterator[tuple[Program, WebChat]]:
+    """One program for all hostile texts, and its web chat."""
     kimi = WebChat()
     settings = {**kimi.settings, "MAX_RETRIES": "0", "CONTEXT_MAX_LENGTH": "99999999", "STREAM_MAX_SECONDS": "0.1"}
     before = "kimi2api.FAILURES_TO_OPEN = 10**9"
@@ -9840,8 +10251,8 @@ def beside() -> Iterator[tuple[Program, WebChat]]:
     kimi.stop()
 
 
-def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
-    """The status of a chat, and the longest that a neighbour's /health took meanwhile, in seconds."""
+def chat_with_health_checks(program: Program, **body: Any) -> tuple[int, float]:
+    """Return the status of a chat, and the longest time in seconds that /health took meanwhile."""
     longest = 0.0
     asked_at = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
@@ -9855,13 +10266,15 @@ def answers_beside(program: Program, **body: Any) -> tuple[int, float]:
     return asked.result()[0], longest
 
 
-STALL = 3.0  # seconds for which nothing may hold up a neighbour, on a machine that is busy with other things too
+STALL = 3.0  # seconds that another request may take meanwhile, on a busy machine
 
 
-@pytest.mark.parametrize(("where", "act"), list(hostile_web_chats()))
-def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebChat], where: str, act: Act) -> None:
-    program, kimi = beside
-    kimi.always = act if where == "post" else answer
+@pytest.mark.parametrize(("where", "act"), list(hostile_web_chat_cases()))
+def test_no_answer_of_the_web_chat_delays_other_requests(
+    shared_program: tuple[Program, WebChat], where: str, act: Act
+) -> None:
+    program, kimi = shared_program
+    kimi.always = act if where == "post" else web_chat_answers
     kimi.script.clear()
     if where == "page":
         kimi.nonce += "0"  # so that the page is fetched
@@ -9870,21 +10283,23 @@ def test_no_text_of_an_upstream_holds_up_a_neighbour(beside: tuple[Program, WebC
     if where == "post":
         forms += [{"response_format": JSON_OBJECT}, {"stream": True, "max_tokens": 100_000, "stop": ["\0"]}]
     for form in forms:
-        status, longest = answers_beside(program, **form)
+        status, longest = chat_with_health_checks(program, **form)
         assert status in (200, 502, 503, 504) and longest < STALL
     kimi.page_script.clear()
 
 
-@pytest.mark.parametrize("request_", list(hostile_requests()))
-def test_no_request_holds_up_a_neighbour(beside: tuple[Program, WebChat], request_: dict[str, Any]) -> None:
-    program, kimi = beside
-    kimi.always = answer
-    status, longest = answers_beside(program, **request_)
+@pytest.mark.parametrize("request_", list(hostile_request_cases()))
+def test_no_request_delays_other_requests(shared_program: tuple[Program, WebChat], request_: dict[str, Any]) -> None:
+    program, kimi = shared_program
+    kimi.always = web_chat_answers
+    status, longest = chat_with_health_checks(program, **request_)
     assert status in (200, 400) and longest < STALL
 
 
-def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: dict[str, str], api: Api) -> None:
-    program = run(**both, MAX_RETRIES="0")
+def test_no_stream_or_list_of_an_api_delays_other_requests(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api
+) -> None:
+    program = start_program(**api_settings, MAX_RETRIES="0")
 
     def pieces_of_a_line(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -9907,7 +10322,7 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
 
     for act in (pieces_of_a_line, lines_without_end, small_chunks):
         api.always = act
-        status, longest = answers_beside(program, model="local/k2", user="ada")
+        status, longest = chat_with_health_checks(program, model="local/k2", user="ada")
         assert status in (200, 502) and longest < STALL
     api.list_act = api_sends(200, {"data": [{"id": f"model-{number}"} for number in range(20_000)]})
     began = time.monotonic()
@@ -9916,17 +10331,19 @@ def test_no_stream_and_no_list_of_an_api_holds_up_a_neighbour(run: Run, both: di
     assert program.memory() < 400
 
 
-def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api: Api, kimi: WebChat) -> None:
-    brackets = many("[],", 4 * MB - 100)
+def test_no_answer_takes_many_times_its_size_in_memory(
+    start_program: StartProgram, api_settings: dict[str, str], api: Api, kimi: WebChat
+) -> None:
+    brackets = repeat_to("[],", 4 * MB - 100)
     kimi.always = sends(200, '{"success": true, "data": [' + brackets + "0]}", "application/json")
     api.list_act = api_sends(200, ('{"data": [' + brackets + "0]}").encode())
 
     def one_chunk(handler: ApiHandler) -> None:
-        api_plays(('{"choices": [' + brackets.replace("[]", "{}") + "{}]}").encode())(handler)
+        api_streams(('{"choices": [' + brackets.replace("[]", "{}") + "{}]}").encode())(handler)
 
     def lists(handler: ApiHandler) -> None:
         chunk = {**api_chunk({"content": "x"}), "x": [[]] * 200_000}
-        api_plays(*[json.dumps(chunk).encode()] * 60)(handler)
+        api_streams(*[json.dumps(chunk).encode()] * 60)(handler)
 
     def choices(handler: ApiHandler) -> None:
         handler.begin_stream()
@@ -9934,7 +10351,7 @@ def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api
             chunks = range(number, number + 2000)
             handler.send(b"".join(b'data:{"choices":[{"index":%d,"delta":{}}]}\n\n' % index for index in chunks))
 
-    program = run(**both, MAX_RETRIES="0")
+    program = start_program(**api_settings, MAX_RETRIES="0")
     with ThreadPoolExecutor(8) as pool:
         assert {status for status, _ in pool.map(lambda _: program.chat(), range(8))} == {502}
     program.ask("GET", "/v1/models")
@@ -9950,14 +10367,14 @@ def test_no_answer_takes_many_times_its_size(run: Run, both: dict[str, str], api
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Soak: pytest -m soak -s (SOAK_SECONDS, ten minutes unless told)
+# Soak: pytest -m soak -s (SOAK_SECONDS, ten minutes by default)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak
-def test_soak(run: Run, kimi: WebChat) -> None:
+def test_soak(start_program: StartProgram, kimi: WebChat) -> None:
     seconds = float(os.environ.get("SOAK_SECONDS", "600"))
-    program = run(
+    program = start_program(
         MAX_CONCURRENT_CHATS="16",
         MAX_SESSION_SIZE="50",
         STREAM_INTERVAL_MS="1",
@@ -9995,11 +10412,11 @@ def test_soak(run: Run, kimi: WebChat) -> None:
             assert json.loads(data)["error"]["message"]
             count(f"status {status}")
             return
-        last = events(data)[-1] if body["stream"] else json.loads(data)
+        last = sse_events(data)[-1] if body["stream"] else json.loads(data)
         if last == "[DONE]" or "choices" in last:
             count("answered")
         else:
-            count("told to have failed" if "error" in last else "lost")
+            count("failed" if "error" in last else "lost")
 
     def traffic(seed: int) -> None:
         choose = random.Random(seed)
@@ -10008,7 +10425,7 @@ def test_soak(run: Run, kimi: WebChat) -> None:
             if choose.random() < 0.5:
                 body["user"] = f"u{choose.randrange(200)}"
             kind = choose.random()
-            if kind < 0.15 and len(kimi.script) < 3:  # no more, or a pause would leave a queue of faults behind it
+            if kind < 0.15 and len(kimi.script) < 3:  # more would be a queue of faults after a pause
                 kimi.script.append(choose.choice(faults))
                 count("faults")
             if kind < 0.1:
@@ -10045,15 +10462,15 @@ def test_soak(run: Run, kimi: WebChat) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Benchmark: pytest -m bench -s
 #
-# Every figure is a ratio, or a time with the limit that it should keep, measured in one run. The upstreams and the
-# loads each run as a process, `python test_kimi2api.py ROLE …`, so that they never wait for the program's interpreter.
+# Every figure is a ratio or a time, with its limit, measured in one run. The upstreams and the loads run as processes
+# of their own (`python test_kimi2api.py ROLE …`), so that they never wait for the program's interpreter.
 # ----------------------------------------------------------------------------------------------------------------------
 
-Row = tuple[str, str, str]  # what is measured, the figure, what it should be
+Row = tuple[str, str, str]  # name, figure, limit
 
 
 class FastUpstream:
-    """The web chat for timing: no threads and no faults, so that it is never the bottleneck."""
+    """A web chat for timing, without threads and faults, so that it is never the bottleneck."""
 
     def __init__(self, delay: str, chars: str) -> None:
         self.delay = float(delay)
@@ -10093,7 +10510,7 @@ STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
 class FastApi(FastUpstream):
-    """An API of OpenAI's kind that sends a whole stream at once, each event a chunk of HTTP as usual."""
+    """An OpenAI-style API that sends a complete stream in one write, each event a chunk of HTTP."""
 
     def __init__(self, chunks: str) -> None:
         self.page = self.http(b'{"object":"list","data":[]}')
@@ -10107,7 +10524,7 @@ class FastApi(FastUpstream):
 
 
 class TimedApi(FastUpstream):
-    """An API of OpenAI's kind whose chunks say when they were sent, with a pause after each."""
+    """An OpenAI-style API whose chunks contain the time of sending, with a pause after each chunk."""
 
     def __init__(self, chunks: str, pause: str) -> None:
         self.page = self.http(b'{"object":"list","data":[]}')
@@ -10134,7 +10551,7 @@ def chat_request(**body: Any) -> bytes:
 
 
 def straight(port: str, at_once: str, total: str) -> dict[str, float]:
-    """The web chat's calls with cloudscraper alone, from threads, no server."""
+    """Call the web chat with cloudscraper directly, from threads."""
     import cloudscraper
     from requests.adapters import HTTPAdapter
 
@@ -10155,7 +10572,7 @@ def straight(port: str, at_once: str, total: str) -> dict[str, float]:
 
 
 async def load(port: str, at_once: str, total: str, stream: str, model: str) -> dict[str, float]:
-    """Ask the program for chats, so many at once, over connections that are kept where the program keeps them."""
+    """Send chats to the program, `at_once` concurrently, reusing connections that the program keeps open."""
     request = chat_request(model=model, stream=stream == "stream")
     left = int(total)
     times: list[float] = []
@@ -10184,7 +10601,7 @@ async def load(port: str, at_once: str, total: str, stream: str, model: str) -> 
 
 
 def read_streams(port: str, at_once: str, model: str) -> dict[str, float]:
-    """Read so many streams at once as cheaply as can be: count bytes, look for [DONE]."""
+    """Read `at_once` streams concurrently at the least cost: count bytes, search for [DONE]."""
     selector = selectors.DefaultSelector()
     request = chat_request(model=model, stream=True)
     links = [socket.create_connection(("127.0.0.1", int(port))) for _ in range(int(at_once))]
@@ -10206,7 +10623,7 @@ def read_streams(port: str, at_once: str, model: str) -> dict[str, float]:
 
 
 def delays(port: str, at_once: str, model: str) -> dict[str, float]:
-    """Read the streams of TimedApi with requests: seconds until the first chunk, and each chunk's on the way."""
+    """Read the streams of TimedApi with requests. Return the seconds to the first chunk and the delay of each chunk."""
     import requests
 
     def read(_: int) -> tuple[float, list[float]]:
@@ -10236,7 +10653,7 @@ LOAD_ROLES = {"straight": straight, "load": load, "read_streams": read_streams, 
 
 
 def play_role(name: str, *arguments: str) -> None:
-    """What this file does when it is run as a program: an upstream serves, a load prints its figures."""
+    """Run a role of this file as a program: an upstream serves, a load prints its figures."""
     if name in UPSTREAM_ROLES:
         asyncio.run(UPSTREAM_ROLES[name].main(*arguments))
         return
@@ -10245,7 +10662,7 @@ def play_role(name: str, *arguments: str) -> None:
 
 
 def measure(name: str, *arguments: Any) -> dict[str, float]:
-    """The figures of a load, which runs as a process."""
+    """Run a load as a process. Return its figures."""
     done = subprocess.run([sys.executable, __file__, name, *map(str, arguments)], capture_output=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     assert not figures.get("bad"), (name, arguments, figures)
@@ -10254,7 +10671,7 @@ def measure(name: str, *arguments: Any) -> dict[str, float]:
 
 @contextmanager
 def fast_upstream(name: str, *arguments: Any) -> Iterator[int]:
-    """One of the upstreams as a process; its port."""
+    """Run an upstream as a process. Yield its port."""
     flags = [sys.executable, __file__, name, *map(str, arguments)]
     with subprocess.Popen(flags, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -10265,10 +10682,11 @@ def fast_upstream(name: str, *arguments: Any) -> Iterator[int]:
 
 @contextmanager
 def benched(port: int, **settings: str) -> Iterator[Program]:
-    """The program in front of that upstream, which is its web chat and its API `local/…` as well."""
+    """Run the program in front of this upstream, which is both its web chat and its API `local/…`."""
     address = f"http://127.0.0.1:{port}"
     settings = {"PROVIDERS": "local", "LOCAL_BASE_URL": f"{address}/v1", **settings}
-    with closing(Program(UPSTREAM_URL=f"{address}/ajax", CHAT_PAGE_URL=f"{address}/chat/", **settings)) as program:
+    urls = {"UPSTREAM_URL": f"{address}/ajax", "CHAT_PAGE_URL": f"{address}/chat/"}
+    with closing(Program(is_new=True, **urls, **settings)) as program:
         yield program
 
 
@@ -10346,7 +10764,7 @@ def bench_delay_of_api_chunks() -> Iterator[Row]:
 
 
 def json_of_a_chunk() -> float:
-    """The unit for what a chunk costs: seconds to read and write its JSON."""
+    """Return the unit for the cost of a chunk: the seconds to read and write its JSON."""
     text = json.dumps(API_CHUNK)
     times = []
     for _ in range(20):
