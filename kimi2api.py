@@ -197,7 +197,10 @@ class ClientKey:
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     # A name whose key is missing must not become a key
     entries = match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text)
-    return tuple(ClientKey(found[2], found[1]) for found in entries)
+    clients = dict.fromkeys(ClientKey(found[2], found[1]) for found in entries)
+    if len({client.key for client in clients}) < len(clients):  # only the first would have its limits
+        raise SettingError("API_MASTER_KEY: the same key is listed under two names")
+    return tuple(clients)
 
 
 def parse_limits(text: str, low: int = 0, high: int = 10**15, default: int = 0) -> dict[str, int]:
