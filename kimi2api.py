@@ -6776,29 +6776,29 @@ def describe_api(app: App) -> JSONObject:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "OpenAIObject", "Request",
-          "data: a chunk as JSON, or [DONE]"),
-    Route("POST", "/v1/responses", App.create_response, "a response", "OpenAIObject", "ResponsesRequest",
+    Route("POST", "/v1/chat/completions", App.create_chat_completion, "Create a chat completion", "OpenAIObject",
+          "Request", "data: a chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.create_response, "Create a response", "OpenAIObject", "ResponsesRequest",
           "data: an event of the Responses API as JSON"),
-    Route("POST", "/v1/responses/compact", App.compact_response, "a conversation, summarized", "OpenAIObject",
+    Route("POST", "/v1/responses/compact", App.compact_response, "Compact a conversation", "OpenAIObject",
           "ResponsesRequest"),
-    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "OpenAIObject"),
-    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "OpenAIObject"),
-    Route("POST", "/v1/completions", App.create_completion, "complete a text", "OpenAIObject", "CompletionRequest",
+    Route("GET", "/v1/responses/<id>", App.get_response, "Get a stored response", "OpenAIObject"),
+    Route("DELETE", "/v1/responses/<id>", App.delete_response, "Delete a stored response", "OpenAIObject"),
+    Route("POST", "/v1/completions", App.create_completion, "Complete a text", "OpenAIObject", "CompletionRequest",
           "data: a part of the completion as JSON, or [DONE]"),
-    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "OpenAIObject", "EmbeddingsRequest"),
-    Route("GET", "/v1/models", App.list_models, "the models", "Models"),
-    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "Model"),
-    Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
+    Route("POST", "/v1/embeddings", App.create_embeddings, "Create embeddings", "OpenAIObject", "EmbeddingsRequest"),
+    Route("GET", "/v1/models", App.list_models, "List models", "Models"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "Get a model", "Model"),
+    Route("GET", "/v1/sessions", App.list_sessions, "List sessions", "Sessions"),
     # Browsers remove the path segments . and .., so ?user= names these users
-    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "the turns remembered of a user", "Session"),
-    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session, "forget a user's turns", "Deleted"),
-    Route("GET", "/v1/usage", App.get_usage, "what the key has used, and its limits", "Usage"),
-    Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health, "how the server is", "Health", is_public=True),
-    Route("GET", "/openapi.json", describe_api, "this description", "OpenAPI", is_public=True),
-    Route("GET", "/docs", App.page, "a page to read and to try", "text/html", is_public=True),
-    Route("GET", "/", App.page, "the same page", "text/html", is_public=True),
+    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "Get the turns of a session", "Session"),
+    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session, "Delete a session", "Deleted"),
+    Route("GET", "/v1/usage", App.get_usage, "Get usage and limits", "Usage"),
+    Route("GET", "/metrics", App.metrics_page, "Get metrics for Prometheus", "text/plain"),
+    Route("GET", "/health", App.health, "Get the server's health", "Health", is_public=True),
+    Route("GET", "/openapi.json", describe_api, "Get this description", "OpenAPI", is_public=True),
+    Route("GET", "/docs", App.page, "Open this page", "text/html", is_public=True),
+    Route("GET", "/", App.page, "Open this page", "text/html", is_public=True),
 ]
 
 
@@ -7401,7 +7401,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         form = dict(parse_qsl(body.decode()))
-        answer = demo_answer(form["message"], form["model"])
+        answer = demo_answer(form["message"])
         self.reply("application/json", dump_json({"success": True, "data": {"message": answer}}))
 
     def reply(self, kind: str, body: bytes) -> None:
@@ -7418,7 +7418,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
 SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 
 
-def demo_answer(prompt: str, model: str) -> str:
+def demo_answer(prompt: str) -> str:
     """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
     *earlier, newest = SPEAKER.split(prompt)
     has_result = f"\n{SPEAKERS['tool']}" in prompt
@@ -7430,8 +7430,8 @@ def demo_answer(prompt: str, model: str) -> str:
         return "[] {}"  # the parser takes the document of the right type
     lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
-        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
-        f"Earlier messages that reached {model} with it:{''.join(lines) or ' none.'}")
+        f"This is the demo of kimi2api (演示模式): no model was asked. You wrote: “{newest.strip()}”\n\n"
+        f"Earlier messages:{''.join(lines) or ' none.'}\n\nFor real answers, start without --demo.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7507,8 +7507,8 @@ def operation(route: Route) -> JSONObject:
     described: JSONObject = {
         "summary": route.summary,
         "responses": {
-            "200": {"description": route.summary, "content": answer},
-            "default": {"description": "an error", "content": content_of("Error")},
+            "200": {"description": "The answer", "content": answer},
+            "default": {"description": "An error", "content": content_of("Error")},
         },
     }
     name = re.search(r"<(\w+)", route.rule)
