@@ -9440,7 +9440,7 @@ def node(script: str, *arguments: str, needs: str) -> Any:
 
 HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
 
-1. One with `code`
+1. One with `code`, *italic*, 2 * 3 * 4
    ```html
    <img src=x onerror=alert(2)>
    ```
@@ -9449,6 +9449,10 @@ HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
 
 * [a link](javascript:alert(3)) and <a href="javascript:alert(4)" onclick="alert(5)">another</a>
 <iframe src="javascript:alert(6)"></iframe><svg onload=alert(7)>
+
+| Way | <b>Time</b> |
+|-----|:-----------:|
+| `a` | **1** s     |
 """
 
 
@@ -9500,12 +9504,14 @@ def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(browse: Browse) -> 
     asks = "This server asks for an API key: type it at the top."
     assert browse("keyIsAsked") == {
         "key": [
-            [asks, "true"],
-            [401, "The API key is wrong.", "true"],
-            ["Incorrect API key. (invalid_api_key)", asks],
+            ["API key needed", asks, "", "false"],
+            [401, "API key needed", asks, "The API key is wrong.", "true"],
+            [asks],
             2,
-            "false",
+            ["Ask anything", "Name the session and the server remembers it.", "", "false"],
         ],
+        "focused": "API key",
+        "noScript": "This page needs JavaScript.",
         "connect": True,
         "dark": True,
     }
@@ -9527,7 +9533,8 @@ def test_the_page_shows_markdown_and_nothing_else_of_an_answer(browse: Browse) -
     result = browse("markdown")
     shown = result["markdown"]
     assert shown.pop(":is(script, img, a, svg, iframe, b)") == 0 and result["seconds"] < 20
-    assert shown.pop("strong") > 1 and shown == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
+    assert shown.pop("strong") > 1 and shown == {"h3": 1, "ul": 11, "ol": 1, "li": 103, "pre": 1, "em": 1, "td": 4}
+    assert result["cells"] == ["Way", "<b>Time</b>", "a", "1 s"]
     assert result["code"].strip() == result["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
     assert result["inline"][0] == "code"
     assert result["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
@@ -9535,14 +9542,15 @@ def test_the_page_shows_markdown_and_nothing_else_of_an_answer(browse: Browse) -
 
 
 def test_the_page_shows_errors_with_advice_and_tries_again(browse: Browse) -> None:
-    advice = "Try again, or pick another model. kimi2api --check tells more."
+    advice = "Try again or pick another model. Run kimi2api --check to see why."
     broken = "local ended the stream before the answer was complete. (upstream_unavailable)"
     refused = ["", "local: No money. (no_money)", advice]
-    focus = "Message (Shift+Enter: new line)"
+    focus = "Message"
     assert browse("failures")["failures"] == {
         "break": [["Half", broken, advice], ["break", "You said: break"], focus],
         "refuse": [refused, ["refuse", *refused], focus],
         "vanish": [["Half", "The answer broke off.", advice], ["vanish", "You said: vanish"], focus],
+        "away": [["", "The server cannot be reached.", "Is kimi2api running?"], ["away", "You said: away"], focus],
     }
 
 
@@ -9560,11 +9568,11 @@ def test_the_page_keeps_what_is_shown_when_it_asks_again(browse: Browse) -> None
     result = browse("staysAsItIs", "lateAnswers", users=["ada"])
     assert result == {
         "meters": [64, 1_000_000],
-        "bars": 31,
+        "bars": 1,
         "selected": "Requests",
         "askedWhileHidden": 0,
         "described": 1,
-        "late": ["kimi", "With a user name, the server remembers the chat."],
+        "late": ["kimi", "Name the session and the server remembers it."],
         "away": ["The server cannot be reached."] * 2,
     }
 
@@ -9572,17 +9580,17 @@ def test_the_page_keeps_what_is_shown_when_it_asks_again(browse: Browse) -> None
 def test_the_page_speaks_two_languages_and_fits_every_window(browse: Browse) -> None:
     result = browse("languages", "extremes")
     assert result["languages"] == [
-        ["en", "Send", "Message (Shift+Enter: new line)", "Overview\nSessions\nConnect\nAPI", "Stop"],
-        ["zh-CN", "发送", "输入消息（Shift+Enter 换行）", "概览\n会话\n接入\nAPI", "Stop"],
+        ["en", "Send", "Message", "Overview\nSessions\nConnect\nAPI", "Stop"],
+        ["zh-CN", "发送", "输入消息", "概览\n会话\n接入\nAPI", "Stop"],
         "发送",
         "发送",
         "Send",
     ]
     assert result["told"] == [
-        ["异常", 1, 0, 101, 58, ""],
-        ["正常", 0, 0, 0, 0, "无"],
-        ["degraded", 1, 0, 101, 58, ""],
-        ["ok", 0, 0, 0, 0, "None"],
+        ["上游服务异常：1 / 2", 1, 0, 101, 1, ""],
+        ["运行正常", 0, 0, 0, 1, "无"],
+        ["1 of 2 upstreams failing", 1, 0, 101, 1, ""],
+        ["Running", 0, 0, 0, 1, "None"],
     ]
 
 
