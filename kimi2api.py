@@ -7624,8 +7624,7 @@ h2 { margin: 1rem 0 .5rem }
 #welcome p { height: 3rem }
 #composer { display: flex; align-items: end; gap: .5rem; padding: .5rem; margin-bottom: 1rem; background: var(--card);
   border: 1px solid light-dark(#8c8c96, #70707a); border-radius: 1rem }
-#question:placeholder-shown + p { line-height: 2.25rem }
-#question + p { display: none }
+#question + p { display: none; line-height: 2.25rem }
 #composer:focus-within { border-color: var(--accent) }
 #question { flex: 1; field-sizing: content; height: auto; max-height: 30vh; resize: none; border: 0; outline: 0;
   padding: .375rem .5rem }
@@ -7861,7 +7860,7 @@ const copyButton = (parent, text) => button(parent, 'Copy', async ({target}) => 
 });
 function codeBlock(parent, title) {
   const box = make('div', parent, '', 'code'), bar = make('div', box), code = make('code', make('pre', box));
-  label(make('span', bar), title);
+  make('span', bar, title);
   copyButton(bar, () => code.textContent);
   code.parentNode.tabIndex = 0;  // so that the keyboard can scroll it
   return {box, code};
@@ -8100,7 +8099,7 @@ async function refresh(mine) {  // what comes after a newer call has begun is no
   if (isNew) fillConnect();
   fillServer(now);
   document.body.className = '';
-  if (isNew && locked && !tried) key.focus();
+  if (isNew && locked && !tried && !question.value) key.focus();
   const paths = ['usage', 'sessions', 'models'], isHopeless = locked && ['', refused].includes(tried);
   const answers = await Promise.all(paths.map(path =>
     isHopeless ? {code: 'invalid_api_key'} : call('v1/' + path).catch(error => error)));
@@ -8253,7 +8252,11 @@ API Host: ${base.slice(0, -3)}
 API Key: ${bearer}
 Model: ${id}`,
   };
-  for (const title in texts) show(connect[title] ??= codeBlock(connect, title).code, texts[title]);
+  for (const title in texts) {
+    const {box, code} = connect[title] ??= codeBlock(connect, title);
+    show(box.firstChild.firstChild, say(title));
+    show(code, texts[title]);
+  }
 }
 async function fillRoutes() {
   const {paths, message} = await call('openapi.json').catch(error => error);
@@ -8324,7 +8327,7 @@ setTimeout(() => document.body.classList.remove('loading'), 300);
 # look like texts here, a quote in them is \x22 or \x60
 SENT_PAGE = re.sub(r"""(?mx)
     (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a text stays as it is
-    |^[ ]*(?://|/\*)[ ].*\n|[ ]+//[ ].*$  # comments
+    |^[ ]*(?://|/\*)[ ].*\n+|(?<=[{(,;>])[ ]+//[ ].*\n|[ ]+//[ ].*$  # comments
     |^[ ]+|\n(?=\n|[ ]*[})])|(?<=[{(,;>])\n|(?<=\})\n(?=[^<]*</style>)  # ends of lines that end no statement
     |[ ](?=[=&|?+{}]|[-/%<>][ ])|(?<=[=&|?+{:;,])[ ]|(?<=[ ][-/%<>]|=>)[ ]  # spaces around operators
     |(?<=if|or)[ ](?=\()|(?<=[)}])[ ](?=\w)(?![^<]*</style>)
