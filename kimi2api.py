@@ -7647,13 +7647,13 @@ code { font: .875em ui-monospace, Consolas, monospace }
 #api p { margin-bottom: .5rem }
 .problem, .problem button { margin-top: .5rem }
 .code > div { display: flex; justify-content: space-between; align-items: center;
-  padding: .125rem .25rem .125rem 1rem; background: var(--tint) }
-pre { overflow: auto; padding: .75rem 1rem }
+  padding: .125rem .25rem .125rem .75rem; background: var(--tint) }
+pre { overflow: auto; padding: .75rem }
 /* The first three are rows: name, value, Copy */
 #connect > div:nth-child(-n + 4) {
   display: flex;
   align-items: center;
-  padding: 0 .25rem 0 1rem;
+  padding: 0 .25rem 0 .75rem;
   > div { display: contents; white-space: nowrap }
   button { order: 1; margin-left: auto }
 }
