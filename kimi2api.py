@@ -6660,29 +6660,29 @@ def describe_api(app: App) -> JSONObject:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", App.create_chat_completion, "chat", "OpenAIObject", "Request",
-          "data: a chunk as JSON, or [DONE]"),
-    Route("POST", "/v1/responses", App.create_response, "a response", "OpenAIObject", "ResponsesRequest",
+    Route("POST", "/v1/chat/completions", App.create_chat_completion, "Create a chat completion", "OpenAIObject",
+          "Request", "data: a chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.create_response, "Create a response", "OpenAIObject", "ResponsesRequest",
           "data: an event of the Responses API as JSON"),
-    Route("POST", "/v1/responses/compact", App.compact_response, "a conversation, summarized", "OpenAIObject",
+    Route("POST", "/v1/responses/compact", App.compact_response, "Compact a conversation", "OpenAIObject",
           "ResponsesRequest"),
-    Route("GET", "/v1/responses/<id>", App.get_response, "a stored response", "OpenAIObject"),
-    Route("DELETE", "/v1/responses/<id>", App.delete_response, "forget a stored response", "OpenAIObject"),
-    Route("POST", "/v1/completions", App.create_completion, "complete a text", "OpenAIObject", "CompletionRequest",
+    Route("GET", "/v1/responses/<id>", App.get_response, "Get a stored response", "OpenAIObject"),
+    Route("DELETE", "/v1/responses/<id>", App.delete_response, "Delete a stored response", "OpenAIObject"),
+    Route("POST", "/v1/completions", App.create_completion, "Complete a text", "OpenAIObject", "CompletionRequest",
           "data: a part of the completion as JSON, or [DONE]"),
-    Route("POST", "/v1/embeddings", App.create_embeddings, "embeddings", "OpenAIObject", "EmbeddingsRequest"),
-    Route("GET", "/v1/models", App.list_models, "the models", "OpenAIObject"),
-    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "one model", "OpenAIObject"),
-    Route("GET", "/v1/sessions", App.list_sessions, "the sessions of the key", "Sessions"),
+    Route("POST", "/v1/embeddings", App.create_embeddings, "Create embeddings", "OpenAIObject", "EmbeddingsRequest"),
+    Route("GET", "/v1/models", App.list_models, "List models", "OpenAIObject"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "Get a model", "OpenAIObject"),
+    Route("GET", "/v1/sessions", App.list_sessions, "List sessions", "Sessions"),
     # Browsers remove the path segments . and .., so ?user= names these users
-    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "the turns remembered of a user", "Session"),
-    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session, "forget a user's turns", "Deleted"),
-    Route("GET", "/v1/usage", App.get_usage, "what the key has used, and its limits", "Usage"),
-    Route("GET", "/metrics", App.metrics_page, "counters for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health, "how the server is", "Health", is_public=True),
-    Route("GET", "/openapi.json", describe_api, "this description", "OpenAPI", is_public=True),
-    Route("GET", "/docs", App.page, "a page to read and to try", "text/html", is_public=True),
-    Route("GET", "/", App.page, "the same page", "text/html", is_public=True),
+    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "Get the turns of a session", "Session"),
+    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session, "Delete a session", "Deleted"),
+    Route("GET", "/v1/usage", App.get_usage, "Get usage and limits", "Usage"),
+    Route("GET", "/metrics", App.metrics_page, "Get metrics for Prometheus", "text/plain"),
+    Route("GET", "/health", App.health, "Get the server's health", "Health", is_public=True),
+    Route("GET", "/openapi.json", describe_api, "Get this description", "OpenAPI", is_public=True),
+    Route("GET", "/docs", App.page, "Open this page", "text/html", is_public=True),
+    Route("GET", "/", App.page, "Open this page", "text/html", is_public=True),
 ]
 
 
@@ -7261,7 +7261,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         form = dict(parse_qsl(body.decode()))
-        answer = demo_answer(form["message"], form["model"])
+        answer = demo_answer(form["message"])
         self.reply(dump_json({"success": True, "data": {"message": answer}}))
 
     def reply(self, body: bytes) -> None:
@@ -7277,7 +7277,7 @@ class DemoUpstream(BaseHTTPRequestHandler):
 SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 
 
-def demo_answer(prompt: str, model: str) -> str:
+def demo_answer(prompt: str) -> str:
     """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
     *earlier, newest = SPEAKER.split(prompt)
     has_result = f"\n{SPEAKERS['tool']}" in prompt
@@ -7289,8 +7289,8 @@ def demo_answer(prompt: str, model: str) -> str:
         return "[] {}"  # the parser takes the document of the right type
     lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
-        f"This is kimi2api's demo, not Kimi (演示模式): no model was asked. The newest message: “{newest.strip()}”\n"
-        f"Earlier messages that reached {model} with it:{''.join(lines) or ' none.'}")
+        f"This is the demo of kimi2api (演示模式): no model was asked. You wrote: “{newest.strip()}”\n\n"
+        f"Earlier messages:{''.join(lines) or ' none.'}\n\nFor real answers, start without --demo.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7363,8 +7363,8 @@ def operation(route: Route) -> JSONObject:
     described: JSONObject = {
         "summary": route.summary,
         "responses": {
-            "200": {"description": route.summary, "content": answer},
-            "default": {"description": "an error", "content": content_of("Error")},
+            "200": {"description": "The answer", "content": answer},
+            "default": {"description": "An error", "content": content_of("Error")},
         },
     }
     name = re.search(r"<(\w+)", route.rule)
@@ -7427,62 +7427,71 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>kimi2api<
 [hidden] { display: none !important }
 body { display: flex; flex-direction: column; height: 100dvh; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-/* Until the server has answered, so that nothing moves */
-.loading * { visibility: hidden }
+/* Until the server has answered, so that nothing moves. The chat waits a moment at most */
+.loading :is(main, nav, #language), .waking #overview { visibility: hidden }
 .unseen { position: fixed; clip-path: inset(50%) }
 :focus-visible { outline: 2px solid var(--accent) }
+a:focus-visible { outline-offset: -2px }
 /* Controls and states */
 button, input, select, textarea { font: inherit; color: inherit; background: var(--card); height: 2.25rem;
-  border: 1px solid light-dark(#8c8c96, #70707a); border-radius: .5rem; padding: 0 .75rem; white-space: nowrap }
-button, summary { cursor: pointer }
+  border: 1px solid light-dark(#8c8c96, #70707a); border-radius: .5rem; padding: 0 .75rem }
+button, summary { cursor: pointer; white-space: nowrap }
 button:hover, summary:hover, a { color: var(--accent) }
 .main, .main:hover { background: var(--accent); color: var(--card); border: 0; font-weight: 600 }
 .quiet { border: 0; background: none; padding: 0 .5rem; height: 1.75rem }
-::placeholder { color: inherit; opacity: .75; white-space: nowrap; font-size: .9375rem }
+::placeholder { color: inherit; opacity: .75 }
+::placeholder, #users bdi { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .soft, .quiet, .thinking, #welcome p { color: var(--soft) }
-.soft, .quiet, #status { font-size: .875rem }
-.bad, .degraded, .bad:hover { color: var(--bad) }
-[aria-invalid=true], .problem { border-color: var(--bad) !important }
-.ok::before, .bad:not(:empty)::before, .degraded::before { content: '● ' }
+.soft, .quiet, header p, .code > div { font-size: .875rem }
+.bad, .bad:hover { color: var(--bad) }
+.degraded { color: light-dark(#8a5700, #f2bd60); text-decoration: underline }
+[aria-invalid=true], article:last-child > .problem { border-color: var(--bad); outline-color: var(--bad) }
+article:not(:last-child) .bad { color: inherit }
+.ok::before, .degraded::before, td > .bad::before { content: '● ' }
 .ok::before { color: light-dark(#19723d, #62cc8e) }
 /* Layout: head, sections, and the chat's column */
-header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 1rem;
+header { position: relative; display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 1rem;
   background: var(--card); border-bottom: 1px solid var(--line) }
-h1, h3 { font-size: 1.0625rem }
-#status { flex: 1 }
-#key { flex: 1 1 4rem; max-width: 12rem }
-nav { order: 1; width: 100%; display: flex; justify-content: space-between }
-nav a { padding: .25rem .5rem; border-radius: .5rem; color: var(--soft); text-decoration: none; font-size: .9375rem
-  }
+header a { color: var(--soft); text-decoration: none }
+h1, h2, h3 { font-size: 1.0625rem }
+h1 + p { flex: 1 1 5rem }
+#lock { flex: 9 1 4rem; max-width: 12rem }
+#key { width: 100% }
+/* Below the head, so that nothing moves when it comes */
+#wrong { position: absolute; top: 100%; z-index: 1; padding: 0 .5rem; background: var(--card); border-radius: .5rem }
+#wrong:not(:empty) { border: 1px solid }
+nav { order: 1; width: 100%; display: flex; justify-content: space-between; overflow-x: auto }
+nav a { padding: .25rem .375rem; border-radius: .5rem; white-space: nowrap; font-size: .9375rem }
 nav a[aria-current] { background: var(--tint); color: var(--text) }
 main { flex: 1; min-height: 0; display: flex }
 section { display: none; flex: 1; overflow: auto; padding: 0 1rem 1rem; font-size: .9375rem }
 .current { display: block }
 section > :not(#log), article { max-width: 46rem; width: 100%; margin-inline: auto }
-h2 { font-size: 1rem; margin: 1rem 0 .5rem }
+h2 { margin: 1rem 0 .5rem }
 #chat { font-size: 1rem; flex-direction: column; padding-block: 0 }
 #chat.current { display: flex }
-#bar { display: flex; gap: .5rem; padding-block: .5rem }
-#bar > * { flex: 1 1 4rem; background: none }
-#model { flex-grow: 2 }
-#fresh { flex: none }
+#bar { display: flex; flex-wrap: wrap; gap: .5rem; padding-block: .5rem }
+#bar > * { flex: 1 1 12rem; background: none }
+#bar > #fresh { flex: none }
 #log { flex: 1; overflow: auto }
 #log:empty, #log:not(:empty) + #welcome { display: none }
 #welcome { margin: auto; text-align: center; text-wrap: balance }
 #welcome h2 { font-size: 1.5rem }
 #welcome p { height: 3rem }
-#composer { display: flex; align-items: end; padding: .5rem; margin-bottom: 1rem; background: var(--card);
+#composer { display: flex; align-items: end; gap: .5rem; padding: .5rem; margin-bottom: 1rem; background: var(--card);
   border: 1px solid light-dark(#8c8c96, #70707a); border-radius: 1rem }
+#question + p { display: none; line-height: 2.25rem }
 #composer:focus-within { border-color: var(--accent) }
 #question { flex: 1; field-sizing: content; height: auto; max-height: 30vh; resize: none; border: 0; outline: 0;
   padding: .375rem .5rem }
 /* Conversation */
-textarea, .user > div, .text *, .thinking p { white-space: pre-wrap }
+article, #connect pre { white-space: pre-wrap }
 article { padding: .5rem 0 }
 .user > div { background: var(--tint); border-radius: 1rem; padding: .5rem 1rem; width: fit-content; max-width: 85%;
   margin-left: auto }
 .text > * { margin-bottom: .75rem }
 .text :is(ul, ol) { padding-left: 1.5rem }
+article > .quiet, summary + .quiet { margin-left: -.5rem }
 .waiting > .text:empty::before { content: '●'; color: var(--soft) }
 li { margin: .25rem 0 }
 code { font: .875em ui-monospace, Consolas, monospace }
@@ -7494,29 +7503,47 @@ code { font: .875em ui-monospace, Consolas, monospace }
 #api p { margin-bottom: .5rem }
 .problem, .problem button { margin-top: .5rem }
 .code > div { display: flex; justify-content: space-between; align-items: center;
-  padding: .125rem .25rem .125rem 1rem; background: var(--tint); font-size: .875rem }
-pre, pre * { white-space: pre !important }
-pre { overflow: auto; padding: .75rem 1rem }
+  padding: .125rem .25rem .125rem .75rem; background: var(--tint) }
+pre { overflow: auto; padding: .75rem }
+/* The first three are rows: name, value, Copy */
+#connect > div:nth-child(-n + 4) {
+  display: flex;
+  align-items: center;
+  padding: 0 .25rem 0 .75rem;
+  > div { display: contents; white-space: nowrap }
+  button { order: 1; margin-left: auto }
+}
 .thinking { margin-bottom: .5rem }
 .thinking p { border-left: 2px solid var(--line); padding-left: 1rem }
 table { width: 100%; border-spacing: 0 }
 td { padding: .375rem 0; vertical-align: top }
 tr + tr > td, #users > * + * { border-top: 1px solid var(--line) }
-td > *, #routes td { display: block }
-#routes td + td { color: var(--soft); border: 0 }
-tr:has(meter) > td { border: 0 }
-td:first-child { min-width: 5rem }
-#upstreams td + td { padding-left: 1rem; text-align: end }
-#upstreams .bad { text-align: start }
-meter { width: 100%; height: .5rem; appearance: none }
+td + td { padding-left: 1rem }
+.text table { display: block; overflow: auto }
+.text tr:first-child { font-weight: 600 }
+#routes td { display: block }
+#routes code { font-weight: 600 }
+#routes td + td { color: var(--soft) }
+#routes td + td, tr:has(meter) > td { border: 0; padding: 0 0 .375rem }
+meter:is(:not([value]), [value='0']) { visibility: hidden }
+#upstreams td:first-child { min-width: 5rem }
+#upstreams td + td { width: 100% }
+meter { display: block; width: 100%; height: .5rem; appearance: none }
 ::-webkit-meter-bar { background: var(--tint); border: 0 }
 ::-webkit-meter-optimum-value { background: var(--accent) }
 ::-moz-meter-bar { background: var(--accent) }
 ::-webkit-meter-suboptimum-value { background: var(--bad) }
-svg { width: 100%; height: 6rem; fill: var(--accent) }
+svg { width: 100%; height: 6rem; fill: var(--accent); border-bottom: 1px solid var(--line) }
+#dates { text-align-last: justify }
+summary { display: flex; gap: .5rem }
+summary::before { content: '▸' / '' }
+[open] > summary::before { content: '▾' / '' }
 #users summary { padding: .5rem 0 }
-summary .soft { float: right }
-@media (min-width: 640px) { nav { order: 0; width: auto } }
+#users bdi { flex: 1 }
+@media (min-width: 640px) {
+  nav { order: 0; width: auto }
+  #question:placeholder-shown + p { display: block }
+}
 /* A wide window shows the chat beside another section */
 @media (min-width: 1000px) {
   [href='#chat'] { display: none }
@@ -7527,56 +7554,64 @@ summary .soft { float: right }
 @media not (prefers-reduced-motion) { .waiting > .text::before { animation: 1s infinite alternate breathe } }
 @keyframes breathe { to { opacity: .2 } }
 </style>
-<body class="loading">
+<body class="loading waking">
 <header><h1>kimi2api</h1>
-  <p id="status" role="status"><noscript>This page needs JavaScript.</noscript></p>
-  <input id="key" type="password" autocomplete="off" data-name="API key" hidden>
+  <p role="status"><a id="status" href="#overview"></a><noscript>This page needs JavaScript.</noscript></p>
+  <div id="lock" hidden><input id="key" type="password" autocomplete="off" data-name="API key" aria-describedby="wrong">
+    <p id="wrong" role="status" class="bad"></p></div>
   <nav><a href="#chat">Chat</a><a href="#overview">Overview</a><a href="#sessions">Sessions</a>
     <a href="#connect">Connect</a><a href="#api">API</a></nav>
   <button id="language" class="quiet"></button></header>
 <main>
 <section id="chat" data-name="Chat">
   <div id="bar"><select id="model" data-name="Model"><option value="">Model</select>
-    <input id="user" maxlength="512" data-name="User" autocomplete="off"><button id="fresh">New chat</button></div>
+    <input id="user" maxlength="512" data-name="Session name (optional)" autocomplete="off">
+    <button id="fresh">New chat</button></div>
   <div id="log" role="log" aria-live="off" tabindex="0" data-name="Conversation"></div>
   <div id="welcome"><h2>Ask anything</h2><p></p></div>
-  <form id="composer"><textarea id="question" rows="1" data-name="Message (Shift+Enter: new line)"></textarea>
+  <form id="composer"><textarea id="question" rows="1" data-name="Message"></textarea>
+    <p class="soft">Shift+Enter breaks the line</p>
     <button id="send" class="main">Send</button></form></section>
 <section id="overview"><h2>Upstreams</h2>
   <table class="card"><tbody id="upstreams"></table><h2>Server</h2>
   <table class="card"><tbody id="server"></table><h2>Usage</h2><p role="status"></p>
   <div id="usage" hidden><table class="card"><tbody id="today"></table><p id="legend" class="soft"></p>
-    <svg id="chart" role="img" viewBox="0 0 310 100" preserveAspectRatio="none"><path /></svg></div></section>
+    <svg id="chart" role="img" viewBox="0 0 310 100" preserveAspectRatio="none"><path /></svg>
+    <p id="dates" class="soft"></p></div></section>
 <section id="sessions" tabindex="-1"><h2>Sessions</h2><p role="status"></p>
   <div id="users" class="card" hidden></div></section>
 <section id="connect"><h2>Connect</h2></section>
-<section id="api"><h2>API</h2><p><a href="openapi.json">/openapi.json</a> · <a href="health">/health</a></p>
+<section id="api"><h2>API</h2><p><a href="openapi.json">/openapi.json</a></p>
   <table class="card"><tbody id="routes"></table></section>
 </main>
 <p id="live" role="status" class="unseen"></p>
 <script type="module">
-const [status, key, language, chat, bar, model, user, fresh, log, welcome, composer, question, send, overview,
-  upstreams, server, usage, today, legend, chart, sessions, users, connect, api, routes, live,
+const [status, lock, key, wrong, language, chat, bar, model, user, fresh, log, welcome, composer, question, send,
+  overview, upstreams, server, usage, today, legend, chart, dates, sessions, users, connect, api, routes, live,
 ] = document.querySelectorAll('[id]');
 
 // Words: English = Chinese, after a pattern of codes where they advise on an error. A # stands for a value
 
 const table = `
 ok = 正常
-degraded = 异常
+Running = 运行正常
+# of # upstreams failing = 上游服务异常：# / #
+The store is failing = 存储异常
 Chat = 对话
 Overview = 概览
 Sessions = 会话
 Connect = 接入
 API key = API 密钥
+API key needed = 需要 API 密钥
 The API key is wrong. = API 密钥不正确。
 Model = 模型
-User = 用户名
+Session name (optional) = 会话名（可选）
 New chat = 新对话
 Conversation = 对话内容
 Ask anything = 想聊点什么？
-With a user name, the server remembers the chat. = 填写用户名后，服务器会记住对话。
-Message (Shift+Enter: new line) = 输入消息（Shift+Enter 换行）
+Name the session and the server remembers it. = 填写会话名，服务器就会记住对话。
+Message = 输入消息
+Shift+Enter breaks the line = Shift+Enter 换行
 Send = 发送
 Stop = 停止
 You = 我
@@ -7586,57 +7621,62 @@ Copy = 复制
 Copied = 已复制
 Stopped = 已停止
 Try again = 重试
-Upstreams = 上游
+Upstreams = 上游服务
 Server = 服务器
-failing since #: # = 自 # 起异常：#
+failing since #: # = 异常（自 # 起）：#
 Store: # = 存储：#
-Version #, up # h # min = 版本 #，已运行 # 小时 # 分
-Chats running: # of # = 进行中的对话：#，上限 #
+Version #, up since # = 版本 #，自 # 起运行
+Chats running: # of # = 进行中的对话：# / #
 Usage = 用量
 Requests today: # = 今日请求：#
 Requests per minute: at most # = 每分钟请求上限：#
 Tokens today: # = 今日 token：#
-Tokens today: # of # = 今日 token：#，上限 #
-Tokens per day since #, at most # = 自 # 起每日 token，单日最多 #
+Tokens today: # of # = 今日 token：# / #
+Tokens per day, last # days (peak #) = 每日 token 用量（近 # 天，峰值 #）
 None = 无
+1 turn, # = 1 轮，#
 # turns, # = # 轮，#
 Continue = 继续对话
-Forget = 忘记
-Really forget? = 确定忘记？
-Settings, Connections, OpenAI API = 设置，外部连接，OpenAI API
-Settings, Model Provider, Add, type OpenAI = 设置，模型服务，添加，类型 OpenAI
+Forget = 删除
+Really forget? = 确定删除？
+Admin Settings, Connections, OpenAI, Add Connection = 管理员设置 → 外部连接 → OpenAI → 添加连接
+Settings, Model Provider, Add (type OpenAI) = 设置 → 模型服务 → 添加（类型选 OpenAI）
 The server cannot be reached. = 无法连接服务器。
 The answer is empty. = 回答为空。
 The answer broke off. = 回答中断了。
 unreachable = Is kimi2api running? = 请确认 kimi2api 正在运行。
 api_key = This server asks for an API key: type it at the top. = 此服务器需要 API 密钥，请在页面顶部填写。
-busy|rate_limit = Wait a minute, then try again. = 请稍等一分钟再重试。
+model_not_found = Pick a model from the list. = 请从列表中选择模型。
+blocked = Open the chat page once in a browser, or use another network. = 请先用浏览器打开一次聊天页，或换个网络。
+busy|overloaded|rate_limit = Wait a minute, then try again. = 请稍等一分钟再重试。
 ^insufficient_quota = Wait until midnight UTC. = 请等到 UTC 零点。
 context|too_large = Start a new chat, write less, or pick another model. = 请新建对话、缩短消息，或换一个模型。
 upstream_auth = Check the key that the server has for this API. = 请检查服务器所用的上游 API 密钥。
-store = Leave the user empty, or see the server's log. = 请留空用户名，或查看服务器日志。
-.* = Try again, or pick another model. kimi2api --check tells more. = 请重试或换一个模型；kimi2api --check 会给出原因。`
+store = Leave the session name empty, or see the server's log. = 请留空会话名，或查看服务器日志。
+.* = Try again or pick another model. Run kimi2api --check to see why. = 请重试或换模型。用 kimi2api --check 查看原因。`
   .split('\n').map(line => line.split(' = '));
 const chinese = Object.fromEntries(table.map(row => row.slice(-2)));
 const advice = code => table.find(row => row.length > 2 && code.match(row[0]))[1];
 let secrets = {}, choices = {};
-try { [secrets, choices] = [sessionStorage, localStorage]; } catch { /* a browser that keeps nothing */ }
+try { [secrets, choices] = [sessionStorage, localStorage]; } catch {}  // a browser that keeps nothing
 let locale = /^zh/.test(choices.kimi2apiLanguage ?? navigator.language) ? 'zh-CN' : 'en';
 const say = (text, ...values) =>
   (locale === 'en' ? text : chinese[text] ?? text).replace(/#/g, () => values.shift().toLocaleString(locale));
-const clip = text => text.length > 48 ? [...text.slice(0, 96)].slice(0, 48).join('') + '…' : text;
-const time = seconds => new Date(seconds * 1000).toLocaleString(locale, {dateStyle: 'short', timeStyle: 'short'});
+const time = seconds => new Date(seconds * 1000).toLocaleString(locale,
+  {month: 'short', day: 'numeric', hour: '2-digit', minute: '2-digit', hourCycle: 'h23'});
 
 // Elements. Texts get in as text alone, so that they are never HTML
 
 const make = (tag, parent, textContent = '', className = '') =>
   parent.appendChild(Object.assign(document.createElement(tag), {textContent, className}));
-const label = (element, words) => Object.assign(element, {words, textContent: say(words)});  // follows the language
-const button = (parent, words, onclick) => Object.assign(label(make('button', parent, '', 'quiet'), words), {onclick});
 function update(element, properties) {  // only those that differ: a text made anew loses its selection
   for (const name in properties)
     if (element[name] !== properties[name]) element[name] = properties[name];
+  return element;
 }
+const label = (element, words) => update(element, {words, textContent: say(words)});  // follows the language
+const button = (parent, words, onclick) => update(label(make('button', parent, '', 'quiet'), words), {onclick});
+const show = (element, textContent) => update(element, {textContent});
 // Makes children for these keys. Those that stay are not made anew: they keep the focus
 function keep(parent, keys, create) {
   const wanted = new Set(keys);
@@ -7648,17 +7688,18 @@ function keep(parent, keys, create) {
   while (parent.children[keys.length]) parent.lastChild.remove();
   return children;
 }
-function fill(body, rows) {  // rows of cells: a text, or properties of an element
+function fill(body, rows) {  // rows of cells: a text, or properties of an element. A selection stays while none differs
   if (!rows.length) rows = [[say('None')]];
-  keep(body, [...rows.keys()], () => make('tr', body)).forEach((row, index) => {
-    while (row.cells[rows[index].length]) row.deleteCell(-1);
-    rows[index].forEach((cell, column) => {
+  const state = JSON.stringify(rows);
+  if (body.state === state) return;
+  Object.assign(body, {state, textContent: ''});
+  for (const cells of rows) {
+    const row = make('tr', body);
+    for (const cell of cells) {
       const {tag = 'bdi', ...properties} = typeof cell === 'string' ? {textContent: cell} : cell;
-      const place = row.cells[column] ?? row.insertCell();
-      if (place.firstChild?.localName !== tag) place.replaceChildren(document.createElement(tag));
-      update(place.firstChild, properties);
-    });
-  });
+      update(make(tag, make('td', row)), properties);
+    }
+  }
 }
 async function copy(text) {  // whether it could
   if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
@@ -7681,19 +7722,20 @@ function codeBlock(parent, title) {
   return {box, code};
 }
 
-// Markdown: headings, lists, code and bold; all else stays text. It is drawn while it comes
+// Markdown: headings, lists, tables, code, bold and italic; all else stays text. It is drawn while it comes
 
 function inline(parent, text) {
-  text.split(/(`[^`]+`|\*\*[^\s*].*?\*\*)/).forEach((part, index) => {
+  text.split(/(\x60[^\x60]+\x60|\*\*[^\s*].*?\*\*|\*[^\s*](?:[^*]*[^\s*])?\*)/).forEach((part, index) => {
     if (index % 2 === 0) parent.append(part);
     else if (part[0] === '`') make('code', parent, part.slice(1, -1));
-    else inline(make('strong', parent), part.slice(2, -2));
+    else if (part[1] === '*') inline(make('strong', parent), part.slice(2, -2));
+    else inline(make('em', parent), part.slice(1, -1));
   });
 }
 class Markdown {
   rest = '';  // the line that is not complete, and its elements
   last = [];
-  state = {lists: []};  // before it: block takes its text, lists are open, code is inside of a fence
+  state = {lists: []};  // before it: block takes its text, table its row, lists are open, code is inside of a fence
   constructor(parent) { this.parent = parent; }
   write(text) {  // complete lines are drawn once, the rest again when more of it has come
     const lines = (this.rest + text).split('\n');
@@ -7710,7 +7752,7 @@ class Markdown {
   }
   draw(line) {  // returns the state after it
     const {block, lists, code, fence, indent} = this.state;
-    const [, mark, title] = line.match(/^\s*(```+|~~~+)([^`]*)$/) ?? [];
+    const [, mark, title] = line.match(/^\s*(\x60{3,}|~{3,})([^\x60]*)$/) ?? [];
     if (code) {
       if (mark?.startsWith(fence) && !title.trim()) return {lists};
       this.add('span', code).textContent = line.slice(Math.min(indent, line.search(/\S|$/))) + '\n';
@@ -7726,9 +7768,15 @@ class Markdown {
     if (item) return this.drawItem(lists, item);
     const open = /^\s/.test(line) ? lists : [], place = open.at(-1)?.list.lastChild ?? this.parent;
     if (mark) {
-      const {box, code} = codeBlock(place, title.trim());
+      const {box, code} = codeBlock(place, title.trim() || 'text');
       this.last.push(box);
       return {lists: open, code, fence: mark, indent: line.indexOf(mark)};
+    }
+    if (/^\s*\|.*\|\s*$/.test(line)) {
+      const table = this.state.table ?? this.add('table', place), row = this.add('tr', table);
+      if (/[^\s|:-]/.test(line))  // not the rule below its head
+        for (const cell of line.trim().slice(1, -1).split('|')) inline(make('td', row), cell.trim());
+      return {lists: open, table};
     }
     const taker = block ?? this.add('p', place);
     inline(this.add('span', taker), (block ? '\n' : '') + line.trimStart());
@@ -7864,7 +7912,7 @@ async function ask(text) {
   } catch (error) { problem = error; }
   answer.end();
   if (answer.text) turns.push(asked, {role: 'assistant', content: answer.text});
-  if (mine.signal.aborted) label(make('p', answer.turn, '', 'soft'), 'Stopped');
+  if (mine.signal.aborted) label(make('span', answer.turn, '', 'soft'), 'Stopped');
   else if (problem) addProblem(answer.turn, problem, () => {
     turns.length = before;
     turn.remove();
@@ -7879,7 +7927,8 @@ async function ask(text) {
 }
 function addProblem(parent, {message, code = ''}, again) {
   const box = make('div', parent, '', 'card problem');
-  make('p', box, message + (code && ` (${code})`), 'bad');
+  const shown = ['', 'unreachable'].includes(code) ? message : `${message} (${code})`;
+  if (code !== 'invalid_api_key') make('p', box, shown, 'bad');
   label(make('p', box), advice(code));
   button(box, 'Try again', again).className = '';
 }
@@ -7901,32 +7950,37 @@ async function refresh(mine) {  // what comes after a newer call has begun is no
   if (mine !== newest) return;
   const isNew = locked !== now.key_required;
   locked = now.key_required;
-  key.hidden = !locked;
+  lock.hidden = !locked;
   if (isNew) fillRoutes();
   if (isNew) fillConnect();
-  update(status, {textContent: say(now.status), className: now.status});
   fillServer(now);
   document.body.className = '';
+  if (isNew && locked && !tried && !question.value) key.focus();
   const paths = ['usage', 'sessions', 'models'], isHopeless = locked && ['', refused].includes(tried);
   const answers = await Promise.all(paths.map(path =>
     isHopeless ? {code: 'invalid_api_key'} : call('v1/' + path).catch(error => error)));
   if (mine !== newest) return;
   const isShut = answers[0].code === 'invalid_api_key';
-  const problem = isShut && say(tried ? 'The API key is wrong.' : advice('api_key'));
+  const isWrong = isShut && tried !== '', needed = advice('api_key');
+  const problem = isShut && say(isWrong ? 'The API key is wrong.' : needed);
   if (isShut) refused = tried;
-  key.ariaInvalid = isShut;
-  update(welcome.lastChild,
-    {textContent: problem || say('With a user name, the server remembers the chat.')});
+  key.ariaInvalid = isWrong;
+  show(wrong, isWrong ? problem : '');
+  label(welcome.firstChild, isShut ? 'API key needed' : 'Ask anything');
+  label(welcome.lastChild, isShut ? needed : 'Name the session and the server remembers it.');
   [[usage, fillUsage], [users, fillSessions], [model, fillModels]].forEach(([body, fillIn], index) => {
     const message = problem || answers[index].message || fillIn(answers[index]) || '';
     if (body === model) return;
-    update(body.previousElementSibling, {textContent: message});
+    show(body.previousElementSibling, message);
     body.hidden = !!message;
   });
 }
 // Red when little is left
 const meter = (ariaLabel, value, max) => [{tag: 'meter', ariaLabel, max, high: max * .8, value}];
-function fillServer({version, chats: {running, limit}, uptime_seconds: up, upstreams: all, store}) {
+function fillServer({version, status: className, chats: {running, limit}, uptime_seconds: up, upstreams: all, store}) {
+  const failing = Object.values(all).filter(({reason}) => reason).length;
+  const state = failing ? '# of # upstreams failing' : store.ok ? 'Running' : 'The store is failing';
+  update(status, {textContent: say(state, failing, Object.keys(all).length), className});
   fill(upstreams, Object.entries(all).map(([name, {failing_since: since, reason}]) => [name, reason
     ? {className: 'bad', textContent: say('failing since #: #', time(since), reason)}
     : {className: 'ok', textContent: say('ok')}]));
@@ -7935,7 +7989,7 @@ function fillServer({version, chats: {running, limit}, uptime_seconds: up, upstr
     [chats],
     meter(chats, running, limit),
     [{className: store.ok ? 'ok' : 'bad', textContent: say('Store: #', store.kind)}],
-    [say('Version #, up # h # min', version, Math.floor(up / 3600), Math.floor(up / 60) % 60)],
+    [say('Version #, up since #', version, time(Date.now() / 1000 - up))],
   ]);
 }
 function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: perDay}, days}) {
@@ -7948,11 +8002,12 @@ function fillUsage({limits: {requests_per_minute: perMinute, tokens_per_day: per
     [tokens],
     ...perDay ? [meter(tokens, total, perDay)] : [],
   ]);
-  update(legend, {textContent: say('Tokens per day since #, at most #', days[0].date, most)});
+  show(legend, say('Tokens per day, last # days (peak #)', days.length, most));
+  show(dates, `${days[0].date} ${days.at(-1).date}`);
   chart.ariaLabel = days.map(day => `${day.date}: ${day.total_tokens}`).join(', ');
   chart.firstChild.setAttribute('d', days.map(({total_tokens: tokens}, day) => {
-    const height = tokens ? Math.max(3, 98 * tokens / most) : 1;  // a little is seen beside a huge day, too
-    return `M${day * 10 + 1},100h8v-${height}h-8z`;
+    const height = Math.max(3, 98 * tokens / most);  // a little is seen beside a huge day, too
+    return tokens ? `M${day * 10 + 1},100h8v-${height}h-8z` : '';
   }).join(''));
 }
 
@@ -7962,14 +8017,15 @@ function fillSessions({data}) {  // in an order that a chat does not change
   data.sort((a, b) => b.created - a.created || (a.user < b.user ? -1 : 1));
   keep(users, data.map(({user}) => user), addSession).forEach((entry, index) => {
     const {last_used, turns} = data[index];
-    update(entry.querySelector('.soft'), {textContent: say('# turns, #', turns, time(last_used))});
+    show(entry.querySelector('.soft'),
+      turns === 1 ? say('1 turn, #', time(last_used)) : say('# turns, #', turns, time(last_used)));
   });
   return data.length ? '' : say('None');
 }
 function addSession(name) {
   const entry = make('details', users), summary = make('summary', entry);
+  make('bdi', summary, name);
   make('span', summary, '', 'soft');
-  make('bdi', summary, clip(name));
   button(entry, 'Continue', () => {
     user.value = name;
     if (!chat.offsetWidth) location.hash = '#chat';
@@ -8013,12 +8069,15 @@ function fillConnect() {
   // Some clients take localhost for ::1
   const base = new URL('v1', location).href.replace(/\/\/localhost(?=[:/])/, '//127.0.0.1');
   const bearer = locked ? 'YOUR_KEY' : 'none', id = model.value || 'kimi';
+  const header = locked ? '-H "Authorization: Bearer YOUR_KEY" ' : '';
   const name = JSON.stringify(id), hello = '[{"role": "user", "content": "Hello"}]';
   // One line in double quotes and without !, for Unix shells and for Windows' cmd
-  const body = `{"model": ${name}, "messages": ${hello}}`.replace(/["\\$`]/g, '\\$&');
+  const body = `{"model": ${name}, "messages": ${hello}}`.replace(/[\x22\\$\x60]/g, '\\$&');
   const texts = {
-    curl: `curl ${base}/chat/completions -H "Authorization: Bearer ${bearer}" -H "Content-Type: application/json" -d "${
-      body}"`,
+    'Base URL': base,
+    'API key': bearer,
+    Model: id,
+    curl: `curl ${base}/chat/completions ${header}-H "Content-Type: application/json" -d "${body}"`,
     'openai-python': `from openai import OpenAI
 
 client = OpenAI(base_url="${base}", api_key="${bearer}")
@@ -8042,14 +8101,18 @@ name = "kimi2api"
 base_url = "${base}"
 wire_api = "responses"
 env_key = "KIMI2API_KEY"`,
-    'Open WebUI': `# ${say('Settings, Connections, OpenAI API')}
+    'Open WebUI': `# ${say('Admin Settings, Connections, OpenAI, Add Connection')}
 OPENAI_API_BASE_URL=${base} OPENAI_API_KEY=${bearer} open-webui serve`,
-    'Cherry Studio': `# ${say('Settings, Model Provider, Add, type OpenAI')}
+    'Cherry Studio': `# ${say('Settings, Model Provider, Add (type OpenAI)')}
 API Host: ${base.slice(0, -3)}
 API Key: ${bearer}
 Model: ${id}`,
   };
-  for (const title in texts) update((connect[title] ??= codeBlock(connect, title).code), {textContent: texts[title]});
+  for (const title in texts) {
+    const {box, code} = connect[title] ??= codeBlock(connect, title);
+    show(box.firstChild.firstChild, say(title));
+    show(code, texts[title]);
+  }
 }
 async function fillRoutes() {
   const {paths, message} = await call('openapi.json').catch(error => error);
@@ -8112,11 +8175,19 @@ for (const element of document.querySelectorAll('body *'))
 translate();
 showTab();
 watch();
+setTimeout(() => document.body.classList.remove('loading'), 300);
 </script>"""
 
 
-# What browsers get: comments and indentation are for readers of this file
-SENT_PAGE = re.sub(r"(?m)^ *(//|/\*) .*\n|^ +| +// .*$", "", PAGE)
+# What browsers get: comments and most white space are for readers of this file. So that patterns in the script do not
+# look like texts here, a quote in them is \x22 or \x60
+SENT_PAGE = re.sub(r"""(?mx)
+    (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a text stays as it is
+    |^[ ]*(?://|/\*)[ ].*\n+|(?<=[{(,;>])[ ]+//[ ].*\n|[ ]+//[ ].*$  # comments
+    |^[ ]+|\n(?=\n|[ ]*[})])|(?<=[{(,;>])\n|(?<=\})\n(?=[^<]*</style>)  # ends of lines that end no statement
+    |[ ](?=[=&|?+{}]|[-/%<>][ ])|(?<=[=&|?+{:;,])[ ]|(?<=[ ][-/%<>]|=>)[ ]  # spaces around operators
+    |(?<=if|or)[ ](?=\()|(?<=[)}])[ ](?=\w)(?![^<]*</style>)
+    """, r"\1", PAGE)
 
 
 def page_headers() -> dict[str, str]:

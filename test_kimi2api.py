@@ -9794,15 +9794,23 @@ def run_node(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 HOSTILE_MARKDOWN = """# Heading <script>alert(1)</script>
 
-1. One with `code`
+1. One with `code`, *italic*, 2 * 3 * 4
    ```html
    <img src=x onerror=alert(2)>
+   ```
+   ```C#
+   ```
+   ```constructor
    ```
 2. **Two**
    - nested <b>text</b>
 
 * [a link](javascript:alert(3)) and <a href="javascript:alert(4)" onclick="alert(5)">another</a>
 <iframe src="javascript:alert(6)"></iframe><svg onload=alert(7)>
+
+| Way | <b>Time</b> |
+|-----|:-----------:|
+| `a` | **1** s     |
 """
 
 
@@ -9892,12 +9900,13 @@ def seen(request: pytest.FixtureRequest, browser: Browser) -> dict[str, Any]:
 def test_the_page_requests_the_key_and_reports_a_wrong_one(seen: dict[str, Any]) -> None:
     asks = "This server asks for an API key: type it at the top."
     assert seen["key"] == [
-        [asks, "true"],
-        [401, "The API key is wrong.", "true"],
-        ["Incorrect API key. (invalid_api_key)", asks],
+        ["API key needed", asks, "", "false"],
+        [401, "API key needed", asks, "The API key is wrong.", "true"],
+        [asks],
         2,
-        "false",
+        ["Ask anything", "Name the session and the server remembers it.", "", "false"],
     ]
+    assert seen["focused"] == "API key" and seen["noScript"] == "This page needs JavaScript."
     assert seen["connect"] and seen["dark"]
 
 
@@ -9921,7 +9930,8 @@ def test_the_page_stops_an_answer_and_keeps_what_has_arrived(seen: dict[str, Any
 def test_the_page_renders_markdown_and_no_html(seen: dict[str, Any]) -> None:
     assert seen["markdown"].pop(":is(script, img, a, svg, iframe, b)") == 0 and seen["seconds"] < 20
     assert seen["markdown"].pop("strong") > 1
-    assert seen["markdown"] == {"h3": 1, "ul": 10, "ol": 1, "li": 103, "pre": 1}
+    assert seen["markdown"] == {"h3": 1, "ul": 11, "ol": 1, "li": 103, "pre": 3, "em": 1, "td": 4}
+    assert seen["cells"] == ["Way", "<b>Time</b>", "a", "1 s"]
     assert seen["code"].strip() == seen["copiedCode"].strip() == "<img src=x onerror=alert(2)>"
     assert seen["inline"][0] == "code"
     assert seen["items"][1:3] == ["Two\nnested <b>text</b>", "nested <b>text</b>"]
@@ -9930,14 +9940,15 @@ def test_the_page_renders_markdown_and_no_html(seen: dict[str, Any]) -> None:
 
 @pytest.mark.page("failures")
 def test_the_page_shows_errors_with_advice_and_retries(seen: dict[str, Any]) -> None:
-    advice = "Try again, or pick another model. kimi2api --check tells more."
+    advice = "Try again or pick another model. Run kimi2api --check to see why."
     broken = "local ended the stream before the answer was complete. (upstream_unavailable)"
     refused = ["", "local: No money. (no_money)", advice]
-    focus = "Message (Shift+Enter: new line)"
+    focus = "Message"
     assert seen["failures"] == {
         "break": [["Half", broken, advice], ["break", "You said: break"], focus],
         "refuse": [refused, ["refuse", *refused], focus],
         "vanish": [["Half", "The answer broke off.", advice], ["vanish", "You said: vanish"], focus],
+        "away": [["", "The server cannot be reached.", "Is kimi2api running?"], ["away", "You said: away"], focus],
     }
 
 
@@ -9952,21 +9963,21 @@ def test_the_page_reads_continues_and_deletes_sessions_by_keyboard(seen: dict[st
 
 @pytest.mark.page("staysAsItIs")
 def test_a_refresh_of_the_page_keeps_the_selection(seen: dict[str, Any]) -> None:
-    assert seen["meters"] == [64, 1_000_000] and seen["bars"] == 31
+    assert seen["meters"] == [64, 1_000_000] and seen["bars"] == 1
     assert seen["selected"] == "Requests" and seen["askedWhileHidden"] == 0 and seen["described"] == 1
 
 
 @pytest.mark.page("lateAnswers")
 def test_late_answers_do_not_overwrite_the_page(seen: dict[str, Any]) -> None:
-    assert seen["late"] == ["kimi", "With a user name, the server remembers the chat."]
+    assert seen["late"] == ["kimi", "Name the session and the server remembers it."]
     assert seen["away"] == ["The server cannot be reached."] * 2
 
 
 @pytest.mark.page("languages")
 def test_the_page_has_two_languages(seen: dict[str, Any]) -> None:
     assert seen["languages"] == [
-        ["en", "Send", "Message (Shift+Enter: new line)", "Overview\nSessions\nConnect\nAPI", "Stop"],
-        ["zh-CN", "发送", "输入消息（Shift+Enter 换行）", "概览\n会话\n接入\nAPI", "Stop"],
+        ["en", "Send", "Message", "Overview\nSessions\nConnect\nAPI", "Stop"],
+        ["zh-CN", "发送", "输入消息", "概览\n会话\n接入\nAPI", "Stop"],
         "发送",
         "发送",
         "Send",
@@ -9976,10 +9987,10 @@ def test_the_page_has_two_languages(seen: dict[str, Any]) -> None:
 @pytest.mark.page("extremes")
 def test_the_page_fits_every_window_with_extreme_data(seen: dict[str, Any]) -> None:
     assert seen["told"] == [
-        ["异常", 1, 0, 101, 58, ""],
-        ["正常", 0, 0, 0, 0, "无"],
-        ["degraded", 1, 0, 101, 58, ""],
-        ["ok", 0, 0, 0, 0, "None"],
+        ["上游服务异常：1 / 2", 1, 0, 101, 1, ""],
+        ["运行正常", 0, 0, 0, 1, "无"],
+        ["1 of 2 upstreams failing", 1, 0, 101, 1, ""],
+        ["Running", 0, 0, 0, 1, "None"],
     ]
 
 

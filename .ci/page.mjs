@@ -14,8 +14,8 @@ const result = { problems: [], elsewhere: [], wide: [], shifts: [] };
 async function open(options, path = "/") {
   const page = await browser.newPage({ viewport: { width: 1200, height: 800 }, locale: "en", ...options });
   page.on("pageerror", (error) => result.problems.push(String(error)));
-  page.on("console", (message) => {  // the browser itself reports each status of an error
-    if (message.type() === "error" && !/status of [45]/.test(message.text())) result.problems.push(message.text());
+  page.on("console", (message) => {  // the browser reports each status of an error, and what a test aborts
+    if (message.type() === "error" && !/status of [45]|ERR_FAILED/.test(message.text())) result.problems.push(message.text());
   });
   page.on("request", (request) => {
     if (!request.url().startsWith(origin) && !request.url().startsWith("data:")) result.elsewhere.push(request.url());
@@ -84,13 +84,15 @@ async function copied(page, button) {  // what the button has put on the clipboa
 
 async function keyIsAsked() {
   const page = await open({ viewport: { width: 360, height: 740 }, colorScheme: "dark" }, "/proxied/docs");
-  const told = async () => [await page.locator("#welcome p").innerText(), await page.locator("#key").getAttribute("aria-invalid")];
+  const told = async () => [...await texts(page, "#welcome > *"), await page.locator("#wrong").innerText(),
+    await page.locator("#key").getAttribute("aria-invalid")];
   await page.locator("#welcome p", { hasText: "key" }).waitFor();
   result.key = [await told()];
+  result.focused = await focused(page);
   await tabTo(page, "API key");
   await page.keyboard.type("wrong");
   const [refusal] = await Promise.all([page.waitForResponse("**/v1/usage"), page.keyboard.press("Enter")]);
-  await page.locator("#welcome p", { hasText: "wrong" }).waitFor();
+  await page.locator("#wrong", { hasText: "wrong" }).waitFor();
   result.key.push([refusal.status(), ...await told()]);
   await ask(page, "with a wrong key");
   result.key.push(await texts(page, ".problem p"));
@@ -102,11 +104,18 @@ async function keyIsAsked() {
   await tabTo(page, "Try again");
   await page.keyboard.press("Enter");
   await page.locator(".text", { hasText: "Hello from upstream." }).waitFor();
-  result.key.push(await page.locator("article").count(), await page.locator("#key").getAttribute("aria-invalid"));
+  result.key.push(await page.locator("article").count());
+  await page.locator("#fresh").click();
+  result.key.push(await told());
   result.connect = (await page.locator("#connect").textContent()).includes(`${origin}/proxied/v1`);
   result.dark = await page.evaluate(() => getComputedStyle(document.documentElement).colorScheme.includes("dark"));
   await measure(page);
   await page.close();
+  const context = await browser.newContext({ javaScriptEnabled: false });
+  const plain = await context.newPage();
+  await plain.goto(origin);
+  result.noScript = await plain.locator("header p").first().innerText();
+  await context.close();
 }
 
 async function conversation(page) {
@@ -132,7 +141,7 @@ async function stop(page) {
   await page.locator(".text", { hasText: "word word word" }).waitFor();
   await page.locator("#send", { hasText: "Stop" }).click();
   await answered(page);
-  result.stopped = [await page.locator(".assistant > p").innerText(), await page.locator("#send").innerText()];
+  result.stopped = [await page.locator(".assistant > .soft").innerText(), await page.locator("#send").innerText()];
   await ask(page, "after the stop");
   result.stopped.push(await page.locator("article").count());
 }
@@ -143,9 +152,10 @@ async function markdown(page) {
   result.seconds = (Date.now() - before) / 1000;
   const count = (selector) => page.locator(`.assistant .text ${selector}`).count();
   result.markdown = {};
-  for (const tag of ["h3", "ul", "ol", "li", "strong", "pre", ":is(script, img, a, svg, iframe, b)"])
+  for (const tag of ["h3", "ul", "ol", "li", "strong", "pre", "em", "td", ":is(script, img, a, svg, iframe, b)"])
     result.markdown[tag] = await count(tag);
   result.items = (await texts(page, ".text li")).slice(0, 4);
+  result.cells = await texts(page, ".text td");
   result.inline = await texts(page, ".text :not(pre) > code");
   result.code = await page.locator(".text pre").first().innerText();
   result.copiedCode = await copied(page, page.locator(".text .code button").first());
@@ -155,10 +165,11 @@ async function markdown(page) {
 async function failures(page) {
   result.failures = {};
   const tell = (part, ...told) => (result.failures[part] ??= []).push(...told);
-  for (const part of ["break", "refuse", "vanish"]) {
+  for (const part of ["break", "refuse", "vanish", "away"]) {
     await page.locator("#fresh").click();
     if (part === "vanish") await page.route("**/v1/chat/completions", (route) =>  // the server ends in the middle
       route.fulfill({ body: `data: ${JSON.stringify({ choices: [{ delta: { content: "Half" } }] })}\n\ndata: {"cho` }));
+    if (part === "away") await page.route("**/v1/chat/completions", (route) => route.abort());
     await ask(page, part);
     tell(part, await texts(page, ".assistant .text, .problem p"));
     await page.unroute("**/v1/chat/completions");
@@ -201,7 +212,7 @@ async function sessions(page) {
 }
 
 async function staysAsItIs(page) {
-  await page.locator("[href='#overview']").click();
+  await page.locator("nav [href='#overview']").click();
   const [used] = await Promise.all([page.waitForResponse("**/v1/usage"), refresh(page)]);
   const { today } = await used.json();
   await page.locator("#today", { hasText: today.total_tokens.toLocaleString("en") }).waitFor();
@@ -260,7 +271,7 @@ async function extremes() {
     "/v1/models": { data: [{ id: hostile }] },
   };
   const least = {
-    "/health": { ...health, status: "ok", upstreams: {} },
+    "/health": { ...health, status: "ok", store: { kind: "memory", ok: true }, upstreams: {} },
     "/v1/usage": { limits: {}, days: days.map(({ date }) => ({ date, ...counted(0) })) },
     "/v1/sessions": { data: [] },
     "/v1/models": { data: [] },
@@ -279,6 +290,7 @@ async function extremes() {
       await opened.evaluate((tab) => location.hash = tab, tab);
       await opened.waitForTimeout(50);
       result.wide.push(await opened.evaluate(() => document.documentElement.scrollWidth > innerWidth ||
+        Array.from(document.querySelectorAll("nav, nav a")).some((tab) => tab.scrollWidth > tab.clientWidth || tab.offsetHeight > 40) ||
         Array.from(document.querySelectorAll("section")).some((section) => section.scrollWidth > section.clientWidth)));
     }
     (result.told ??= []).push(await opened.evaluate(() => [
@@ -286,7 +298,7 @@ async function extremes() {
       document.querySelectorAll("#upstreams .bad").length,
       document.querySelectorAll("img").length,
       document.querySelectorAll("#users > details").length,
-      Math.max(0, ...Array.from(document.querySelectorAll("#users bdi"), (name) => name.textContent.length)),
+      new Set(Array.from(document.querySelectorAll("#users summary"), (entry) => entry.offsetHeight)).size || 1,  // one line each
       document.querySelector("#sessions > p").textContent,
     ]));
     await context.close();
