@@ -247,6 +247,7 @@ LIMITS = SettingType(
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEB_CHAT = "kimi"  # the name of its provider
+PRESETS = "moonshot", "deepseek", "qianfan"  # APIs that need no entry in PROVIDERS
 
 
 def setting(default: str, meaning: str, setting_type: SettingType = TEXT) -> Any:
@@ -413,11 +414,15 @@ class Settings:
         for f in cls.table():
             values[f.name] = parsed(f.name.upper(), f.metadata["type"], f.metadata["default"])
         apis = {}
-        for name in ("moonshot", "deepseek", "qianfan", *values["providers"]):
+        for name in (*PRESETS, *values["providers"]):
             key = parsed(f"{name}_api_key".upper(), ASCII_KEY)
             if key or name in values["providers"]:
                 base_url = values.get(f"{name}_base_url") or parsed(f"{name}_base_url".upper(), URL)
                 apis[name] = API(name, base_url, key)
+        for model in values["models"].values():
+            name = model.partition("/")[0]
+            if name in PRESETS and name not in apis:  # otherwise a misspelt key would ask the web chat
+                raise SettingError(f"MODELS: {model!r} needs {name.upper()}_API_KEY")
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
         settings._check_models("FALLBACK_MODELS", settings.fallback_models)
@@ -6355,7 +6360,10 @@ class App:
         except Exception as error:
             if not client.has_begun:
                 raise
-            client.send(writer.failure(as_api_error(error), sent))
+            failure = as_api_error(error)
+            if not client.has_left:
+                log.info("%s/%s broke off: %s", stats.provider, stats.model, failure.reason)
+            client.send(writer.failure(failure, sent))
         client.flush()  # a client that has seen the end finds its chat counted and its slot free
         return b""
 
@@ -6584,8 +6592,8 @@ class App:
         advice = (
             "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
             "embeddings, models and sessions, and nothing else of OpenAI's API.")
-        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
-        for route in ROUTES:
+        tail = re.sub("^(/v1)+", "", re.sub("/+", "/", path).rstrip("/"))
+        for meant, route in itertools.product((tail, f"/v1{tail}"), ROUTES):
             if meant != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), meant):
                 advice = f"Did you mean {meant!r}? Check the base URL of the client."
         raise APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
@@ -6627,7 +6635,7 @@ class App:
             id,
             name,
             environ["REQUEST_METHOD"],
-            route.rule,
+            route.path if route.answer else environ["PATH_INFO"][:100],
             status,
             milliseconds)
         return body
@@ -6653,6 +6661,10 @@ class Route:
     request: str = ""
     event: str = ""  # of its stream, where it has one: what each event is
     is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
+
+    @property
+    def path(self) -> str:
+        return re.sub(r"<(\w+).*?>", r"{\1}", self.rule)
 
 
 def describe_api(app: App) -> JSONObject:
@@ -7381,8 +7393,7 @@ def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
     """Describe the routes in the form of OpenAPI 3.1."""
     paths: dict[str, JSONObject] = {}
     for route in routes:
-        path = re.sub(r"<(\w+).*?>", r"{\1}", route.rule)
-        paths.setdefault(path, {})[route.method.lower()] = operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = operation(route)
     return {
         "openapi": "3.1.0",
         "info": {

@@ -1021,6 +1021,7 @@ def test_an_invalid_setting_is_refused_in_one_line_with_name_and_value(name: str
         pytest.param({"PROVIDERS": "local"}, "LOCAL_BASE_URL", id="provider without a URL"),
         pytest.param({"PROVIDERS": "Böse"}, "PROVIDERS", id="bad name of a provider"),
         pytest.param({"FALLBACK_MODELS": "moonshot/kimi-k3"}, "FALLBACK_MODELS", id="fallback without a key"),
+        pytest.param({"MODELS": "kimi=moonshot/kimi-k3"}, "MODELS", id="model without a key"),
         pytest.param(
             {"MOONSHOT_API_KEY": "k", "MOONSHOT_BASE_URL": "x"}, "MOONSHOT_BASE_URL", id="bad URL of a preset"
         ),
@@ -2156,14 +2157,15 @@ def test_a_truncated_response_is_incomplete(app: Client, kimi: WebChat, stream: 
     ],
 )
 def test_a_response_cut_off_by_upstream_ends_with_failed(
-    api_app: Client, api: Api, chunks: list[Any], words: str
+    api_app: Client, api: Api, caplog: pytest.LogCaptureFixture, chunks: list[Any], words: str
 ) -> None:
+    caplog.set_level(logging.INFO)
     api.always = api_streams(api_chunk({"content": "half"}), *chunks)
     events = response_events(respond(api_app, model="local/k2", stream=True))
     final = events[-1]
     assert final["type"] == "response.failed" and events[4]["delta"] == "half"
     assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
-    assert words in final["response"]["error"]["message"]
+    assert words in final["response"]["error"]["message"] and "local/k2 broke off: " in caplog.text
     assert_error(api_app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
 
 
@@ -8351,6 +8353,7 @@ def test_without_a_key_requests_forwarded_for_others_are_refused(
     ("method", "path", "status", "said_in_it"),
     [
         ("POST", "/v1//chat/completions", 404, "'/v1/chat/completions'"),
+        ("POST", "/chat/completions", 404, "'/v1/chat/completions'"), ("GET", "/v1/health", 404, "'/health'"),
         ("POST", "/v1/chat/completions/", 404, "'/v1/chat/completions'"),
         ("GET", "/v1/v1/models", 404, "'/v1/models'"),
         ("GET", "/v1/v1/models/kimi", 404, "'/v1/models/kimi'"), ("GET", "/v1//responses/x", 404, "'/v1/responses/x'"),
