@@ -7434,7 +7434,7 @@ def demo_answer(prompt: str, model: str) -> str:
 
 def named_object(name: str, fields: Schema) -> Schema:
     """Return the schema of an object whose field `object` names its type."""
-    return object_of({"object": {"type": "string", "const": name}, **fields})
+    return object_of({"object": choice_of(name), **fields})
 
 
 OR_NULL_STRING = any_of(STRING, NULL)
