@@ -6186,7 +6186,6 @@ class Client(Waiter):
     def __init__(
         self,
         environ: Mapping[str, Any],
-        stopping: threading.Event,
         begin: Callable[[], Write] | None = None,
         keepalive_interval: float = inf,
     ) -> None:
@@ -6196,8 +6195,9 @@ class Client(Waiter):
         # The stream has an event, so an error can only be one more event
         self.has_begun = False
         self._client_disconnected = environ.get("waitress.client_disconnected", bool)
-        self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]  # set by Task
-        self._stopping = stopping
+        # Of Task, if it serves the application
+        self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]
+        self._stopping = environ.get("kimi2api.stopping") or threading.Event()
         self._begin = begin
         self._keepalive_interval = keepalive_interval
         self._write: Write | None = None
@@ -6369,9 +6369,8 @@ def not_found(kind: str, name: str) -> APIError:
 class App:
     """The program's state while it runs, and the handlers of its routes."""
 
-    def __init__(self, settings: Settings, stopping: threading.Event) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.stopping = stopping
         self.metrics = Metrics({*settings.models, settings.default_model, *settings.fallback_models} - {"*"})
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
@@ -6445,7 +6444,7 @@ class App:
         """Answer a chat. This function lists the stages of a chat in order."""
         model = body.get("model") or self.settings.default_model
         begin = partial(self._begin_stream, writer) if body.get("stream") else None
-        client = Client(bottle.request.environ, self.stopping, begin, self.settings.sse_keepalive)
+        client = Client(bottle.request.environ, begin, self.settings.sse_keepalive)
         sent = 0
         try:
             with self._counted(model, client) as stats:
@@ -6508,7 +6507,7 @@ class App:
     def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
-        client = Client(bottle.request.environ, self.stopping)
+        client = Client(bottle.request.environ)
         with self._counted(model, client) as stats:
             stats.reserved = self.limits.reserve(current_key(), estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
@@ -6839,12 +6838,9 @@ class WSGIApp(bottle.Bottle):  # type: ignore[misc]
         return super().wsgi(environ, start_unless_begun)
 
 
-def create_app(
-    settings: Settings, stopping: threading.Event | None = None,
-) -> bottle.Bottle:
-    """Build the WSGI application. Chats end with an error once `stopping` is set. Raises SettingError for a store that
-    cannot be used."""
-    app = App(settings, stopping or threading.Event())
+def create_app(settings: Settings) -> bottle.Bottle:
+    """Build the WSGI application. Raises SettingError for a store that cannot be used."""
+    app = App(settings)
     wsgi = WSGIApp()
     for route in ROUTES + OTHER_ROUTES:
         wsgi.route(route.rule, route.method, partial(app.handle, route))
@@ -6901,8 +6897,10 @@ class Task(WSGITask):  # type: ignore[misc]
     """The response to a request, by the application."""
 
     def service(self) -> None:
+        environ = self.get_environment()  # waitress passes the same to the application
+        environ["kimi2api.stopping"] = self.channel.server.stopping  # an Event: chats end with an error once it is set
         with ExitStack() as stack:  # until the response is written, or the client has disconnected
-            self.get_environment()["kimi2api.defer"] = stack.callback
+            environ["kimi2api.defer"] = stack.callback
             super().service()
 
     def build_response_header(self) -> bytes:
@@ -7087,11 +7085,9 @@ class Server:
     has a loop of its own. Raises OSError if it cannot listen, ValueError if the system allows too few connections.
     """
 
-    def __init__(
-        self, settings: Settings, app: bottle.Bottle, stopping: threading.Event,
-    ) -> None:
+    def __init__(self, settings: Settings, app: bottle.Bottle) -> None:
         self._grace = settings.shutdown_grace
-        self._stopping = stopping
+        self._stopping = threading.Event()
         self._signalled = False
         self._next_check = 0.0  # for overdue connections
         self._sockets = SocketMap()
@@ -7114,6 +7110,7 @@ class Server:
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
+            listener.stopping = self._stopping
             listener.adj.api_keys = settings.api_master_key
             listener.adj.max_wanted_body = settings.max_body_bytes
             # Inherited by accepted connections
@@ -7343,10 +7340,9 @@ def serve(settings: Settings) -> NoReturn:
         raise SettingError(
             f"API_HOST: {settings.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
             "without a key only a loopback host such as 127.0.0.1 is accepted")
-    stopping = threading.Event()
-    app = create_app(settings, stopping)
+    app = create_app(settings)
     try:
-        server = Server(settings, app, stopping)
+        server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
         raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
@@ -7356,7 +7352,6 @@ def serve(settings: Settings) -> NoReturn:
     # New objects between collections. Python's 700 are several collections a chat, 10 % of its time.
     gc.set_threshold(50_000)
     server.run()
-    logging.shutdown()
     os._exit(0)  # a normal exit would wait for abandoned upstream calls
 
 
