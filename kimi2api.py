@@ -6131,8 +6131,8 @@ def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | N
         return ClientKey()
     scheme, _, token = authorization.partition(" ")
     given = token.strip().encode("latin-1", "replace")
-    # With all keys, so that the time does not depend on which key matches
-    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]
+    # Compare all keys, so that the time does not depend on which key matches
+    matches = [candidate for candidate in keys if hmac.compare_digest(candidate.key.encode(), given)]
     return matches[0] if matches and scheme.lower() == "bearer" else None
 
 
@@ -6195,7 +6195,7 @@ class Client(Waiter):
         # The stream has an event, so an error can only be one more event
         self.has_begun = False
         self._client_disconnected = environ.get("waitress.client_disconnected", bool)
-        # Of Task, if it serves the application
+        # Task sets both; other WSGI servers do not
         self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]
         self._stopping = environ.get("kimi2api.stopping") or threading.Event()
         self._begin = begin
@@ -6392,24 +6392,24 @@ class App:
         return self._complete_response(ResponsesRequest.parse(self._body()), ResponseWriter)
 
     def compact_response(self) -> bytes:
-        asked = ResponsesRequest.parse(self._body())
-        asked.reader.compacts = True
-        asked.body["stream"] = asked.body["store"] = False
-        return self._complete_response(asked, CompactionWriter)
+        request = ResponsesRequest.parse(self._body())
+        request.reader.compacts = True
+        request.body["stream"] = request.body["store"] = False
+        return self._complete_response(request, CompactionWriter)
 
-    def _complete_response(self, asked: ResponsesRequest, make_writer: type[ResponseWriter]) -> bytes:
-        writer = make_writer(asked)
+    def _complete_response(self, request: ResponsesRequest, make_writer: type[ResponseWriter]) -> bytes:
+        writer = make_writer(request)
 
         def open_conversation(stats: AnswerStats) -> Conversation:
-            previous = self._previous_response(asked.body.get("previous_response_id"))
+            previous = self._previous_response(request.body.get("previous_response_id"))
             writer.history = previous.turns
-            request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
-            if asked.body.get("store") is not False:
-                writer.record = partial(self._record_response, previous, asked, request, stats)
-            return Conversation(request, previous.id, previous.turns)
+            chat_request = request.to_chat_request(previous.system, previous.tools, self._stored_items)
+            if request.body.get("store") is not False:
+                writer.record = partial(self._record_response, previous, request, chat_request, stats)
+            return Conversation(chat_request, previous.id, previous.turns)
 
         try:
-            return self._complete(asked.body, writer, open_conversation)
+            return self._complete(request.body, writer, open_conversation)
         except APIError as error:
             raise translate_error(error) from None
 
@@ -6487,21 +6487,21 @@ class App:
     def _record_response(
         self,
         previous: Session,
-        asked: ResponsesRequest,
-        request: ChatRequest,
+        request: ResponsesRequest,
+        chat_request: ChatRequest,
         stats: AnswerStats,
         response: JSONObject,
     ) -> None:
         """Store a response with the conversation that a later response continues."""
         message = message_to_keep(stats)
-        turns = append_turns(previous.turns, request.turns)
-        if asked.reader.compacts:
+        turns = append_turns(previous.turns, chat_request.turns)
+        if request.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
         elif message and turns:
             turns = append_turns(turns, [(message,)])
         # Later responses inherit system messages and tools of the input, unlike the instructions
-        system = itertools.chain(previous.system, filter(is_system, asked.messages))
-        tools = list(previous.tools) + asked.reader.tools
+        system = itertools.chain(previous.system, filter(is_system, request.messages))
+        tools = list(previous.tools) + request.reader.tools
         self.sessions.record_response(current_owner(), previous, response, system, tools, turns)
 
     def create_embeddings(self) -> JSONObject:
@@ -6673,7 +6673,7 @@ class App:
         return SENT_PAGE
 
     def preflight(self, path: str) -> bytes:
-        """Answer a browser that asks whether a page may send a request. Preflights carry no key."""
+        """Answer a browser's preflight request, which has no key."""
         bottle.response.status = 204
         set_headers({
             "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
@@ -6687,7 +6687,7 @@ class App:
     def no_route(self, path: str) -> NoReturn:
         """Refuse a request whose path or method has no route. Raises APIError 404, 405 or 426."""
         environ = bottle.request.environ
-        asked = f"{environ['REQUEST_METHOD']} {path[:100]}"
+        request_line = f"{environ['REQUEST_METHOD']} {path[:100]}"
         methods = [route.method for route in ROUTES if route.rule == path]
         if methods and "HTTP_UPGRADE" in environ:
             # Codex tries a WebSocket first, and after a 426 continues over HTTP
@@ -6695,18 +6695,18 @@ class App:
         if methods:
             raise APIError(
                 405,
-                f"Method not allowed: {asked!r}.",
+                f"Method not allowed: {request_line!r}.",
                 code="method_not_allowed",
                 headers={"Allow": ", ".join(methods)})
         # Also for a path such as POST /v1/responses/input_tokens, which matches the path of a stored response
         advice = (
             "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
             "embeddings, models and sessions, and nothing else of OpenAI's API.")
-        meant = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
+        corrected = re.sub("/+", "/", path).rstrip("/").replace("/v1/v1/", "/v1/")
         for route in ROUTES:
-            if meant != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), meant):
-                advice = f"Did you mean {meant!r}? Check the base URL of the client."
-        raise APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
+            if corrected != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), corrected):
+                advice = f"Did you mean {corrected!r}? Check the base URL of the client."
+        raise APIError(404, f"Unknown path: {request_line!r}. {advice}", code="not_found")
 
     # Every request
 
@@ -6897,7 +6897,7 @@ class Task(WSGITask):  # type: ignore[misc]
     """The response to a request, by the application."""
 
     def service(self) -> None:
-        environ = self.get_environment()  # waitress passes the same to the application
+        environ = self.get_environment()  # the application gets the same object
         environ["kimi2api.stopping"] = self.channel.server.stopping  # an Event: chats end with an error once it is set
         with ExitStack() as stack:  # until the response is written, or the client has disconnected
             environ["kimi2api.defer"] = stack.callback
@@ -6911,8 +6911,8 @@ class Task(WSGITask):  # type: ignore[misc]
 
 
 class DiscardingBuffer(OverflowableBuffer):  # type: ignore[misc]
-    """A buffer for a body that nobody will read. The body is received all the same, so that the client reads the
-    answer."""
+    """A buffer for a body that nobody will read. The body is received, because a client that is still sending would not
+    read the answer."""
 
     def append(self, data: bytes) -> None:
         pass
@@ -6942,13 +6942,13 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             self.headers["CONNECTION"] = "close"
         if self.body_rcv is None:
             return
-        client = matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", ""))
-        if client and self.content_length <= self.adj.max_wanted_body:
+        key = matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", ""))
+        if key and self.content_length <= self.adj.max_wanted_body:
             return
         # The application will refuse the request
         if self.expect_continue:  # the client has not sent the body yet
             self.expect_continue = False
-            # If the client sends the body all the same, the body must not be read as a request
+            # If the client sends the body anyway, the body must not be read as a request
             self.headers["CONNECTION"] = "close"
             self.body_rcv = None
         else:
