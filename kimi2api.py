@@ -5927,7 +5927,7 @@ class Providers:
 ########################################################################################################################
 # Part 7: Application
 #
-# Who may call, a chat from its request to its answer, and the routes. Nothing outside of this part and the next uses
+# Who may call, a chat from its request to its answer, and the routes. Nothing outside this part and the next uses
 # Bottle.
 ########################################################################################################################
 
@@ -5935,12 +5935,12 @@ class Providers:
 # ----------------------------------------------------------------------------------------------------------------------
 # Access
 #
-# Who may call: keys, and browsers, which any web page may send here.
+# Who may call: clients with a key, programs on this machine, and web pages of allowed origins.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def as_api_error(error: Exception) -> APIError:
-    """The error itself if it is an APIError; any other is logged with its traceback and becomes a 500."""
+    """Return an APIError as it is. Log any other error with its traceback, and return a 500."""
     if isinstance(error, APIError):
         return error
     log.error("unexpected error", exc_info=error)
@@ -5948,16 +5948,16 @@ def as_api_error(error: Exception) -> APIError:
 
 
 def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
-    """Refuse requests of other machines and of foreign web pages. Raises APIError 403, or 400 for a path that is not
-    UTF-8."""
+    """Refuse other machines if no key is set, foreign web pages, and paths that are not UTF-8. Raises APIError 403 or
+    400."""
     host = environ.get("HTTP_HOST")
     origin = environ.get("HTTP_ORIGIN")
-    # Without a key the only protection is being local. A page whose name resolves to 127.0.0.1 (DNS rebinding) gets
-    # past the address, but not past its own name in Host; any other page gives itself away by its Origin.
+    # Without a key, only this machine may call. A page whose name resolves to 127.0.0.1 (DNS rebinding) sends its own
+    # name as Host; any other page sends its own Origin.
     if not settings.api_master_key:
         names = forwarded_for(environ)
         if host:
-            names.append(host_of(f"//{host}") or host)
+            names.append(hostname(f"//{host}") or host)
         for name in names:
             if not is_loopback(name):
                 raise APIError(
@@ -5976,13 +5976,13 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
             "Access-Control-Expose-Headers": "*",
             "Vary": "Origin",
         })
-    # Bottle drops bytes that are not UTF-8, so the path could be that of another user
+    # Bottle drops bytes that are not UTF-8, so the path could name another user
     if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
         raise bad_request("The path is not UTF-8.")
 
 
 def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
-    """Return whether the web pages of an origin may call. host: the server's name in the request."""
+    """Return whether web pages of an origin may call. host: the request's Host header."""
     if origin.endswith(f"://{host}"):  # the server's own pages
         return True
     for pattern in settings.cors_origins:
@@ -5991,12 +5991,11 @@ def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
             return True
     if settings.cors_origins:
         return False
-    return bool(settings.api_master_key) or is_loopback(host_of(origin))
+    return bool(settings.api_master_key) or is_loopback(hostname(origin))
 
 
 def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
-    """Return the key that an Authorization header carries, an empty key if the server asks for none. Raises APIError
-    401."""
+    """Return the client's key by its Authorization header, an empty key if the server has none. Raises APIError 401."""
     found = matching_key(keys, authorization)
     if found is None:
         message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
@@ -6005,25 +6004,26 @@ def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
 
 
 def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
-    """Return the addresses of clients that proxies name in headers, without ports."""
+    """Return the addresses of clients that proxies have added to the headers, without ports."""
     listed = f"{environ.get('HTTP_X_FORWARDED_FOR', '')},{environ.get('HTTP_X_REAL_IP', '')}"
     addresses = split_commas(listed) + re.findall(r'(?i)for="?([^",;]+)', environ.get("HTTP_FORWARDED", ""))
     return [re.sub(r"^(\[.*]|[^:]*):\d+$", r"\1", address) for address in addresses]
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
-    """The key that an Authorization header carries, an empty one when none is asked, None when it is not ours."""
+    """Return the key that an Authorization header matches, an empty key if the server has none, None if no key
+    matches."""
     if not keys:
         return ClientKey()
     scheme, _, token = authorization.partition(" ")
     given = token.strip().encode("latin-1", "replace")
-    # All: no timing leak
-    matches = [client for client in keys if hmac.compare_digest(client.key.encode(), given)]
+    # Compare all keys, so that the time does not depend on which key matches
+    matches = [candidate for candidate in keys if hmac.compare_digest(candidate.key.encode(), given)]
     return matches[0] if matches and scheme.lower() == "bearer" else None
 
 
 def set_headers(headers: Headers) -> None:
-    """Set headers of the response, but none that is set already: ours go before an upstream's."""
+    """Set headers of the current response. Headers that are set already stay: ours override an upstream's."""
     for name, value in headers.items():
         bottle.response.headers.setdefault(name, value)
 
@@ -6032,19 +6032,19 @@ def request_id(given: str) -> str:
     return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.A) else f"req_{random_hex()}"
 
 
-def current_client() -> ClientKey:
-    """The key that the current request was sent with."""
-    return bottle.request.environ["kimi2api.client"]
+def current_key() -> ClientKey:
+    """Return the key of the current request."""
+    return bottle.request.environ["kimi2api.key"]
 
 
 def current_owner() -> str:
-    """What the sessions of the current request's key are kept under."""
-    return current_client().owner
+    """Return the owner of the sessions that the current request may read and change."""
+    return current_key().owner
 
 
-def host_of(address: str) -> str | None:
+def hostname(url: str) -> str | None:
     try:
-        return urlsplit(address).hostname
+        return urlsplit(url).hostname
     except ValueError:  # such as half an IPv6 address
         return None
 
@@ -6052,55 +6052,55 @@ def host_of(address: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Clients
 #
-# The clients of chats, and how many chats may run at once. A chat runs on the thread of its client's request, upstream
-# call included.
+# The client of a chat: its stream, and whether it has disconnected. Slots limit how many chats run. A chat, with its
+# upstream call, runs on the thread of the client's request.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CLIENT_CHECK_INTERVAL = 0.5  # seconds
-SEND_SIZE = 65536  # bytes of events that are sent without waiting for the next pause
+SEND_SIZE = 65536  # bytes; as many pending events are sent immediately
 KEEPALIVE = b": keep-alive\n\n"
 
-Write = Callable[[bytes], object]  # WSGI's
+Write = Callable[[bytes], object]  # WSGI's write()
 
 
 class Client(Waiter):
-    """The client of one chat: it may disconnect, and if it gets a stream, it is sent events and keep-alive comments.
+    """The client of one chat. It may disconnect. A stream sends it events and keep-alive comments.
 
-    Events are sent before the next wait for the upstream, so that all that one read brought is one write.
+    Pending events are sent before the next wait for the upstream, so all events of one read are one write.
     """
 
     def __init__(
         self,
         environ: Mapping[str, Any],
-        stopping: threading.Event,
         begin: Callable[[], Write] | None = None,
         keepalive_interval: float = inf,
     ) -> None:
-        """begin: for a stream, starts the response and returns WSGI's write(). keepalive_interval: in seconds."""
+        """begin: starts the response of a stream and returns WSGI's write(). keepalive_interval: in seconds."""
         self.interval = min(CLIENT_CHECK_INTERVAL, keepalive_interval)
-        self.has_left = False
-        # An event has been handed over, so an error can only be another one
+        self.is_disconnected = False
+        # The stream has an event, so an error can only be one more event
         self.has_begun = False
-        self._disconnected = environ.get("waitress.client_disconnected", bool)
-        self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]  # our server's
-        self._stopping = stopping
+        self._client_disconnected = environ.get("waitress.client_disconnected", bool)
+        # Task sets both; other WSGI servers do not
+        self.defer = environ.get("kimi2api.defer", super().defer)  # type: ignore[method-assign]
+        self._stopping = environ.get("kimi2api.stopping") or threading.Event()
         self._begin = begin
         self._keepalive_interval = keepalive_interval
         self._write: Write | None = None
         self._pending = bytearray()
         self._last_write = time.monotonic()
-        self._blocked = 0.0  # seconds that sending has taken
+        self._blocked = 0.0  # seconds spent in sending
 
     def clock(self) -> float:
-        """Stands still while the client does not read: that is not the upstream's time."""
+        """Return the seconds of a clock that stops while sending blocks: that is not the upstream's time."""
         return time.monotonic() - self._blocked
 
     def attend(self) -> None:
         if self._begin and time.monotonic() - self._last_write >= self._keepalive_interval:
             self.send(KEEPALIVE)
         self.flush()
-        self.has_left = self.has_left or self._disconnected()
-        if self.has_left and not self.must_finish:
+        self.is_disconnected = self.is_disconnected or self._client_disconnected()
+        if self.is_disconnected and not self.must_finish:
             # 499 is nginx's code for a client that closed the connection
             raise Abandoned(499, "The client has disconnected.", code="client_closed_request")
         if self._stopping.is_set():
@@ -6115,7 +6115,7 @@ class Client(Waiter):
             self.attend()
 
     def send(self, data: bytes) -> None:
-        """Hand over an event. A client that has left is sent nothing."""
+        """Add an event to the stream. Events for a client that has disconnected are dropped."""
         self.has_begun = True
         self._pending += data
         if len(self._pending) >= SEND_SIZE:
@@ -6124,36 +6124,36 @@ class Client(Waiter):
     def flush(self) -> None:
         data = bytes(self._pending)
         self._pending.clear()
-        if not data or self.has_left or not self._begin:
+        if not data or self.is_disconnected or not self._begin:
             return
         self._write = self._write or self._begin()
         began = time.monotonic()
         try:
             self._write(data)
-        # A WSGI server raises what it likes for a client that has disconnected
+        # WSGI does not define the exception for a client that has disconnected
         except Exception:
-            self.has_left = True
+            self.is_disconnected = True
         self._last_write = time.monotonic()
         self._blocked += self._last_write - began
 
 
 class Slots:
-    """The chats that run now. Their number is limited, of all keys and of named keys."""
+    """The slots of running chats: their number is limited for all keys together, and for named keys."""
 
     def __init__(self, limits: Mapping[str, int]) -> None:
-        self.limits = limits  # by the name of a key; of all chats by ""
-        self.used: Counter[str] = Counter()  # by the same names
+        self.limits = limits  # by the key's name; "" is for all keys together
+        self.used: Counter[str] = Counter()  # slots, by the names of `limits`
         self._lock = threading.Lock()  # guards `used`
 
     @contextmanager
     def held(self, client: ClientKey) -> Iterator[None]:
-        """Hold a slot. Raises APIError 429 if there is none."""
+        """Hold a slot during a chat. Raises APIError 429 if none is free."""
         names = {"", client.name or ""}
         with self._lock:
             if any(self.used[name] >= self.limits.get(name, inf) for name in names):
                 raise APIError(
                     429,
-                    "Too many chats are running already (MAX_CONCURRENT_CHATS). Try again soon.",
+                    "Too many chats are running (MAX_CONCURRENT_CHATS). Try again soon.",
                     "rate_limit_error",
                     "server_busy",
                     headers={"Retry-After": "1"})
@@ -6168,22 +6168,22 @@ class Slots:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chats
 #
-# Stages of a chat between its provider and its format: remember an answer, and replay it at a pace.
+# Stages of a chat between provider and format: store the answer, and replay a complete answer at a pace.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Conversation(NamedTuple):
-    """What a chat is about."""
+    """A chat's request and its session."""
 
     request: ChatRequest
     session_id: str
-    history: Turns  # before the request
-    save: Callable[[], None] | None = None  # records the turn
+    history: Turns  # the turns before the request
+    save: Callable[[], None] | None = None  # stores the turn
 
 
 def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
-    """The deltas; save() is called before the last one is passed on, so a client that has seen the end of an answer
-    finds it remembered."""
+    """Yield the deltas. Call save() before the final deltas, so a client that has read the end of an answer finds the
+    answer stored."""
     held = []
     for delta in deltas:
         if delta.is_final:
@@ -6197,21 +6197,21 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
 
 
 def message_to_keep(stats: AnswerStats) -> Message | None:
-    """Return the message of an answer, or None if APIs would refuse it in later requests."""
+    """Return the message of an answer, or None if APIs would refuse the message in later requests."""
     message = stats.fold.message()
     if not (message["content"] or message.get("tool_calls")):
-        log.warning("an answer without content is not remembered")
+        log.warning("an answer without content is not stored")
         return None
     violation = find_violation(message, MESSAGE)
     if violation:
-        log.warning("an answer is not remembered: '%s' must be %s", violation.path, describe(violation.schema))
+        log.warning("an answer is not stored: '%s' must be %s", violation.path, describe(violation.schema))
         return None
     return message
 
 
 def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterator[Delta]:
-    """Replay an answer that arrived whole as OpenAI streams one: one piece every STREAM_INTERVAL_MS, within
-    STREAM_MAX_SECONDS. Without pauses when the client has left: the answer may still be recorded, and whole."""
+    """Replay a complete answer as a stream: a piece every STREAM_INTERVAL_MS, within STREAM_MAX_SECONDS. Do not pause
+    after the client has disconnected, because the complete answer may still be stored."""
     interval = settings.stream_interval_ms / 1000
     max_pieces = max(1, int(settings.stream_max_seconds / interval)) if interval else 1
     for delta in deltas:
@@ -6222,7 +6222,7 @@ def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterato
         began = time.monotonic()
         for count, step in enumerate(steps_of(delta, max_pieces)):
             ahead = began + count * interval - time.monotonic()
-            if ahead > 0 and not client.has_left:
+            if ahead > 0 and not client.is_disconnected:
                 client.sleep(ahead)
             yield step
 
@@ -6230,7 +6230,7 @@ def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterato
 # ----------------------------------------------------------------------------------------------------------------------
 # Application
 #
-# The program's state while it runs, and what it does for each route.
+# The program's state while it runs, and the handlers of its routes.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -6253,11 +6253,10 @@ def not_found(kind: str, name: str) -> APIError:
 
 
 class App:
-    """The program's state while it runs, and its routes."""
+    """The program's state while it runs, and the handlers of its routes."""
 
-    def __init__(self, settings: Settings, stopping: threading.Event) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.stopping = stopping
         self.metrics = Metrics({*settings.models, settings.default_model, *settings.fallback_models} - {"*"})
         self.providers = Providers(settings, self.metrics)
         self.store = open_store(settings)
@@ -6276,27 +6275,27 @@ class App:
         return self._complete_in_session(ChatRequest.parse_completion(self._body()), TextCompletion)
 
     def create_response(self) -> bytes:
-        return self._respond(ResponsesRequest.parse(self._body()))
+        return self._complete_response(ResponsesRequest.parse(self._body()))
 
     def compact_response(self) -> bytes:
-        asked = ResponsesRequest.parse(self._body())
-        asked.is_compaction = asked.reader.compacts = True
-        asked.body["stream"] = asked.body["store"] = False
-        return self._respond(asked)
+        request = ResponsesRequest.parse(self._body())
+        request.is_compaction = request.reader.compacts = True
+        request.body["stream"] = request.body["store"] = False
+        return self._complete_response(request)
 
-    def _respond(self, asked: ResponsesRequest) -> bytes:
-        writer = ResponseWriter(asked)
+    def _complete_response(self, request: ResponsesRequest) -> bytes:
+        writer = ResponseWriter(request)
 
         def open_conversation(stats: AnswerStats) -> Conversation:
-            previous = self._previous_response(asked.body.get("previous_response_id"))
+            previous = self._previous_response(request.body.get("previous_response_id"))
             writer.history = previous.turns
-            request = asked.to_chat_request(previous.system, previous.tools, self._stored_items)
-            if asked.body.get("store") is not False:
-                writer.record = partial(self._record_response, previous, asked, request, stats)
-            return Conversation(request, previous.id, previous.turns)
+            chat_request = request.to_chat_request(previous.system, previous.tools, self._stored_items)
+            if request.body.get("store") is not False:
+                writer.record = partial(self._record_response, previous, request, chat_request, stats)
+            return Conversation(chat_request, previous.id, previous.turns)
 
         try:
-            return self._complete(asked.body, writer, open_conversation)
+            return self._complete(request.body, writer, open_conversation)
         except APIError as error:
             raise translate_error(error) from None
 
@@ -6310,7 +6309,7 @@ class App:
         return self._complete(request.body, make_writer(request.include_usage), open_conversation)
 
     def _previous_response(self, id: str | None) -> Session:
-        """What a response goes on from: a new session where it names none."""
+        """Return the session of the previous response, or a new session without one. Raises APIError 400."""
         if not id:
             return Session(random_hex())
         found = self.sessions.get(current_owner(), id, RESPONSE)
@@ -6328,17 +6327,17 @@ class App:
         writer: ChatCompletion | ResponseWriter,
         open_conversation: Callable[[AnswerStats], Conversation],
     ) -> bytes:
-        """Answer a chat: its stages, in order."""
+        """Answer a chat. This function lists the stages of a chat in order."""
         model = body.get("model") or self.settings.default_model
         begin = partial(self._begin_stream, writer) if body.get("stream") else None
-        client = Client(bottle.request.environ, self.stopping, begin, self.settings.sse_keepalive)
+        client = Client(bottle.request.environ, begin, self.settings.sse_keepalive)
         sent = 0
         try:
             with self._counted(model, client) as stats:
                 request, session_id, history, save = open_conversation(stats)
                 stats.messages = list(itertools.chain(*history, request.messages))
-                stats.reserved = self.limits.reserve(current_client(), stats.tokens()[0])
-                asked = ProviderRequest(
+                stats.reserved = self.limits.reserve(current_key(), stats.tokens()[0])
+                provider_request = ProviderRequest(
                     request,
                     model,
                     history,
@@ -6347,7 +6346,7 @@ class App:
                     self.sessions,
                     stats,
                     client)
-                deltas = self.providers.answer(model, asked)
+                deltas = self.providers.answer(model, provider_request)
                 if save:
                     deltas = remember(deltas, save)
                 if not begin:
@@ -6361,10 +6360,10 @@ class App:
             if not client.has_begun:
                 raise
             failure = as_api_error(error)
-            if not client.has_left:
+            if not client.is_disconnected:
                 log.info("%s/%s broke off: %s", stats.provider, stats.model, failure.reason)
             client.send(writer.failure(failure, sent))
-        client.flush()  # a client that has seen the end finds its chat counted and its slot free
+        client.flush()  # last: a client that has read the end finds its chat counted and its slot free
         return b""
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
@@ -6377,35 +6376,35 @@ class App:
     def _record_response(
         self,
         previous: Session,
-        asked: ResponsesRequest,
-        request: ChatRequest,
+        request: ResponsesRequest,
+        chat_request: ChatRequest,
         stats: AnswerStats,
         response: JSONObject,
     ) -> None:
         """Store a response with the conversation that a later response continues."""
         message = message_to_keep(stats)
-        turns = append_turns(previous.turns, request.turns)
-        if asked.reader.compacts:
+        turns = append_turns(previous.turns, chat_request.turns)
+        if request.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
         elif message and turns:
             turns = append_turns(turns, [(message,)])
         # Later responses inherit system messages and tools of the input, unlike the instructions
-        system = [*previous.system, *filter(is_system, asked.messages)]
-        tools = [*previous.tools, *asked.reader.tools]
+        system = [*previous.system, *filter(is_system, request.messages)]
+        tools = [*previous.tools, *request.reader.tools]
         self.sessions.record_response(current_owner(), Session(previous.id, system, tools, response, turns))
 
     def create_embeddings(self) -> JSONObject:
         body = parse_body(self._body(), EMBEDDINGS_REQUEST)
         model = body.get("model") or self.settings.default_model
-        client = Client(bottle.request.environ, self.stopping)
+        client = Client(bottle.request.environ)
         with self._counted(model, client) as stats:
-            stats.reserved = self.limits.reserve(current_client(), estimate_input(body["input"]))
+            stats.reserved = self.limits.reserve(current_key(), estimate_input(body["input"]))
             answer, headers = self.providers.embed(model, body, stats, client)
             set_headers(headers)
             return answer
 
     def _body(self) -> bytes:
-        """The body of the current request. Raises APIError 413."""
+        """Return the body of the current request. Raises APIError 413."""
         limit = self.settings.max_body_bytes
         length = bottle.request.content_length
         if length > limit:
@@ -6420,8 +6419,8 @@ class App:
         """Hold a slot for an answer, and count the answer when it ends or fails. Raises APIError 404 for an unknown
         model, 429 for one chat too many or a limit of the key."""
         self.providers.resolve(model)
-        with self.chats.held(current_client()):
-            set_headers(self.limits.admit(current_client()))
+        with self.chats.held(current_key()):
+            set_headers(self.limits.admit(current_key()))
             bottle.request.environ["kimi2api.is_admitted"] = True
             stats = AnswerStats()
             status = 500
@@ -6432,16 +6431,16 @@ class App:
                 status = error.status
                 raise
             finally:
-                self._count(stats, 499 if client.has_left else status)
+                self._count(stats, 499 if client.is_disconnected else status)
 
     def _count(self, stats: AnswerStats, status: int) -> None:
-        """Count an answer for its key's usage and for metrics."""
+        """Count an answer for the key's usage and for the metrics."""
         has_answered = stats.first_chunk is not None
         model = self.metrics.model_label(current_owner(), stats.provider, stats.model, has_answered)
         labels = {"provider": stats.provider or "none", "model": model}
         self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
         prompt_tokens = completion_tokens = 0
-        if has_answered or (stats.provider and status == 499):  # an upstream that was asked has read the prompt
+        if has_answered or (stats.provider and status == 499):  # the upstream has read the prompt
             prompt_tokens, completion_tokens = stats.tokens()
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
@@ -6451,7 +6450,7 @@ class App:
         if prompt_tokens or stats.reserved:
             is_answered = has_answered and status in (200, 499)
             self.limits.record(
-                current_client(),
+                current_key(),
                 model,
                 prompt_tokens,
                 completion_tokens,
@@ -6512,12 +6511,12 @@ class App:
         return {"object": "session.deleted", "user": user, "deleted": True}
 
     def list_sessions(self) -> JSONObject:
-        """The caller's sessions, without what was said in them."""
+        """List the key's sessions, without their turns."""
         documents = self.store.list_documents(current_owner(), SESSION)
         return {"object": "list", "data": [session_object(user, document) for user, document in documents.items()]}
 
     def get_usage(self) -> JSONObject:
-        return self.limits.usage(current_client())
+        return self.limits.usage(current_key())
 
     def metrics_page(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -6530,7 +6529,7 @@ class App:
         }
         for name, provider in self.providers.by_name.items():
             gauges["kimi2api_upstream_healthy"][("provider", name),] = not provider.failing
-        with suppress(APIError):  # /health reports a store that cannot be reached
+        with suppress(APIError):  # /health reports an unavailable store
             gauges["kimi2api_sessions"] = {(): self.store.count()}
         return self.metrics.render(gauges)
 
@@ -6563,7 +6562,7 @@ class App:
         return SENT_PAGE
 
     def preflight(self, path: str) -> bytes:
-        """Answer a browser that asks whether a page may send a request. Preflights carry no key."""
+        """Answer a browser's preflight request, which has no key."""
         bottle.response.status = 204
         set_headers({
             "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
@@ -6577,32 +6576,32 @@ class App:
     def no_route(self, path: str) -> NoReturn:
         """Refuse a request whose path or method has no route. Raises APIError 404, 405 or 426."""
         environ = bottle.request.environ
-        asked = f"{environ['REQUEST_METHOD']} {path[:100]}"
+        request_line = f"{environ['REQUEST_METHOD']} {path[:100]}"
         methods = [route.method for route in ROUTES if route.rule == path]
         if methods and "HTTP_UPGRADE" in environ:
-            # Codex tries WebSockets first, and after a 426 continues over HTTP
+            # Codex tries a WebSocket first, and after a 426 continues over HTTP
             raise APIError(426, "This server has no WebSockets.", code="upgrade_required")
         if methods:
             raise APIError(
                 405,
-                f"Method not allowed: {asked!r}.",
+                f"Method not allowed: {request_line!r}.",
                 code="method_not_allowed",
                 headers={"Allow": ", ".join(methods)})
-        # Also a path such as /v1/responses/input_tokens, which looks like the path of a stored response
+        # Also for a path such as POST /v1/responses/input_tokens, which matches the path of a stored response
         advice = (
             "The base URL for clients ends in /v1. This server has chat completions, Responses, completions, "
             "embeddings, models and sessions, and nothing else of OpenAI's API.")
         tail = re.sub("^(/v1)+", "", re.sub("/+", "/", path).rstrip("/"))
-        for meant, route in itertools.product((tail, f"/v1{tail}"), ROUTES):
-            if meant != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), meant):
-                advice = f"Did you mean {meant!r}? Check the base URL of the client."
-        raise APIError(404, f"Unknown path: {asked!r}. {advice}", code="not_found")
+        for corrected, route in itertools.product((tail, f"/v1{tail}"), ROUTES):
+            if corrected != path and re.fullmatch(re.sub("<.*>", ".+", route.rule), corrected):
+                advice = f"Did you mean {corrected!r}? Check the base URL of the client."
+        raise APIError(404, f"Unknown path: {request_line!r}. {advice}", code="not_found")
 
     # Every request
 
     def handle(self, route: Route, **arguments: str) -> bytes | str:
-        """Answer a request. An object that a handler returns becomes JSON, and so does every error. Bytes are JSON
-        already, and a text has headers of its own."""
+        """Call the handler of a route, and return the body of the response. A handler returns an object, which becomes
+        JSON, or JSON as bytes, or a text whose Content-Type it sets. Every error becomes JSON."""
         began = time.monotonic()
         # Also for headers: Bottle's own accessors fail on some bytes above 127
         environ = bottle.request.environ
@@ -6612,21 +6611,21 @@ class App:
             check_caller(self.settings, environ)
             if not route.is_public:
                 authorization = environ.get("HTTP_AUTHORIZATION", "")
-                environ["kimi2api.client"] = authenticate(self.settings.api_master_key, authorization)
+                environ["kimi2api.key"] = authenticate(self.settings.api_master_key, authorization)
             result = route.handler(self, **arguments)
             body = result if isinstance(result, (bytes, str)) else dump_json(result)
         except Exception as error:
-            # Under the same name, which Python deletes: a reference cycle with the traceback would keep the request
+            # Python deletes this name. A second name and the traceback would be a cycle that keeps the request alive.
             error = as_api_error(error)
             bottle.response.status = error.status
             set_headers(error.headers)
             body = dump_json(error.body())
         set_headers({"Content-Type": "application/json"})
         status = bottle.response.status_code
-        client = environ.get("kimi2api.client")
-        if client and route.method == "POST" and "kimi2api.is_admitted" not in environ:
+        key = environ.get("kimi2api.key")
+        if key and route.method == "POST" and "kimi2api.is_admitted" not in environ:
             self._count(AnswerStats(), status)
-        name = f"{client.name} " if client and client.name else ""
+        name = f"{key.name} " if key and key.name else ""
         level = logging.INFO if status >= 400 else logging.DEBUG
         milliseconds = (time.monotonic() - began) * 1000
         log.log(
@@ -6644,14 +6643,13 @@ class App:
 # ----------------------------------------------------------------------------------------------------------------------
 # Routes
 #
-# Paths and errors. `create_app(settings)` builds an application with its own state, so a test can have as many as it
-# needs.
+# The table of routes. `create_app(settings)` builds an application with its own state, so a test can have many.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Route:
-    """A route, and what /openapi.json says of it: its body and its answer by the names of their schemas."""
+    """A route, with its description for /openapi.json. `request` and `answer` are names of schemas."""
 
     method: str
     rule: str  # in Bottle's form
@@ -6659,8 +6657,8 @@ class Route:
     summary: str = ""
     answer: str = ""
     request: str = ""
-    event: str = ""  # of its stream, where it has one: what each event is
-    is_public: bool = False  # needs no key: nothing in the answer belongs to a caller
+    event: str = ""  # describes an event of the route's stream
+    is_public: bool = False  # needs no key, because the answer has nothing of any caller
 
     @property
     def path(self) -> str:
@@ -6672,29 +6670,43 @@ def describe_api(app: App) -> JSONObject:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", App.create_chat_completion, "Create a chat completion", "OpenAIObject",
-          "Request", "data: a chunk as JSON, or [DONE]"),
-    Route("POST", "/v1/responses", App.create_response, "Create a response", "OpenAIObject", "ResponsesRequest",
-          "data: an event of the Responses API as JSON"),
-    Route("POST", "/v1/responses/compact", App.compact_response, "Compact a conversation", "OpenAIObject",
-          "ResponsesRequest"),
-    Route("GET", "/v1/responses/<id>", App.get_response, "Get a stored response", "OpenAIObject"),
-    Route("DELETE", "/v1/responses/<id>", App.delete_response, "Delete a stored response", "OpenAIObject"),
-    Route("POST", "/v1/completions", App.create_completion, "Complete a text", "OpenAIObject", "CompletionRequest",
-          "data: a part of the completion as JSON, or [DONE]"),
-    Route("POST", "/v1/embeddings", App.create_embeddings, "Create embeddings", "OpenAIObject", "EmbeddingsRequest"),
-    Route("GET", "/v1/models", App.list_models, "List models", "OpenAIObject"),
-    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model, "Get a model", "OpenAIObject"),
-    Route("GET", "/v1/sessions", App.list_sessions, "List sessions", "Sessions"),
+    Route("POST", "/v1/chat/completions", App.create_chat_completion,
+          "Create a chat completion", "OpenAIObject", "Request", "data: a chunk as JSON, or [DONE]"),
+    Route("POST", "/v1/responses", App.create_response,
+          "Create a response", "OpenAIObject", "ResponsesRequest", "data: an event of the Responses API as JSON"),
+    Route("POST", "/v1/responses/compact", App.compact_response,
+          "Compact a conversation", "OpenAIObject", "ResponsesRequest"),
+    Route("GET", "/v1/responses/<id>", App.get_response,
+          "Get a stored response", "OpenAIObject"),
+    Route("DELETE", "/v1/responses/<id>", App.delete_response,
+          "Delete a stored response", "OpenAIObject"),
+    Route("POST", "/v1/completions", App.create_completion,
+          "Complete a text", "OpenAIObject", "CompletionRequest", "data: a part of the completion as JSON, or [DONE]"),
+    Route("POST", "/v1/embeddings", App.create_embeddings,
+          "Create embeddings", "OpenAIObject", "EmbeddingsRequest"),
+    Route("GET", "/v1/models", App.list_models,
+          "List models", "OpenAIObject"),
+    Route("GET", r"/v1/models/<id:re:[\s\S]+>", App.get_model,
+          "Get a model", "OpenAIObject"),
+    Route("GET", "/v1/sessions", App.list_sessions,
+          "List sessions", "Sessions"),
     # Browsers remove the path segments . and .., so ?user= names these users
-    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session, "Get the turns of a session", "Session"),
-    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session, "Delete a session", "Deleted"),
-    Route("GET", "/v1/usage", App.get_usage, "Get usage and limits", "Usage"),
-    Route("GET", "/metrics", App.metrics_page, "Get metrics for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health, "Get the server's health", "Health", is_public=True),
-    Route("GET", "/openapi.json", describe_api, "Get this description", "OpenAPI", is_public=True),
-    Route("GET", "/docs", App.page, "Open this page", "text/html", is_public=True),
-    Route("GET", "/", App.page, "Open this page", "text/html", is_public=True),
+    Route("GET", r"/v1/sessions/<user:re:[\s\S]*>", App.get_session,
+          "Get the turns of a session", "Session"),
+    Route("DELETE", r"/v1/sessions/<user:re:[\s\S]*>", App.delete_session,
+          "Delete a session", "Deleted"),
+    Route("GET", "/v1/usage", App.get_usage,
+          "Get usage and limits", "Usage"),
+    Route("GET", "/metrics", App.metrics_page,
+          "Get metrics for Prometheus", "text/plain"),
+    Route("GET", "/health", App.health,
+          "Get the server's health", "Health", is_public=True),
+    Route("GET", "/openapi.json", describe_api,
+          "Get this description", "OpenAPI", is_public=True),
+    Route("GET", "/docs", App.page,
+          "Open this page", "text/html", is_public=True),
+    Route("GET", "/", App.page,
+          "Open this page", "text/html", is_public=True),
 ]
 
 
@@ -6706,8 +6718,8 @@ OTHER_ROUTES = [
 
 
 class WSGIApp(bottle.Bottle):  # type: ignore[misc]
-    """Bottle, with routes that may begin their response themselves and send parts of it, by WSGI's write(): PEP 3333
-    does not allow that in a route's iterable. Such a route returns nothing more."""
+    """A Bottle application whose routes may begin their response and send parts of it by WSGI's write(). PEP 3333
+    forbids write() inside a returned iterable, so these routes return an empty body."""
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         environ["kimi2api.start_response"] = start_response
@@ -6719,12 +6731,9 @@ class WSGIApp(bottle.Bottle):  # type: ignore[misc]
         return super().wsgi(environ, start_unless_begun)
 
 
-def create_app(
-    settings: Settings, stopping: threading.Event | None = None,
-) -> bottle.Bottle:
-    """The WSGI application. Chats end with an error once `stopping` is set. Raises SettingError for a store that cannot
-    be used."""
-    app = App(settings, stopping or threading.Event())
+def create_app(settings: Settings) -> bottle.Bottle:
+    """Build the WSGI application. Raises SettingError for a store that cannot be used."""
+    app = App(settings)
     wsgi = WSGIApp()
     for route in ROUTES + OTHER_ROUTES:
         wsgi.route(route.rule, route.method, partial(app.handle, route))
@@ -6734,7 +6743,7 @@ def create_app(
 ########################################################################################################################
 # Part 8: Server
 #
-# waitress, its graceful stop, and the command line. Nothing outside of this part uses waitress.
+# waitress, its graceful stop, and the command line. Nothing outside this part uses waitress.
 ########################################################################################################################
 
 
@@ -6744,24 +6753,23 @@ def create_app(
 # waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Beyond MAX_CONCURRENT_CHATS, so that everything else is always answered
-SPARE_THREADS = 8
+SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, for all other requests
 MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
-# Seconds without a request, without its head, or without taking any of its answer
+# Seconds, at most, between requests, for the head of a request, and without progress in reading an answer
 CONNECTION_TIMEOUT = 30.0
 MIN_BODY_RATE = 1000  # bytes a second
-# Requests that one connection may have waiting; without a key, all answers fit MAX_UNSENT_BYTES
+# Requests of a connection. As many answers that need no key fit into MAX_UNSENT_BYTES.
 MAX_PIPELINED = 8
-# Of an answer; a thread that has more to write waits for its client
+# Of a connection. Beyond it, a thread that writes waits for its client.
 MAX_UNSENT_BYTES = 1 << 18
-# Bytes; behind the 4 MB of a system, a client that reads 20 KB a second would look stalled
+# Bytes. With a system's default of 4 MB, a client that reads 20 KB a second would look stalled.
 SEND_BUFFER = 1 << 16
-# Received above MAX_BODY_BYTES: a client still sending would miss our 413
+# Received beyond MAX_BODY_BYTES, because a client that is still sending would miss the 413
 EXTRA_BODY_BYTES = 16 << 20
 
 
 class JSONErrorTask(ErrorTask):  # type: ignore[misc]
-    """waitress's own errors (a request that is not HTTP, headers too long, …) in OpenAI's shape."""
+    """The response to a request that waitress refuses (not HTTP, headers too long, …), in OpenAI's shape."""
 
     def execute(self) -> None:
         error = self.request.error
@@ -6779,11 +6787,13 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class Task(WSGITask):  # type: ignore[misc]
-    """One request, answered by the application."""
+    """The response to a request, by the application."""
 
     def service(self) -> None:
-        with ExitStack() as stack:  # ends when the response is written, or its client has disconnected
-            self.get_environment()["kimi2api.defer"] = stack.callback  # waitress keeps it
+        environ = self.get_environment()  # the application gets the same object
+        environ["kimi2api.stopping"] = self.channel.server.stopping  # an Event: chats end with an error once it is set
+        with ExitStack() as stack:  # until the response is written, or the client has disconnected
+            environ["kimi2api.defer"] = stack.callback
             super().service()
 
     def build_response_header(self) -> bytes:
@@ -6793,17 +6803,18 @@ class Task(WSGITask):  # type: ignore[misc]
         return super().build_response_header()
 
 
-class Discarded(OverflowableBuffer):  # type: ignore[misc]
-    """A body that nobody will read. It is received all the same, so that its client reads our answer."""
+class DiscardingBuffer(OverflowableBuffer):  # type: ignore[misc]
+    """A buffer for a body that nobody will read. The body is received, because a client that is still sending would not
+    read the answer."""
 
     def append(self, data: bytes) -> None:
         pass
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Reads one request from a connection."""
+    """A parser of one request."""
 
-    path = ""  # waitress reads it even of a request that it could not parse
+    path = ""  # waitress reads the path even of a request that it could not parse
     body_rcv: Any
     expect_continue: bool
 
@@ -6814,27 +6825,27 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # urlsplit's, of a request target such as http://[/
+        except ValueError as error:  # of urlsplit, for a request target such as http://[/
             raise ParsingError(f"Bad request target: {error}") from None
-        # waitress joins the values of equal names by commas
+        # waitress joins headers of the same name by commas
         if self.version == "1.1" and ("HOST" not in self.headers or "," in self.headers["HOST"]):
             raise ParsingError("HTTP/1.1 requires one Host header")
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            # A proxy in front may see another end of the body; what follows is no request (RFC 9112, 6.1)
+            # A proxy may see another end of the body: what follows must not be read as a request (RFC 9112, 6.1)
             self.headers["CONNECTION"] = "close"
         if self.body_rcv is None:
             return
-        client = matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", ""))
-        if client and self.content_length <= self.adj.max_wanted_body:
+        key = matching_key(self.adj.api_keys, self.headers.get("AUTHORIZATION", ""))
+        if key and self.content_length <= self.adj.max_wanted_body:
             return
-        # The request will be refused because of its head
-        if self.expect_continue:  # the body has not been sent yet
+        # The application will refuse the request
+        if self.expect_continue:  # the client has not sent the body yet
             self.expect_continue = False
-            # What comes is the body, and must not be taken for a request
+            # If the client sends the body anyway, the body must not be read as a request
             self.headers["CONNECTION"] = "close"
             self.body_rcv = None
         else:
-            self.body_rcv.buf = Discarded(0)
+            self.body_rcv.buf = DiscardingBuffer(0)
 
     def received(self, data: bytes) -> int:
         try:
@@ -6855,22 +6866,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.active = time.monotonic()  # when the client has sent or read something
+        self.last_active = time.monotonic()  # when the client last sent or read something
 
     def received(self, data: bytes) -> bool:
-        self.active = time.monotonic()
+        self.last_active = time.monotonic()
         received = super().received(data)
         with self.requests_lock:
-            # 64 KB hold 2,400 requests: a thread that writes their answers would wait for a client that reads none
+            # 64 KB hold 2,400 requests, and a client that reads no answer would block their thread
             if len(self.requests) > MAX_PIPELINED:
                 del self.requests[MAX_PIPELINED:]
-                # The client sends the others again over a new connection
+                # The client repeats the other requests over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
         return received
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is being answered or its answer is not sent yet."""
+        """Return whether a request is being answered, or an answer is not sent yet."""
         return bool(self.requests or self.total_outbufs_len)
 
     def is_overdue(self) -> bool:
@@ -6881,44 +6892,44 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         request = self.request
         if request and now - request.began > CONNECTION_TIMEOUT + request.body_bytes_received / MIN_BODY_RATE:
             return True
-        return now - self.active > CONNECTION_TIMEOUT
+        return now - self.last_active > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
-        # waitress does not wait for a thread that is sending: its loop would spin until the thread is done (which needs
-        # the interpreter's lock for that), and a thread's 100 Continue may be sent twice
+        # waitress's loop does not wait for a thread that is sending. The loop would spin, which keeps the GIL from the
+        # thread, and could send the thread's 100 Continue again.
         with self.outbuf_lock:
             super().handle_write()
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        # The loop has closed it while a request's thread was about to send
+        # The loop has closed the connection while a thread was about to send
         if self.socket is None:
             return 0
-        # Only the loop, which is the main thread's, closes connections and changes the map of sockets
+        # Only the loop, on the main thread, may close connections and so change the map of sockets
         sent: int = super().send(data, do_close and threading.current_thread() is threading.main_thread())
         if sent:
-            self.active = time.monotonic()
+            self.last_active = time.monotonic()
         return sent
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Server
 #
-# waitress with settings for chats, a loop that idle connections do not slow down, and a stop that lets chats finish.
+# waitress with a loop that idle connections do not slow down, and with a stop that lets chats finish.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class SocketMap(dict[int, Any]):
-    """waitress's map of its sockets by descriptor, with a loop.
+    """waitress's map of sockets by descriptor, with a loop.
 
-    wasyncore.loop asks every socket at every turn what it waits for: beside 300 idle connections that made a lone chat
-    a third dearer. Here a selector keeps the answers. A socket is asked again only after an event, and at every turn
-    while a thread answers its request: nothing else changes what it waits for.
+    wasyncore.loop asks every socket for its state in every iteration: with 300 idle connections, a lone chat cost a
+    third more. This loop keeps the states in a selector. It asks a socket again only after an event, and in every
+    iteration while a thread answers its request, because nothing else changes the state.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._selector = selectors.DefaultSelector()
-        self._dirty: set[int] = set()  # descriptors to ask at the next turn
+        self._dirty: set[int] = set()  # descriptors of sockets to ask in the next iteration
 
     def __setitem__(self, fd: int, entry: Any) -> None:
         super().__setitem__(fd, entry)
@@ -6927,20 +6938,20 @@ class SocketMap(dict[int, Any]):
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
         self._dirty.discard(fd)
-        self._wait_for(fd, 0)
+        self._set_interest(fd, 0)
 
     def poll_once(self, timeout: float) -> None:
-        """Wait for events, no longer than so many seconds, and handle them."""
+        """Wait for events, at most `timeout` seconds, and handle them."""
         for fd in list(self._dirty):
             entry = self[fd]
-            # Read before the rest: a thread takes its request off last, then wakes the loop
+            # Read first: a thread removes its request when all else is done, and then wakes the loop
             is_in_thread = bool(getattr(entry, "requests", None))
             events = 0
             if entry.readable():
                 events = selectors.EVENT_READ
-            elif entry.writable():  # what waitress has to write, it writes before it reads more
+            elif entry.writable():  # only if not readable: waitress sends what is pending before it reads more
                 events = selectors.EVENT_WRITE
-            self._wait_for(fd, events)
+            self._set_interest(fd, events)
             if events and not is_in_thread:
                 self._dirty.discard(fd)
         for key, events in self._selector.select(timeout):
@@ -6951,7 +6962,7 @@ class SocketMap(dict[int, Any]):
             else:
                 wasyncore.write(entry)
 
-    def _wait_for(self, fd: int, events: int) -> None:
+    def _set_interest(self, fd: int, events: int) -> None:
         key = self._selector.get_map().get(fd)
         if key and key.events != events:
             self._selector.unregister(fd)
@@ -6961,17 +6972,15 @@ class SocketMap(dict[int, Any]):
 
 
 class Server:
-    """waitress, bound to its port; `run` serves until the first SIGTERM or SIGINT, then lets running chats finish.
+    """waitress on its port. `run` serves until a first SIGTERM, SIGINT or SIGHUP, then lets running chats finish.
 
-    waitress has no graceful stop: its loop ends immediately and drops what is not sent (its issue 198), so the loop is
-    run here. Raises OSError when it cannot listen, ValueError when the system allows too few connections.
+    waitress has no graceful stop: its loop ends immediately and drops what is not sent (its issue 198), so this class
+    has a loop of its own. Raises OSError if it cannot listen, ValueError if the system allows too few connections.
     """
 
-    def __init__(
-        self, settings: Settings, app: bottle.Bottle, stopping: threading.Event,
-    ) -> None:
+    def __init__(self, settings: Settings, app: bottle.Bottle) -> None:
         self._grace = settings.shutdown_grace
-        self._stopping = stopping
+        self._stopping = threading.Event()
         self._signalled = False
         self._next_check = 0.0  # for overdue connections
         self._sockets = SocketMap()
@@ -6983,7 +6992,7 @@ class Server:
             ident="kimi2api",
             threads=settings.max_concurrent_chats[""] + SPARE_THREADS,
             connection_limit=self._connection_limit,
-            # Else a client that leaves is noticed only when something is sent
+            # Else the disconnection of a client is noticed only when something is sent
             channel_request_lookahead=1,
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
             recv_bytes=65536,
@@ -6994,9 +7003,10 @@ class Server:
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
+            listener.stopping = self._stopping
             listener.adj.api_keys = settings.api_master_key
             listener.adj.max_wanted_body = settings.max_body_bytes
-            # Its connections inherit it
+            # Inherited by accepted connections
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.port = self._listeners[0].effective_port
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -7009,10 +7019,10 @@ class Server:
         while not self._signalled:
             self._poll_once()
         for listener in self._listeners:
-            # Its own close() would also close the pipe that wakes the loop
+            # The listener's own close() would also close the pipe that wakes the loop
             wasyncore.dispatcher.close(listener)
         running = sum(channel.is_busy for channel in self._channels())
-        log.info("stopping; running: %d, with %g s to finish; a second signal ends at once", running, self._grace)
+        log.info("stopping: %d requests have %g s to finish. A second signal stops immediately.", running, self._grace)
         self._drain(self._grace)
         # Running chats end with an error, which takes a moment to be sent
         self._stopping.set()
@@ -7024,10 +7034,10 @@ class Server:
     def _poll_once(self) -> None:
         self._sockets.poll_once(timeout=0.5)
         if len(self._sockets) >= self._connection_limit:
-            # Clients that ask nothing, or do not read their answer, must not keep others out
+            # Idle clients, and clients that do not read their answer, must not keep others out
             idle = [channel for channel in self._channels() if not channel.requests]
             if idle:
-                min(idle, key=attrgetter("active")).handle_close()
+                min(idle, key=attrgetter("last_active")).handle_close()
         if time.monotonic() >= self._next_check:
             self._next_check = time.monotonic() + 1
             for channel in self._channels():
@@ -7039,7 +7049,7 @@ class Server:
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        # A chat whose client has left may still be recorded
+        # A chat may still be stored after its client has disconnected
         dispatcher = self._listeners[0].task_dispatcher  # all listeners have the same
         while (self._channels() or dispatcher.active_count) and time.monotonic() < deadline:
             for channel in self._channels():
@@ -7055,8 +7065,8 @@ class Server:
 
 
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Return sockets bound to the addresses of a host. Skip addresses that this machine lacks, such as ::1 of localhost
-    without IPv6, if there are others. Raises OSError."""
+    """Return sockets that listen on the addresses of a host. Skip addresses that this machine lacks, such as ::1 of
+    localhost without IPv6, if there are others. Raises OSError."""
     sockets = []
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
@@ -7065,17 +7075,17 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
         else:
-            port = sockets[-1].getsockname()[1]  # for a port of 0
+            port = sockets[-1].getsockname()[1]  # for port 0
     if not sockets:
         raise OSError("this machine does not have that address")
     return sockets
 
 
 def connection_limit(chats: int) -> int:
-    """Return how many connections to keep open, and raise the system's limit of open files to four times as many.
+    """Return the number of connections to allow, and raise the system's limit of open files to four times that number.
 
-    A connection takes up to two (waitress keeps a large body in a file), and its chat as many for the upstream. Raises
-    ValueError when there are too few for the chats.
+    A connection needs up to two files (waitress keeps a large body in one), and its chat two more for the upstream.
+    Raises ValueError if there are too few connections for the chats.
     """
     limit = MAX_CONNECTIONS + chats
     try:
@@ -7087,7 +7097,7 @@ def connection_limit(chats: int) -> int:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = min(4 * limit, hard)
         if soft < wanted:
-            with suppress(OSError, ValueError):  # some systems allow less than they say
+            with suppress(OSError, ValueError):  # some systems allow less than their hard limit
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 soft = wanted
         limit = min(limit, soft // 4)
@@ -7108,14 +7118,14 @@ COMMON_SETTINGS = {"api_master_key", "session_store", "models", "moonshot_api_ke
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags. Those of settings have the names of their settings, and are None where not given."""
+    """Parse the flags. A setting's flag has the setting's name; it is None if it is not given."""
     cli = argparse.ArgumentParser(
         "kimi2api", usage="kimi2api [--demo] [--check] [--SETTING VALUE …]", allow_abbrev=False,
         description="Kimi's web chat as an OpenAI-compatible API on localhost.",
-        epilog="Every setting may also stand in the environment or in .env, under its flag's name in capitals with "
-        "underscores (API_PORT). Flags go first, then the environment.")
+        epilog="A setting is a flag (--api-port 9000), an environment variable (API_PORT=9000) or a line in .env. The "
+        "first of these wins.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
-    cli.add_argument("--check", action="store_true", help="try the upstream step by step, say what is wrong, and exit")
+    cli.add_argument("--check", action="store_true", help="test each upstream step by step, say what fails, and exit")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
     cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     common = cli.add_argument_group("settings that most people need")
@@ -7133,21 +7143,21 @@ def greeting(settings: Settings, port: int) -> str:
     host = settings.api_host
     address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
     web_chat = f"{WEB_CHAT} ({without_credentials(settings.upstream_url)})"
-    asked = "no key is asked, and only this machine may call"
+    access = "no key is asked, and only this machine may call"
     if settings.api_master_key:
-        asked = "a key of API_MASTER_KEY is asked"
+        access = "a key of API_MASTER_KEY is required"
     return (
-        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({asked})\n"
+        f"kimi2api {__version__}  {address}/v1 is the base URL for clients ({access})\n"
         f"  upstreams  {', '.join([web_chat, *settings.apis])}\n"
         f"  try it     open {address}/ in a browser; Ctrl-C to stop it")
 
 
-ADVICE = {  # what to do about an error of a check whose message does not say
-    "upstream_unavailable": "Check the internet connection, HTTPS_PROXY and the address; if it is down, try later.",
+ADVICE = {  # by the codes of errors whose messages have no advice
+    "upstream_unavailable": "Check the internet connection, HTTPS_PROXY and the address. It may be down: try later.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
-    "upstream_rate_limited": "Wait some minutes before the next try.",
-    "upstream_invalid_response": "Try later; if it stays so, look for a newer version of this program.",
-    "upstream_refused": "Try later, and the same question in a browser; if that works, look for a newer version.",
+    "upstream_rate_limited": "Wait a few minutes, then try again.",
+    "upstream_invalid_response": "Try later. If it fails again, look for a newer version of this program.",
+    "upstream_refused": "Try later. If the web chat works in a browser, look for a newer version of this program.",
 }
 
 
@@ -7168,19 +7178,19 @@ def run_check(settings: Settings) -> int:
     if not failed:
         print("All upstreams answer. Next: start the server without --check.")
         return 0
-    print(f"Not usable now: {', '.join(failed)}. Next: do what is said above, or set the key of an API (see --help).")
+    print(f"Not usable now: {', '.join(failed)}. Next: follow the advice above, or set the key of an API (see --help).")
     return 1
 
 
 class LogFormatter(logging.Formatter):
-    """Replaces control characters, so that foreign text cannot forge lines of the log."""
+    """A formatter that replaces control characters, so that foreign text cannot forge lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return CONTROL_CHARACTERS.sub(" ", super().formatMessage(record))[:2000]
 
 
 def start_logging(level: str) -> None:
-    """Log our messages from this level on, and errors of other libraries."""
+    """Log this program's messages from a level on, and errors of libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
@@ -7192,7 +7202,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
         if stream:  # None if it was closed at the start
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that has no ✓ must not stop us
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack ✓
     options = parse_command_line(argv)
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
@@ -7223,20 +7233,18 @@ def serve(settings: Settings) -> NoReturn:
         raise SettingError(
             f"API_HOST: {settings.api_host!r} can be reached from other machines, so API_MASTER_KEY must be set; "
             "without a key only a loopback host such as 127.0.0.1 is accepted")
-    stopping = threading.Event()
-    app = create_app(settings, stopping)
+    app = create_app(settings)
     try:
-        server = Server(settings, app, stopping)
+        server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
         raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port), flush=True)
     gc.freeze()
-    # New objects; the default of 700 collects several times a chat (10 % of the time)
+    # New objects between collections. Python's 700 are several collections a chat, 10 % of its time.
     gc.set_threshold(50_000)
     server.run()
-    logging.shutdown()
     os._exit(0)  # a normal exit would wait for abandoned upstream calls
 
 
@@ -7255,7 +7263,7 @@ def serve(settings: Settings) -> NoReturn:
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """A web chat without a model, whose answers say so and repeat the messages that it received."""
+    """A web chat without a model. Its answers say so, and repeat the messages that it received."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -7298,7 +7306,7 @@ def demo_answer(prompt: str) -> str:
     if name and not has_result:
         return f'<tool_call>{{"name": "{name[0]}"}}</tool_call>'
     if JSON_ONLY in prompt:
-        return "[] {}"  # the parser takes the document of the right type
+        return "[] {}"  # the reader picks the document of the right type
     lines = [f"\n- {' '.join(text.split())[:60]}" for text in earlier if text.strip()]
     return (
         f"This is the demo of kimi2api (演示模式): no model was asked. You wrote: “{newest.strip()}”\n\n"
@@ -7314,7 +7322,7 @@ def demo_answer(prompt: str) -> str:
 
 def named_object(name: str, fields: Schema) -> Schema:
     """Return the schema of an object whose field `object` names its type."""
-    return object_of({"object": {"type": "string", "const": name}, **fields})
+    return object_of({"object": choice_of(name), **fields})
 
 
 OR_NULL_STRING = any_of(STRING, NULL)
@@ -8202,7 +8210,7 @@ SENT_PAGE = re.sub(r"""(?mx)
 
 
 def page_headers() -> dict[str, str]:
-    """Return headers of the page. Its policy allows only its own script and style, and requests to this server."""
+    """Return the headers of the page. Its policy allows only its own script and style, and requests to this server."""
     policy = (
         "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
