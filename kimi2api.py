@@ -61,7 +61,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import Field, astuple, dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from html import unescape
 from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
@@ -6558,8 +6558,9 @@ class App:
         }
 
     def page(self) -> str:
-        set_headers(page_headers())
-        return SENT_PAGE
+        text, headers = sent_page()
+        set_headers(headers)
+        return text
 
     def preflight(self, path: str) -> bytes:
         """Answer a browser's preflight request, which has no key."""
@@ -7470,9 +7471,9 @@ article:not(:last-child) .bad { color: inherit }
 .ok::before { color: light-dark(#19723d, #62cc8e) }
 /* Layout: head, sections, and the chat's column */
 header { position: relative; display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 1rem;
-  background: var(--card); border-bottom: 1px solid var(--line) }
+  background: var(--card); border-bottom: 1px solid var(--line); overflow-wrap: normal }
 header a { color: var(--soft); text-decoration: none }
-h1, h2, h3 { font-size: 1.0625rem }
+h1, h2, h3 { font-size: 1.06rem }
 h1 + p { flex: 1 1 5rem }
 #lock { flex: 9 1 4rem; max-width: 12rem }
 #key { width: 100% }
@@ -7480,7 +7481,7 @@ h1 + p { flex: 1 1 5rem }
 #wrong { position: absolute; top: 100%; z-index: 1; padding: 0 .5rem; background: var(--card); border-radius: .5rem }
 #wrong:not(:empty) { border: 1px solid }
 nav { order: 1; width: 100%; display: flex; justify-content: space-between; overflow-x: auto }
-nav a { padding: .25rem .375rem; border-radius: .5rem; white-space: nowrap; font-size: .9375rem }
+nav a { padding: .25rem .4rem; border-radius: .5rem; white-space: nowrap; font-size: .9375rem }
 nav a[aria-current] { background: var(--tint); color: var(--text) }
 main { flex: 1; min-height: 0; display: flex }
 section { display: none; flex: 1; overflow: auto; padding: 0 1rem 1rem; font-size: .9375rem }
@@ -7493,7 +7494,7 @@ h2 { margin: 1rem 0 .5rem }
 #bar > * { flex: 1 1 12rem; background: none }
 #bar > #fresh { flex: none }
 #log { flex: 1; overflow: auto }
-#log:empty, #log:not(:empty) + #welcome { display: none }
+#log:empty, :not(:empty) + #welcome { display: none }
 #welcome { margin: auto; text-align: center; text-wrap: balance }
 #welcome h2 { font-size: 1.5rem }
 #welcome p { height: 3rem }
@@ -7522,7 +7523,7 @@ code { font: .875em ui-monospace, Consolas, monospace }
 #api p { margin-bottom: .5rem }
 .problem, .problem button { margin-top: .5rem }
 .code > div { display: flex; justify-content: space-between; align-items: center;
-  padding: .125rem .25rem .125rem .75rem; background: var(--tint) }
+  padding: 0 .25rem 0 .75rem; background: var(--tint) }
 pre { overflow: auto; padding: .75rem }
 /* The first three are rows: name, value, Copy */
 #connect > div:nth-child(-n + 4) {
@@ -8198,28 +8199,30 @@ setTimeout(() => document.body.classList.remove('loading'), 300);
 </script>"""
 
 
-# What browsers get: comments and most white space are for readers of this file. So that patterns in the script do not
-# look like texts here, a quote in them is \x22 or \x60
-SENT_PAGE = re.sub(r"""(?mx)
-    (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a text stays as it is
-    |^[ ]*(?://|/\*)[ ].*\n+|(?<=[{(,;>])[ ]+//[ ].*\n|[ ]+//[ ].*$  # comments
-    |^[ ]+|\n(?=\n|[ ]*[})])|(?<=[{(,;>])\n|(?<=\})\n(?=[^<]*</style>)  # ends of lines that end no statement
-    |[ ](?=[=&|?+{}]|[-/%<>][ ])|(?<=[=&|?+{:;,])[ ]|(?<=[ ][-/%<>]|=>)[ ]  # spaces around operators
-    |(?<=if|or)[ ](?=\()|(?<=[)}])[ ](?=\w)(?![^<]*</style>)
-    """, r"\1", PAGE)
+@cache
+def sent_page() -> tuple[str, dict[str, str]]:
+    """Return the page as browsers get it, and its headers. Its policy allows only its own script and style, and
+    requests to this server.
 
-
-def page_headers() -> dict[str, str]:
-    """Return the headers of the page. Its policy allows only its own script and style, and requests to this server."""
+    Comments and most white space are for readers of this file. A quote in a pattern of the script is \\x22 or \\x60, so
+    that the pattern does not look like a text here.
+    """
+    text = re.sub(r"""(?mx)
+        (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a text stays as it is
+        |^[ ]*(?://|/\*)[ ].*\n+|(?<=[{(,;>])[ ]+//[ ].*\n|[ ]+//[ ].*$  # comments
+        |^[ ]+|\n(?=\n|[ ]*[})])|(?<=[{(,;>])\n|(?<=\})\n(?=[^<]*</style>)  # ends of lines that end no statement
+        |[ ](?=[=&|?+{}]|[-/%<>][ ])|(?<=[=&|?+{:;,])[ ]|(?<=[ ][-/%<>]|=>)[ ]  # spaces around operators
+        |(?<=if|or)[ ](?=\()|(?<=[)}])[ ](?=\w)(?![^<]*</style>)
+        """, r"\1", PAGE)
     policy = (
         "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
     for tag in ("style", "script"):
-        [text] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", SENT_PAGE, re.S)
-        digest = b64encode(sha256(text.encode()).digest()).decode()
+        [content] = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", text, re.S)
+        digest = b64encode(sha256(content.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
-    return {
+    return text, {
         "Content-Type": "text/html; charset=utf-8",
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": policy,
