@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""kimi2api: Kimi's web chat as an OpenAI-compatible API on localhost.
+"""kimi2api: one OpenAI-compatible server for Kimi's web chat, official APIs and servers of your own.
 
     python kimi2api.py                 # listens on http://127.0.0.1:8088/v1
     python kimi2api.py --demo          # the same with a built-in stand-in for the web chat: needs no internet
-    python kimi2api.py --check         # goes through the web chat step by step and says what is wrong
+    python kimi2api.py --check         # tests each upstream step by step, and says what fails
 
     curl http://127.0.0.1:8088/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -4226,11 +4226,11 @@ class Provider:
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
         """Test the upstream step by step: yield each step, and the error that ended it."""
-        step = "reached"
+        step = "connection"
         try:
             reached, model = self.reach()
             yield reached, None
-            step = "one question answered"
+            step = "question"
             # Rather a model that the settings name
             for configured in (*self._settings.fallback_models, *self._settings.models):
                 provider, own_name = self._settings.resolve(configured) or ("", "")
@@ -4239,7 +4239,7 @@ class Provider:
                     break
             question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
             deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
-            yield step, None
+            yield "question answered", None
         except APIError as error:
             yield step, error
 
@@ -7115,27 +7115,22 @@ def connection_limit(chats: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-COMMON_SETTINGS = {"api_master_key", "session_store", "models", "moonshot_api_key"}
-
-
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags. A setting's flag has the setting's name; it is None if it is not given."""
     cli = argparse.ArgumentParser(
-        "kimi2api", usage="kimi2api [--demo] [--check] [--SETTING VALUE …]", allow_abbrev=False,
-        description="Kimi's web chat as an OpenAI-compatible API on localhost.",
+        "kimi2api", usage="kimi2api [--demo | --check] [--env-file PATH] [--SETTING VALUE …]", allow_abbrev=False,
+        description="One OpenAI-compatible server for Kimi's web chat, official APIs and servers of your own.",
         epilog="A setting is a flag (--api-port 9000), an environment variable (API_PORT=9000) or a line in .env. The "
         "first of these wins.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
     cli.add_argument("--check", action="store_true", help="test each upstream step by step, say what fails, and exit")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
     cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
-    common = cli.add_argument_group("settings that most people need")
-    others = cli.add_argument_group("other settings")
+    settings = cli.add_argument_group("settings")
     for f in Settings.table():
-        group = common if f.name in COMMON_SETTINGS else others
         flag = f"--{f.name.replace('_', '-')}"
         text = f"{f.metadata['meaning']}. Default: {f.metadata['default'] or '(empty)'}"
-        group.add_argument(flag, metavar="…", dest=f.name.upper(), help=text)
+        settings.add_argument(flag, metavar="…", dest=f.name.upper(), help=text)
     return cli.parse_args(argv)
 
 
@@ -7143,7 +7138,7 @@ def greeting(settings: Settings, port: int) -> str:
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}  # noqa: S104
     host = settings.api_host
     address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
-    web_chat = f"{WEB_CHAT} ({without_credentials(settings.upstream_url)})"
+    web_chat = f"{WEB_CHAT} ({hostname(settings.upstream_url)})"
     access = "no key is asked, and only this machine may call"
     if settings.api_master_key:
         access = "a key of API_MASTER_KEY is required"
@@ -7154,7 +7149,7 @@ def greeting(settings: Settings, port: int) -> str:
 
 
 ADVICE = {  # by the codes of errors whose messages have no advice
-    "upstream_unavailable": "Check the internet connection, HTTPS_PROXY and the address. It may be down: try later.",
+    "upstream_unavailable": "Check that the server of this address runs, the internet connection and HTTPS_PROXY.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait a few minutes, then try again.",
     "upstream_invalid_response": "Try later. If it fails again, look for a newer version of this program.",
@@ -7166,8 +7161,9 @@ def run_check(settings: Settings) -> int:
     """Test each upstream step by step. Print each step with a tick or a cross and its seconds, then a verdict. Return 0
     if all succeeded, else 1."""
     failed = []
-    for provider in Providers(settings, Metrics()).by_name.values():
-        print(f"{provider.name}:", flush=True)
+    providers = Providers(settings, Metrics()).by_name
+    for provider in providers.values():
+        print(f"{provider.name} (each step takes at most {settings.request_timeout:g} s):", flush=True)
         began = time.monotonic()
         for step, error in provider.check():
             print(f"  {'✗' if error else '✓'} {step} ({time.monotonic() - began:.1f} s)", flush=True)
@@ -7179,7 +7175,11 @@ def run_check(settings: Settings) -> int:
     if not failed:
         print("All upstreams answer. Next: start the server without --check.")
         return 0
-    print(f"Not usable now: {', '.join(failed)}. Next: follow the advice above, or set the key of an API (see --help).")
+    usable = [name for name in providers if name not in failed]
+    advice = "follow the advice above, or set the key of an API (see --help)"
+    if usable:
+        advice = f"start the server without --check, and ask for the models of {' or '.join(usable)}"
+    print(f"Not usable now: {', '.join(failed)}. Next: {advice}.")
     return 1
 
 
@@ -7208,7 +7208,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         env_file = read_env_file(options.env_file or ".env", required=bool(options.env_file))
         settings = Settings.load(vars(options), os.environ, env_file)
-        start_logging(settings.log_level.upper())
+        start_logging("WARNING" if options.check else settings.log_level.upper())
         if options.demo:
             try:
                 address = DemoUpstream.start()
@@ -7239,7 +7239,10 @@ def serve(settings: Settings) -> NoReturn:
         server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
-        raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {error}") from None
+        reason = str(error).partition(" (while")[0]  # what follows repeats the address
+        raise SettingError(
+            f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}; --api-port chooses another port",
+        ) from None
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port), flush=True)
     gc.freeze()
