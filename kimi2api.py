@@ -2955,6 +2955,10 @@ def counters_name(key: CounterKey) -> str:
     return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
 
 
+def read_reply(counters: Mapping[bytes, bytes]) -> Amounts:
+    return {name.decode(): int(value) for name, value in counters.items()}
+
+
 class RedisStore(SharedStore):
     """A Redis server, or another that implements its protocol; tested with Redis 7.
 
@@ -3058,16 +3062,13 @@ class RedisStore(SharedStore):
             pipe.pexpire(counters, int(1000 * key.lifetime))
             pipe.hgetall(counters)
             *_, found = pipe.execute()
-            return {name.decode(): int(value) for name, value in found.items()}
+            return read_reply(found)
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._calling(), self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
-            return [
-                {name.decode(): int(value) for name, value in counters.items()}
-                for counters in pipe.execute()
-            ]
+            return list(map(read_reply, pipe.execute()))
 
 
 def open_store(settings: Settings) -> Store:
@@ -3519,8 +3520,9 @@ class Metrics:
 
 def sample(name: str, labels: Labels, value: float) -> str:
     pairs = [f"{label}={COMPACT_JSON.encode(text)}" for label, text in labels]  # JSON's escapes are Prometheus's
-    shown = f"{{{','.join(pairs)}}}" if pairs else ""
-    return f"{name}{shown} {value:.17g}"
+    if pairs:
+        name += f"{{{','.join(pairs)}}}"
+    return f"{name} {value:.17g}"
 
 
 ########################################################################################################################
