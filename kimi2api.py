@@ -2469,7 +2469,12 @@ class Store:
         """Return the counters of each period."""
         raise store_unavailable()
 
-    def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
+    def update(
+        self,
+        key: DocumentKey,
+        document: Document,
+        change: Callable[[Document], Document],
+    ) -> None:
         """Replace a document by change(document). document: as loaded, or NO_DOCUMENT.
 
         If another update came first, call change() again with the document that is now stored. Raises APIError 503 if
@@ -3185,17 +3190,23 @@ class Sessions:
         session = self.get(owner, user) if user else None
         return session or Session(random_hex())
 
-    def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
+    def record(
+        self,
+        owner: str,
+        user: str,
+        opened: Session,
+        turns: Sequence[Turn],
+        replace_turns: bool,
+    ) -> None:
         """Add turns, all or none, to the user's session. replace_turns: replace the turns of the opened session."""
         added = dump_turns(turns)
-        continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
             head, *lines = document.data.split(b"\n")
             if replace_turns:  # except turns that were recorded in the meantime
                 recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
-            elif continues_turn:
+            elif turns[0][0]["role"] != "user":  # a tool's result, which continues a turn
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
@@ -3327,7 +3338,12 @@ class Counters:
             return list(map(self._total, keys))
         return list(map(self._total, keys, found))
 
-    def _total(self, key: CounterKey, known: Amounts = NO_AMOUNTS, pending: Amounts = NO_AMOUNTS) -> Counter[str]:
+    def _total(
+        self,
+        key: CounterKey,
+        known: Amounts = NO_AMOUNTS,
+        pending: Amounts = NO_AMOUNTS,
+    ) -> Counter[str]:
         """Return the totals of a period, after adding what the store has returned or what it lacks."""
         with self._lock:
             if key not in self._known:
@@ -3386,7 +3402,8 @@ class UsageLimits:
         now = time.time()
         day = day_key(client, now)
         counters = self._counters.add(day, {"reserved": tokens})
-        used = sum_by_model(counters)[0]["total_tokens"] + counters["reserved"] - tokens - counters["released"]
+        reserved = counters["reserved"] - counters["released"] - tokens  # by other chats
+        used = sum_by_model(counters)[0]["total_tokens"] + reserved
         if used >= limit:
             self._counters.add(day, {"released": tokens})
             raise quota_spent(used, limit, DAY - now % DAY)
@@ -3692,7 +3709,8 @@ class StrictHTTPResponse(HTTPResponse):
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), READ_SIZE)
+        reader = SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get())
+        self.fp = ResponseReader(reader, READ_SIZE)
 
     def _read_status(self) -> tuple[str, int, str]:
         """Skip interim responses (RFC 9110, 15.2). http.client skips only 100, and would return 103 as the response."""
@@ -3821,7 +3839,10 @@ class Transport:
     """
 
     def __init__(
-        self, name: str, connections: int, adapter: HTTPAdapter | None = None,
+        self,
+        name: str,
+        connections: int,
+        adapter: HTTPAdapter | None = None,
     ) -> None:
         self.name = name
         self._adapter = adapter or HTTPAdapter()
@@ -3831,7 +3852,12 @@ class Transport:
         self._lock = threading.Lock()
 
     def request(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        body: bytes | None,
+        deadline: Deadline,
     ) -> UpstreamResponse:
         parts = urlsplit(url)
         if parts.username or parts.password:
@@ -3979,18 +4005,22 @@ class Scraper(Transport):
         self._cookies = browser.cookies  # cookie jars are not thread-safe
 
     def request(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        body: bytes | None,
+        deadline: Deadline,
     ) -> UpstreamResponse:
         """Send a request, and read the response to its end."""
         with self._lock, self.translate_errors(deadline):
             # requests adds the cookies; a POST would get a Content-Length
             request = requests.Request("GET", url, {**self._headers, **headers}, cookies=self._cookies).prepare()
         response = super().request(method, url, request.headers, body, deadline)  # type: ignore[arg-type]  # no bytes
-        if "Set-Cookie" in response.headers:
-            with self._lock:
-                extract_cookies_to_jar(self._cookies, request, response.raw)
-                if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
-                    self._cookies.clear()
+        with self._lock:
+            extract_cookies_to_jar(self._cookies, request, response.raw)
+            if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
+                self._cookies.clear()
         response.read()
         return response
 
@@ -4004,7 +4034,11 @@ class Cached(Generic[T]):
     """A value that all chats share. A separate thread fetches it once for all waiting chats."""
 
     def __init__(
-        self, name: str, fetch: Callable[[], T], max_age: float, retry_after: float = 0.0,
+        self,
+        name: str,
+        fetch: Callable[[], T],
+        max_age: float,
+        retry_after: float = 0.0,
     ) -> None:
         self._fetch = fetch
         self._max_age = max_age  # seconds from the start of a fetch to the next
