@@ -3847,7 +3847,7 @@ class Transport:
         self.name = name
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
-        self._pools: dict[str, tuple[Any, bool]] = {}
+        self._pools: dict[str, Any] = {}  # by the URL of a host
         # Guards _pools and their creation, and the cookies of Scraper
         self._lock = threading.Lock()
 
@@ -3867,10 +3867,10 @@ class Transport:
         previous = CURRENT_DEADLINE.set(deadline)
         try:
             with self.translate_errors(deadline):
-                pool, absolute_form = self._pool(url)
-                target = url
-                if not absolute_form:
-                    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                pool = self._pool(url)
+                target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                if pool.proxy and parts.scheme == "http":  # absolute-form (RFC 9112, 3.2.2)
+                    target = url
                 raw = pool.urlopen(
                     method,
                     target,
@@ -3886,9 +3886,9 @@ class Transport:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
 
-    def _pool(self, url: str) -> tuple[Any, bool]:
-        """Return the connection pool for a URL's host, and whether requests carry the complete URL, as plain proxies
-        require. The environment names proxies and certificates: HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE, …"""
+    def _pool(self, url: str) -> Any:
+        """Return the connection pool for a URL's host. The environment names proxies and certificates: HTTPS_PROXY,
+        NO_PROXY, REQUESTS_CA_BUNDLE, …"""
         origin = urljoin(url, "/")
         with self._lock:
             if origin not in self._pools:
@@ -3910,7 +3910,7 @@ class Transport:
                 ]
                 # urllib3 has one pool for all spellings of a host, which may have our class already
                 pool.ConnectionCls = type("Connection", (UpstreamConnection, type(pool).ConnectionCls), {})
-                self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
+                self._pools[origin] = pool
             return self._pools[origin]
 
     def forget_connections(self) -> None:
