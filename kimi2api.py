@@ -2864,7 +2864,7 @@ class SQLiteStore(SharedStore):
     # Callers of the methods below hold the lock
 
     def _fill_reserve(self) -> None:
-        """Take room on the disk for deletions, unless it is taken. Raises OSError if there is none."""
+        """Reserve disk space for deletions, unless it is reserved. Raises OSError if the disk is full."""
         with suppress(FileNotFoundError):
             if os.path.getsize(self._reserve) >= RESERVE_BYTES:
                 return
@@ -3319,9 +3319,9 @@ class Counters:
         except APIError:
             return self._total(key, pending=amounts)
         self._total(key, known)
-        with suppress(APIError), held(self._sending, 0.0):  # unless another thread sends them
+        with suppress(APIError), held(self._sending, 0.0):  # unless another thread is sending
             for other, sent in self._pending.copy().items():
-                # Until they are removed below, the amounts briefly count twice; they must never be missing
+                # Until the amounts are removed below, they count twice. They must never be missing
                 self._total(other, self._store.add_counters(other, sent))
                 with self._lock:
                     rest = self._pending.pop(other, NO_AMOUNTS) - sent
@@ -3629,7 +3629,7 @@ class Deadline:
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Set a socket's time-out unless it nearly has this value: a system call, which releases the GIL."""
+    """Set a socket's time-out, unless it nearly has this value: setting is a system call and releases the GIL."""
     if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
         sock.settimeout(seconds)
 
