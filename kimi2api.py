@@ -2378,13 +2378,13 @@ def write_event(event: JSONObject, number: int) -> bytes:
 # Stores
 #
 # A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
-# kind and a name. `Sessions` decides what is in a document.
+# kind and a name. `Sessions` defines the content of documents.
 # ----------------------------------------------------------------------------------------------------------------------
 
 SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
-MAX_REASONING_TEXTS = 4000  # of one owner
-MAX_OWNER_BYTES = 64 << 20  # of all documents of one owner, in memory
-DOCUMENT_BYTES = 500  # of memory for a document, in addition to its data
+MAX_REASONING_TEXTS = 4000  # per owner
+MAX_OWNER_BYTES = 64 << 20  # of all documents of an owner, in the memory store
+DOCUMENT_BYTES = 500  # of memory per document, besides its data
 # Seconds that a call may wait, and that an update is retried. A chat waits at most three times, for two limits and its
 # session: less than 5 s in total
 STORE_TIMEOUT = 1.5
@@ -2397,8 +2397,8 @@ Amounts = Mapping[str, int]
 class CounterKey:
     owner: str
     period: str
-    lifetime: float  # seconds that its counters are kept, at least
-    created: float = field(default_factory=time.monotonic, compare=False)  # by time.monotonic(), as is `lifetime`
+    lifetime: float  # seconds that a store keeps the counters, at least
+    created: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True)
@@ -2417,7 +2417,8 @@ ANY_VERSION = -1
 
 
 class Store:
-    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable.
+    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable; methods of
+    counters also if the store has no counters.
 
     A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; a new
     document evicts the least recently used. Counters are numbers by owner, period and name.
@@ -2427,7 +2428,7 @@ class Store:
 
     def __init__(self, ttl: float, limit: int) -> None:
         self.ttl = ttl
-        self.limit = limit  # sessions of one owner, and stored responses
+        self.limit = limit  # sessions per owner, and stored responses per owner
         # Held while a thread retries an update: concurrent retries would make each other fail
         self._retrying = threading.Lock()
 
@@ -2468,10 +2469,16 @@ class Store:
         """Return the counters of each period."""
         raise store_unavailable()
 
-    def update(self, key: DocumentKey, document: Document, change: Callable[[Document], Document]) -> None:
-        """Replace a document by change(document). document: the loaded document, or an empty document.
+    def update(
+        self,
+        key: DocumentKey,
+        document: Document,
+        change: Callable[[Document], Document],
+    ) -> None:
+        """Replace a document by change(document). document: as loaded, or NO_DOCUMENT.
 
-        If another update came first, change() is called again with the document that is now stored.
+        If another update came first, call change() again with the document that is now stored. Raises APIError 503 if
+        other updates come first for STORE_TIMEOUT.
         """
         deadline = time.monotonic() + STORE_TIMEOUT
         if self.put(key, change(document), document.version):
@@ -2496,7 +2503,8 @@ def store_unavailable() -> APIError:
 
 @contextmanager
 def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
-    """Hold a lock. Raises APIError 503 after the deadline: other threads keep the store busy, so it has not failed."""
+    """Hold a lock. Raises APIError 503 after the deadline, by time.monotonic(). This is no failure of the store: other
+    threads keep it busy."""
     if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
         raise store_unavailable()
     try:
@@ -2518,7 +2526,7 @@ class MemoryStore(Store):
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        # Each version is the time of its put in ns, by time.monotonic(): the system's clock may be set
+        # Each version is the time of its put in ns, by time.monotonic(): the system clock may be set back
         self._newest_version = 0
         self._lock = threading.Lock()  # guards all three; held briefly
 
@@ -2631,8 +2639,8 @@ class SharedStore(Store):
 # One file, which the processes of one machine may share.
 # ----------------------------------------------------------------------------------------------------------------------
 
-RESERVE_BYTES = 1 << 20  # in a file of its own, for deletions while the disk is full
-MAX_FREE_PAGES = 1000  # in the file, 4 MiB; more are returned to the system
+RESERVE_BYTES = 1 << 20  # of disk space in a separate file, released for deletions while the disk is full
+MAX_FREE_PAGES = 1000  # 4 MiB; more free pages of the file are returned to the file system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
 SQLITE_PRAGMAS = """
@@ -2692,7 +2700,7 @@ def read_counts(rows: Iterable[tuple[str, Any]]) -> Amounts:
 
 
 class SQLiteStore(SharedStore):
-    """A file of sqlite3. One connection serves all threads: a call takes a fraction of a millisecond."""
+    """An SQLite file. One connection serves all threads: a call takes a fraction of a millisecond."""
 
     kind = "sqlite"
 
@@ -2706,19 +2714,19 @@ class SQLiteStore(SharedStore):
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
-        # By owner. Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many
-        # would not let other owners through
-        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        # Of each owner, only one call at a time may wait for the connection: a call with 16 MiB takes 0.1 s, and many
+        # such calls would shut out other owners
+        self._owner_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
         try:
-            # sqlite3 would create the target of a link with mode 0644. Fails in a working directory that was deleted
+            # sqlite3 would create the target of a link with mode 0644. realpath() fails in a deleted working directory
             self._path = os.path.realpath(os.path.expanduser(path))
             self._reserve = f"{self._path}-reserve"
             self._connect()
         except self.failures as error:
             self._close()
-            # The message of an OSError contains the path
+            # An OSError's message contains the path, which may contain the word
             if isinstance(error, OSError) or "locked" not in str(error):
                 raise SettingError(f"SESSION_STORE: {path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", path)
@@ -2753,7 +2761,8 @@ class SQLiteStore(SharedStore):
                 "REPLACE INTO documents (owner, kind, name, created, used, turns, data) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (*key, document.created, document.used, document.turns, document.data))
-            # A clock that was ahead would make these documents expire late. Few: it may be behind for a moment
+            # Documents that were stored while the clock was ahead would expire late. Change only two: the clock may
+            # also be behind for a moment
             execute(
                 "UPDATE documents SET used = ? WHERE number IN "
                 "(SELECT number FROM documents WHERE used > ? LIMIT 2)",
@@ -2802,7 +2811,7 @@ class SQLiteStore(SharedStore):
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
         now = time.time()
         with self._using(key.owner, is_write=True) as execute:
-            # Few: a clock that is ahead for a moment must not delete all
+            # Delete only ten: the clock may be ahead for a moment
             execute(
                 "DELETE FROM counters WHERE (owner, period, name) IN "
                 "(SELECT owner, period, name FROM counters WHERE expires <= ? LIMIT 10)",
@@ -2825,8 +2834,8 @@ class SQLiteStore(SharedStore):
 
     @contextmanager
     def _using(self, owner: str = "", is_write: bool = False) -> Iterator[Callable[..., Any]]:
-        """Yield a function that executes a statement. All statements of a write are one transaction, committed
-        completely or not at all. Any failure closes the connection, and the next call reconnects."""
+        """Yield a function that executes a statement. The statements of a write are one transaction. Any failure closes
+        the connection, which rolls back, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
 
         def execute(statement: str, values: tuple[Any, ...] = ()) -> Any:
@@ -2839,7 +2848,7 @@ class SQLiteStore(SharedStore):
                     if "locked" not in str(error) or time.monotonic() >= deadline:
                         raise
 
-        with self._calling(is_write), held(self._turns[owner], deadline), held(self._lock, deadline):
+        with self._calling(is_write), held(self._owner_locks[owner], deadline), held(self._lock, deadline):
             try:
                 self._check_pause()  # another call may have failed meanwhile
                 self._connect()
@@ -2855,7 +2864,7 @@ class SQLiteStore(SharedStore):
     # Callers of the methods below hold the lock
 
     def _fill_reserve(self) -> None:
-        """Take room on the disk for deletions, unless it is taken. Raises OSError if there is none."""
+        """Reserve disk space for deletions, unless it is reserved. Raises OSError if the disk is full."""
         with suppress(FileNotFoundError):
             if os.path.getsize(self._reserve) >= RESERVE_BYTES:
                 return
@@ -2863,7 +2872,7 @@ class SQLiteStore(SharedStore):
             file.write(bytes(RESERVE_BYTES))
 
     def _connect(self) -> None:
-        """Connect to the file at the path, unless connected. A connection to a deleted file still accepts writes."""
+        """Connect to the file at the path, unless connected. A connection to a deleted file would accept writes."""
         if self._db:
             with suppress(OSError):
                 if os.path.samestat(os.stat(self._path), self._file):
@@ -2896,7 +2905,7 @@ class SQLiteStore(SharedStore):
             raise ValueError("it is the database of another program")
         if version > SQLITE_FORMAT:
             raise ValueError(
-                f"it was written by a newer version of kimi2api (format {version}); run that, or choose another")
+                f"it was written by a newer version of kimi2api (format {version}); use that version or another file")
         db.executescript(SQLITE_PRAGMAS)
         if version < SQLITE_FORMAT:
             db.executescript(SQLITE_TABLES)
@@ -2909,8 +2918,8 @@ class SQLiteStore(SharedStore):
 # Documents in Redis, for processes on any number of machines. A document is a hash that expires by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
-REDIS_CONNECTIONS = 256  # at most: each thread that waits for an answer has one
-REDIS_TIMEOUT = 1.0  # seconds that each step may take: to connect, to be answered, to get a connection
+REDIS_CONNECTIONS = 256  # at most: each thread that waits for a reply holds one
+REDIS_TIMEOUT = 1.0  # seconds for each step: to get a connection from the pool, to connect, to receive a reply
 REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
 local index, name, expected, ttl, limit = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -2955,10 +2964,14 @@ def counters_name(key: CounterKey) -> str:
     return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
 
 
+def read_reply(counters: Mapping[bytes, bytes]) -> Amounts:
+    return {name.decode(): int(value) for name, value in counters.items()}
+
+
 class RedisStore(SharedStore):
     """A Redis server, or another that implements its protocol; tested with Redis 7.
 
-    A version with another format of data must use other names, so that versions can run side by side.
+    A version with another format of data must use other names of keys, so that versions can run side by side.
     """
 
     kind = "redis"
@@ -2977,7 +2990,7 @@ class RedisStore(SharedStore):
             AttributeError, LookupError, TypeError, ValueError,
         )
         try:
-            # It does not retry, unlike a Redis() without a pool: a write whose reply was lost may have succeeded
+            # Connections of a pool do not retry by default: a write whose reply was lost may have succeeded
             pool = redis.BlockingConnectionPool.from_url(
                 url,
                 max_connections=REDIS_CONNECTIONS,
@@ -3058,16 +3071,13 @@ class RedisStore(SharedStore):
             pipe.pexpire(counters, int(1000 * key.lifetime))
             pipe.hgetall(counters)
             *_, found = pipe.execute()
-            return {name.decode(): int(value) for name, value in found.items()}
+            return read_reply(found)
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._calling(), self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
-            return [
-                {name.decode(): int(value) for name, value in counters.items()}
-                for counters in pipe.execute()
-            ]
+            return list(map(read_reply, pipe.execute()))
 
 
 def open_store(settings: Settings) -> Store:
@@ -3100,7 +3110,7 @@ class Session:
 
     # The head of the document
     id: str
-    # Of a stored response: the system messages, and the tools, in its input and in the inputs that it continues
+    # For a stored response, the system messages and tools of its input and of the inputs that it continues
     system: Sequence[Message] = ()
     tools: Sequence[JSONObject] = ()
     response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
@@ -3180,17 +3190,23 @@ class Sessions:
         session = self.get(owner, user) if user else None
         return session or Session(random_hex())
 
-    def record(self, owner: str, user: str, opened: Session, turns: Sequence[Turn], replace_turns: bool) -> None:
+    def record(
+        self,
+        owner: str,
+        user: str,
+        opened: Session,
+        turns: Sequence[Turn],
+        replace_turns: bool,
+    ) -> None:
         """Add turns, all or none, to the user's session. replace_turns: replace the turns of the opened session."""
         added = dump_turns(turns)
-        continues_turn = turns[0][0]["role"] != "user"
 
         def change(document: Document) -> Document:
             head, *lines = document.data.split(b"\n")
             if replace_turns:  # except turns that were recorded in the meantime
                 recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
-            elif continues_turn:
+            elif turns[0][0]["role"] != "user":  # a tool's result, which continues a turn
                 lines = dump_turns(append_turns(read_turns(lines), turns))
             else:
                 lines += added
@@ -3214,12 +3230,14 @@ class Sessions:
             self.store.put((owner, RESPONSE, session.response["id"]), document)
 
     def keep_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
+        """Store reasoning, unless it is too large."""
         document = new_document(dump_json(fields))
         if len(document.data) <= MAX_REASONING_BYTES:
             with suppress(APIError):  # without it, the upstream gets empty reasoning
                 self.store.put((owner, REASONING, name), document)
 
     def find_reasoning(self, owner: str, name: str) -> JSONObject:
+        """Return stored reasoning, or nothing if it has expired or the store is unavailable."""
         document = None
         with suppress(APIError):
             document = self.store.load((owner, REASONING, name))
@@ -3266,13 +3284,13 @@ def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, s
 def quota_spent(used: int, limit: int, reset: float) -> APIError:
     return APIError(
         429,
-        f"You have used {used} of {limit} tokens of today (TOKENS_PER_DAY).",
+        f"You have used {used} of today's {limit} tokens (TOKENS_PER_DAY).",
         "insufficient_quota",
         "insufficient_quota",
         headers={**NO_SDK_RETRY, "Retry-After": str(ceil(reset))})
 
 
-NOTHING: Counter[str] = Counter()
+NO_AMOUNTS: Counter[str] = Counter()
 
 
 def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
@@ -3295,21 +3313,21 @@ class Counters:
     def add(self, key: CounterKey, amounts: Amounts) -> Counter[str]:
         """Add amounts to the counters of a period, and return the totals of the period."""
         with self._lock:
-            pending = self._pending.get(key, NOTHING)
+            pending = self._pending.get(key, NO_AMOUNTS)
         try:
             known = self._store.add_counters(key, amounts)
         except APIError:
             return self._total(key, pending=amounts)
         self._total(key, known)
-        with suppress(APIError), held(self._sending, 0.0):  # unless another thread sends them
+        with suppress(APIError), held(self._sending, 0.0):  # unless another thread is sending
             for other, sent in self._pending.copy().items():
-                # Until they are removed below, the amounts briefly count twice; they must never be missing
+                # Until the amounts are removed below, they count twice. They must never be missing
                 self._total(other, self._store.add_counters(other, sent))
                 with self._lock:
-                    rest = self._pending.pop(other, NOTHING) - sent
+                    rest = self._pending.pop(other, NO_AMOUNTS) - sent
                     if rest:
                         self._pending[other] = rest
-        # Without later additions of other threads, which would make a limit refuse this one
+        # Without later additions of other threads: with them, a limit would refuse one chat too many
         return Counter(known) + pending
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
@@ -3320,7 +3338,12 @@ class Counters:
             return list(map(self._total, keys))
         return list(map(self._total, keys, found))
 
-    def _total(self, key: CounterKey, known: Amounts = NOTHING, pending: Amounts = NOTHING) -> Counter[str]:
+    def _total(
+        self,
+        key: CounterKey,
+        known: Amounts = NO_AMOUNTS,
+        pending: Amounts = NO_AMOUNTS,
+    ) -> Counter[str]:
         """Return the totals of a period, after adding what the store has returned or what it lacks."""
         with self._lock:
             if key not in self._known:
@@ -3329,8 +3352,8 @@ class Counters:
             total = self._known.setdefault(key, Counter())
             total |= known  # the larger of two values: replies may arrive in any order
             if pending:
-                self._pending[key] = self._pending.get(key, NOTHING) + Counter(pending)
-            return total + self._pending.get(key, NOTHING)
+                self._pending[key] = self._pending.get(key, NO_AMOUNTS) + Counter(pending)
+            return total + self._pending.get(key, NO_AMOUNTS)
 
 
 class UsageLimits:
@@ -3371,15 +3394,16 @@ class UsageLimits:
         return headers
 
     def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int] | None:
-        """Count the tokens of a prompt against a quota, by estimate, until `record` counts those that were used. Raises
-        APIError 429 if chats that run now, and came before, have reserved all that is left of the quota."""
+        """Reserve the estimated tokens of a prompt until `record` counts the tokens that were used. Return None for a
+        key without a quota. Raises APIError 429 if used and earlier reserved tokens exhaust the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
         if not limit:
             return None
         now = time.time()
         day = day_key(client, now)
-        counters = self._counters.add(day, {"reserved": tokens})  # `admit` has read the others
-        used = sum_by_model(counters)[0]["total_tokens"] + counters["reserved"] - tokens - counters["released"]
+        counters = self._counters.add(day, {"reserved": tokens})
+        reserved = counters["reserved"] - counters["released"] - tokens  # by other chats
+        used = sum_by_model(counters)[0]["total_tokens"] + reserved
         if used >= limit:
             self._counters.add(day, {"released": tokens})
             raise quota_spent(used, limit, DAY - now % DAY)
@@ -3394,8 +3418,8 @@ class UsageLimits:
         reserved: tuple[CounterKey, int] | None,
         is_answered: bool,
     ) -> None:
-        """Count the tokens of an answer. model: of a bounded set of ids; reserved: the day and the tokens, by
-        `reserve`; is_answered: the answer did not fail."""
+        """Count the tokens of an answer. model: of a bounded set of ids; reserved: as returned by `reserve`;
+        is_answered: the answer did not fail."""
         day, released = reserved or (day_key(client, time.time()), 0)
         amounts = Counter({
             f"requests {model}": int(is_answered),
@@ -3403,7 +3427,7 @@ class UsageLimits:
             f"completion_tokens {model}": completion_tokens,
             "released": released,
         })
-        self._counters.add(day, +amounts)  # without zeros: a refused chat is of no model
+        self._counters.add(day, +amounts)  # without zeros: a refused chat has no model
 
     def usage(self, client: ClientKey) -> JSONObject:
         """Return the usage of a key in the last 31 days, the oldest first, and its limits."""
@@ -3426,7 +3450,7 @@ class UsageLimits:
 
 
 def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Return the sums of a day's counters, such as `prompt_tokens kimi`: of all models, and by model."""
+    """Sum the counters of a day, such as `prompt_tokens kimi`. Return the sums of all models, and the sums by model."""
     models: dict[str, dict[str, int]] = {}
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for name, amount in counters.items():
@@ -3448,19 +3472,19 @@ def sum_by_model(counters: Amounts) -> tuple[dict[str, int], dict[str, dict[str,
 # OpenTelemetry's conventions for generative AI.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Seconds by their text: 0.01 doubled up to 81.92, and all
+# Upper bounds in seconds, by their labels: 0.01 doubled up to 81.92, and infinity
 BUCKETS = {**{str(0.01 * 2 ** power): 0.01 * 2 ** power for power in range(14)}, "+Inf": inf}
 METRICS = {
-    "kimi2api_chats_total": ("counter", "Chats asked for, by the status of their answer."),
-    "kimi2api_chat_duration_seconds": ("histogram", "From the request to the end of the answer."),
-    "kimi2api_time_to_first_chunk_seconds": ("histogram", "From the request to the first of the answer."),
-    "kimi2api_tokens_total": ("counter", "Tokens, as the upstream counts them or else by estimate."),
-    "kimi2api_upstream_errors_total": ("counter", "Calls of an upstream that ended with an error."),
-    "kimi2api_upstream_retries_total": ("counter", "Further attempts after a failure."),
-    "kimi2api_upstream_healthy": ("gauge", "0 while an upstream fails."),
+    "kimi2api_chats_total": ("counter", "Chats, by the HTTP status of the response."),
+    "kimi2api_chat_duration_seconds": ("histogram", "Time from the request to the end of the answer."),
+    "kimi2api_time_to_first_chunk_seconds": ("histogram", "Time from the request to the first chunk of the answer."),
+    "kimi2api_tokens_total": ("counter", "Tokens, as the upstream reports them, else by estimate."),
+    "kimi2api_upstream_errors_total": ("counter", "Calls to an upstream that ended with an error."),
+    "kimi2api_upstream_retries_total": ("counter", "Retries after a failure."),
+    "kimi2api_upstream_healthy": ("gauge", "0 while an upstream fails, else 1."),
     "kimi2api_chats_running": ("gauge", "Chats running now."),
-    "kimi2api_chats_limit": ("gauge", "Chats that may run at once."),
-    "kimi2api_sessions": ("gauge", "Sessions and stored responses kept."),
+    "kimi2api_chats_limit": ("gauge", "Chats that may run concurrently."),
+    "kimi2api_sessions": ("gauge", "Sessions and stored responses in the store."),
     "kimi2api_build_info": ("gauge", "The version."),
     "process_start_time_seconds": ("gauge", "Start of the process, in seconds since the epoch."),
 }
@@ -3477,7 +3501,7 @@ class Metrics:
     def __init__(self, models: Iterable[str] = ()) -> None:
         """models: the ids that are always labels."""
         self._models = set(models)
-        # Ids of APIs' models that have answered, by owner: nobody's made-up ids may displace another's
+        # By owner, the ids of APIs' models that have answered: made-up ids of one owner must not displace another's
         self._models_of: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
         # Also the series of histograms
@@ -3519,8 +3543,9 @@ class Metrics:
 
 def sample(name: str, labels: Labels, value: float) -> str:
     pairs = [f"{label}={COMPACT_JSON.encode(text)}" for label, text in labels]  # JSON's escapes are Prometheus's
-    shown = f"{{{','.join(pairs)}}}" if pairs else ""
-    return f"{name}{shown} {value:.17g}"
+    if pairs:
+        name += f"{{{','.join(pairs)}}}"
+    return f"{name} {value:.17g}"
 
 
 ########################################################################################################################
@@ -3534,98 +3559,98 @@ def sample(name: str, labels: Labels, value: float) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Connections
 #
-# http.client's connections, read more strictly and within a deadline. Whoever waits for an answer is attended to
-# between the slices of a wait.
+# http.client's connections, read within a deadline. A wait has slices, between which the waiter attends to its client.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
 MAX_IDLE = 60.0  # seconds between two requests of a connection
 MAX_INTERIM_RESPONSES = 16
-# Behind the text of the chunk before
+# The size line of a chunk, behind the data of the previous chunk
 NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
 TIMEOUT_PRECISION = 0.1  # seconds
 READ_SIZE = 65536
 
 
 class Abandoned(APIError):
-    """The chat ends for a reason that is not its upstream's: its client has disconnected, or the server stops."""
+    """The end of a chat for a reason outside its upstream: its client has disconnected, or the server stops."""
 
 
 class Waiter:
-    """Whoever waits for an upstream: here nobody in particular, such as --check; for a chat's client, see Client."""
+    """The side that waits for an upstream. This class has no client, as for --check; its subclass `Client` is one."""
 
     interval = 60.0  # seconds, at most, between two calls of attend() during a wait
-    must_finish = False  # the call goes on when the client has disconnected
+    must_finish = False  # the upstream call continues when the client has disconnected
 
     def clock(self) -> float:
-        """Seconds of a clock that deadlines go by."""
+        """Return the seconds of the clock that deadlines use."""
         return time.monotonic()
 
     def attend(self) -> None:
-        """Called before each wait and at every interval of it. Raises Abandoned to end the call."""
+        """Do what the client needs, before each slice of a wait. Raises Abandoned to end the call."""
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def defer(self, function: Callable[[], None]) -> None:
-        """Call a function once the client has all of its response, here immediately."""
+        """Call a function when the client has its complete response, here immediately."""
         function()
 
 
 class Deadline:
-    """How long one upstream call may still take, and who waits for it."""
+    """The deadline of one upstream call, and its waiter."""
 
     def __init__(self, timeout: float, waiter: Waiter) -> None:
         self.timeout = timeout  # seconds: REQUEST_TIMEOUT
         self.waiter = waiter
-        self.is_per_read = False  # the timeout is for each read alone, not for all of the call
+        self.is_per_read = False  # the timeout applies to each read, not to the complete call
         self.may_reuse_connection = True  # False while an answer may be left unread
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
-        """From now on so many seconds are left."""
+        """Set the deadline to this many seconds from now."""
         self._end = self.waiter.clock() + seconds
 
     @property
     def waited(self) -> float:
-        """Return the seconds that were given to the wait that has timed out."""
+        """Return the seconds after which the call has timed out."""
         return self.timeout - max(0.0, self._end - self.waiter.clock())
 
     def remaining(self) -> float:
-        """Seconds that are left. Raises TimeoutError when there are none."""
+        """Return the seconds that are left. Raises TimeoutError if there are none."""
         seconds = self._end - self.waiter.clock()
         if seconds <= 0:
             raise TimeoutError("timed out")
         return seconds
 
     def next_wait(self) -> float:
-        """Attend to the waiter, then return the seconds that the next slice of a wait may take."""
+        """Let the waiter attend to its client, then return the seconds that the next slice of a wait may take."""
         self.waiter.attend()
         return min(self.remaining(), self.waiter.interval)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Set a socket's time-out unless it is nearly that: setting is a system call and releases the GIL."""
+    """Set a socket's time-out, unless it nearly has this value: setting is a system call and releases the GIL."""
     if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
         sock.settimeout(seconds)
 
 
-# For the classes that http.client makes itself
+# For StrictHTTPResponse, which http.client creates, and UpstreamConnection, which urllib3 creates
 CURRENT_DEADLINE: ContextVar[Deadline] = ContextVar("current_deadline")
 
 
 class SocketReader(io.RawIOBase):
-    """Reads a socket in slices, within a deadline.
+    """A reader of a socket, in slices and within a deadline.
 
-    A socket's own time-out starts again with every byte, so an upstream that drips could hold a thread for hours.
-    socket.SocketIO refuses to read after one time-out; it only keeps the socket open until close().
+    A socket's own time-out restarts with every read, so an upstream that sends byte by byte could hold a thread for
+    hours. file: http.client's socket.SocketIO, which refuses to read after a time-out; it keeps the socket open until
+    close().
     """
 
     def __init__(self, sock: socket.socket, file: Any, deadline: Deadline) -> None:
         self.sock = sock
         self._file = file
         self.deadline = deadline
-        # Reads return nothing, so that a peek shows only what is buffered
+        # Reads return nothing, so that peek() shows only what is buffered
         self.is_paused = False
 
     def readable(self) -> bool:
@@ -3648,12 +3673,12 @@ class SocketReader(io.RawIOBase):
 
 
 class ResponseReader(io.BufferedReader):
-    """The file that http.client reads a response from, and closes at its end, before the connection is used again."""
+    """The file of a response. http.client closes it at the end of the response, before the connection is reused."""
 
     raw: Any  # SocketReader
 
     def received(self) -> bytes:
-        """Return what has been received and not read yet."""
+        """Return the bytes that have been received but not read."""
         self.raw.is_paused = True
         try:
             return self.peek(1)
@@ -3663,31 +3688,32 @@ class ResponseReader(io.BufferedReader):
     def close(self) -> None:
         if not self.closed:
             sock = self.raw.sock
-            # TLS inside a proxy's TLS, which is urllib3's own, buffers what nothing shows
+            # urllib3's TLS inside a proxy's TLS does not show whether it has buffered bytes
             is_opaque = not isinstance(sock, socket.socket)
             decrypted = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
             # Unread bytes, or an answer that may belong to another request: the next request must not read them
             if is_opaque or self.received() or decrypted or not self.raw.deadline.may_reuse_connection:
-                with suppress(OSError):  # it is closed already
+                with suppress(OSError):  # already closed
                     getattr(sock, "socket", sock).shutdown(socket.SHUT_RDWR)  # TLS inside TLS has no shutdown()
         super().close()
 
 
 class StrictHTTPResponse(HTTPResponse):
-    """http.client's response, read within a deadline, past interim responses, and more strictly.
+    """http.client's response, read within a deadline and without interim responses.
 
-    Overrides _read_status and _read1_chunked and reads chunk_left, which are private to http.client; so they are in
-    Python 3.10 to 3.14.
+    Overrides _read_status and _read1_chunked, and reads chunk_left: private names of http.client in Python 3.10 to
+    3.14.
     """
 
     fp: Any
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = ResponseReader(SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get()), READ_SIZE)
+        reader = SocketReader(sock, self.fp.detach(), CURRENT_DEADLINE.get())
+        self.fp = ResponseReader(reader, READ_SIZE)
 
     def _read_status(self) -> tuple[str, int, str]:
-        """http.client itself passes over 100 only, and would take a 103 for the whole answer (RFC 9110, 15.2)."""
+        """Skip interim responses (RFC 9110, 15.2). http.client skips only 100, and would return 103 as the response."""
         for _ in range(MAX_INTERIM_RESPONSES):
             version, status, reason = super()._read_status()  # type: ignore[misc]
             if status >= 200:
@@ -3696,8 +3722,8 @@ class StrictHTTPResponse(HTTPResponse):
         raise HTTPException("too many interim responses")
 
     def _read1_chunked(self, size: int) -> bytes:
-        """Read one chunk, and all whole ones that are buffered behind it, but for the last: APIs send each event as a
-        chunk, and the caller may find the answer complete before the connection's end is read."""
+        """Read a chunk and the complete chunks that are buffered behind it: APIs send each event as a chunk. The empty
+        last chunk is left, because the caller may find the answer complete before the end of the body."""
         parts = [super()._read1_chunked(size)]  # type: ignore[misc]
         if self.chunk_left == 0:
             buffered = self.fp.received()
@@ -3714,8 +3740,8 @@ class StrictHTTPResponse(HTTPResponse):
 
 
 class UpstreamConnection:
-    """Put before urllib3's class of a connection. Sending has the deadline that reading has, and nothing is sent for a
-    client that disconnected while the connection was made."""
+    """A mixin for urllib3's classes of connections. Sending has the same deadline as reading. Nothing is sent for a
+    client that disconnected during connecting."""
 
     response_class = StrictHTTPResponse
     sock: Any
@@ -3740,7 +3766,7 @@ class UpstreamConnection:
         unsent = memoryview(data)
         while unsent:
             seconds = deadline.next_wait()
-            # TLS inside TLS loses what a time-out interrupts
+            # TLS inside TLS loses data when a time-out interrupts it
             if not isinstance(self.sock, socket.socket):
                 seconds = deadline.remaining()
             set_timeout(self.sock, seconds)
@@ -3754,16 +3780,13 @@ class UpstreamConnection:
 # Pools of connections for many threads, and the one mapping of failures to APIErrors.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of a page, an answer that comes whole, or one event of a stream
-MAX_UPSTREAM_BYTES = 4 << 20
-# For what may follow the end of a stream, before its connection can be used again
-DRAIN_SECONDS = 0.2
-# Seconds that a Retry-After may ask for if we are to wait ourselves
-MAX_RETRY_AFTER = 5.0
+MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that is not streamed, or one event of a stream
+DRAIN_SECONDS = 0.2  # to read what follows the end of a stream, so that its connection can be reused
+MAX_RETRY_AFTER = 5.0  # seconds; a longer Retry-After is left to the client
 
 
 class UpstreamResponse:
-    """An upstream's response, whose head has been read. Raises APIError."""
+    """A response of an upstream, whose head has been read. Reading raises APIError."""
 
     body = b""  # after read()
 
@@ -3775,9 +3798,9 @@ class UpstreamResponse:
         self._transport = transport
 
     def read(self, limit: int = MAX_UPSTREAM_BYTES) -> bytes:
-        """Read all of the body, at most so many bytes, within the deadline."""
+        """Read the complete body, of at most `limit` bytes, within the deadline."""
         try:
-            with self._transport.errors(self.deadline):
+            with self._transport.translate_errors(self.deadline):
                 self.body = self.raw.read(limit + 1, decode_content=True)
         finally:
             self.close()
@@ -3786,8 +3809,8 @@ class UpstreamResponse:
         return self.body
 
     def stream(self) -> Iterator[bytes]:
-        """The body as it comes."""
-        with self._transport.errors(self.deadline):
+        """Yield the body as it arrives."""
+        with self._transport.translate_errors(self.deadline):
             while True:
                 data = self.raw.read1(READ_SIZE, decode_content=True)
                 if not data:
@@ -3795,7 +3818,7 @@ class UpstreamResponse:
                 yield data
 
     def drain(self) -> None:
-        """Read the little that may follow a stream's own end, so that the connection is used again, else close it."""
+        """Read what may follow the end of a stream, so that the connection can be reused. If this fails, close it."""
         self.deadline.waiter = Waiter()  # the client's response has ended: no keep-alive comment may follow
         self.deadline.is_per_read = False
         self.deadline.limit(DRAIN_SECONDS)
@@ -3804,29 +3827,37 @@ class UpstreamResponse:
         self.close()
 
     def close(self) -> None:
-        """Close the connection, unless the body has been read to its end: then it is in the pool already."""
+        """Close the connection, unless the body has been read to its end: then the connection is back in the pool."""
         self.raw.close()
 
 
 class Transport:
     """Requests to an upstream over pooled connections, for many threads. Every failure is an APIError.
 
-    Sending through requests.Session costs several times what the wire costs, in merging settings, cookies, proxies
-    and .netrc. Here that is done once for a host, and urllib3's pool is asked directly. Redirects are not followed.
+    requests.Session merges settings, cookies, proxies and .netrc for each request, which takes several times as long
+    as the transfer. Transport merges settings once per host, and uses urllib3's pool. Redirects are not followed.
     """
 
     def __init__(
-        self, name: str, connections: int, adapter: HTTPAdapter | None = None,
+        self,
+        name: str,
+        connections: int,
+        adapter: HTTPAdapter | None = None,
     ) -> None:
         self.name = name
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
-        self._pools: dict[str, tuple[Any, bool]] = {}
-        # Guards the making of pools (urllib3 has one for all spellings of a host) and the cookies of Scraper
+        self._pools: dict[str, Any] = {}  # by the URL of a host
+        # Guards _pools and their creation, and the cookies of Scraper
         self._lock = threading.Lock()
 
     def request(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        body: bytes | None,
+        deadline: Deadline,
     ) -> UpstreamResponse:
         parts = urlsplit(url)
         if parts.username or parts.password:
@@ -3835,11 +3866,11 @@ class Transport:
             headers = {**headers, "Authorization": f"Basic {b64encode(credentials.encode()).decode()}"}
         previous = CURRENT_DEADLINE.set(deadline)
         try:
-            with self.errors(deadline):
-                pool, absolute_form = self._pool(url)
-                target = url
-                if not absolute_form:
-                    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            with self.translate_errors(deadline):
+                pool = self._pool(url)
+                target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                if pool.proxy and parts.scheme == "http":  # absolute-form (RFC 9112, 3.2.2)
+                    target = url
                 raw = pool.urlopen(
                     method,
                     target,
@@ -3855,14 +3886,14 @@ class Transport:
             CURRENT_DEADLINE.reset(previous)
         return UpstreamResponse(self, raw, deadline)
 
-    def _pool(self, url: str) -> tuple[Any, bool]:
-        """Return the connection pool for a URL's host, and whether requests carry the complete URL, as plain proxies
-        require. The environment names proxies and certificates: HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE, …"""
+    def _pool(self, url: str) -> Any:
+        """Return the connection pool for a URL's host. The environment names proxies and certificates: HTTPS_PROXY,
+        NO_PROXY, REQUESTS_CA_BUNDLE, …"""
         origin = urljoin(url, "/")
         with self._lock:
             if origin not in self._pools:
                 environment = requests.Session().merge_environment_settings(origin, {}, None, None, None)
-                # A proxy's loopback is not ours
+                # A proxy's loopback is another machine
                 proxies = {} if is_loopback(urlsplit(origin).hostname) else environment["proxies"]
                 request = requests.Request("GET", origin).prepare()
                 try:
@@ -3877,30 +3908,31 @@ class Transport:
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
-                # Not the pool's own class: urllib3 has one pool for all spellings of a host
+                # urllib3 has one pool for all spellings of a host, which may have our class already
                 pool.ConnectionCls = type("Connection", (UpstreamConnection, type(pool).ConnectionCls), {})
-                self._pools[origin] = pool, self._adapter.request_url(request, proxies) != "/"
+                self._pools[origin] = pool
             return self._pools[origin]
 
     def forget_connections(self) -> None:
-        """Let no later request use today's connections. urllib3 closes them when the last request has used its pool."""
+        """Let no later request use the present connections. urllib3 closes them when the last request with their pool
+        has ended."""
         with self._lock:
             self._adapter.close()
             self._pools.clear()
 
     @contextmanager
-    def errors(self, deadline: Deadline) -> Iterator[None]:
-        """Raise APIError for every failure to connect, send or read."""
+    def translate_errors(self, deadline: Deadline) -> Iterator[None]:
+        """Raise APIError for any failure to connect, send or read."""
         try:
             yield
         # RequestException: for an invalid URL of a proxy or a redirect
         except (TimeoutError, HTTPError, requests.RequestException) as error:
-            # urllib3's functions hold the error that holds them, and so the request
+            # Frames of urllib3's functions refer to the error: without this, the cycle keeps the request in memory
             clear_frames(error.__traceback__)
             cause = innermost(error)
             if isinstance(cause, TimeoutError):
                 message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
-                # No other attempt: the prompt was taken
+                # No retry: the upstream may have accepted the prompt
                 raise upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY) from None
             if isinstance(error, DecodeError):
                 raise invalid_response(self.name, "an answer that cannot be decoded", retryable=True) from None
@@ -3911,7 +3943,7 @@ class Transport:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error that the layers above have wrapped."""
+    """Return the error that the layers above have wrapped."""
     cause = error.__cause__ or error.__context__
     if cause is None or isinstance(error, IncompleteRead):  # http.client's own cause is how it parses numbers
         return error
@@ -3927,7 +3959,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
-    """A 429 that passes Retry-After on, and is retried here only when the wait is known and short."""
+    """Return an APIError 429 with the upstream's Retry-After. It is retryable only if the wait is known and short."""
     wait = parse_retry_after(headers)
     error = APIError(429, message, type, code)
     if wait is None:
@@ -3951,15 +3983,15 @@ def parse_retry_after(headers: Headers) -> float | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Scraper
 #
-# The web chat's site, called as a browser calls it: TLS ciphers, headers and cookies are cloudscraper's, connections
-# and deadlines ours. No challenge is solved: those that cloudscraper can solve are not served any more.
+# Requests that look like a browser's, for the web chat's site. TLS ciphers, headers and the cookie jar are
+# cloudscraper's. No challenge is solved: Cloudflare no longer serves those that cloudscraper can solve.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_COOKIE_BYTES = 8 << 10  # of all cookies that are kept; servers refuse longer headers
+MAX_COOKIE_BYTES = 8 << 10  # of all cookies; servers refuse longer headers
 
 
 class Scraper(Transport):
-    """A browser for many threads."""
+    """A browser. Thread-safe."""
 
     # cloudscraper's own list ends with Chrome 76
     USER_AGENT = (
@@ -3973,18 +4005,22 @@ class Scraper(Transport):
         self._cookies = browser.cookies  # cookie jars are not thread-safe
 
     def request(
-        self, method: str, url: str, headers: Headers, body: bytes | None, deadline: Deadline,
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        body: bytes | None,
+        deadline: Deadline,
     ) -> UpstreamResponse:
         """Send a request, and read the response to its end."""
-        with self._lock, self.errors(deadline):
+        with self._lock, self.translate_errors(deadline):
             # requests adds the cookies; a POST would get a Content-Length
             request = requests.Request("GET", url, {**self._headers, **headers}, cookies=self._cookies).prepare()
         response = super().request(method, url, request.headers, body, deadline)  # type: ignore[arg-type]  # no bytes
-        if "Set-Cookie" in response.headers:
-            with self._lock:
-                extract_cookies_to_jar(self._cookies, request, response.raw)
-                if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
-                    self._cookies.clear()
+        with self._lock:
+            extract_cookies_to_jar(self._cookies, request, response.raw)
+            if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
+                self._cookies.clear()
         response.read()
         return response
 
@@ -3995,20 +4031,23 @@ class Scraper(Transport):
 
 
 class Cached(Generic[T]):
-    """A value that all chats share: a separate thread fetches it once for all that wait, and it is kept."""
+    """A value that all chats share. A separate thread fetches it once for all waiting chats."""
 
     def __init__(
-        self, name: str, fetch: Callable[[], T], max_age: float,
+        self,
+        name: str,
+        fetch: Callable[[], T],
+        max_age: float,
     ) -> None:
         self._fetch = fetch
-        self._max_age = max_age  # seconds that it is kept
+        self._max_age = max_age  # seconds from the start of a fetch to the next
         self._thread = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()  # guards the two below
         self._latest: Future[T] | None = None
         self._began = 0.0  # when the latest fetch began, by time.monotonic()
 
     def latest(self) -> Future[T]:
-        """The latest fetch, under way or done; a new one if that is too old."""
+        """Return the latest fetch, running or done. Start another if it is too old."""
         with self._lock:
             fetch = self._latest
             is_old = time.monotonic() - self._began >= self._max_age
@@ -4018,7 +4057,7 @@ class Cached(Generic[T]):
             return fetch
 
     def wait(self, waiter: Waiter) -> Future[T]:
-        """The latest fetch, once it is done. Raises its error; it has a deadline of its own."""
+        """Wait for the latest fetch, which has its own deadline, and return it. Raises its error."""
         fetch = self.latest()
         while not fetch.done():
             waiter.attend()
@@ -4030,7 +4069,7 @@ class Cached(Generic[T]):
         return fetch
 
     def invalidate(self, fetch: Future[T]) -> None:
-        """The value of this fetch is of no use: the next caller fetches again, unless one already has."""
+        """Discard this fetch if it is the latest: the next caller starts another."""
         with self._lock:
             if self._latest is fetch:
                 self._latest = None

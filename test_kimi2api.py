@@ -4941,7 +4941,7 @@ def test_idle_connections_are_replaced_and_all_have_tcp_keepalive(
     app = make_app(**api_settings, REQUEST_TIMEOUT="1")
     assert answer_text(chat(app, model="local/k2"))
     transports = [thing for thing in gc.get_objects() if type(thing) is kimi2api.Transport]
-    [(pool, _)] = [each._pools[api.url.replace("/v1", "/")] for each in transports if str(api.port) in str(each._pools)]
+    [pool] = [each._pools[api.url.replace("/v1", "/")] for each in transports if str(api.port) in str(each._pools)]
     wait_for(lambda: pool.pool.queue[-1])
     assert pool.pool.queue[-1].sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     clock.now += kimi2api.MAX_IDLE + 1
