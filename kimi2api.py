@@ -1089,7 +1089,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
     callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
     for turn in itertools.chain(history, turns):
         if joined and turn[0]["role"] != "user":
-            index = callers.get(turn[0].get("tool_call_id"), -1)
+            index = callers.get(turn[0].get("tool_call_id") or "", -1)
             turn = joined[index] + turn
             joined[index] = ()
         for message in turn:
@@ -1158,8 +1158,14 @@ NO_INDEX = 1 << 32
 GROWING = {
     "": {"choices"},
     "delta": {
-        "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "reasoning_details", "annotations",
+        "content",
         "content_parts",
+        "reasoning_content",
+        "reasoning",
+        "reasoning_details",
+        "refusal",
+        "tool_calls",
+        "annotations",
     },
     "function": {"arguments"},
     "function_call": {"arguments"},
