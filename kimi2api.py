@@ -996,7 +996,7 @@ class ChatRequest:
 
     @classmethod
     def parse_completion(cls, raw: bytes) -> ChatRequest:
-        """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
+        """Parse a request for a legacy completion. The prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
         prompt = "".join(body["prompt"])  # a text, or a list of at most one
         chat = {name: body[name] for name in SHARED_PARAMETERS if name in body}
@@ -1021,7 +1021,7 @@ class ChatRequest:
 
     @cached_property
     def turns(self) -> list[Turn]:
-        """Group the messages, without system messages, into turns: each begins with a user's message."""
+        """Group the messages, except system messages, into turns, which begin with users' messages."""
         turns: list[list[Message]] = []
         for message in itertools.filterfalse(is_system, self.messages):
             if message["role"] == "user" or not turns:
@@ -1035,7 +1035,7 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
-    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which later steps could not encode."""
+    """Parse the body of a request. Raises APIError 400, also for lone surrogates, which UTF-8 cannot encode."""
     try:
         source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
@@ -1083,8 +1083,8 @@ def must_call(choice: Any) -> bool:
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
-    """Append turns to the history. A turn that begins with a tool's result continues the turn of the tool call, or else
-    the newest turn; the continued turn becomes the newest."""
+    """Append turns to the history. A turn that does not begin with a user's message continues the turn of its tool
+    call, or else the newest turn. The continued turn becomes the newest."""
     joined: list[Turn] = []
     callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
     for turn in itertools.chain(history, turns):
@@ -1301,7 +1301,7 @@ def message_of(choice: JSONObject) -> Message:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and pieces
 #
-# Estimates of token counts, and splitting texts between graphemes.
+# Estimates of token counts, and functions that split texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Han, kana, Hangul and full-width forms: about a token each, and written without spaces
@@ -1344,7 +1344,8 @@ def estimate_input(given: Any) -> int:
 
 
 def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
-    """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
+    """Cut a text at the first stop sequence and after `max_tokens` (estimated). Return the text and the finish
+    reason."""
     ends = [text.find(stop) for stop in stops if stop in text]
     text = text[:min(ends, default=len(text))]
     if max_tokens is not None and estimate_tokens(text) > max_tokens:
@@ -1360,7 +1361,7 @@ CODE_BLOCK = re.compile(r"\s*```[\w-]*(?![\w-])\n?(.*)```\s*", re.S)
 
 
 def strip_code_fence(text: str) -> str:
-    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
+    """Return the contents of a text that is one fenced block. Return any other text unchanged."""
     block = CODE_BLOCK.fullmatch(text)
     return block[1] if block else text
 
@@ -1428,7 +1429,7 @@ class ChatCompletion:
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        """Return the answer, which is one delta, as one object."""
+        """Return the answer, which is one delta, as a JSON object."""
         [whole] = deltas
         self.headers = whole.headers
         completion = whole.chunk
@@ -1464,7 +1465,7 @@ class ChatCompletion:
 
 
 class TextCompletion(ChatCompletion):
-    """A writer of one completion of the legacy API. The fields follow OpenAI's CreateCompletionResponse."""
+    """A writer of one legacy completion. The fields follow OpenAI's CreateCompletionResponse."""
 
     id_prefix = "cmpl"
 
@@ -1492,7 +1493,7 @@ class TextCompletion(ChatCompletion):
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses items
 #
-# Items of a conversation are converted to the messages of a chat.
+# The items of a conversation become the messages of a chat.
 # ----------------------------------------------------------------------------------------------------------------------
 
 INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
@@ -1502,7 +1503,7 @@ INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
         "text": TEXT_PART,
         "refusal": request_object({"refusal": STRING}),
         "input_image": request_object({"image_url": NON_EMPTY}, {"detail": STRING}),
-        "input_file": OBJECT,
+        "input_file": OBJECT,  # checked by the upstream
     },
     allow_others=True,
 )))
@@ -1750,8 +1751,8 @@ def read_reasoning(item: JSONObject) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses requests
 #
-# Requests are converted to chat requests: items become messages, and flat tools become nested tools. Errors of the chat
-# request are translated back.
+# A request becomes a chat request: its items become messages, and its flat tools become nested tools. Errors of the
+# chat request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
@@ -1812,7 +1813,7 @@ PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
 }
 
 
-COMPACT = (
+COMPACTION_PROMPT = (
     "Summarize this conversation so that a model that knows only your summary can continue the work. State what the "
     "user asked for, each decision and its reason, every change that was made, what was found, and what is still open. "
     "Keep names, paths, commands and figures exactly as they are. Write only the summary.")
@@ -1873,7 +1874,7 @@ class ResponsesRequest:
         if self.reader.compacts:
             fields = without(
                 fields, "response_format", "verbosity", "tools", "tool_choice", "parallel_tool_calls")
-            messages.append({"role": "user", "content": COMPACT})
+            messages.append({"role": "user", "content": COMPACTION_PROMPT})
         elif not self.messages:
             raise bad_request("'input' has no message.", "input")
         return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
@@ -1905,12 +1906,12 @@ def resolve_references(
     items: list[JSONObject], find_items: Callable[[str], Mapping[str, JSONObject]],
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
-    items_of = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
+    cached_items = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
     known: set[str] = set()  # a small request must not repeat a large item many times
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            item = items_of(response_of(id)).get(id, {})
+            item = cached_items(response_id(id)).get(id, {})
             if id in known or not item:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
             known.add(id)
@@ -1958,7 +1959,7 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # interleaves them: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of one response: an item is a hundred times larger than the bytes that begin it
+# Items of one response: an item takes a hundred times the bytes that begin it
 MAX_ITEMS = 1000
 
 
@@ -2352,7 +2353,7 @@ def echoed_tool(tool: JSONObject) -> JSONObject:
     return {"description": None, "parameters": None, "strict": None, **tool}
 
 
-def response_of(item_id: str) -> str:
+def response_id(item_id: str) -> str:
     """Return the id of the response that an item belongs to."""
     return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
