@@ -531,11 +531,11 @@ class APIError(Exception):
     def reason(self) -> str:
         """Describe the error for the log and /health, without the prompt."""
         code = self.code or self.type
-        # An upstream's code may quote the prompt too
-        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
+        if not self.quotes_upstream:
+            return f"{code} ({self.status}): {self.message}"
+        if not re.fullmatch(r"[\w.-]{1,64}", code):  # it may quote the prompt too
             code = "error"
-        kind = f"{code} ({self.status})"
-        return kind if self.quotes_upstream else f"{kind}: {self.message}"
+        return f"{code} ({self.status})"
 
     @property
     def may_fall_back(self) -> bool:
@@ -1388,20 +1388,19 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
 def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     """Split a complete answer into deltas as OpenAI sends them: role, pieces of text, tool calls, finish reason."""
     choice = delta.chunk["choices"][0]
-    message = dict(choice["delta"])
+    message = choice["delta"]
     calls = message.pop("tool_calls", ())
     content = message["content"]
     if content is not None:
         message["content"] = ""
-    first = Delta.of(message)
-    first.chunk["model"] = delta.chunk["model"]
-    first.headers = delta.headers
-    yield first
+    finish_reason = choice["finish_reason"]
+    choice["finish_reason"] = None
+    yield delta
     for piece in pieces(content or "", max_pieces):
         yield Delta.of({"content": piece})
     if calls:
         yield Delta.of({"tool_calls": calls})
-    yield Delta.of({}, choice["finish_reason"])
+    yield Delta.of({}, finish_reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2222,8 +2221,8 @@ class ResponseWriter:
     def _begin(self) -> list[JSONObject]:
         response = self._response("in_progress")
         return [
-            {"type": "response.created", "response": response},
-            {"type": "response.in_progress", "response": response},
+            {"type": f"response.{name}", "response": response}
+            for name in ("created", "in_progress")
         ]
 
     def _item_events(self) -> Iterator[JSONObject]:
