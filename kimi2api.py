@@ -2324,8 +2324,8 @@ class ResponseWriter:
         }
         for name, default in ECHOED.items():
             value = self._request.body.get(name)
-            if isinstance(value, dict) and isinstance(default, dict):
-                value = {**default, **value}
+            if isinstance(default, dict):
+                value = {**default, **(value or {})}
             response[name] = default if value is None else value
         response["tools"] = list(map(echoed_tool, response["tools"]))
         return response
