@@ -9,8 +9,8 @@
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
 
 How a chat flows: Application checks the caller and the request (Protocol), prepends the session (Storage) and asks a
-provider (Upstreams), which yields deltas; a format (Protocol, Responses API) writes them as JSON or events. All of it
-runs on the thread of the client's request. `App._complete` lists the stages in order.
+provider (Upstreams), which yields deltas. A format (Protocol, Responses API) writes the deltas as JSON or events. One
+chat runs on one thread. `App._complete` lists the stages in order.
 
 Contents. Each part uses only the parts above it; the last two also use the appendices.
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # as process 1 of a container, a signal without a handler is lost; the imports take a while
+if __name__ == "__main__":  # PID 1 of a container ignores signals without a handler, and the imports below are slow
     signal.signal(signal.SIGTERM, lambda signum, _: os._exit(128 + signum))
 
 import argparse
@@ -96,15 +96,15 @@ T = TypeVar("T")
 JSONObject = dict[str, Any]
 Headers = Mapping[str, str]
 Message = JSONObject  # of a conversation, in OpenAI's format
-Turn = tuple[Message, ...]  # a user's message and what followed it, up to the next user's message
+Turn = tuple[Message, ...]  # a user's message and all messages before the next user's message
 Turns = tuple[Turn, ...]
 
 
 ########################################################################################################################
 # Part 1: Settings
 #
-# One table defines all settings: the environment, `.env`, flags, `--help` and the README follow it. A value is checked
-# when it is read, so the rest of the program can trust it.
+# One table defines all settings: for the environment, `.env`, flags, `--help` and the README. Settings are checked when
+# they are loaded, so the rest of the program can trust them.
 ########################################################################################################################
 
 
@@ -116,7 +116,7 @@ Turns = tuple[Turn, ...]
 
 
 class SettingError(Exception):
-    """A setting that does not parse, or a combination that is not allowed. The program does not start."""
+    """An invalid setting, or settings that contradict each other. The program does not start."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def split_commas(text: str) -> list[str]:
 
 
 def match_entries(pattern: str, text: str) -> Iterator[re.Match[str]]:
-    """Match the entries of a list that is separated by commas. Raises ValueError."""
+    """Yield a match of each entry of a comma-separated list. Raises ValueError."""
     for entry in split_commas(text):
         found = re.fullmatch(pattern, entry, re.A)
         if not found:
@@ -171,19 +171,19 @@ def comma_separated(pattern: str, accepts: str) -> SettingType:
     def parse(text: str) -> tuple[str, ...]:
         return tuple(found[0] for found in match_entries(pattern, text))
 
-    return SettingType(f"{accepts}; several are separated by commas", parse)
+    return SettingType(f"a comma-separated list of {accepts}", parse)
 
 
 def parse_model_table(text: str) -> dict[str, str]:
     table = {}
     for found in match_entries(r"([^=]*[^=\s])\s*=\s*(\S.*)", text):
         table[found[1]] = found[2]
-    return {model: table.get(name, name) for model, name in table.items()}  # a name may be another id
+    return {model: table.get(name, name) for model, name in table.items()}  # an alias has the name of its model
 
 
 @dataclass(frozen=True)
 class ClientKey:
-    """An API key of clients. Usage and logs show the name, never the key."""
+    """A client's API key. Usage and logs show the name, never the key."""
 
     key: str = ""  # empty: the server asks for no key
     name: str | None = None
@@ -195,7 +195,7 @@ class ClientKey:
 
 
 def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
-    # A name whose key is missing must not become a key
+    # The pattern refuses a colon at the end: a name without a key must not become a key
     entries = match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text)
     clients = dict.fromkeys(ClientKey(found[2], found[1]) for found in entries)
     if len({client.key for client in clients}) < len(clients):  # only the first would have its limits
@@ -204,7 +204,7 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
 
 
 def parse_limits(text: str, low: int = 0, high: int = 10**15, default: int = 0) -> dict[str, int]:
-    """Return limits by key name; the limit of "" is for all other keys."""
+    """Return limits by key name. The limit without a name has the name ""."""
     limits: dict[str, int] = {}
     for found in match_entries(r"(?:(\S.*?)\s*=\s*)?(\d+)", text):
         name = found[1] or ""
@@ -246,7 +246,7 @@ LIMITS = SettingType(
 # Settings
 # ----------------------------------------------------------------------------------------------------------------------
 
-WEB_CHAT = "kimi"  # the name of its provider
+WEB_CHAT = "kimi"  # name of the web chat's provider
 PRESETS = "moonshot", "deepseek", "qianfan"  # APIs that need no entry in PROVIDERS
 
 
@@ -272,12 +272,12 @@ class Settings:
         "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
         "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call",
         SettingType(
-            "printable ASCII without spaces, with a name and : before it or not; several are separated by commas",
+            "a comma-separated list of keys in printable ASCII without spaces, or of name:key",
             parse_client_keys))
     api_host: str = setting(
         "127.0.0.1",
         "address to listen on; one that is not loopback needs a key",
-        SettingType("a host's name or address", lambda text: text.strip("[]")))
+        SettingType("a host name or an address", lambda text: text.strip("[]")))
     api_port: int = setting(
         "8088",
         "port to listen on; 0 takes a free one",
@@ -286,7 +286,7 @@ class Settings:
         "64",
         "chats running at once; one more is answered 429. `64,ann=4` also bounds a named key",
         SettingType(
-            "a whole number from 1 to 4096, and name=number for named keys",
+            "a whole number from 1 to 4096, and name=number for named keys, separated by commas",
             partial(parse_limits, low=1, high=4096, default=64)))
     session_cache_ttl: float = setting(
         "3600",
@@ -366,18 +366,18 @@ class Settings:
         "",
         "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
         "asks for one, `LOCAL_API_KEY`",
-        comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "lower-case letters, digits and _, and not kimi"))
+        comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "names in lower-case letters, digits and _, without kimi"))
     fallback_models: tuple[str, ...] = setting(
         "",
         "models to ask, in this order, when the one asked for cannot answer, separated by commas",
-        comma_separated(r"\S+", "a model's id"))
+        comma_separated(r"\S+", "model ids"))
     cors_origins: tuple[str, ...] = setting(
         "",
         "origins that may call from a browser, separated by commas. "
         "Empty: any when a key is set, else only those of this machine",
         comma_separated(
             r"\*|null|[a-z][a-z0-9.+-]*://(?:\*\.)?(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?!:443$|:80$)(?::\d{1,5})?",
-            "an origin as browsers send it, such as https://app.example, https://*.example.com, or null"))
+            "origins as browsers send them, such as https://app.example, https://*.example.com, or null"))
     upstream_url: str = setting(
         "https://kimi-ai.chat/wp-admin/admin-ajax.php",
         "the web chat's endpoint",
@@ -394,9 +394,9 @@ class Settings:
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
-        """Load settings from mappings of names in capitals to text. The first mapping that has a name wins.
+        """Load settings from mappings of names in capitals to text. The first mapping with a value wins.
 
-        A blank text counts as not set, because `${NAME:-}` in a compose file leaves an empty text.
+        A blank value counts as not set, because `${NAME:-}` in a compose file sets an empty value.
         Raises SettingError with one line that names the setting, the value and what is accepted.
         """
         def parsed(name: str, setting_type: SettingType, default: str = "") -> Any:
@@ -406,7 +406,7 @@ class Settings:
             try:
                 return setting_type.parse(text)
             except ValueError:
-                # An address may hold a password
+                # An address may contain a password
                 shown = "the value" if name.endswith("_KEY") or "@" in text else repr(text)
                 raise SettingError(f"{name}: {shown} is not {setting_type.accepts}") from None
 
@@ -457,7 +457,7 @@ class Settings:
 def is_loopback(host: str | None) -> bool:
     """Return whether a host name or address means this machine only."""
     host = (host or "").strip("[]").rstrip(".").lower()
-    # RFC 6761 keeps the whole domain on this machine
+    # RFC 6761: all names in the domain localhost mean this machine
     if re.fullmatch(r"(.*\.)?localhost", host):
         return True
     try:
@@ -466,7 +466,7 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-# One of the last three groups matches: the value
+# One of the last three groups has the value
 ENV_LINE = re.compile(r"""
     \s* (?:export\s+)? (?P<name>\w+) \s*=\s*
     (?: "([^"]*)" | '([^']*)' | (?P<bare>.*?) )
@@ -478,11 +478,11 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
     values = {}
     try:
         with open(path, encoding="utf-8-sig") as lines:
-            for number_of_line, line in enumerate(lines, 1):
+            for line_number, line in enumerate(lines, 1):
                 entry = ENV_LINE.match(line)
                 if entry:
                     if entry["bare"] and entry["bare"][0] in "\"'":
-                        raise SettingError(f"{path}: line {number_of_line}: the quotes of {entry['name']} do not match")
+                        raise SettingError(f"{path}: line {line_number}: the quotes of {entry['name']} do not match")
                     values[entry["name"]] = entry[entry.lastindex or 0]
     except (OSError, UnicodeDecodeError) as error:
         is_reachable = os.access(os.curdir, os.X_OK)
@@ -502,8 +502,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and JSON
 #
-# Every expected failure is an APIError, and `body()` alone gives it OpenAI's shape. JSON is parsed strictly, by one
-# parser for clients and one for upstreams, and written as UTF-8.
+# Every expected failure is an APIError, and only `body()` gives it OpenAI's shape. JSON is parsed strictly and written
+# as UTF-8. Upstreams' JSON is repaired before it is parsed.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -522,8 +522,8 @@ class APIError(Exception):
     param: str | None = None
     headers: Headers = field(default_factory=dict)
     retryable: bool = False  # the same call may succeed a moment later, and repeating it is safe
-    retry_after: float = 0.0  # seconds that upstream asked us to wait, 0 if it did not
-    quotes_upstream: bool = False  # the message quotes upstream, which may repeat the prompt
+    retry_after: float = 0.0  # seconds that the upstream asks us to wait, or 0
+    quotes_upstream: bool = False  # the message quotes the upstream, which may quote the prompt
 
     def __str__(self) -> str:
         return self.message
@@ -539,15 +539,15 @@ class APIError(Exception):
     def reason(self) -> str:
         """Describe the error for the log and /health, without the prompt."""
         code = self.code or self.type
-        # A code of the upstream may also quote the prompt
-        if self.quotes_upstream and not re.fullmatch(r"[\w.-]{1,64}", code):
+        if not self.quotes_upstream:
+            return f"{code} ({self.status}): {self.message}"
+        if not re.fullmatch(r"[\w.-]{1,64}", code):  # it may quote the prompt too
             code = "error"
-        kind = f"{code} ({self.status})"
-        return kind if self.quotes_upstream else f"{kind}: {self.message}"
+        return f"{code} ({self.status})"
 
     @property
     def may_fall_back(self) -> bool:
-        """Return whether another upstream may succeed: this upstream failed, wants money, or has too little room."""
+        """Return whether another upstream may succeed: this upstream failed or refused, or its context is too short."""
         if self.code == "context_length_exceeded":
             return True
         return self.status >= 500 or self.status in (402, 403, 429)
@@ -581,7 +581,7 @@ def random_hex() -> str:
     return f"{random.getrandbits(128):032x}"
 
 
-def finite(text: str) -> float:
+def parse_finite(text: str) -> float:
     """Parse a number. Raises ValueError for NaN and Infinity, which Python accepts in JSON, and for 1e999."""
     value = float(text)
     if not isfinite(value):
@@ -589,16 +589,17 @@ def finite(text: str) -> float:
     return value
 
 
-STRICT_JSON = json.JSONDecoder(parse_constant=finite, parse_float=finite)
+STRICT_JSON = json.JSONDecoder(parse_constant=parse_finite, parse_float=parse_finite)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
-JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)  # or the rest of an invalid text
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.S)  # or an unterminated string
 SURROGATE_ESCAPE = re.compile(r"\\u[dD]")  # lone surrogates enter only as escapes
 LINE_SEPARATORS = {  # some clients split events at these characters
     "\x85": "\\u0085",
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-# Escapes in a JSON text: a backslash, or a pair; half of a pair that ends a text, or begins one; any other half
+# Escapes in JSON. `kept`: a backslash, or a surrogate pair. `first`: the first half of a pair at the end of a string.
+# `second`: the second half at the beginning of a string. Without a name: any other half
 SURROGATES = re.compile(r"""
     (?P<kept> \\\\ | \\u(?i:d[89ab][0-9a-f]{2}) \\u(?i:d[c-f][0-9a-f]{2}) )
     | (?P<first> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
@@ -606,15 +607,15 @@ SURROGATES = re.compile(r"""
     | \\u(?i:d[89a-f][0-9a-f]{2})
     """, re.X)
 
-MAX_DEPTH = 300  # levels of JSON; recursive functions may therefore process it
-# In one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI accepts 300,000 tokens to embed.
+MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process it
+# Values in one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds up to 300,000 tokens
 MAX_VALUES = 350_000
 
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = sum(map(source.count, "{["))
-    if brackets + source.count(",") > max_values:  # perhaps only inside of strings
+    if brackets + source.count(",") > max_values:  # perhaps inside strings
         outside = JSON_STRING.sub("", source)
         if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
@@ -643,7 +644,8 @@ def parse_upstream_object(
 ) -> JSONObject | None:
     """Parse an upstream's JSON object, or a list of one. Return None for anything else.
 
-    U+FFFD replaces what cannot be encoded as UTF-8. halves: first halves of surrogate pairs that a stream divides.
+    U+FFFD replaces lone surrogates, which cannot be encoded as UTF-8.
+    halves: of surrogate pairs whose second half may be in a later document of the stream.
     """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     if SURROGATE_ESCAPE.search(source):
@@ -658,8 +660,8 @@ def parse_upstream_object(
 
 
 def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
-    """Return the replacement of an escape in one JSON text of a stream. The first half of a pair moves from the end of
-    a text to the next text that begins with a second half."""
+    """Return the replacement for a match of SURROGATES. The first half of a pair at the end of a string moves to the
+    next string that begins with a second half."""
     if found["first"] and halves is not None:
         halves.append(found["first"])
         return ""
@@ -696,7 +698,8 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def plain_line(answer: Any, secret: str = "") -> str:
-    """Convert an upstream's message (a string, an object or None) to one line of at most 300 characters, no HTML."""
+    """Convert an upstream's message (a string, an object or None) to one line of at most 300 characters, without HTML
+    and without `secret`."""
     if isinstance(answer, dict):
         answer = answer.get("message") or answer.get("error") or answer.get("code") or answer
     if not isinstance(answer, str):
@@ -799,7 +802,7 @@ TYPES: dict[str, tuple[Any, str]] = {
 
 
 class Violation(NamedTuple):
-    """A part of a value that breaks its schema: its path, such as messages[0].role, and the schema of that part."""
+    """The path of a value that breaks its schema, such as messages[0].role, and the schema."""
 
     path: str
     schema: Schema
@@ -841,7 +844,7 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
                 yield from violations(inner, field_schema, prefix + name)
         for rule in schema.get("allOf", ()):
             [(name, condition)] = rule["if"]["properties"].items()
-            if value.get(name) in condition["enum"]:  # an input of 100,000 items has 2,000,000 rules
+            if value.get(name) in condition["enum"]:  # fast, as 100,000 items have 2,000,000 rules
                 yield from violations(value, rule["then"], path)
 
 
@@ -889,8 +892,8 @@ def describe(schema: Schema) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat requests
 #
-# Schemas check requests, and /openapi.json shows them. Code checks rules that compare two fields. A message stays the
-# dict that the client sent, and each upstream refuses what it does not support. OpenAI's chat completions reference
+# Schemas check requests and appear in /openapi.json. Code checks rules that compare two fields. A message stays the
+# dict that the client sent, and each upstream refuses what it does not support. OpenAI's reference of chat completions
 # explains the fields.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -905,7 +908,7 @@ MESSAGE = request_object(
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
-    # An assistant's message may have tool calls instead, and a system message of Kimi tools
+    # An assistant's message may have tool calls instead; a system message may have tools (Kimi)
     allOf=[if_field(
         "role",
         ["developer", "user", "tool", "function"],
@@ -932,7 +935,7 @@ RESPONSE_FORMAT = request_object_by_type({
     "json_schema": request_object({"json_schema": JSON_SCHEMA}),
 })
 USER = {"type": "string", "maxLength": 512}  # the name of a session
-COMMON_PARAMETERS = {  # of all three APIs
+COMMON_PARAMETERS = {  # of chats, legacy completions and responses
     "model": STRING,
     "user": USER,
     "stream": BOOLEAN,
@@ -1006,7 +1009,7 @@ class ChatRequest:
 
     @classmethod
     def parse_completion(cls, raw: bytes) -> ChatRequest:
-        """Parse a request of the legacy completions API: the prompt becomes a user's message. Raises APIError 400."""
+        """Parse a request for a legacy completion. The prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
         prompt = "".join(body["prompt"])  # a text, or a list of at most one
         chat = only(body, SHARED_PARAMETERS)
@@ -1031,7 +1034,7 @@ class ChatRequest:
 
     @cached_property
     def turns(self) -> list[Turn]:
-        """Group the messages, without system messages, into turns: each begins with a user's message."""
+        """Group the messages, except system messages, into turns, which begin with users' messages."""
         turns: list[list[Message]] = []
         for message in itertools.filterfalse(is_system, self.messages):
             if message["role"] == "user" or not turns:
@@ -1045,7 +1048,7 @@ class ChatRequest:
 
 
 def parse_body(raw: bytes, schema: Schema) -> JSONObject:
-    """Parse the caller's JSON. Raises APIError 400, also for lone surrogates, which later steps could not encode."""
+    """Parse the body of a request. Raises APIError 400, also for lone surrogates, which UTF-8 cannot encode."""
     try:
         source = raw.removeprefix(BOM_UTF8).decode()
         body = parse_json(source)
@@ -1062,8 +1065,8 @@ def parse_body(raw: bytes, schema: Schema) -> JSONObject:
 
 
 def allowed_functions(body: JSONObject) -> list[JSONObject]:
-    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 if it requires a call, and
-    'tools' has none of its tools."""
+    """Return the functions that `tool_choice` lets the model call. Raises APIError 400 if `tool_choice` requires a tool
+    that is not in `tools`."""
     tools = body.get("tools")
     functions = [tool["function"] for tool in tools or () if tool["type"] == "function"]
     choice = body.get("tool_choice")
@@ -1074,7 +1077,7 @@ def allowed_functions(body: JSONObject) -> list[JSONObject]:
         if choice.get("type") == "allowed_tools":
             chosen = choice["allowed_tools"]["tools"]
         names = {tool["function"]["name"] for tool in chosen if names_function(tool)}
-        if not names:  # a tool of another type
+        if not names:  # tools of other types
             return []
         tools = functions = [function for function in functions if function["name"] in names]
     if must_call(choice) and not tools:
@@ -1093,13 +1096,13 @@ def must_call(choice: Any) -> bool:
 
 
 def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
-    """Append turns to the history. A turn that begins with a tool's result continues the turn of the tool call, or else
-    the newest turn; the continued turn becomes the newest."""
+    """Append turns to the history. A turn that does not begin with a user's message continues the turn of its tool
+    call, or else the newest turn. The continued turn becomes the newest."""
     joined: list[Turn] = []
     callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
     for turn in itertools.chain(history, turns):
         if joined and turn[0]["role"] != "user":
-            index = callers.get(turn[0].get("tool_call_id"), -1)
+            index = callers.get(turn[0].get("tool_call_id") or "", -1)
             turn = joined[index] + turn
             joined[index] = ()
         for message in turn:
@@ -1130,11 +1133,11 @@ def text_of(message: Message) -> str:
 
 @dataclass(slots=True)
 class Delta:
-    """A step of an answer: OpenAI's chat.completion.chunk without the fields that all chunks share."""
+    """A piece of an answer: OpenAI's chat.completion.chunk without the fields that all chunks share."""
 
     chunk: JSONObject
-    is_complete: bool = False  # a complete answer, which may be replayed at a pace
-    headers: Headers = field(default_factory=dict)  # for the response, in the first delta of an answer
+    is_complete: bool = False  # a complete answer, which is replayed at a pace
+    headers: Headers = field(default_factory=dict)  # of the response; only in the first delta
 
     @classmethod
     def of(cls, fields: JSONObject, finish_reason: str | None = None, is_complete: bool = False) -> Delta:
@@ -1168,8 +1171,14 @@ NO_INDEX = 1 << 32
 GROWING = {
     "": {"choices"},
     "delta": {
-        "content", "reasoning_content", "reasoning", "refusal", "tool_calls", "reasoning_details", "annotations",
+        "content",
         "content_parts",
+        "reasoning_content",
+        "reasoning",
+        "reasoning_details",
+        "refusal",
+        "tool_calls",
+        "annotations",
     },
     "function": {"arguments"},
     "function_call": {"arguments"},
@@ -1181,7 +1190,7 @@ GROWING = {
 
 
 def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
-    """Merge a part of an object into the parts before. `plain_value` returns the result.
+    """Merge a part of an object into the parts before it. `plain_value` converts the result to JSON values.
 
     path: the name of the field that contains the object.
     """
@@ -1270,7 +1279,7 @@ class Fold:
                 yield from (call.get("function") or call["custom"]).values()
 
 
-# Names that APIs have for reasoning: DeepSeek, Moonshot and others; vLLM, Ollama, Groq; OpenRouter, beside the second
+# Fields of reasoning: of DeepSeek and Moonshot; of vLLM, Ollama and Groq; of OpenRouter, in addition to the second
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 
 
@@ -1305,7 +1314,7 @@ def message_of(choice: JSONObject) -> Message:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and pieces
 #
-# Estimates of token counts, and splitting texts between graphemes.
+# Estimates of token counts, and functions that split texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Han, kana, Hangul and full-width forms: about a token each, and written without spaces
@@ -1333,9 +1342,9 @@ def token_weight(text: str) -> float:
     return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
 
 
-def count_of(usage: Any, *names: str) -> int:
-    """Return a number from an upstream's usage, or 0 if it is missing or impossible."""
-    for name in names:
+def count_of(usage: Any, *path: str) -> int:
+    """Return the number at a path in an upstream's usage, or 0 if it is missing or impossible."""
+    for name in path:
         usage = usage.get(name) if isinstance(usage, dict) else None
     return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
@@ -1348,7 +1357,8 @@ def estimate_input(given: Any) -> int:
 
 
 def truncate(text: str, stops: list[str], max_tokens: int | None) -> tuple[str, str]:
-    """Return the text up to the first stop sequence and up to `max_tokens` (estimated), and the finish reason."""
+    """Cut a text at the first stop sequence and after `max_tokens` (estimated). Return the text and the finish
+    reason."""
     ends = [text.find(stop) for stop in stops if stop in text]
     text = text[:min(ends, default=len(text))]
     if max_tokens is not None and estimate_tokens(text) > max_tokens:
@@ -1364,7 +1374,7 @@ CODE_BLOCK = re.compile(r"\s*```[\w-]*(?![\w-])\n?(.*)```\s*", re.S)
 
 
 def strip_code_fence(text: str) -> str:
-    """Return the contents of a text that is one fenced block and nothing else, or the text itself."""
+    """Return the contents of a text that is one fenced block. Return any other text unchanged."""
     block = CODE_BLOCK.fullmatch(text)
     return block[1] if block else text
 
@@ -1391,20 +1401,19 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
 def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     """Split a complete answer into deltas as OpenAI sends them: role, pieces of text, tool calls, finish reason."""
     choice = delta.chunk["choices"][0]
-    message = dict(choice["delta"])
+    message = choice["delta"]
     calls = message.pop("tool_calls", ())
     content = message["content"]
     if content is not None:
         message["content"] = ""
-    first = Delta.of(message)
-    first.chunk["model"] = delta.chunk["model"]
-    first.headers = delta.headers
-    yield first
+    finish_reason = choice["finish_reason"]
+    choice["finish_reason"] = None
+    yield delta
     for piece in pieces(content or "", max_pieces):
         yield Delta.of({"content": piece})
     if calls:
         yield Delta.of({"tool_calls": calls})
-    yield Delta.of({}, choice["finish_reason"])
+    yield Delta.of({}, finish_reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1423,7 +1432,7 @@ class ChatCompletion:
     id_prefix = "chatcmpl"
 
     def __init__(self, include_usage: bool) -> None:
-        self.headers: Headers = {}  # for the response, known once the first delta is there
+        self.headers: Headers = {}  # of the response; known from the first delta on
         self._head: JSONObject = {
             "id": f"{self.id_prefix}-{random_hex()}",
             "created": int(time.time()),
@@ -1432,7 +1441,7 @@ class ChatCompletion:
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        """Return the answer, which is one delta, as one object."""
+        """Return the answer, which is one delta, as a JSON object."""
         [whole] = deltas
         self.headers = whole.headers
         completion = whole.chunk
@@ -1463,12 +1472,12 @@ class ChatCompletion:
         return b"data: " + dump_json(error.body()) + b"\n\n"
 
     def _with_head(self, fields: JSONObject) -> JSONObject:
-        """Add our fields. They come first for readers, and override the upstream's."""
+        """Add our fields: first for readers, and last to override the upstream's."""
         return {**self._head, **fields, **self._head}
 
 
 class TextCompletion(ChatCompletion):
-    """A writer of one completion of the legacy API. The fields follow OpenAI's CreateCompletionResponse."""
+    """A writer of one legacy completion. The fields follow OpenAI's CreateCompletionResponse."""
 
     id_prefix = "cmpl"
 
@@ -1496,7 +1505,7 @@ class TextCompletion(ChatCompletion):
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses items
 #
-# Items of a conversation are converted to the messages of a chat.
+# The items of a conversation become the messages of a chat.
 # ----------------------------------------------------------------------------------------------------------------------
 
 INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
@@ -1506,7 +1515,7 @@ INPUT_CONTENT = any_of(STRING, array(request_object_by_type(
         "text": TEXT_PART,
         "refusal": request_object({"refusal": STRING}),
         "input_image": request_object({"image_url": NON_EMPTY}, {"detail": STRING}),
-        "input_file": OBJECT,
+        "input_file": OBJECT,  # checked by the upstream
     },
     allow_others=True,
 )))
@@ -1561,7 +1570,7 @@ SUMMARY = "This conversation was compacted. Its summary:\n\n"
 
 @dataclass(frozen=True)
 class ToolName:
-    """A tool as the client knows it. The upstream knows all tools as functions."""
+    """A tool's name as the client knows it. Upstreams get all tools as functions."""
 
     name: str
     namespace: str | None = None
@@ -1573,7 +1582,7 @@ class ToolName:
 
 
 def flat_tools(tools: Iterable[JSONObject], namespace: str | None = None) -> Iterator[tuple[ToolName, JSONObject]]:
-    """Yield the tools, and those of namespaces, with their names."""
+    """Yield each tool with its name. Replace namespaces by their tools."""
     for tool in tools:
         kind = tool["type"]
         if kind == "namespace" and namespace is None:
@@ -1588,17 +1597,17 @@ def function_name(item: JSONObject) -> str:
 
 
 class ItemReader:
-    """Converts the items of a conversation to messages. What other servers made and only they understand is left out,
-    so that a conversation that began elsewhere goes on here."""
+    """A converter of a conversation's items to messages. It leaves out items that only other servers understand, so
+    that a conversation with another server can continue here."""
 
     def __init__(self) -> None:
         self.ignored: set[str] = set()  # types of items, parts and tools
         self.tools: list[JSONObject] = []  # among the items
-        self.compacts = False  # the conversation is to be summarized
-        self._last_call = ""  # its id
+        self.compacts = False  # the answer is a summary of the conversation
+        self._last_call_id = ""
 
     def read(self, items: Iterable[JSONObject]) -> list[Message]:
-        """Return the messages."""
+        """Convert items to messages."""
         messages: list[Message] = []
         converted = filter(None, map(self._as_message, items))
         for role, group in itertools.groupby(converted, itemgetter("role")):
@@ -1639,7 +1648,7 @@ class ItemReader:
         return None
 
     def _read_call(self, item: JSONObject, kind: str) -> JSONObject:
-        self._last_call = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
+        self._last_call_id = item.get("call_id") or item.get("id") or f"call_{random_hex()[:24]}"
         name = kind.removesuffix("_call")
         arguments = item[CALLS[kind]]
         if kind in ("function_call", "custom_tool_call"):
@@ -1649,7 +1658,7 @@ class ItemReader:
         if kind != "function_call":
             arguments = dump_json(arguments).decode()
         return {
-            "id": self._last_call,
+            "id": self._last_call_id,
             "type": "function",
             "function": {"name": name, "arguments": arguments},
         }
@@ -1665,7 +1674,7 @@ class ItemReader:
             content = dump_json(content).decode()
         return {
             "role": "tool",
-            "tool_call_id": item.get("call_id") or self._last_call,
+            "tool_call_id": item.get("call_id") or self._last_call_id,
             "content": content,
         }
 
@@ -1689,7 +1698,7 @@ def encoded(fields: JSONObject) -> str:
 
 
 def decoded(item: JSONObject) -> JSONObject:
-    """Return the fields that `encoded` has encoded for an item. Other servers' content has none."""
+    """Return the fields that `encoded` wrote into an item, or no fields if another server wrote the item."""
     return parse_upstream_object((item.get("encrypted_content") or "").encode()) or {}
 
 
@@ -1720,7 +1729,7 @@ def move_results(messages: Iterable[Message]) -> list[Message]:
 
 
 def as_part(part: JSONObject) -> JSONObject | None:
-    """Convert a part to a chat's, or return None if chats have no such part."""
+    """Convert a part of content to a chat's, or return None if chats have no such part."""
     kind = part["type"]
     if kind in ("input_text", "output_text", "text"):
         return {"type": "text", "text": part["text"]}
@@ -1754,8 +1763,8 @@ def read_reasoning(item: JSONObject) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses requests
 #
-# Requests are converted to chat requests: items become messages, and flat tools become nested tools. Errors of the chat
-# request are translated back.
+# A request becomes a chat request: its items become messages, and its flat tools become nested tools. Errors of the
+# chat request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
@@ -1816,7 +1825,7 @@ PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
 }
 
 
-COMPACT = (
+COMPACTION_PROMPT = (
     "Summarize this conversation so that a model that knows only your summary can continue the work. State what the "
     "user asked for, each decision and its reason, every change that was made, what was found, and what is still open. "
     "Keep names, paths, commands and figures exactly as they are. Write only the summary.")
@@ -1827,7 +1836,7 @@ class ResponsesRequest:
 
     def __init__(self, body: JSONObject) -> None:
         self.body = body
-        self.is_compaction = False  # the response repeats the users' messages before the summary
+        self.repeats_messages = False  # the response has the users' messages before the summary
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
@@ -1877,7 +1886,7 @@ class ResponsesRequest:
         if self.reader.compacts:
             fields = without(
                 fields, "response_format", "verbosity", "tools", "tool_choice", "parallel_tool_calls")
-            messages.append({"role": "user", "content": COMPACT})
+            messages.append({"role": "user", "content": COMPACTION_PROMPT})
         elif not self.messages:
             raise bad_request("'input' has no message.", "input")
         return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
@@ -1909,12 +1918,12 @@ def resolve_references(
     items: list[JSONObject], find_items: Callable[[str], Mapping[str, JSONObject]],
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
-    items_of = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
-    known: set[str] = set()  # once only: a small request could repeat a large item many times
+    cached_items = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
+    known: set[str] = set()  # a small request must not repeat a large item many times
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
-            item = items_of(response_of(id)).get(id, {})
+            item = cached_items(response_id(id)).get(id, {})
             if id in known or not item:
                 raise bad_request(f"Item with id {id[:100]!r} not found, or referenced twice.", "input")
             known.add(id)
@@ -1962,13 +1971,13 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # interleaves them: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of one response: an item is a hundred times larger than the bytes that begin it
+# Items of one response: an item takes a hundred times the bytes that begin it
 MAX_ITEMS = 1000
 
 
 def custom_input(arguments: str) -> str:
-    """Return the input of a custom tool from the arguments of its function. Models give it other names, such as `code`
-    or `patch`, and fence it."""
+    """Return the input of a custom tool from the arguments of its function. Models also name the input `code` or
+    `patch`, and put it into a fenced block."""
     fields = parse_upstream_object(arguments.encode()) or {}
     texts = [value for value in fields.values() if isinstance(value, str)]
     if isinstance(fields.get("input"), str):
@@ -1982,10 +1991,10 @@ class ItemKind:
 
     prefix: str  # of the ids
     fields: JSONObject  # of a new item
-    events: str  # prefix of the names of the text's events; empty: it has none
-    field: str  # for the complete text
-    part: JSONObject | None = None  # of the list that contains the text, without the text
-    list_field: str = "content"  # for this list
+    events: str  # prefix of the names of the text's events; empty: no events
+    field: str  # that contains the text
+    part: JSONObject | None = None  # that contains this field, with an empty text; None: the item contains the field
+    list_field: str = "content"  # that contains the part
     part_events: str = "content_part"  # prefix of the names of the part's events
     finish: Callable[[str], Any] = str  # converts the upstream's text to the value of the field
     is_streamed: bool = True  # the text is sent as it arrives
@@ -2056,7 +2065,7 @@ class OutputItem:
 
     def __init__(self, kind: ItemKind, id: str, index: int, fields: JSONObject) -> None:
         self.kind = kind
-        self.reasoning: JSONObject = {}  # the fields of deltas that contain it, merged
+        self.reasoning: JSONObject = {}  # merged fields of deltas
         self.item = {"id": id, "status": "in_progress", **kind.fields, **fields}
         self.events: list[JSONObject] = []  # not yet sent, without sequence numbers
         self.is_done = False
@@ -2117,7 +2126,7 @@ class OutputItem:
         self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
-# By words in the finish reason: why an answer is incomplete, or that it has failed
+# Words in a finish reason: the answer is incomplete, and why, or it failed
 UNFINISHED = re.compile(
     "(?P<max_output_tokens>length|max_tokens|context_window)|"
     "(?P<content_filter>filter|sensitive|safety|blocklist|prohibited|recitation)|"
@@ -2146,7 +2155,7 @@ ECHOED: JSONObject = {  # settings of the request that the Response repeats, wit
 class ResponseWriter:
     """A writer of one response.
 
-    record: is called with the complete response, before the client can see that the response is complete.
+    record: called with the complete response before the response or its last event is sent.
     """
 
     def __init__(self, request: ResponsesRequest) -> None:
@@ -2167,7 +2176,7 @@ class ResponseWriter:
     def json(self, deltas: Iterable[Delta]) -> bytes:
         *_, last = self._events(deltas)
         response = last["response"]
-        if self._request.is_compaction:
+        if self._request.repeats_messages:
             response["object"] = "response.compaction"
             response["output"][:0] = self._user_messages()
         return dump_json(response)
@@ -2225,8 +2234,8 @@ class ResponseWriter:
     def _begin(self) -> list[JSONObject]:
         response = self._response("in_progress")
         return [
-            {"type": "response.created", "response": response},
-            {"type": "response.in_progress", "response": response},
+            {"type": f"response.{name}", "response": response}
+            for name in ("created", "in_progress")
         ]
 
     def _item_events(self) -> Iterator[JSONObject]:
@@ -2277,7 +2286,7 @@ class ResponseWriter:
         return self._begin_item(kind, {})
 
     def _begin_item(self, kind: ItemKind, fields: JSONObject) -> OutputItem:
-        """Begin an item. End the item before, unless more of it may come."""
+        """Begin an item. End the previous item, unless its arguments are incomplete."""
         index = len(self._items)
         if index == MAX_ITEMS:
             raise invalid_response("The upstream", f"more than {MAX_ITEMS} items")
@@ -2328,8 +2337,8 @@ class ResponseWriter:
         }
         for name, default in ECHOED.items():
             value = self._request.body.get(name)
-            if isinstance(value, dict) and isinstance(default, dict):
-                value = {**default, **value}
+            if isinstance(default, dict):
+                value = {**default, **(value or {})}
             response[name] = default if value is None else value
         response["tools"] = list(map(echoed_tool, response["tools"]))
         return response
@@ -2356,7 +2365,7 @@ def echoed_tool(tool: JSONObject) -> JSONObject:
     return {"description": None, "parameters": None, "strict": None, **tool}
 
 
-def response_of(item_id: str) -> str:
+def response_id(item_id: str) -> str:
     """Return the id of the response that an item belongs to."""
     return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
@@ -6318,7 +6327,7 @@ class App:
 
     def compact_response(self) -> bytes:
         request = ResponsesRequest.parse(self._body())
-        request.is_compaction = request.reader.compacts = True
+        request.repeats_messages = request.reader.compacts = True
         request.body["stream"] = request.body["store"] = False
         return self._complete_response(request)
 
