@@ -4349,20 +4349,49 @@ SHORTEST_RESULT = 80
 CLIPPED = " [… clipped …] "
 
 
-@dataclass
 class Prompt:
-    """The parts of a prompt, in the order in which the model reads them."""
+    """A request as one text for the web chat.
 
-    limit: int  # characters
-    system: str
-    how_to_call: str
-    tools: list[str]
-    rules: str  # for the form of the answer
-    # Older turns, then older rounds of tool calls, which stand behind the question
-    past: list[str]
-    rounds: int  # of tool calls among them
-    question: str
-    last_round: list[str]  # message by message
+    Until the text fits, these make room, in this order: tools longer than a third of the limit, the last first; the
+    past beyond a third of the limit, oldest first; the middle of results in the last round, down to a third of the
+    limit each; then the same without the thirds, but SHORTEST_RESULT of each result stays. Tools stay if one must be
+    called.
+    """
+
+    def __init__(
+        self, request: ChatRequest, history: Turns, limit: int, remark: str = "",
+    ) -> None:
+        """limit: characters; remark: why the model's last answer was unusable.
+
+        Raises APIError 400 if the shortest text is too long, or if there is none.
+        """
+        turns = append_turns(history, request.turns)
+        functions = called_functions(turns)
+        newest = turns[-1] if turns else ()
+        question, *rounds = rounds_of(newest)
+        last_round = rounds.pop() if rounds else ()
+        self.limit = limit
+        self.system = join_lines(map(text_of, filter(is_system, request.messages)))
+        self.how_to_call = how_to_call(request)
+        self.tools = list(map(describe_tool, request.tools))
+        self.rules = join_lines([form_instruction(request.body), remark])  # for the form of the answer
+        # Older turns, then older rounds of tool calls, which stand behind the question
+        self.past = [write_messages(messages, functions) for messages in (*turns[:-1], *rounds)]
+        self.rounds = len(rounds)  # of tool calls among them
+        self.question = write_messages(question, functions)
+        self.last_round = [write_message(message, functions) for message in last_round]
+        if len(newest) == 1 and self.text == self.question:
+            self.question = text_of(newest[0])  # a single message needs no speaker
+        for share in (limit // 3, 0):
+            if not request.must_call:
+                self.tools = drop_first(self.tools[::-1], self.excess, share)[::-1]
+            beyond_share = len(join_lines(self.past)) - share
+            self.past = drop_first(self.past, min(self.excess, beyond_share))
+            clip_results(self.last_round, self.excess, max(share, SHORTEST_RESULT))
+        if self.excess > 0:
+            raise self.too_long()
+        if not self.text.strip():
+            raise bad_request("'messages' contain no text.", "messages")
 
     @property
     def offer(self) -> list[str]:
@@ -4380,63 +4409,19 @@ class Prompt:
         """Characters beyond the limit."""
         return len(self.text) - self.limit
 
-
-def write_prompt(
-    request: ChatRequest, history: Turns, limit: int, remark: str = "",
-) -> Prompt:
-    """Write a request as one text of at most `limit` characters.
-
-    Until the text fits, these make room, in this order: tools longer than a third of the limit, the last first; the
-    past beyond a third of the limit, oldest first; the middle of results in the last round, down to a third of the
-    limit each; then the same without the thirds, but SHORTEST_RESULT of each result stays. Tools stay if one must be
-    called.
-    remark: why the model's last answer was unusable.
-    Raises APIError 400 if the text is too long even then, or if there is none.
-    """
-    turns = append_turns(history, request.turns)
-    functions = called_functions(turns)
-    newest = turns[-1] if turns else ()
-    question, *rounds = rounds_of(newest)
-    last_round = rounds.pop() if rounds else ()
-    prompt = Prompt(
-        limit,
-        system=join_lines(map(text_of, filter(is_system, request.messages))),
-        how_to_call=how_to_call(request),
-        tools=list(map(describe_tool, request.tools)),
-        rules=join_lines([form_instruction(request.body), remark]),
-        past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
-        rounds=len(rounds),
-        question=write_messages(question, functions),
-        last_round=[write_message(message, functions) for message in last_round],
-    )
-    if len(newest) == 1 and prompt.text == prompt.question:
-        prompt.question = text_of(newest[0])  # a single message needs no speaker
-    for share in (limit // 3, 0):
-        if not request.must_call:
-            prompt.tools = drop_first(prompt.tools[::-1], prompt.excess, share)[::-1]
-        beyond_share = len(join_lines(prompt.past)) - share
-        prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
-        clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
-    if prompt.excess > 0:
-        raise too_long(prompt)
-    if not prompt.text.strip():
-        raise bad_request("'messages' contain no text.", "messages")
-    return prompt
-
-
-def too_long(prompt: Prompt) -> APIError:
-    """Return the error in OpenAI's words, which clients search for."""
-    sizes = {
-        "system": len(prompt.system),
-        "tools": len(join_lines(prompt.offer)),
-        "response format": len(prompt.rules),
-        "newest message": len(join_lines([prompt.question, *prompt.last_round])),
-    }
-    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
-    return bad_request(
-        f"This model's maximum context length is {prompt.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
-        f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
-        "official API (context_length_exceeded).", "messages", "context_length_exceeded")
+    def too_long(self) -> APIError:
+        """Return the error in OpenAI's words, which clients search for."""
+        sizes = {
+            "system": len(self.system),
+            "tools": len(join_lines(self.offer)),
+            "response format": len(self.rules),
+            "newest message": len(join_lines([self.question, *self.last_round])),
+        }
+        parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
+        return bad_request(
+            f"This model's maximum context length is {self.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
+            f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
+            "official API (context_length_exceeded).", "messages", "context_length_exceeded")
 
 
 def join_lines(lines: Iterable[str]) -> str:
@@ -4780,7 +4765,7 @@ class KimiProvider(Provider):
         """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
         request = asked.request
         limit = self._settings.context_max_length
-        prompt = write_prompt(request, asked.history, limit)
+        prompt = Prompt(request, asked.history, limit)
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request)
@@ -4789,7 +4774,7 @@ class KimiProvider(Provider):
             remark = f"Your last answer could not be used: {fault}"
         # Where there is no room for the reason, the question is asked again as it was
         with suppress(APIError):
-            prompt = write_prompt(request, asked.history, limit, remark)
+            prompt = Prompt(request, asked.history, limit, remark)
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
@@ -5868,7 +5853,7 @@ class OpenAIProvider(Provider):
 # Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
 CREATED = 1757030400
 MAX_HELD_BACK = 50  # deltas without content
-LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
+LISTING_WAIT = 0.5  # seconds that /v1/models waits for each list that is not here yet
 
 
 def model_not_found(name: str) -> APIError:
@@ -5898,10 +5883,9 @@ class Providers:
         """MODELS, then what each API lists, as OpenAI's model objects."""
         for provider in self.by_name.values():
             provider.models(wait=0)  # all are asked before the first is waited for
-        deadline = time.monotonic() + LISTING_WAIT
         names = list(self._settings.models)
         for provider in self.by_name.values():
-            for model in provider.models(wait=max(0.0, deadline - time.monotonic())):
+            for model in provider.models(LISTING_WAIT):
                 names.append(f"{provider.name}/{model}")
         return [self.model(name, wait=0) for name in names if name != "*"]
 
