@@ -4882,7 +4882,6 @@ WEB_CHAT_REQUEST = request_object({}, {
     "max_tokens": POSITIVE,
     "max_completion_tokens": POSITIVE,
     "logprobs": {"enum": [False]},
-    "audio": {"enum": [{}]},
     "modalities": {"enum": [[], ["text"]]},
     "tool_choice": any_of(STRING, request_object({}, {"type": choice_of("function", "allowed_tools")})),
     "tools": array(request_object({"type": choice_of("function")})),
@@ -4989,7 +4988,7 @@ def error_message(error: Any, secret: str) -> str:
         return plain_line(error, secret)
     metadata = error.get("metadata")
     causes = [
-        next(filter(None, map(error.get, (*REASONS, "error", "code"))), error),
+        next(filter(None, map(error.get, REASONS)), error),
         metadata.get("raw") if isinstance(metadata, dict) else None,  # OpenRouter
         error.get("failed_generation"),  # Groq
     ]
@@ -5591,12 +5590,11 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
         line += chunk
         total += len(chunk)
         if b"\n" in chunk:
-            *lines, rest = bytes(line).split(b"\n")
-            line = bytearray(rest)
+            *lines, line = line.split(b"\n")
             for text in lines:
                 text = text.rstrip(b"\r")
                 if text.startswith(b"error:"):  # llama.cpp
-                    text = b'data:{"error":%s}' % text[6:]
+                    text = text.replace(b"error:", b'data:{"error":', 1) + b"}"
                 if text.startswith(b"data:"):
                     data += text[5:].removeprefix(b" ") + b"\n"
                 elif not text and data:

@@ -5411,7 +5411,6 @@ def test_the_form_is_the_one_that_the_chat_page_sends(app: Client, kimi: WebChat
         pytest.param("n", {"n": 0}, id="n of 0"),
         pytest.param("max_tokens", {"max_tokens": 0}, id="no tokens"),
         pytest.param("logprobs", {"logprobs": True}, id="logprobs"),
-        pytest.param("audio", {"audio": {"voice": "x"}}, id="audio"),
         pytest.param("modalities", {"modalities": ["text", "audio"]}, id="modalities"),
         pytest.param("tools[0].type", {"tools": [{"type": "custom", "custom": {}}]}, id="custom tool"),
         pytest.param("tool_choice.type", {"tool_choice": {"type": "custom", "custom": {}}}, id="custom choice"),
