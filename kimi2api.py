@@ -4366,20 +4366,20 @@ class Prompt:
         Raises APIError 400 if the shortest text is too long, or if there is none.
         """
         turns = append_turns(history, request.turns)
-        functions = called_functions(turns)
+        write = partial(write_message, functions=called_functions(turns))
         newest = turns[-1] if turns else ()
         question, *rounds = rounds_of(newest)
-        last_round = rounds.pop() if rounds else ()
+        last_round = rounds.pop() if rounds else []
         self.limit = limit
         self.system = join_lines(map(text_of, filter(is_system, request.messages)))
         self.how_to_call = how_to_call(request)
         self.tools = list(map(describe_tool, request.tools))
         self.rules = join_lines([form_instruction(request.body), remark])  # for the form of the answer
         # Older turns, then older rounds of tool calls, which stand behind the question
-        self.past = [write_messages(messages, functions) for messages in (*turns[:-1], *rounds)]
+        self.past = ["\n".join(map(write, messages)) for messages in (*turns[:-1], *rounds)]
         self.rounds = len(rounds)  # of tool calls among them
-        self.question = write_messages(question, functions)
-        self.last_round = [write_message(message, functions) for message in last_round]
+        self.question = "\n".join(map(write, question))
+        self.last_round = list(map(write, last_round))
         if len(newest) == 1 and self.text == self.question:
             self.question = text_of(newest[0])  # a single message needs no speaker
         for share in (limit // 3, 0):
@@ -4449,14 +4449,14 @@ def clip_results(lines: list[str], excess: int, shortest: int) -> None:
             excess -= len(line) - len(clipped)
 
 
-def rounds_of(turn: Turn) -> list[Turn]:
+def rounds_of(turn: Turn) -> list[list[Message]]:
     """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
             rounds.append([])
         rounds[-1].append(message)
-    return [tuple(messages) for messages in rounds]
+    return rounds
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
@@ -4467,10 +4467,6 @@ def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
             for call in message.get("tool_calls") or ():
                 names[call.get("id") or ""] = call["function"]["name"]
     return names
-
-
-def write_messages(messages: Iterable[Message], functions: Mapping[str, str]) -> str:
-    return "\n".join(write_message(message, functions) for message in messages)
 
 
 def write_message(message: Message, functions: Mapping[str, str]) -> str:
@@ -4560,9 +4556,9 @@ def parse_answer(
     """
     if request.tools:
         content, calls = parse_tool_calls(text, request, allow_unknown_tools)
-        if calls and request.body.get("parallel_tool_calls") is False:
-            calls = calls[:1]
         if calls:
+            if request.body.get("parallel_tool_calls") is False:
+                del calls[1:]
             return content, calls
         if request.must_call:
             raise UnusableAnswer("it must contain a tool call.")
@@ -5347,9 +5343,8 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         parts = content if isinstance(content, list) else []
         others = [part for part in parts if part["type"] != "text"]
         calls = [canonical_call(call) for call in message.get("tool_calls") or ()]
-        role = "system" if is_system(message) else message["role"]
         # In ASCII: arguments may contain lone surrogates
-        fields = [role, text_of(message).strip(), others, calls, message.get("tool_call_id")]
+        fields = [message["role"], text_of(message).strip(), others, calls, message.get("tool_call_id")]
         digest.update(json.dumps(fields).encode())
         yield digest.hexdigest()
 
@@ -5468,10 +5463,9 @@ class APIAnswer:
                 self._fold.add(event)
                 if not is_complete:
                     # From its first choice on, only silence times out, not the whole answer
-                    deadline.is_per_read = bool(self._fold.choices)
-                    if self._finished and len(self._finished) >= max(len(self._fold.choices), self._wanted):
-                        is_complete = True
-                        deadline.is_per_read = False
+                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
+                    deadline.is_per_read = bool(self._fold.choices) and not is_complete
+                    if is_complete:
                         deadline.limit(FINISHED_SILENCE)
                 chunk.update(event)
                 if chunk["choices"]:  # other chunks are passed on with the next
@@ -5600,10 +5594,9 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                 elif not text and data:
                     yield bytes(data[:-1])
                     data.clear()
-        if len(line) + len(data) > MAX_UPSTREAM_BYTES:
-            raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
-        if total > MAX_STREAM_BYTES:
-            raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
+        if len(line) + len(data) > MAX_UPSTREAM_BYTES or total > MAX_STREAM_BYTES:
+            limits = f"{MAX_UPSTREAM_BYTES} bytes in an event or {MAX_STREAM_BYTES} in all"
+            raise invalid_response(upstream, f"more than {limits}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5895,9 +5888,10 @@ class Providers:
         if listed and own_name not in listed and name not in self._settings.models:
             raise model_not_found(name)
         upstream_model = listed.get(own_name, {})
-        for field_name, kind in (("created", int), ("owned_by", str)):
-            if isinstance(upstream_model.get(field_name), kind):
-                model[field_name] = upstream_model[field_name]
+        for field_name in ("created", "owned_by"):
+            value = upstream_model.get(field_name)
+            if type(value) is type(model[field_name]):
+                model[field_name] = value
         return model
 
     def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
@@ -5908,6 +5902,7 @@ class Providers:
         """
         failures: list[APIError] = []
         stats = asked.stats
+        is_stream = asked.request.stream
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name)
@@ -5916,7 +5911,7 @@ class Providers:
             try:
                 for delta in deltas:
                     begun.append(delta)
-                    if not asked.request.stream:
+                    if not is_stream:
                         del begun[1:]  # the fold has it
                     elif delta.has_content or len(begun) > MAX_HELD_BACK:
                         break
@@ -5927,10 +5922,8 @@ class Providers:
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
-            if not asked.request.stream:
+            if not is_stream:
                 begun[0].chunk = stats.fold.completion()
-            if failures:
-                log.warning("%s answers instead of %s", name, model)
             begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
             for delta in itertools.chain(begun, deltas):
                 delta.chunk["model"] = name
