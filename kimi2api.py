@@ -4367,7 +4367,7 @@ class Prompt:
         """
         turns = append_turns(history, request.turns)
         write = partial(write_message, functions=called_functions(turns))
-        newest = turns[-1] if turns else ()
+        *older, newest = turns or [()]
         question, *rounds = rounds_of(newest)
         last_round = rounds.pop() if rounds else []
         self.limit = limit
@@ -4376,7 +4376,7 @@ class Prompt:
         self.tools = list(map(describe_tool, request.tools))
         self.rules = join_lines([form_instruction(request.body), remark])  # for the form of the answer
         # Older turns, then older rounds of tool calls, which stand behind the question
-        self.past = ["\n".join(map(write, messages)) for messages in (*turns[:-1], *rounds)]
+        self.past = ["\n".join(map(write, messages)) for messages in (*older, *rounds)]
         self.rounds = len(rounds)  # of tool calls among them
         self.question = "\n".join(map(write, question))
         self.last_round = list(map(write, last_round))
@@ -4411,16 +4411,17 @@ class Prompt:
 
     def too_long(self) -> APIError:
         """Return the error in OpenAI's words, which clients search for."""
-        sizes = {
-            "system": len(self.system),
-            "tools": len(join_lines(self.offer)),
-            "response format": len(self.rules),
-            "newest message": len(join_lines([self.question, *self.last_round])),
+        texts = {
+            "system": self.system,
+            "tools": join_lines(self.offer),
+            "response format": self.rules,
+            "newest message": join_lines([self.question, *self.last_round]),
         }
-        parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
+        size = sum(map(len, texts.values()))
+        parts = ", ".join(f"{name} {len(text)}" for name, text in texts.items() if text)
         return bad_request(
             f"This model's maximum context length is {self.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
-            f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
+            f"{size}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
             "official API (context_length_exceeded).", "messages", "context_length_exceeded")
 
 
@@ -4791,8 +4792,8 @@ class KimiProvider(Provider):
         def attempt() -> str:
             try:
                 return self._post(prompt, asked)
-            except StaleNonce as stale:
-                log.info("refused (%s); trying once more with a new nonce", stale.code)
+            except StaleNonce:
+                log.info("the web chat refused; retrying with a new nonce")
             return self._post(prompt, asked)
 
         with self._through_breaker(asked.model):
@@ -4978,10 +4979,8 @@ def error_status(error: JSONObject) -> int:
     return next((status for pattern, status in STATUSES_OF_ERRORS if re.search(pattern, words)), 502)
 
 
-def error_message(error: Any, secret: str) -> str:
+def error_message(error: JSONObject, secret: str) -> str:
     """Return an API's reason as one line, with the reason of the API behind it."""
-    if not isinstance(error, dict):
-        return plain_line(error, secret)
     metadata = error.get("metadata")
     causes = [
         next(filter(None, map(error.get, REASONS)), error),
@@ -4996,8 +4995,8 @@ def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
 
     status: of the response, 200 if the error is in an answer.
     """
-    fields = error if isinstance(error, dict) else {}
-    message = f"{api.name}: {error_message(error, api.key)}"
+    fields = error if isinstance(error, dict) else {"message": error}
+    message = f"{api.name}: {error_message(fields, api.key)}"
     if status == 200:
         status = error_status(fields)
 
@@ -5802,7 +5801,7 @@ class OpenAIProvider(Provider):
             return response
         text = response.read()
         answer = parse_upstream_object(text) or {}
-        error = find_error(answer) or answer or text.decode("utf-8", "replace")
+        error = find_error(answer) or answer or text.decode("utf-8", "replace") or "(no reason given)"
         raise api_error(self._api, response.status, error, response.headers)
 
     # Models
