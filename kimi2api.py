@@ -4100,7 +4100,7 @@ class Cached(Generic[T]):
 FAILURES_TO_OPEN = 5  # in a row
 # Seconds that the circuit stays open, doubled each time, and at most
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
-FAILING_MAX_AGE = 600.0  # seconds after its last failure; a client may ask once for a model that does not work
+FAILING_MAX_AGE = 600.0  # seconds after the last failure; a client may ask only once for a model that fails
 
 
 class CircuitBreaker:
@@ -4113,7 +4113,7 @@ class CircuitBreaker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
+        self._lock = threading.Lock()  # guards all below; never held during a call
         self._failures = 0
         # For calls that are refused while the circuit is open or half-open
         self._error: APIError | None = None
@@ -4137,11 +4137,11 @@ class CircuitBreaker:
             wait = self._open_until - now
             if wait > 0:
                 raise self._error.copy(headers={"Retry-After": str(ceil(wait))})
-            # Calls that hang must not all become probes
+            # Until the next pause has passed, this call alone is a probe, even if it hangs
             self._pause = min(2 * self._pause, MAX_PAUSE)
             self._open_until = now + self._pause
 
-    def ended(self, error: APIError | None) -> None:
+    def record_end(self, error: APIError | None) -> None:
         """Count the end of a call. error: None for a success."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
@@ -4154,7 +4154,7 @@ class CircuitBreaker:
                 self._failures = 0
                 self._error = None
                 self._pause = FIRST_PAUSE
-            elif self._error is None:  # calls that end later say nothing new
+            elif self._error is None:  # calls that began before the circuit opened do not count
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
@@ -4168,7 +4168,7 @@ class CircuitBreaker:
 # ----------------------------------------------------------------------------------------------------------------------
 # Providers
 #
-# What providers have in common: retries, the circuit breaker, statistics of an answer.
+# The base class of providers, with retries and circuit breakers, and the statistics of an answer.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_BREAKERS = 1000  # of one provider: a client may make up any number of models
@@ -4176,13 +4176,13 @@ MAX_BREAKERS = 1000  # of one provider: a client may make up any number of model
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
 
-def latest(entries: dict[Any, T], count: int) -> dict[Any, T]:
+def newest_entries(entries: dict[Any, T], count: int) -> dict[Any, T]:
     """Return the last `count` entries."""
     return dict(list(entries.items())[-count:])
 
 
 class AnswerStats:
-    """What one answer has used so far, for usage and metrics."""
+    """The statistics of one answer, for usage and metrics."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -4192,10 +4192,10 @@ class AnswerStats:
 
     def start(self, provider: str, model: str) -> None:
         """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
-        self.provider = provider  # the last one
+        self.provider = provider
         self.model = model  # by the id that clients know
         self.first_chunk: float | None = None  # seconds after the beginning
-        self.fold = Fold()  # the provider adds each chunk before it yields it
+        self.fold = Fold()  # the provider adds each chunk before yielding it
 
     def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         """Yield the deltas of the provider's answer, then its usage."""
@@ -4225,27 +4225,27 @@ class AnswerStats:
 
 @dataclass(frozen=True)
 class ProviderRequest:
-    """What a provider is asked."""
+    """A chat request for a provider, with its session and its client."""
 
     request: ChatRequest
-    model: str  # by the upstream's own name
-    history: Turns = ()  # remembered before it
+    model: str  # the upstream's name of it
+    history: Turns = ()  # of the session
     session_id: str = ""
-    owner: str = ""  # whose it is
-    # Keeps nothing
+    owner: str = ""  # of the session: the hash of a key
+    # The default stores nothing
     sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))
     stats: AnswerStats = field(default_factory=AnswerStats)
     waiter: Waiter = field(default_factory=Waiter)
 
 
-Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for it
+Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for the response
 
 
 class Provider:
-    """An upstream: subclasses know its protocol.
+    """An upstream. Subclasses implement its protocol.
 
-    One more OpenAI-style API is two settings, NAME_API_KEY and NAME_BASE_URL. Anything else is a subclass with
-    `stream` and `reach`, an entry in Providers, and in Settings.resolve the ids of its models.
+    An OpenAI-style API needs no code: list its name in PROVIDERS and set NAME_API_KEY and NAME_BASE_URL. Any other
+    upstream is a subclass with `stream` and `reach`, an entry in Providers, and its model ids in Settings.resolve.
     """
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
@@ -4256,33 +4256,35 @@ class Provider:
         self._metrics = metrics
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        """The answer. Raises APIError, also in the middle when the upstream breaks off."""
+        """Yield the answer. Raises APIError, also after the first deltas."""
         raise NotImplementedError
 
     def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
-        """The answer to a request for embeddings, and headers for it. Raises APIError."""
-        raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
+        """Return the answer to a request for embeddings. Raises APIError."""
+        raise bad_request(
+            "The web chat does not support embeddings; use a model of a configured API.",
+            "model", "unsupported_value")
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """What the upstream lists, by its own names, as far as is known after so many seconds."""
+        """Return the models that the upstream lists, by id, as far as they are known after `wait` seconds."""
         return {}
 
     def reach(self) -> tuple[str, str]:
-        """Reach the upstream without a chat. Return what that shows, and a model to ask. Raises APIError."""
+        """Connect to the upstream without a chat. Return what this has tested, and a model to ask. Raises APIError."""
         raise NotImplementedError
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
-        """Test the upstream step by step: yield each step, and the error that ended it."""
+        """Test the upstream step by step. Yield each step, and its error or None."""
         step = "reached"
         try:
             reached, model = self.reach()
             yield reached, None
             step = "one question answered"
-            # Rather a model that the settings name
+            # Prefer a model that the settings name
             for configured in (*self._settings.fallback_models, *self._settings.models):
-                provider, own_name = self._settings.resolve(configured) or ("", "")
+                provider, upstream_model = self._settings.resolve(configured) or ("", "")
                 if provider == self.name:
-                    model = own_name
+                    model = upstream_model
                     break
             question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
             deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
@@ -4298,21 +4300,21 @@ class Provider:
 
     @contextmanager
     def _through_breaker(self, model: str) -> Iterator[None]:
-        """Make a call under the circuit breaker of its model, which may refuse it. Raises APIError."""
+        """Let the circuit breaker of the model refuse the call in this context, or count its end. Raises APIError."""
         with self._lock:
             breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
-            self._breakers = latest({**self._breakers, model: breaker}, MAX_BREAKERS)
+            self._breakers = newest_entries({**self._breakers, model: breaker}, MAX_BREAKERS)
         breaker.allow()
         try:
             yield
         except APIError as error:
             if not isinstance(error, Abandoned):
-                breaker.ended(error)
+                breaker.record_end(error)
                 # An API's own codes are unbounded
                 code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
-        breaker.ended(None)
+        breaker.record_end(None)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -4336,8 +4338,8 @@ class Provider:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: prompts
 #
-# A request as plain text: history, tools and JSON are asked for in words. Pure functions of a request, linear in what
-# they read.
+# Requests as plain text: history, tools and the format of the answer are described in words. Everything here is pure,
+# and takes time linear in the request.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # As the site's public clients write history
@@ -4350,34 +4352,36 @@ CLIPPED = " [… clipped …] "
 
 
 class Prompt:
-    """A request as one text for the web chat.
+    """A chat request as one text for the web chat.
 
-    Until the text fits, these make room, in this order: tools longer than a third of the limit, the last first; the
-    past beyond a third of the limit, oldest first; the middle of results in the last round, down to a third of the
-    limit each; then the same without the thirds, but SHORTEST_RESULT of each result stays. Tools stay if one must be
-    called.
+    A text that is longer than the limit is cut in this order, until it fits:
+
+    - tools longer than a third of the limit, the last first, unless the model must call a tool
+    - the past beyond a third of the limit, the oldest first
+    - the middle of results in the last round of tool calls, down to a third of the limit each
+    - the same three without the thirds, but SHORTEST_RESULT characters of each result stay
     """
 
     def __init__(
-        self, request: ChatRequest, history: Turns, limit: int, remark: str = "",
+        self, request: ChatRequest, history: Turns, limit: int, retry_note: str = "",
     ) -> None:
-        """limit: characters; remark: why the model's last answer was unusable.
+        """limit: characters; retry_note: why the model's last answer was unusable.
 
         Raises APIError 400 if the shortest text is too long, or if there is none.
         """
         turns = append_turns(history, request.turns)
         write = partial(write_message, functions=called_functions(turns))
         *older, newest = turns or [()]
-        question, *rounds = rounds_of(newest)
+        question, *rounds = split_rounds(newest)
         last_round = rounds.pop() if rounds else []
         self.limit = limit
         self.system = join_lines(map(text_of, filter(is_system, request.messages)))
-        self.how_to_call = how_to_call(request)
+        self.call_instruction = call_instruction(request)
         self.tools = list(map(describe_tool, request.tools))
-        self.rules = join_lines([form_instruction(request.body), remark])  # for the form of the answer
-        # Older turns, then older rounds of tool calls, which stand behind the question
+        self.rules = join_lines([form_instruction(request.body), retry_note])  # for the format of the answer
+        # Older turns, then the older rounds of tool calls of this turn, which follow the question
         self.past = ["\n".join(map(write, messages)) for messages in (*older, *rounds)]
-        self.rounds = len(rounds)  # of tool calls among them
+        self.rounds = len(rounds)  # of tool calls, in `past`
         self.question = "\n".join(map(write, question))
         self.last_round = list(map(write, last_round))
         if len(newest) == 1 and self.text == self.question:
@@ -4394,14 +4398,14 @@ class Prompt:
             raise bad_request("'messages' contain no text.", "messages")
 
     @property
-    def offer(self) -> list[str]:
-        return [self.how_to_call, *self.tools] if self.tools else []
+    def tool_section(self) -> list[str]:
+        return [self.call_instruction, *self.tools] if self.tools else []
 
     @property
     def text(self) -> str:
-        asked = max(0, len(self.past) - self.rounds)
-        head = join_lines([self.system, *self.offer, self.rules])
-        body = join_lines([*self.past[:asked], self.question, *self.past[asked:], *self.last_round])
+        turns = max(0, len(self.past) - self.rounds)
+        head = join_lines([self.system, *self.tool_section, self.rules])
+        body = join_lines([*self.past[:turns], self.question, *self.past[turns:], *self.last_round])
         return "\n\n".join(filter(None, [head, body]))
 
     @property
@@ -4413,7 +4417,7 @@ class Prompt:
         """Return the error in OpenAI's words, which clients search for."""
         texts = {
             "system": self.system,
-            "tools": join_lines(self.offer),
+            "tools": join_lines(self.tool_section),
             "response format": self.rules,
             "newest message": join_lines([self.question, *self.last_round]),
         }
@@ -4430,7 +4434,7 @@ def join_lines(lines: Iterable[str]) -> str:
 
 
 def drop_first(texts: list[str], excess: int, longer_than: int = 0) -> list[str]:
-    """Return the texts without the first of those longer than `longer_than`, so that `excess` characters are gone."""
+    """Drop the first texts longer than `longer_than` until `excess` characters are gone. Return the other texts."""
     kept = []
     for text in texts:
         if excess > 0 and len(text) > longer_than:
@@ -4450,7 +4454,7 @@ def clip_results(lines: list[str], excess: int, shortest: int) -> None:
             excess -= len(line) - len(clipped)
 
 
-def rounds_of(turn: Turn) -> list[list[Message]]:
+def split_rounds(turn: Turn) -> list[list[Message]]:
     """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
@@ -4482,7 +4486,7 @@ def write_message(message: Message, functions: Mapping[str, str]) -> str:
     return f"{speaker}: {text_of(message)}{calls}"
 
 
-def how_to_call(request: ChatRequest) -> str:
+def call_instruction(request: ChatRequest) -> str:
     how = "You must call" if request.must_call else "You may call"
     what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
     return (
@@ -4491,7 +4495,7 @@ def how_to_call(request: ChatRequest) -> str:
 
 
 def answer_schema(body: JSONObject) -> Schema | None:
-    """Return the schema of the JSON document that is asked for, or None if text is."""
+    """Return the schema of the JSON document that the request wants, or None if it wants text."""
     answer = body.get("response_format") or {}
     if answer.get("type") == "json_schema":
         return answer["json_schema"]["schema"]
@@ -4538,7 +4542,7 @@ def signature(schema: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: reading answers
 #
-# Tool calls and JSON documents in the plain text of a model. Linear in the text, which may be anybody's.
+# Tool calls and JSON documents in the plain text of a model. The text may be hostile: reading takes linear time.
 # ----------------------------------------------------------------------------------------------------------------------
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
@@ -4570,13 +4574,13 @@ def parse_answer(
     return parse_document(text, kinds.get(str(schema.get("type")), object)), []
 
 
-# The form that how_to_call() asks for, and the form that Kimi K2 was trained on
+# The form that call_instruction() asks for, and the form that Kimi K2 was trained on
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*
     (?:<\|tool_call_argument_begin\|>\s*|(?=<\|tool_call_end\|>))
     """, re.X)
 NO_ARGUMENTS = re.compile(r"\s*(?:<\|tool_call_end\|>|\Z)")
-NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # in the same marks
+NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # within the same marks
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls?_section_(?:begin|end)\|>|```\w*\s*```")
 
@@ -4615,7 +4619,7 @@ def parse_tool_calls(
     with suppress(ValueError):
         value = parse_json(strip_code_fence(text))
         if isinstance(value, dict) and str(value.get("name")) in offered and "arguments" in value:
-            # Nothing but a call, without its marks
+            # A call without marks, and nothing else
             return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
@@ -4638,17 +4642,17 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
 
 
 BRACKET = re.compile(r"[{}\[\]]")
-# {x}, [1st]: no JSON and none inside
+# Brackets such as {x} or [1st], which are no JSON and contain none
 PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")
-# Tried; a failed attempt costs as much as all the text before it, for the line in its message
+# Brackets to try; a failed attempt takes time linear in the text before it, because its message has a line number
 MAX_BRACKETS = 100
 
 
 def parse_document(text: str, kind: type) -> str:
-    """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
+    """Return the JSON document of this type in an answer: the complete text, or the longest between prose and fences.
 
-    A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
-    is an error. Raises UnusableAnswer.
+    Raises UnusableAnswer, also for a bracket that belongs neither to a document nor to prose: part of a broken document
+    must not pass for a document.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
@@ -4690,11 +4694,11 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: provider
 #
-# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
+# A WordPress site behind Cloudflare. The chat page carries a nonce; each chat posts a form, and its answer is one JSON
 # object.
 # ----------------------------------------------------------------------------------------------------------------------
 
-NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
+NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts a nonce for 12 to 24 hours
 MAX_REDIRECTS = 4
 CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
 # Cloudflare's own errors, as a web page, as text, and as problem details (RFC 9457)
@@ -4705,12 +4709,12 @@ class StaleNonce(APIError):
     """The web chat refused, and a new nonce may help."""
 
 
-# As the chat page has it: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; where it is sent, see KimiProvider._post
+# In the chat page: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; KimiProvider._post sends it
 NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
 
 
 def find_nonce(html: str) -> str | None:
-    """The first nonce after a mention of kimi_ajax in the same script."""
+    """Return the first nonce after `kimi_ajax` in the same script, or None."""
     for script in html.split("</script>"):
         found = NONCE.search(script.partition("kimi_ajax")[2])
         if found:
@@ -4724,11 +4728,11 @@ class KimiProvider(Provider):
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(WEB_CHAT, settings, metrics)
         self._nonce = Cached("nonce", self._fetch_nonce, NONCE_MAX_AGE)
-        self._page_url = without_credentials(settings.chat_page_url)  # to be shown
+        self._page_url = without_credentials(settings.chat_page_url)  # for messages and headers
 
     @cached_property
     def _scraper(self) -> Scraper:
-        """Made when it is first needed; its certificates would slow the start and take 1 MB."""
+        """Create the scraper when it is first needed: its certificates slow the start and take 1 MB."""
         return Scraper("The web chat", 2 * self._settings.max_concurrent_chats[""])
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
@@ -4759,7 +4763,7 @@ class KimiProvider(Provider):
         yield delta
 
     def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
-        """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
+        """Return the prompt, and the content and tool calls of its answer. Ask once more if the answer is unusable."""
         request = asked.request
         limit = self._settings.context_max_length
         prompt = Prompt(request, asked.history, limit)
@@ -4767,11 +4771,11 @@ class KimiProvider(Provider):
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
-            log.info("the answer cannot be used; asking once more")
-            remark = f"Your last answer could not be used: {fault}"
-        # Where there is no room for the reason, the question is asked again as it was
+            log.info("the answer is unusable; asking once more")
+            retry_note = f"Your last answer could not be used: {fault}"
+        # Without room for the reason, the first prompt is sent again
         with suppress(APIError):
-            prompt = Prompt(request, asked.history, limit, remark)
+            prompt = Prompt(request, asked.history, limit, retry_note)
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
@@ -4779,7 +4783,7 @@ class KimiProvider(Provider):
             if not form_instruction(request.body):
                 return prompt, text, []
             raise upstream_error(
-                502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
+                502, "invalid_json_answer", f"The web chat sent no JSON: {fault}", headers=NO_SDK_RETRY) from None
 
     def reach(self) -> tuple[str, str]:
         self._nonce.wait(Waiter())
@@ -4788,7 +4792,7 @@ class KimiProvider(Provider):
     # Asking
 
     def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """Return the text of the answer. Each attempt renews a rejected nonce, once."""
+        """Return the text of the answer. Each attempt may renew the nonce, once."""
         def attempt() -> str:
             try:
                 return self._post(prompt, asked)
@@ -4826,7 +4830,7 @@ class KimiProvider(Provider):
         except StaleNonce:
             self._nonce.invalidate(fetch)
             raise
-        # It may have been the answer to another's question, so that ours is still to come
+        # It may have been the answer to another request; ours must not become the answer to the next
         except APIError:
             self._scraper.forget_connections()
             raise
@@ -4842,8 +4846,9 @@ class KimiProvider(Provider):
                 f"Cloudflare blocks this program (HTTP {status}). Open {self._page_url} in a browser on "
                 "this network, wait some minutes, or use another network (HTTPS_PROXY)."))
         if status == 429:
-            raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
-                               "upstream_rate_limited", page.headers)
+            raise rate_limited(
+                "The web chat received too many requests. Wait a while.",
+                "rate_limit_error", "upstream_rate_limited", page.headers)
         if status >= 500:
             raise upstream_error(
                 502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
@@ -4854,9 +4859,9 @@ class KimiProvider(Provider):
         """Fetch the chat page, following redirects within its scheme, host and port, and find its nonce."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
-        # No cache has seen it yet
+        # A URL that no cache knows
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
-        with suppress(ValueError):  # of a location that is no URL
+        with suppress(ValueError):  # for an invalid Location
             for _ in range(MAX_REDIRECTS + 1):
                 page = self._scraper.request("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
                 self._check_page(page)
@@ -4867,7 +4872,7 @@ class KimiProvider(Provider):
         if page.status != 200 or not nonce:
             raise upstream_error(
                 502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has "
-                "moved (CHAT_PAGE_URL and UPSTREAM_URL say where it is). Look for a newer version of this program.")
+                "moved (CHAT_PAGE_URL and UPSTREAM_URL name its address). Look for a newer version of this program.")
         log.info("nonce renewed")
         return nonce
 
@@ -4887,7 +4892,7 @@ WEB_CHAT_REQUEST = request_object({}, {
 
 
 def reject_unsupported(request: ChatRequest) -> None:
-    """Raises APIError 400 for what the web chat cannot do."""
+    """Raise APIError 400 for parameters that the web chat does not support."""
     violation = find_violation(request.body, WEB_CHAT_REQUEST)
     if violation:
         path, schema = violation
@@ -4897,10 +4902,10 @@ def reject_unsupported(request: ChatRequest) -> None:
 
 
 def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
-    """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
+    """Return the text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal."""
     body = page.body.strip()
     answer = parse_upstream_object(body) or {}
-    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+    if body in (b"-1", b"0"):  # WordPress's answers to a stale nonce and an unknown action
         answer = {"success": False, "data": body.decode()}
     data = answer.get("data")
     if answer.get("success") is False:
@@ -4909,7 +4914,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
             f"The web chat refused: {plain_line(data, nonce)}",
             "upstream_error",
             "upstream_refused",
-            headers=NO_SDK_RETRY,  # for the second time, with a new nonce
+            headers=NO_SDK_RETRY,  # clients see only the second refusal, with a new nonce
             quotes_upstream=True,
         )
     if page.status != 200:
@@ -4930,7 +4935,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: errors
 #
-# The errors of APIs, wherever they are: with a status of their own, in an answer with status 200, or in a stream.
+# Errors of APIs: in a response with an error status, in an answer with status 200, or in a stream.
 # ----------------------------------------------------------------------------------------------------------------------
 
 TOO_LONG = re.compile(
@@ -4971,7 +4976,7 @@ def find_error(answer: JSONObject) -> Any:
 
 
 def error_status(error: JSONObject) -> int:
-    """Return the status of an error in an answer with status 200: its number, or what its code says, else 502."""
+    """Return the status of an error in an answer with status 200: by its number, or by words in its code, else 502."""
     for name in ("status_code", "code", "status"):
         if re.fullmatch(r"[45]\d\d", str(error.get(name))):
             return int(error[name])
@@ -4980,7 +4985,7 @@ def error_status(error: JSONObject) -> int:
 
 
 def error_message(error: JSONObject, secret: str) -> str:
-    """Return an API's reason as one line, with the reason of the API behind it."""
+    """Return the reason in an error as one line, followed by the reason of the API behind this API."""
     metadata = error.get("metadata")
     causes = [
         next(filter(None, map(error.get, REASONS)), error),
@@ -5009,7 +5014,7 @@ def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
             502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
             f"(HTTP {status}); see {api.name.upper()}_API_KEY.", headers=NO_SDK_RETRY)
     if status != 429 and (code == "context_length_exceeded" or TOO_LONG.search(message)):
-        # Clients, and FALLBACK_MODELS, go by this code; LangChain searches the message for it
+        # Clients and FALLBACK_MODELS check this code; LangChain searches the message for it
         status = 400
         code = "context_length_exceeded"
         if code not in message:
@@ -5073,7 +5078,7 @@ def portable(body: JSONObject) -> JSONObject:
     """Return the request without fields and roles that some APIs refuse and no API needs."""
     messages = []
     for message in body["messages"]:
-        # Clients send whole answers back, and Mistral and Groq refuse even null in a field that they do not know
+        # Clients resend complete answers, and Mistral and Groq refuse unknown fields even if they are null
         message = {name: value for name, value in message.items() if value is not None or name == "content"}
         if message["role"] == "developer":
             message["role"] = "system"
@@ -5127,22 +5132,21 @@ def map_objects(function: Change, value: Any) -> Any:
     return json.loads(dump_json(value), object_hook=function)
 
 
-# Parameters that are left out when a model refuses them: many clients always send them, and thinking models fix them
+# Parameters to leave out when a model refuses them: many clients always send them, and thinking models fix their values
 OPTIONAL_PARAMETERS = (
     "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
     "logprobs", "top_logprobs", "stream_options", "seed", "metadata", "store", "user", "service_tier",
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
-COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
-# Of these parameters each conversation may have other values, and no value changes an answer
+COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # need not mean the parameter
+# These parameters may differ in every conversation, and do not change the answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
 class ChangeParameter:
-    """Replace a parameter or leave it out if it has the refused value: the refusal says nothing of other clients'
-    values."""
+    """A change that replaces or removes a parameter with the refused value. Other values may be accepted."""
 
     name: str
     refused: int | None  # the hash of the value's repr(), None for any value
@@ -5160,14 +5164,14 @@ EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def nearest_effort(refused: str, complaint: str) -> str:
-    """Return the effort nearest to the refused one among those that the complaint names, else a common one."""
+    """Return the effort nearest to the refused effort, among those that the complaint names or else common ones."""
     named = [effort for effort in EFFORTS if effort != refused and re.search(rf"\b{effort}\b", complaint)]
     position = EFFORTS.index(refused)
     return min(named or ["low", "high"], key=lambda effort: abs(EFFORTS.index(effort) - position - 0.1))
 
 
 def swap_max_tokens(body: JSONObject) -> JSONObject:
-    """Use the other name of the bound, or only the newer of both."""
+    """Use the other name of the limit, or only the newer name if both are used."""
     names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     if names.keys() <= body.keys():
         return without(body, "max_tokens")
@@ -5175,7 +5179,7 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
 
 
 def describe_format(body: JSONObject, **required: Any) -> JSONObject:
-    """Describe the required form of the answer in words, and require no form except this response_format."""
+    """Describe the format of the answer in words, and require no format except this response_format."""
     instruction = form_instruction(body)
     if not instruction:
         return body
@@ -5184,7 +5188,7 @@ def describe_format(body: JSONObject, **required: Any) -> JSONObject:
 
 
 def portable_schemas(body: JSONObject) -> JSONObject:
-    """Give the parameters of functions the form that Moonshot accepts."""
+    """Convert the schemas of functions to schemas that Moonshot accepts."""
     body = map_objects(dict, body)
     for tool in body.get("tools") or ():
         if tool["type"] == "function":
@@ -5195,8 +5199,10 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 
 
 def root_schema(schema: Schema) -> Schema:
-    """Return the schema of an object: of another schema, the properties of all its options. Raises LookupError and the
-    like for an invalid schema."""
+    """Return the schema of an object. From any other schema, take the properties of all its options.
+
+    Raises LookupError and the like for an invalid schema.
+    """
     root: Schema = map_objects(portable_schema, schema)
     if root.get("type") == "object":
         return root
@@ -5210,8 +5216,8 @@ def root_schema(schema: Schema) -> Schema:
 
 
 def portable_schema(schema: Schema) -> Schema:
-    """Return a schema whose reference has no siblings, whose `type` is inside of `anyOf`, and that has no null among
-    its options."""
+    """Return a schema whose reference has no siblings, whose `type` is inside `anyOf`, and whose options are not
+    null."""
     if isinstance(schema.get("$ref"), str):
         return {name: schema[name] for name in ("$ref", "$defs", "definitions") if name in schema}
     if isinstance(schema.get("anyOf"), list):
@@ -5227,7 +5233,7 @@ def portable_schema(schema: Schema) -> Schema:
 
 
 def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
-    """Give each message of the assistant reasoning_content, if only the default."""
+    """Give each assistant message reasoning_content: its reasoning or the default."""
     filled = []
     for message in body["messages"]:
         if message["role"] == "assistant" and not message.get("reasoning_content"):
@@ -5242,7 +5248,7 @@ def leave_out_reasoning(body: JSONObject) -> JSONObject:
 
 
 def offer_forced_tool(body: JSONObject) -> JSONObject:
-    """Require any tool, and offer only the forced one."""
+    """Require any tool, and offer only the forced tool."""
     choice = body.get("tool_choice")
     if not names_function(choice) or "thinking" in body:
         return body
@@ -5263,9 +5269,9 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to the requests of a model that have certain parameters."""
+    """A change to those requests of a model that have certain parameters."""
 
-    named: frozenset[str]  # parameters in the refusal: the model may refuse only their combination
+    named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
 
     def apply(self, body: JSONObject) -> JSONObject:
@@ -5292,7 +5298,7 @@ ADAPTATIONS: list[tuple[str, Change]] = [
 ]
 
 
-def words_of(refusal: APIError) -> str:
+def message_without_ids(refusal: APIError) -> str:
     """Return the message without words that have digits, such as the ids that some APIs give their requests."""
     return re.sub(r"\S*\d\S*", "", refusal.message)
 
@@ -5328,7 +5334,7 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
+FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is complete
 
 
 def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[str]:
@@ -5379,17 +5385,19 @@ class StartedCall:
 
 
 class CallReader:
-    """Gives each piece of a tool call the index and the id of its call, in the order in which the calls begin."""
+    """A reader of tool calls, which gives each piece the index and the id of its call."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names  # of functions, by their short forms
         self._count = 0
-        # By the API's id, by its index, and under None the call of the last piece
+        # By the API's id and index; None is the key of the last piece's call
         self._calls: dict[str | int | None, StartedCall] = {}
 
     def read(self, piece: JSONObject) -> JSONObject | None:
-        """Complete a piece. Return None until the name of the function is known. Raises TypeError and the like for an
-        invalid piece."""
+        """Complete a piece, or return None while the name of the function is unknown.
+
+        Raises TypeError and the like for an invalid piece.
+        """
         kind, field_name = ("custom", "input") if "custom" in piece else ("function", "arguments")
         function = piece.get(kind) or {}
         id = str(piece.get("id") or "")
@@ -5429,8 +5437,10 @@ class CallReader:
 
 
 class APIAnswer:
-    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete,
-    and later errors do not count."""
+    """The stream of an API's answer, read into a fold.
+
+    An answer is complete once every choice has its finish reason. Later errors are ignored.
+    """
 
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
@@ -5461,13 +5471,13 @@ class APIAnswer:
                 event["choices"] = self._read_choices(event)
                 self._fold.add(event)
                 if not is_complete:
-                    # From its first choice on, only silence times out, not the whole answer
+                    # From the first choice on, only silence times out, not the answer
                     is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
                     deadline.is_per_read = bool(self._fold.choices) and not is_complete
                     if is_complete:
                         deadline.limit(FINISHED_SILENCE)
                 chunk.update(event)
-                if chunk["choices"]:  # other chunks are passed on with the next
+                if chunk["choices"]:  # other chunks are merged into the next
                     yield chunk
                     chunk = {}
         except APIError:
@@ -5526,7 +5536,7 @@ class APIAnswer:
         index = as_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
-        # MiniMax ends with the whole message; an answer in JSON has nothing else
+        # MiniMax ends with the complete message; an answer in JSON has nothing else
         for name, value in (choice.pop("message", None) or {}).items():
             names = REASONING_FIELDS if name in REASONING_FIELDS else [name]
             if not delta.get(name) and not any(map(before.get, names)):
@@ -5560,7 +5570,7 @@ def is_text(choice: JSONObject) -> bool:
 
 
 def split_parts(delta: JSONObject) -> None:
-    """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
+    """Replace content parts, which Mistral sends, by fields: text, reasoning, and content_parts for other parts."""
     fields: JSONObject = {}
     for part in delta.pop("content"):
         if part["type"] == "text":
@@ -5575,7 +5585,7 @@ def split_parts(delta: JSONObject) -> None:
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """Yield the data of each server-sent event as it arrives. Skip comments and other fields. Lines end in LF."""
-    line = bytearray()  # whose end has not come
+    line = bytearray()  # incomplete
     data = bytearray()  # the lines of the event
     total = 0
     # The end of the stream ends the last event too
@@ -5611,7 +5621,7 @@ MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
-# What is ours, or is sent under another name
+# Set by this server, or sent under another name
 NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens", "encoding_format"}
 
 
@@ -5636,7 +5646,7 @@ def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
 
 
 class OpenAIProvider(Provider):
-    """An API of OpenAI's kind. A client that disconnects ends the upstream call, because these answers cost money."""
+    """An OpenAI-style API. A client that disconnects ends the upstream call, because answers cost money."""
 
     def __init__(self, api: API, settings: Settings, metrics: Metrics) -> None:
         super().__init__(api.name, settings, metrics)
@@ -5650,7 +5660,7 @@ class OpenAIProvider(Provider):
         }
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model and change: when it expires, by time.monotonic()
+        # The expiry of each adaptation of a model, by time.monotonic()
         self._adaptations: dict[tuple[str, Adaptation], float] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
@@ -5694,9 +5704,11 @@ class OpenAIProvider(Provider):
     def _ask(
         self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
     ) -> tuple[T, JSONObject]:
-        """Send a request, and return the answer and the request as it was sent. Change what the model refuses, one
-        change at a time, and remember the changes that helped. Raises the first refusal of a forced tool, else the last
-        refusal."""
+        """Send a request. Return the answer, and the request as it was accepted.
+
+        Change what the model refuses, one change at a time, and remember the changes that helped. Raises the first
+        refusal of a forced tool, else the last refusal.
+        """
         model = body["model"]
         now = time.monotonic()
         helpful = []
@@ -5716,7 +5728,7 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if words_of(error) != words_of(refusal):  # the change before helped
+                if message_without_ids(error) != message_without_ids(refusal):  # the change before helped
                     helpful = trial
                     refusal = error.copy()
                     changes = find_adaptations(refusal, sent)
@@ -5733,7 +5745,7 @@ class OpenAIProvider(Provider):
             else:
                 learned = {(model, found): now + ADAPTATION_MAX_AGE for found in tried if found in trial}
                 if learned:
-                    self._adaptations = latest({**self._adaptations, **learned}, MAX_ADAPTATIONS)
+                    self._adaptations = newest_entries({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
     def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
@@ -5768,7 +5780,7 @@ class OpenAIProvider(Provider):
                 message = {**message, "tool_calls": calls}
 
                 # Clients send the text under a name of their own, only its last piece, or details joined wrongly
-                is_empty = "" in map(message.get, REASONING_FIELDS)  # which the client means
+                is_empty = "" in map(message.get, REASONING_FIELDS)  # on purpose
                 if kept and not is_empty and reasoning_text(message).strip() in reasoning_text(kept):
                     message = {**without(message, *REASONING_FIELDS), **kept}
             restored.append(message)
@@ -5792,8 +5804,10 @@ class OpenAIProvider(Provider):
     def _send(
         self, method: str, path: str, body: JSONObject | None, waiter: Waiter,
     ) -> UpstreamResponse:
-        """Send a request, and return the response with status 200, its body unread. The time-out covers everything up
-        to the first event of a stream, or another body to its end. Raises APIError for other statuses."""
+        """Send a request. Return a response with status 200, before its body is read; other statuses raise APIError.
+
+        The time-out covers everything up to the first choice of a stream, or to the end of another body.
+        """
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
         response = self._transport.request(method, self._base_url + path, self._headers, data, deadline)
@@ -5837,7 +5851,7 @@ class OpenAIProvider(Provider):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and fallback
 #
-# Which provider answers for a model's id, and which one answers when it cannot.
+# The provider of each model id, and the models that answer when it cannot.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
@@ -5853,7 +5867,7 @@ def model_not_found(name: str) -> APIError:
 
 
 class Providers:
-    """Every configured provider, and which of them a model's id means."""
+    """All configured providers, by their names and by the ids of models."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
@@ -5862,17 +5876,17 @@ class Providers:
             self.by_name[name] = OpenAIProvider(api, settings, metrics)
 
     def resolve(self, model: str) -> tuple[Provider, str]:
-        """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
+        """Return the provider of a model id, and its name of the model. Raises APIError 404 for an unknown id."""
         resolved = self._settings.resolve(model)
         if resolved is None:
             raise model_not_found(model)
-        name, own_name = resolved
-        return self.by_name[name], own_name
+        name, upstream_model = resolved
+        return self.by_name[name], upstream_model
 
     def models(self) -> list[JSONObject]:
-        """MODELS, then what each API lists, as OpenAI's model objects."""
+        """Return MODELS, then the models that each API lists, as OpenAI's model objects."""
         for provider in self.by_name.values():
-            provider.models(wait=0)  # all are asked before the first is waited for
+            provider.models(wait=0)  # starts every fetch before the first wait
         names = list(self._settings.models)
         for provider in self.by_name.values():
             for model in provider.models(LISTING_WAIT):
@@ -5880,24 +5894,24 @@ class Providers:
         return [self.model(name, wait=0) for name in names if name != "*"]
 
     def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
-        """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
-        provider, own_name = self.resolve(name)
+        """Return OpenAI's object of a model. Raises APIError 404 for an unknown id."""
+        provider, upstream_model = self.resolve(name)
         model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
         listed = provider.models(wait)
-        if listed and own_name not in listed and name not in self._settings.models:
+        if listed and upstream_model not in listed and name not in self._settings.models:
             raise model_not_found(name)
-        upstream_model = listed.get(own_name, {})
+        listed_model = listed.get(upstream_model, {})
         for field_name in ("created", "owned_by"):
-            value = upstream_model.get(field_name)
+            value = listed_model.get(field_name)
             if type(value) is type(model[field_name]):
                 model[field_name] = value
         return model
 
     def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
-        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can.
+        """Yield the answer of the requested model or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
-        What the client must not see before it could still be another model's is held back: of a stream the role, of
-        an answer in one piece everything, which then is one delta.
+        Deltas are held back until the model is certain to answer: of a stream up to the first content, of a JSON answer
+        all, which become one delta.
         """
         failures: list[APIError] = []
         stats = asked.stats
@@ -5906,13 +5920,13 @@ class Providers:
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name)
             deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
-            begun: list[Delta] = []
+            held_back: list[Delta] = []
             try:
                 for delta in deltas:
-                    begun.append(delta)
+                    held_back.append(delta)
                     if not is_stream:
-                        del begun[1:]  # the fold has it
-                    elif delta.has_content or len(begun) > MAX_HELD_BACK:
+                        del held_back[1:]  # the fold has it
+                    elif delta.has_content or len(held_back) > MAX_HELD_BACK:
                         break
             except APIError as error:
                 prefix = f"Fallback {name}: " if failures else ""
@@ -5922,9 +5936,9 @@ class Providers:
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if not is_stream:
-                begun[0].chunk = stats.fold.completion()
-            begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
-            for delta in itertools.chain(begun, deltas):
+                held_back[0].chunk = stats.fold.completion()
+            held_back[0].headers = {**held_back[0].headers, "X-Kimi2api-Provider": provider.name}
+            for delta in itertools.chain(held_back, deltas):
                 delta.chunk["model"] = name
                 yield delta
             return
@@ -5933,7 +5947,7 @@ class Providers:
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
     ) -> Embeddings:
-        """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
+        """Return embeddings of the requested model, without fallback: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
         stats.start(provider.name, model)
         stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})

@@ -4847,7 +4847,7 @@ def test_calls_that_hang_do_not_all_become_probes(monkeypatch: pytest.MonkeyPatc
     breaker = kimi2api.CircuitBreaker("kimi")
     for _ in range(5):
         breaker.allow()
-        breaker.ended(kimi2api.upstream_error(504, "upstream_timeout", "hangs"))
+        breaker.record_end(kimi2api.upstream_error(504, "upstream_timeout", "hangs"))
     probes = 0
     for _ in range(600):
         now += 0.1
