@@ -4119,7 +4119,8 @@ class CircuitBreaker:
         self._error: APIError | None = None
         self._pause = FIRST_PAUSE  # seconds
         self._open_until = 0.0  # by the monotonic clock
-        self._failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+        # Since when (seconds since the epoch) and why calls fail
+        self._failing: tuple[float, str] | None = None
         self._last_failure = 0.0  # by the monotonic clock
 
     @property
@@ -4149,12 +4150,13 @@ class CircuitBreaker:
             else:
                 self._failing = self.failing or (time.time(), error.reason)
                 self._last_failure = time.monotonic()
-            answers = ("upstream_refused", "upstream_auth")  # the upstream works
-            if error is None or error.status < 500 or error.code in answers:
+            # An upstream that refuses works
+            if error is None or error.status < 500 or error.code in ("upstream_refused", "upstream_auth"):
                 self._failures = 0
                 self._error = None
                 self._pause = FIRST_PAUSE
-            elif self._error is None:  # calls that began before the circuit opened do not count
+            # Calls that began before the circuit opened do not count
+            elif self._error is None:
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
@@ -4186,7 +4188,8 @@ class AnswerStats:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.reserved: tuple[CounterKey, int] | None = None  # of the key's quota, until the answer is counted
+        # Tokens of the key's quota, until the answer is counted
+        self.reserved: tuple[CounterKey, int] | None = None
         self.messages: list[Message] = []  # of the prompt
         self.start("", "")
 
@@ -4214,7 +4217,12 @@ class AnswerStats:
         completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
         total = max(prompt + completion, count_of(reported, "total_tokens"))
-        return {**reported, "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+        return {
+            **reported,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": total,
+        }
 
     def tokens(self) -> tuple[int, int]:
         """Return the tokens of the prompt, and all other tokens."""
@@ -4296,7 +4304,10 @@ class Provider:
     def failing(self) -> tuple[float, str] | None:
         """Return since when (seconds since the epoch) and why a model fails, None if all answer."""
         with self._lock:
-            return min(filter(None, (breaker.failing for breaker in self._breakers.values())), default=None)
+            return min(
+                filter(None, (breaker.failing for breaker in self._breakers.values())),
+                default=None,
+            )
 
     @contextmanager
     def _through_breaker(self, model: str) -> Iterator[None]:
@@ -4330,8 +4341,9 @@ class Provider:
                 pause = error.retry_after or back_off
                 retries += 1
                 self._metrics.count("kimi2api_upstream_retries_total", {"provider": self.name})
-                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
-                            self._settings.max_retries, pause)
+                log.warning(
+                    "%s: %s; retry %d of %d in %.1f s",
+                    self.name, error.reason, retries, self._settings.max_retries, pause)
                 waiter.sleep(pause)
 
 
@@ -4378,7 +4390,8 @@ class Prompt:
         self.system = join_lines(map(text_of, filter(is_system, request.messages)))
         self.call_instruction = call_instruction(request)
         self.tools = list(map(describe_tool, request.tools))
-        self.rules = join_lines([form_instruction(request.body), retry_note])  # for the format of the answer
+        # For the format of the answer
+        self.rules = join_lines([form_instruction(request.body), retry_note])
         # Older turns, then the older rounds of tool calls of this turn, which follow the question
         self.past = ["\n".join(map(write, messages)) for messages in (*older, *rounds)]
         self.rounds = len(rounds)  # of tool calls, in `past`
@@ -4477,7 +4490,7 @@ def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
 def write_message(message: Message, functions: Mapping[str, str]) -> str:
     role: str = message["role"]
     speaker = SPEAKERS.get(role, role)
-    if role == "tool" and message.get("tool_call_id") in functions:
+    if message.get("tool_call_id") in functions:
         speaker += f" {functions[message['tool_call_id']]}"
     calls = ""
     for call in message.get("tool_calls") or ():
@@ -4570,8 +4583,8 @@ def parse_answer(
     schema = answer_schema(request.body)
     if schema is None:
         return text, []
-    kinds: dict[str, type] = {"object": dict, "array": list}
-    return parse_document(text, kinds.get(str(schema.get("type")), object)), []
+    kind = {"object": dict, "array": list}.get(str(schema.get("type")), object)
+    return parse_document(text, kind), []
 
 
 # The form that call_instruction() asks for, and the form that Kimi K2 was trained on
@@ -4783,7 +4796,8 @@ class KimiProvider(Provider):
             if not form_instruction(request.body):
                 return prompt, text, []
             raise upstream_error(
-                502, "invalid_json_answer", f"The web chat sent no JSON: {fault}", headers=NO_SDK_RETRY) from None
+                502, "invalid_json_answer", f"The web chat sent no JSON: {fault}",
+                headers=NO_SDK_RETRY) from None
 
     def reach(self) -> tuple[str, str]:
         self._nonce.wait(Waiter())
@@ -4851,7 +4865,8 @@ class KimiProvider(Provider):
                 "rate_limit_error", "upstream_rate_limited", page.headers)
         if status >= 500:
             raise upstream_error(
-                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
+                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).",
+                retryable=True)
 
     # The nonce
 
@@ -4871,8 +4886,9 @@ class KimiProvider(Provider):
         nonce = find_nonce(page.body.decode("utf-8", "replace"))
         if page.status != 200 or not nonce:
             raise upstream_error(
-                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has "
-                "moved (CHAT_PAGE_URL and UPSTREAM_URL name its address). Look for a newer version of this program.")
+                502, "upstream_changed",
+                f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has moved "
+                "(CHAT_PAGE_URL and UPSTREAM_URL name its address). Look for a newer version of this program.")
         log.info("nonce renewed")
         return nonce
 
@@ -4966,7 +4982,10 @@ def find_error(answer: JSONObject) -> Any:
     """Return the error in an answer with status 200, or None."""
     base = answer.get("base_resp")
     if isinstance(base, dict) and base.get("status_code"):
-        return {"message": base.get("status_msg"), "status": MINIMAX_STATUSES.get(str(base["status_code"]))}
+        return {
+            "message": base.get("status_msg"),
+            "status": MINIMAX_STATUSES.get(str(base["status_code"])),
+        }
     error = answer.pop("error", None)
     if isinstance(error, dict) and error:
         return {"status": answer.get("status_code"), **error}
@@ -5011,8 +5030,10 @@ def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
     type, code, param = map(line, ("type", "code", "param"))
     if status == 401 or (status == 400 and WRONG_KEY.search(message)):
         return upstream_error(
-            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
-            f"(HTTP {status}); see {api.name.upper()}_API_KEY.", headers=NO_SDK_RETRY)
+            502, "upstream_auth",
+            f"{api.name} does not accept the key that this server has for it (HTTP {status}); "
+            f"see {api.name.upper()}_API_KEY.",
+            headers=NO_SDK_RETRY)
     if status != 429 and (code == "context_length_exceeded" or TOO_LONG.search(message)):
         # Clients and FALLBACK_MODELS check this code; LangChain searches the message for it
         status = 400
@@ -5079,7 +5100,10 @@ def portable(body: JSONObject) -> JSONObject:
     messages = []
     for message in body["messages"]:
         # Clients resend complete answers, and Mistral and Groq refuse unknown fields even if they are null
-        message = {name: value for name, value in message.items() if value is not None or name == "content"}
+        message = {
+            name: value for name, value in message.items()
+            if value is not None or name == "content"
+        }
         if message["role"] == "developer":
             message["role"] = "system"
         messages.append(message)
@@ -5165,7 +5189,10 @@ EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 def nearest_effort(refused: str, complaint: str) -> str:
     """Return the effort nearest to the refused effort, among those that the complaint names or else common ones."""
-    named = [effort for effort in EFFORTS if effort != refused and re.search(rf"\b{effort}\b", complaint)]
+    named = [
+        effort for effort in EFFORTS
+        if effort != refused and re.search(rf"\b{effort}\b", complaint)
+    ]
     position = EFFORTS.index(refused)
     return min(named or ["low", "high"], key=lambda effort: abs(EFFORTS.index(effort) - position - 0.1))
 
@@ -5253,7 +5280,10 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
     if not names_function(choice) or "thinking" in body:
         return body
     name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
+    tools = [
+        tool for tool in body["tools"]
+        if tool["type"] == "function" and tool["function"]["name"] == name
+    ]
     return {**body, "tool_choice": "required", "tools": tools}
 
 
@@ -5289,7 +5319,8 @@ ADAPTATIONS: list[tuple[str, Change]] = [
     (r"word .?json|json_schema|response.format", partial(describe_format, response_format={"type": "json_object"})),
     (r"response.format|json_schema|json_object", describe_format),
     (MISSING_REASONING, fill_reasoning_gaps),
-    (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
+    # kimi-k2.6 refuses an empty text
+    (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),
     (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", leave_out_reasoning),
     (r"\bsystem\b|chat setting", move_system_first),
     (r"tool_choice", offer_forced_tool),
@@ -5307,21 +5338,21 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
     """Yield adaptations that may make a model accept a refused request. Each is a change on its own."""
     # xAI writes presencePenalty
     complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
-    named = sent.keys() & set(re.findall(r"\w+", complaint))
+    named = frozenset(sent).intersection(re.findall(r"\w+", complaint))
     for name in named & COMMON_WORDS:
         pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
         if not re.search(pattern, complaint):
-            named.remove(name)
+            named -= {name}
     for name in OPTIONAL_PARAMETERS:
         if name not in named or (name == "logprobs" and sent[name]):
             continue
         value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
-            yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
-        yield Adaptation(frozenset(named), ChangeParameter(name, value))
+            yield Adaptation(named, ChangeParameter(name, value, effort))
+        yield Adaptation(named, ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
-        adaptation = Adaptation(frozenset({*named, "messages"}), change)  # not of embeddings
+        adaptation = Adaptation(named | {"messages"}, change)  # not of embeddings
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
             yield adaptation
 
@@ -5349,7 +5380,13 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         others = [part for part in parts if part["type"] != "text"]
         calls = [canonical_call(call) for call in message.get("tool_calls") or ()]
         # In ASCII: arguments may contain lone surrogates
-        fields = [message["role"], text_of(message).strip(), others, calls, message.get("tool_call_id")]
+        fields = [
+            message["role"],
+            text_of(message).strip(),
+            others,
+            calls,
+            message.get("tool_call_id"),
+        ]
         digest.update(json.dumps(fields).encode())
         yield digest.hexdigest()
 
@@ -5448,7 +5485,8 @@ class APIAnswer:
         """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
         self.response = response
         self.is_done = False  # [DONE] has come
-        self._finished: set[int] = set()  # the indexes of choices that have their finish reason
+        # The indexes of choices that have their finish reason
+        self._finished: set[int] = set()
         self._api = api
         self._fold = fold
         self._wanted = choices
@@ -5484,12 +5522,14 @@ class APIAnswer:
             if not is_complete:
                 raise
         if not (self.is_done or is_complete):
-            message = f"{self._api.name} ended the stream before the answer was complete."
-            raise upstream_error(502, "upstream_unavailable", message)
+            raise upstream_error(
+                502, "upstream_unavailable", f"{self._api.name} ended the stream before the answer was complete.")
         if not self._fold.choices:
             raise invalid_response(self._api.name, "an empty answer")
-        unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
-                      for index in self._fold.choices.keys() - self._finished]
+        unfinished = [
+            self._read_choice({"index": index, "finish_reason": "stop"})
+            for index in self._fold.choices.keys() - self._finished
+        ]
         if unfinished:
             self._fold.add({"choices": unfinished})
             yield {"choices": unfinished}
@@ -5526,7 +5566,10 @@ class APIAnswer:
 
     def _read_choices(self, event: JSONObject) -> list[JSONObject]:
         try:
-            return [choice if is_text(choice) else self._read_choice(choice) for choice in event.get("choices") or ()]
+            return [
+                choice if is_text(choice) else self._read_choice(choice)
+                for choice in event.get("choices") or ()
+            ]
         except (AttributeError, LookupError, TypeError, ValueError):
             raise invalid_response(self._api.name, "a malformed chunk") from None
 
@@ -5604,8 +5647,8 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
                     yield bytes(data[:-1])
                     data.clear()
         if len(line) + len(data) > MAX_UPSTREAM_BYTES or total > MAX_STREAM_BYTES:
-            limits = f"{MAX_UPSTREAM_BYTES} bytes in an event or {MAX_STREAM_BYTES} in all"
-            raise invalid_response(upstream, f"more than {limits}")
+            raise invalid_response(
+                upstream, f"more than {MAX_UPSTREAM_BYTES} bytes in an event or {MAX_STREAM_BYTES} in all")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5627,7 +5670,10 @@ NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens"
 
 def ignored_header(body: JSONObject, sent: JSONObject) -> dict[str, str]:
     """Return a header that lists the parameters that were left out."""
-    ignored = [name for name in body if name not in sent and name not in NOT_IGNORED and body[name] != []]
+    ignored = [
+        name for name in body
+        if name not in sent and name not in NOT_IGNORED and body[name] != []
+    ]
     return {"X-Kimi2api-Ignored": ", ".join(ignored)} if ignored else {}
 
 
@@ -5691,7 +5737,8 @@ class OpenAIProvider(Provider):
             try:
                 for chunk in answer.chunks:
                     for choice in chunk["choices"]:
-                        if choice["finish_reason"]:  # before the client can send the results of its calls
+                        # Before the client can send the results of its calls
+                        if choice["finish_reason"]:
                             self._keep_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
@@ -5728,7 +5775,8 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if message_without_ids(error) != message_without_ids(refusal):  # the change before helped
+                # If the words differ, the change before helped
+                if message_without_ids(error) != message_without_ids(refusal):
                     helpful = trial
                     refusal = error.copy()
                     changes = find_adaptations(refusal, sent)
@@ -5743,7 +5791,10 @@ class OpenAIProvider(Provider):
                 tried.append(found)
                 trial = [*helpful, found]
             else:
-                learned = {(model, found): now + ADAPTATION_MAX_AGE for found in tried if found in trial}
+                learned = {
+                    (model, found): now + ADAPTATION_MAX_AGE
+                    for found in tried if found in trial
+                }
                 if learned:
                     self._adaptations = newest_entries({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
@@ -5756,12 +5807,16 @@ class OpenAIProvider(Provider):
         message = message_of(plain_value(choice))
         calls = message.get("tool_calls")
         kept = reasoning_fields(message)
-        extra = {call["id"]: call["extra_content"] for call in calls or () if call.get("extra_content")}
+        extra = {
+            call["id"]: call["extra_content"] for call in calls or ()
+            if call.get("extra_content")
+        }
         if extra:
             kept["extra_content"] = extra
         if kept and calls:
             *_, digest = conversation_digests(asked.model, [*messages, message])
-            asked.sessions.keep_reasoning(asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
+            name = f"{self.name} {digest} {calls[0]['id']}"
+            asked.sessions.keep_reasoning(asked.owner, name, kept)
 
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
@@ -5776,7 +5831,10 @@ class OpenAIProvider(Provider):
             if calls:
                 kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
                 extra = kept.pop("extra_content", {})
-                calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
+                calls = [
+                    {"extra_content": extra[call["id"]], **call} if call.get("id") in extra else call
+                    for call in calls
+                ]
                 message = {**message, "tool_calls": calls}
 
                 # Clients send the text under a name of their own, only its last piece, or details joined wrongly
@@ -5792,7 +5850,10 @@ class OpenAIProvider(Provider):
             parsed = parse_upstream_object(response.read(MAX_EMBEDDINGS_BYTES), MAX_EMBEDDINGS_VALUES)
             answer = checked_answer(self._api, parsed, response.headers)
             try:
-                data = [encoded_embedding(entry, body.get("encoding_format")) for entry in answer["data"]]
+                data = [
+                    encoded_embedding(entry, body.get("encoding_format"))
+                    for entry in answer["data"]
+                ]
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
                 raise invalid_response(self._api.name, "no embeddings") from None
             return {**answer, "data": data}, rate_limits(response.headers)
