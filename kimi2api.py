@@ -5815,8 +5815,8 @@ class OpenAIProvider(Provider):
             kept["extra_content"] = extra
         if kept and calls:
             *_, digest = conversation_digests(asked.model, [*messages, message])
-            name = f"{self.name} {digest} {calls[0]['id']}"
-            asked.sessions.keep_reasoning(asked.owner, name, kept)
+            asked.sessions.keep_reasoning(
+                asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,

@@ -7419,6 +7419,13 @@ def test_the_circuit_breaker_of_a_model_stops_no_other_and_quotes_nobody(
     assert said(chat(app, model="local/good")) == "ok"
 
 
+def test_an_apis_own_code_is_no_label_of_metrics(make: Make, both: dict[str, str], api: Api) -> None:
+    api.always = api_sends(502, {"error": {"message": "down", "code": "upstream_4711"}})
+    app = make(**both, MAX_RETRIES="0")
+    assert is_error(chat(app, model="local/k2"), 502, "upstream_4711")
+    assert 'kimi2api_upstream_errors_total{provider="local",code="http_502"} 1' in app.get("/metrics").text
+
+
 def test_a_model_that_failed_a_while_ago_is_no_trouble(
     make: Make, both: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7442,6 +7449,21 @@ def test_embeddings_come_in_the_encoding_that_was_asked_for(
     body = {"encoding_format": wanted} if wanted else {}
     [entry] = embed(make(**both), model="local/e1", **body).json["data"]
     assert entry["embedding"] == (encoded if wanted == "base64" else numbers)
+
+
+def test_a_refusal_of_embeddings_changes_nothing_of_a_chat(make: Make, both: dict[str, str], api: Api) -> None:
+    refusal = api_fails(400, "system: invalid schema, missing reasoning_content")
+
+    def act(handler: ApiHandler) -> None:
+        body = json.loads(handler.body)
+        is_adapted = roles(body)[0] == "system" if "messages" in body else False
+        (api_answers("ok") if is_adapted else refusal)(handler)
+
+    api.always = act
+    app = make(**both)
+    assert said(chat(app, messages=SYSTEM_LATER[1:], model="local/k2")) == "ok"
+    asked = len(api.asked)
+    assert embed(app, model="local/k2").status_int == 400 and len(api.asked) == asked + 1
 
 
 def test_an_api_that_refuses_base64_is_asked_for_numbers(make: Make, both: dict[str, str], api: Api) -> None:
