@@ -5089,7 +5089,7 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 
 MAX_FUNCTION_NAME = 64  # characters
 ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 1000  # of one API: a client may make up any number of models and values
+MAX_ADAPTATIONS = 200  # of one API: a client may make up any number of models and values, and each change takes time
 MAX_CHANGES = 12  # of one request
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
