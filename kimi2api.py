@@ -4101,7 +4101,7 @@ class Cached(Generic[T]):
 FAILURES_TO_OPEN = 5  # in a row
 # Seconds that the circuit stays open, doubled each time, and at most
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
-FAILING_MAX_AGE = 600.0  # seconds after its last failure; a client may ask once for a model that does not work
+FAILING_MAX_AGE = 600.0  # seconds after the last failure; a client may ask only once for a model that fails
 
 
 class CircuitBreaker:
@@ -4114,13 +4114,14 @@ class CircuitBreaker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()  # guards all below; never held while upstream is asked
+        self._lock = threading.Lock()  # guards all below; never held during a call
         self._failures = 0
         # For calls that are refused while the circuit is open or half-open
         self._error: APIError | None = None
         self._pause = FIRST_PAUSE  # seconds
         self._open_until = 0.0  # by the monotonic clock
-        self._failing: tuple[float, str] | None = None  # since when (seconds since the epoch) and why
+        # Since when (seconds since the epoch) and why calls fail
+        self._failing: tuple[float, str] | None = None
         self._last_failure = 0.0  # by the monotonic clock
 
     @property
@@ -4138,11 +4139,11 @@ class CircuitBreaker:
             wait = self._open_until - now
             if wait > 0:
                 raise self._error.copy(headers={"Retry-After": str(ceil(wait))})
-            # Calls that hang must not all become probes
+            # Until the next pause has passed, this call alone is a probe, even if it hangs
             self._pause = min(2 * self._pause, MAX_PAUSE)
             self._open_until = now + self._pause
 
-    def ended(self, error: APIError | None) -> None:
+    def record_end(self, error: APIError | None) -> None:
         """Count the end of a call. error: None for a success."""
         with self._lock:
             if error is None or (error.status < 500 and error.status != 429):
@@ -4150,12 +4151,13 @@ class CircuitBreaker:
             else:
                 self._failing = self.failing or (time.time(), error.reason)
                 self._last_failure = time.monotonic()
-            answers = ("upstream_refused", "upstream_auth")  # the upstream works
-            if error is None or error.status < 500 or error.code in answers:
+            # An upstream that refuses works
+            if error is None or error.status < 500 or error.code in ("upstream_refused", "upstream_auth"):
                 self._failures = 0
                 self._error = None
                 self._pause = FIRST_PAUSE
-            elif self._error is None:  # calls that end later say nothing new
+            # Calls that began before the circuit opened do not count
+            elif self._error is None:
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     # Not the upstream's words: they may quote another caller's prompt
@@ -4169,7 +4171,7 @@ class CircuitBreaker:
 # ----------------------------------------------------------------------------------------------------------------------
 # Providers
 #
-# What providers have in common: retries, the circuit breaker, statistics of an answer.
+# The base class of providers, with retries and circuit breakers, and the statistics of an answer.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_BREAKERS = 1000  # of one provider: a client may make up any number of models
@@ -4177,26 +4179,27 @@ MAX_BREAKERS = 1000  # of one provider: a client may make up any number of model
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
 
-def latest(entries: dict[Any, T], count: int) -> dict[Any, T]:
+def newest_entries(entries: dict[Any, T], count: int) -> dict[Any, T]:
     """Return the last `count` entries."""
     return dict(list(entries.items())[-count:])
 
 
 class AnswerStats:
-    """What one answer has used so far, for usage and metrics."""
+    """The statistics of one answer, for usage and metrics."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.reserved: tuple[CounterKey, int] | None = None  # of the key's quota, until the answer is counted
+        # Tokens of the key's quota, until the answer is counted
+        self.reserved: tuple[CounterKey, int] | None = None
         self.messages: list[Message] = []  # of the prompt
         self.start("", "")
 
     def start(self, provider: str, model: str) -> None:
         """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
-        self.provider = provider  # the last one
+        self.provider = provider
         self.model = model  # by the id that clients know
         self.first_chunk: float | None = None  # seconds after the beginning
-        self.fold = Fold()  # the provider adds each chunk before it yields it
+        self.fold = Fold()  # the provider adds each chunk before yielding it
 
     def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         """Yield the deltas of the provider's answer, then its usage."""
@@ -4215,7 +4218,12 @@ class AnswerStats:
         completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
         total = max(prompt + completion, count_of(reported, "total_tokens"))
-        return {**reported, "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+        return {
+            **reported,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": total,
+        }
 
     def tokens(self) -> tuple[int, int]:
         """Return the tokens of the prompt, and all other tokens."""
@@ -4226,27 +4234,27 @@ class AnswerStats:
 
 @dataclass(frozen=True)
 class ProviderRequest:
-    """What a provider is asked."""
+    """A chat request for a provider, with its session and its client."""
 
     request: ChatRequest
-    model: str  # by the upstream's own name
-    history: Turns = ()  # remembered before it
+    model: str  # the upstream's name of it
+    history: Turns = ()  # of the session
     session_id: str = ""
-    owner: str = ""  # whose it is
-    # Keeps nothing
+    owner: str = ""  # of the session: the hash of a key
+    # The default stores nothing
     sessions: Sessions = field(default_factory=lambda: Sessions(MemoryStore(0.0, 0)))
     stats: AnswerStats = field(default_factory=AnswerStats)
     waiter: Waiter = field(default_factory=Waiter)
 
 
-Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for it
+Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for the response
 
 
 class Provider:
-    """An upstream: subclasses know its protocol.
+    """An upstream. Subclasses implement its protocol.
 
-    One more OpenAI-style API is two settings, NAME_API_KEY and NAME_BASE_URL. Anything else is a subclass with
-    `stream` and `reach`, an entry in Providers, and in Settings.resolve the ids of its models.
+    An OpenAI-style API needs no code: list its name in PROVIDERS and set NAME_API_KEY and NAME_BASE_URL. Any other
+    upstream is a subclass with `stream` and `reach`, an entry in Providers, and its model ids in Settings.resolve.
     """
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
@@ -4257,33 +4265,35 @@ class Provider:
         self._metrics = metrics
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        """The answer. Raises APIError, also in the middle when the upstream breaks off."""
+        """Yield the answer. Raises APIError, also after the first deltas."""
         raise NotImplementedError
 
     def embed(self, body: JSONObject, waiter: Waiter) -> Embeddings:
-        """The answer to a request for embeddings, and headers for it. Raises APIError."""
-        raise bad_request("The web chat has no embeddings; the models of APIs do.", "model", "unsupported_value")
+        """Return the answer to a request for embeddings. Raises APIError."""
+        raise bad_request(
+            "The web chat does not support embeddings; use a model of a configured API.",
+            "model", "unsupported_value")
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """What the upstream lists, by its own names, as far as is known after so many seconds."""
+        """Return the models that the upstream lists, by id, as far as they are known after `wait` seconds."""
         return {}
 
     def reach(self) -> tuple[str, str]:
-        """Reach the upstream without a chat. Return what that shows, and a model to ask. Raises APIError."""
+        """Connect to the upstream without a chat. Return what this has tested, and a model to ask. Raises APIError."""
         raise NotImplementedError
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
-        """Test the upstream step by step: yield each step, and the error that ended it."""
+        """Test the upstream step by step. Yield each step, and its error or None."""
         step = "connection"
         try:
             reached, model = self.reach()
             yield reached, None
             step = "question"
-            # Rather a model that the settings name
+            # Prefer a model that the settings name
             for configured in (*self._settings.fallback_models, *self._settings.models):
-                provider, own_name = self._settings.resolve(configured) or ("", "")
+                provider, upstream_model = self._settings.resolve(configured) or ("", "")
                 if provider == self.name:
-                    model = own_name
+                    model = upstream_model
                     break
             question = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "Reply with the one word: OK"}]}')
             deque(self.stream(ProviderRequest(question, model, session_id=random_hex())), maxlen=0)
@@ -4295,25 +4305,28 @@ class Provider:
     def failing(self) -> tuple[float, str] | None:
         """Return since when (seconds since the epoch) and why a model fails, None if all answer."""
         with self._lock:
-            return min(filter(None, (breaker.failing for breaker in self._breakers.values())), default=None)
+            return min(
+                filter(None, (breaker.failing for breaker in self._breakers.values())),
+                default=None,
+            )
 
     @contextmanager
     def _through_breaker(self, model: str) -> Iterator[None]:
-        """Make a call under the circuit breaker of its model, which may refuse it. Raises APIError."""
+        """Let the circuit breaker of the model refuse the call in this context, or count its end. Raises APIError."""
         with self._lock:
             breaker = self._breakers.pop(model, None) or CircuitBreaker(self.name)
-            self._breakers = latest({**self._breakers, model: breaker}, MAX_BREAKERS)
+            self._breakers = newest_entries({**self._breakers, model: breaker}, MAX_BREAKERS)
         breaker.allow()
         try:
             yield
         except APIError as error:
             if not isinstance(error, Abandoned):
-                breaker.ended(error)
+                breaker.record_end(error)
                 # An API's own codes are unbounded
                 code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
-        breaker.ended(None)
+        breaker.record_end(None)
 
     def _retry(self, attempt: Callable[[], T], waiter: Waiter) -> T:
         """Call attempt(), retrying up to MAX_RETRIES times on retryable errors."""
@@ -4329,16 +4342,17 @@ class Provider:
                 pause = error.retry_after or back_off
                 retries += 1
                 self._metrics.count("kimi2api_upstream_retries_total", {"provider": self.name})
-                log.warning("%s: %s; retry %d of %d in %.1f s", self.name, error.reason, retries,
-                            self._settings.max_retries, pause)
+                log.warning(
+                    "%s: %s; retry %d of %d in %.1f s",
+                    self.name, error.reason, retries, self._settings.max_retries, pause)
                 waiter.sleep(pause)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: prompts
 #
-# A request as plain text: history, tools and JSON are asked for in words. Pure functions of a request, linear in what
-# they read.
+# Requests as plain text: history, tools and the format of the answer are described in words. Everything here is pure,
+# and takes time linear in the request.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # As the site's public clients write history
@@ -4350,30 +4364,62 @@ SHORTEST_RESULT = 80
 CLIPPED = " [… clipped …] "
 
 
-@dataclass
 class Prompt:
-    """The parts of a prompt, in the order in which the model reads them."""
+    """A chat request as one text for the web chat.
 
-    limit: int  # characters
-    system: str
-    how_to_call: str
-    tools: list[str]
-    rules: str  # for the form of the answer
-    # Older turns, then older rounds of tool calls, which stand behind the question
-    past: list[str]
-    rounds: int  # of tool calls among them
-    question: str
-    last_round: list[str]  # message by message
+    A text that is longer than the limit is cut in this order, until it fits:
+
+    - tools longer than a third of the limit, the last first, unless the model must call a tool
+    - the past beyond a third of the limit, the oldest first
+    - the middle of results in the last round of tool calls, down to a third of the limit each
+    - the same three without the thirds, but SHORTEST_RESULT characters of each result stay
+    """
+
+    def __init__(
+        self, request: ChatRequest, history: Turns, limit: int, retry_note: str = "",
+    ) -> None:
+        """limit: characters; retry_note: why the model's last answer was unusable.
+
+        Raises APIError 400 if the shortest text is too long, or if there is none.
+        """
+        turns = append_turns(history, request.turns)
+        write = partial(write_message, functions=called_functions(turns))
+        *older, newest = turns or [()]
+        question, *rounds = split_rounds(newest)
+        last_round = rounds.pop() if rounds else []
+        self.limit = limit
+        self.system = join_lines(map(text_of, filter(is_system, request.messages)))
+        self.call_instruction = call_instruction(request)
+        self.tools = list(map(describe_tool, request.tools))
+        # For the format of the answer
+        self.rules = join_lines([form_instruction(request.body), retry_note])
+        # Older turns, then the older rounds of tool calls of this turn, which follow the question
+        self.past = ["\n".join(map(write, messages)) for messages in (*older, *rounds)]
+        self.rounds = len(rounds)  # of tool calls, in `past`
+        self.question = "\n".join(map(write, question))
+        self.last_round = list(map(write, last_round))
+        if len(newest) == 1 and self.text == self.question:
+            self.question = text_of(newest[0])  # a single message needs no speaker
+        for share in (limit // 3, 0):
+            if not request.must_call:
+                self.tools = drop_first(self.tools[::-1], self.excess, share)[::-1]
+            beyond_share = len(join_lines(self.past)) - share
+            self.past = drop_first(self.past, min(self.excess, beyond_share))
+            clip_results(self.last_round, self.excess, max(share, SHORTEST_RESULT))
+        if self.excess > 0:
+            raise self.too_long()
+        if not self.text.strip():
+            raise bad_request("'messages' contain no text.", "messages")
 
     @property
-    def offer(self) -> list[str]:
-        return [self.how_to_call, *self.tools] if self.tools else []
+    def tool_section(self) -> list[str]:
+        return [self.call_instruction, *self.tools] if self.tools else []
 
     @property
     def text(self) -> str:
-        asked = max(0, len(self.past) - self.rounds)
-        head = join_lines([self.system, *self.offer, self.rules])
-        body = join_lines([*self.past[:asked], self.question, *self.past[asked:], *self.last_round])
+        turns = max(0, len(self.past) - self.rounds)
+        head = join_lines([self.system, *self.tool_section, self.rules])
+        body = join_lines([*self.past[:turns], self.question, *self.past[turns:], *self.last_round])
         return "\n\n".join(filter(None, [head, body]))
 
     @property
@@ -4381,63 +4427,20 @@ class Prompt:
         """Characters beyond the limit."""
         return len(self.text) - self.limit
 
-
-def write_prompt(
-    request: ChatRequest, history: Turns, limit: int, remark: str = "",
-) -> Prompt:
-    """Write a request as one text of at most `limit` characters.
-
-    Until the text fits, these make room, in this order: tools longer than a third of the limit, the last first; the
-    past beyond a third of the limit, oldest first; the middle of results in the last round, down to a third of the
-    limit each; then the same without the thirds, but SHORTEST_RESULT of each result stays. Tools stay if one must be
-    called.
-    remark: why the model's last answer was unusable.
-    Raises APIError 400 if the text is too long even then, or if there is none.
-    """
-    turns = append_turns(history, request.turns)
-    functions = called_functions(turns)
-    newest = turns[-1] if turns else ()
-    question, *rounds = rounds_of(newest)
-    last_round = rounds.pop() if rounds else ()
-    prompt = Prompt(
-        limit,
-        system=join_lines(map(text_of, filter(is_system, request.messages))),
-        how_to_call=how_to_call(request),
-        tools=list(map(describe_tool, request.tools)),
-        rules=join_lines([form_instruction(request.body), remark]),
-        past=[write_messages(messages, functions) for messages in (*turns[:-1], *rounds)],
-        rounds=len(rounds),
-        question=write_messages(question, functions),
-        last_round=[write_message(message, functions) for message in last_round],
-    )
-    if len(newest) == 1 and prompt.text == prompt.question:
-        prompt.question = text_of(newest[0])  # a single message needs no speaker
-    for share in (limit // 3, 0):
-        if not request.must_call:
-            prompt.tools = drop_first(prompt.tools[::-1], prompt.excess, share)[::-1]
-        beyond_share = len(join_lines(prompt.past)) - share
-        prompt.past = drop_first(prompt.past, min(prompt.excess, beyond_share))
-        clip_results(prompt.last_round, prompt.excess, max(share, SHORTEST_RESULT))
-    if prompt.excess > 0:
-        raise too_long(prompt)
-    if not prompt.text.strip():
-        raise bad_request("'messages' contain no text.", "messages")
-    return prompt
-
-
-def too_long(prompt: Prompt) -> APIError:
-    """Return the error in OpenAI's words, which clients search for."""
-    sizes = {
-        "system": len(prompt.system),
-        "tools": len(join_lines(prompt.offer)),
-        "response format": len(prompt.rules),
-        "newest message": len(join_lines([prompt.question, *prompt.last_round])),
-    }
-    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
-    return bad_request(
-        f"This model's maximum context length is {prompt.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
-        f"{sum(sizes.values())}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
-        "official API (context_length_exceeded).", "messages", "context_length_exceeded")
+    def too_long(self) -> APIError:
+        """Return the error in OpenAI's words, which clients search for."""
+        texts = {
+            "system": self.system,
+            "tools": join_lines(self.tool_section),
+            "response format": self.rules,
+            "newest message": join_lines([self.question, *self.last_round]),
+        }
+        size = sum(map(len, texts.values()))
+        parts = ", ".join(f"{name} {len(text)}" for name, text in texts.items() if text)
+        return bad_request(
+            f"This model's maximum context length is {self.limit} characters (CONTEXT_MAX_LENGTH). Your messages have "
+            f"{size}: {parts}. Please reduce the length of the messages, or set FALLBACK_MODELS to an "
+            "official API (context_length_exceeded).", "messages", "context_length_exceeded")
 
 
 def join_lines(lines: Iterable[str]) -> str:
@@ -4445,7 +4448,7 @@ def join_lines(lines: Iterable[str]) -> str:
 
 
 def drop_first(texts: list[str], excess: int, longer_than: int = 0) -> list[str]:
-    """Return the texts without the first of those longer than `longer_than`, so that `excess` characters are gone."""
+    """Drop the first texts longer than `longer_than` until `excess` characters are gone. Return the other texts."""
     kept = []
     for text in texts:
         if excess > 0 and len(text) > longer_than:
@@ -4465,14 +4468,14 @@ def clip_results(lines: list[str], excess: int, shortest: int) -> None:
             excess -= len(line) - len(clipped)
 
 
-def rounds_of(turn: Turn) -> list[Turn]:
+def split_rounds(turn: Turn) -> list[list[Message]]:
     """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
             rounds.append([])
         rounds[-1].append(message)
-    return [tuple(messages) for messages in rounds]
+    return rounds
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
@@ -4485,14 +4488,10 @@ def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
     return names
 
 
-def write_messages(messages: Iterable[Message], functions: Mapping[str, str]) -> str:
-    return "\n".join(write_message(message, functions) for message in messages)
-
-
 def write_message(message: Message, functions: Mapping[str, str]) -> str:
     role: str = message["role"]
     speaker = SPEAKERS.get(role, role)
-    if role == "tool" and message.get("tool_call_id") in functions:
+    if message.get("tool_call_id") in functions:
         speaker += f" {functions[message['tool_call_id']]}"
     calls = ""
     for call in message.get("tool_calls") or ():
@@ -4501,7 +4500,7 @@ def write_message(message: Message, functions: Mapping[str, str]) -> str:
     return f"{speaker}: {text_of(message)}{calls}"
 
 
-def how_to_call(request: ChatRequest) -> str:
+def call_instruction(request: ChatRequest) -> str:
     how = "You must call" if request.must_call else "You may call"
     what = "one tool" if request.body.get("parallel_tool_calls") is False else "tools"
     return (
@@ -4510,7 +4509,7 @@ def how_to_call(request: ChatRequest) -> str:
 
 
 def answer_schema(body: JSONObject) -> Schema | None:
-    """Return the schema of the JSON document that is asked for, or None if text is."""
+    """Return the schema of the JSON document that the request wants, or None if it wants text."""
     answer = body.get("response_format") or {}
     if answer.get("type") == "json_schema":
         return answer["json_schema"]["schema"]
@@ -4557,7 +4556,7 @@ def signature(schema: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: reading answers
 #
-# Tool calls and JSON documents in the plain text of a model. Linear in the text, which may be anybody's.
+# Tool calls and JSON documents in the plain text of a model. The text may be hostile: reading takes linear time.
 # ----------------------------------------------------------------------------------------------------------------------
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
@@ -4576,26 +4575,26 @@ def parse_answer(
     """
     if request.tools:
         content, calls = parse_tool_calls(text, request, allow_unknown_tools)
-        if calls and request.body.get("parallel_tool_calls") is False:
-            calls = calls[:1]
         if calls:
+            if request.body.get("parallel_tool_calls") is False:
+                del calls[1:]
             return content, calls
         if request.must_call:
             raise UnusableAnswer("it must contain a tool call.")
     schema = answer_schema(request.body)
     if schema is None:
         return text, []
-    kinds: dict[str, type] = {"object": dict, "array": list}
-    return parse_document(text, kinds.get(str(schema.get("type")), object)), []
+    kind = {"object": dict, "array": list}.get(str(schema.get("type")), object)
+    return parse_document(text, kind), []
 
 
-# The form that how_to_call() asks for, and the form that Kimi K2 was trained on
+# The form that call_instruction() asks for, and the form that Kimi K2 was trained on
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*
     (?:<\|tool_call_argument_begin\|>\s*|(?=<\|tool_call_end\|>))
     """, re.X)
 NO_ARGUMENTS = re.compile(r"\s*(?:<\|tool_call_end\|>|\Z)")
-NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # in the same marks
+NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # within the same marks
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls?_section_(?:begin|end)\|>|```\w*\s*```")
 
@@ -4634,7 +4633,7 @@ def parse_tool_calls(
     with suppress(ValueError):
         value = parse_json(strip_code_fence(text))
         if isinstance(value, dict) and str(value.get("name")) in offered and "arguments" in value:
-            # Nothing but a call, without its marks
+            # A call without marks, and nothing else
             return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
@@ -4657,17 +4656,17 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
 
 
 BRACKET = re.compile(r"[{}\[\]]")
-# {x}, [1st]: no JSON and none inside
+# Brackets such as {x} or [1st], which are no JSON and contain none
 PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")
-# Tried; a failed attempt costs as much as all the text before it, for the line in its message
+# Brackets to try; a failed attempt takes time linear in the text before it, because its message has a line number
 MAX_BRACKETS = 100
 
 
 def parse_document(text: str, kind: type) -> str:
-    """Return the JSON document of this type in an answer: all of it, or the longest between prose and fences.
+    """Return the JSON document of this type in an answer: the complete text, or the longest between prose and fences.
 
-    A part of a broken document must not pass for the whole: any bracket that belongs neither to a document nor to prose
-    is an error. Raises UnusableAnswer.
+    Raises UnusableAnswer, also for a bracket that belongs neither to a document nor to prose: part of a broken document
+    must not pass for a document.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
@@ -4709,11 +4708,11 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: provider
 #
-# A WordPress page behind Cloudflare: the page is fetched for its nonce, each chat is a form, the answer is one JSON
+# A WordPress site behind Cloudflare. The chat page carries a nonce; each chat posts a form, and its answer is one JSON
 # object.
 # ----------------------------------------------------------------------------------------------------------------------
 
-NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts one for 12 to 24 hours
+NONCE_MAX_AGE = 11 * 3600  # seconds; WordPress accepts a nonce for 12 to 24 hours
 MAX_REDIRECTS = 4
 CHALLENGE = re.compile(rb"challenge-(?:form|platform)|cf[-_]chl|jschl|<title>(?:Just a moment|Attention Required)")
 # Cloudflare's own errors, as a web page, as text, and as problem details (RFC 9457)
@@ -4724,12 +4723,12 @@ class StaleNonce(APIError):
     """The web chat refused, and a new nonce may help."""
 
 
-# As the chat page has it: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; where it is sent, see KimiProvider._post
+# In the chat page: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; KimiProvider._post sends it
 NONCE = re.compile(r"""["']?\bnonce["']?\s{0,99}:\s{0,99}["']([\w-]{1,99})["']""")
 
 
 def find_nonce(html: str) -> str | None:
-    """The first nonce after a mention of kimi_ajax in the same script."""
+    """Return the first nonce after `kimi_ajax` in the same script, or None."""
     for script in html.split("</script>"):
         found = NONCE.search(script.partition("kimi_ajax")[2])
         if found:
@@ -4743,11 +4742,11 @@ class KimiProvider(Provider):
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         super().__init__(WEB_CHAT, settings, metrics)
         self._nonce = Cached("nonce", self._fetch_nonce, NONCE_MAX_AGE)
-        self._page_url = without_credentials(settings.chat_page_url)  # to be shown
+        self._page_url = without_credentials(settings.chat_page_url)  # for messages and headers
 
     @cached_property
     def _scraper(self) -> Scraper:
-        """Made when it is first needed; its certificates would slow the start and take 1 MB."""
+        """Create the scraper when it is first needed: its certificates slow the start and take 1 MB."""
         return Scraper("The web chat", 2 * self._settings.max_concurrent_chats[""])
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
@@ -4778,19 +4777,19 @@ class KimiProvider(Provider):
         yield delta
 
     def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
-        """The prompt, the content and the tool calls of its answer; one that cannot be used is asked for once again."""
+        """Return the prompt, and the content and tool calls of its answer. Ask once more if the answer is unusable."""
         request = asked.request
         limit = self._settings.context_max_length
-        prompt = write_prompt(request, asked.history, limit)
+        prompt = Prompt(request, asked.history, limit)
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
-            log.info("the answer cannot be used; asking once more")
-            remark = f"Your last answer could not be used: {fault}"
-        # Where there is no room for the reason, the question is asked again as it was
+            log.info("the answer is unusable; asking once more")
+            retry_note = f"Your last answer could not be used: {fault}"
+        # Without room for the reason, the first prompt is sent again
         with suppress(APIError):
-            prompt = write_prompt(request, asked.history, limit, remark)
+            prompt = Prompt(request, asked.history, limit, retry_note)
         text = self._ask(prompt.text, asked)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
@@ -4798,7 +4797,8 @@ class KimiProvider(Provider):
             if not form_instruction(request.body):
                 return prompt, text, []
             raise upstream_error(
-                502, "invalid_json_answer", f"The web chat gave no JSON: {fault}", headers=NO_SDK_RETRY) from None
+                502, "invalid_json_answer", f"The web chat sent no JSON: {fault}",
+                headers=NO_SDK_RETRY) from None
 
     def reach(self) -> tuple[str, str]:
         self._nonce.wait(Waiter())
@@ -4807,12 +4807,12 @@ class KimiProvider(Provider):
     # Asking
 
     def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """Return the text of the answer. Each attempt renews a rejected nonce, once."""
+        """Return the text of the answer. Each attempt may renew the nonce, once."""
         def attempt() -> str:
             try:
                 return self._post(prompt, asked)
-            except StaleNonce as stale:
-                log.info("refused (%s); trying once more with a new nonce", stale.code)
+            except StaleNonce:
+                log.info("the web chat refused; retrying with a new nonce")
             return self._post(prompt, asked)
 
         with self._through_breaker(asked.model):
@@ -4845,7 +4845,7 @@ class KimiProvider(Provider):
         except StaleNonce:
             self._nonce.invalidate(fetch)
             raise
-        # It may have been the answer to another's question, so that ours is still to come
+        # It may have been the answer to another request; ours must not become the answer to the next
         except APIError:
             self._scraper.forget_connections()
             raise
@@ -4861,11 +4861,13 @@ class KimiProvider(Provider):
                 f"Cloudflare blocks this program (HTTP {status}). Open {self._page_url} in a browser on "
                 "this network, wait some minutes, or use another network (HTTPS_PROXY)."))
         if status == 429:
-            raise rate_limited("The web chat says: too many requests. Wait a while.", "rate_limit_error",
-                               "upstream_rate_limited", page.headers)
+            raise rate_limited(
+                "The web chat received too many requests. Wait a while.",
+                "rate_limit_error", "upstream_rate_limited", page.headers)
         if status >= 500:
             raise upstream_error(
-                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).", retryable=True)
+                502, "upstream_unavailable", f"The web chat's site is down (HTTP {status}).",
+                retryable=True)
 
     # The nonce
 
@@ -4873,9 +4875,9 @@ class KimiProvider(Provider):
         """Fetch the chat page, following redirects within its scheme, host and port, and find its nonce."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
-        # No cache has seen it yet
+        # A URL that no cache knows
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
-        with suppress(ValueError):  # of a location that is no URL
+        with suppress(ValueError):  # for an invalid Location
             for _ in range(MAX_REDIRECTS + 1):
                 page = self._scraper.request("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
                 self._check_page(page)
@@ -4885,8 +4887,9 @@ class KimiProvider(Provider):
         nonce = find_nonce(page.body.decode("utf-8", "replace"))
         if page.status != 200 or not nonce:
             raise upstream_error(
-                502, "upstream_changed", f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has "
-                "moved (CHAT_PAGE_URL and UPSTREAM_URL say where it is). Look for a newer version of this program.")
+                502, "upstream_changed",
+                f"{home} (HTTP {page.status}) carries no nonce: the site has changed, or has moved "
+                "(CHAT_PAGE_URL and UPSTREAM_URL name its address). Look for a newer version of this program.")
         log.info("nonce renewed")
         return nonce
 
@@ -4898,7 +4901,6 @@ WEB_CHAT_REQUEST = request_object({}, {
     "max_tokens": POSITIVE,
     "max_completion_tokens": POSITIVE,
     "logprobs": {"enum": [False]},
-    "audio": {"enum": [{}]},
     "modalities": {"enum": [[], ["text"]]},
     "tool_choice": any_of(STRING, request_object({}, {"type": choice_of("function", "allowed_tools")})),
     "tools": array(request_object({"type": choice_of("function")})),
@@ -4907,7 +4909,7 @@ WEB_CHAT_REQUEST = request_object({}, {
 
 
 def reject_unsupported(request: ChatRequest) -> None:
-    """Raises APIError 400 for what the web chat cannot do."""
+    """Raise APIError 400 for parameters that the web chat does not support."""
     violation = find_violation(request.body, WEB_CHAT_REQUEST)
     if violation:
         path, schema = violation
@@ -4917,10 +4919,10 @@ def reject_unsupported(request: ChatRequest) -> None:
 
 
 def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
-    """The text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal that a new nonce may mend."""
+    """Return the text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal."""
     body = page.body.strip()
     answer = parse_upstream_object(body) or {}
-    if body in (b"-1", b"0"):  # WordPress's own words for a stale nonce and an unknown action
+    if body in (b"-1", b"0"):  # WordPress's answers to a stale nonce and an unknown action
         answer = {"success": False, "data": body.decode()}
     data = answer.get("data")
     if answer.get("success") is False:
@@ -4929,7 +4931,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
             f"The web chat refused: {plain_line(data, nonce)}",
             "upstream_error",
             "upstream_refused",
-            headers=NO_SDK_RETRY,  # for the second time, with a new nonce
+            headers=NO_SDK_RETRY,  # clients see only the second refusal, with a new nonce
             quotes_upstream=True,
         )
     if page.status != 200:
@@ -4950,7 +4952,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: errors
 #
-# The errors of APIs, wherever they are: with a status of their own, in an answer with status 200, or in a stream.
+# Errors of APIs: in a response with an error status, in an answer with status 200, or in a stream.
 # ----------------------------------------------------------------------------------------------------------------------
 
 TOO_LONG = re.compile(
@@ -4981,7 +4983,10 @@ def find_error(answer: JSONObject) -> Any:
     """Return the error in an answer with status 200, or None."""
     base = answer.get("base_resp")
     if isinstance(base, dict) and base.get("status_code"):
-        return {"message": base.get("status_msg"), "status": MINIMAX_STATUSES.get(str(base["status_code"]))}
+        return {
+            "message": base.get("status_msg"),
+            "status": MINIMAX_STATUSES.get(str(base["status_code"])),
+        }
     error = answer.pop("error", None)
     if isinstance(error, dict) and error:
         return {"status": answer.get("status_code"), **error}
@@ -4991,7 +4996,7 @@ def find_error(answer: JSONObject) -> Any:
 
 
 def error_status(error: JSONObject) -> int:
-    """Return the status of an error in an answer with status 200: its number, or what its code says, else 502."""
+    """Return the status of an error in an answer with status 200: by its number, or by words in its code, else 502."""
     for name in ("status_code", "code", "status"):
         if re.fullmatch(r"[45]\d\d", str(error.get(name))):
             return int(error[name])
@@ -4999,13 +5004,11 @@ def error_status(error: JSONObject) -> int:
     return next((status for pattern, status in STATUSES_OF_ERRORS if re.search(pattern, words)), 502)
 
 
-def error_message(error: Any, secret: str) -> str:
-    """Return an API's reason as one line, with the reason of the API behind it."""
-    if not isinstance(error, dict):
-        return plain_line(error, secret)
+def error_message(error: JSONObject, secret: str) -> str:
+    """Return the reason in an error as one line, followed by the reason of the API behind this API."""
     metadata = error.get("metadata")
     causes = [
-        next(filter(None, map(error.get, (*REASONS, "error", "code"))), error),
+        next(filter(None, map(error.get, REASONS)), error),
         metadata.get("raw") if isinstance(metadata, dict) else None,  # OpenRouter
         error.get("failed_generation"),  # Groq
     ]
@@ -5017,8 +5020,8 @@ def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
 
     status: of the response, 200 if the error is in an answer.
     """
-    fields = error if isinstance(error, dict) else {}
-    message = f"{api.name}: {error_message(error, api.key)}"
+    fields = error if isinstance(error, dict) else {"message": error}
+    message = f"{api.name}: {error_message(fields, api.key)}"
     if status == 200:
         status = error_status(fields)
 
@@ -5028,10 +5031,12 @@ def api_error(api: API, status: int, error: Any, headers: Headers) -> APIError:
     type, code, param = map(line, ("type", "code", "param"))
     if status == 401 or (status == 400 and WRONG_KEY.search(message)):
         return upstream_error(
-            502, "upstream_auth", f"{api.name} does not accept the key that this server has for it "
-            f"(HTTP {status}); see {api.name.upper()}_API_KEY.", headers=NO_SDK_RETRY)
+            502, "upstream_auth",
+            f"{api.name} does not accept the key that this server has for it (HTTP {status}); "
+            f"see {api.name.upper()}_API_KEY.",
+            headers=NO_SDK_RETRY)
     if status != 429 and (code == "context_length_exceeded" or TOO_LONG.search(message)):
-        # Clients, and FALLBACK_MODELS, go by this code; LangChain searches the message for it
+        # Clients and FALLBACK_MODELS check this code; LangChain searches the message for it
         status = 400
         code = "context_length_exceeded"
         if code not in message:
@@ -5085,7 +5090,7 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 
 MAX_FUNCTION_NAME = 64  # characters
 ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 1000  # of one API: a client may make up any number of models and values
+MAX_ADAPTATIONS = 200  # of one API: a client may make up any number of models and values, and each change takes time
 MAX_CHANGES = 12  # of one request
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
@@ -5095,8 +5100,11 @@ def portable(body: JSONObject) -> JSONObject:
     """Return the request without fields and roles that some APIs refuse and no API needs."""
     messages = []
     for message in body["messages"]:
-        # Clients send whole answers back, and Mistral and Groq refuse even null in a field that they do not know
-        message = {name: value for name, value in message.items() if value is not None or name == "content"}
+        # Clients resend complete answers, and Mistral and Groq refuse unknown fields even if they are null
+        message = {
+            name: value for name, value in message.items()
+            if value is not None or name == "content"
+        }
         if message["role"] == "developer":
             message["role"] = "system"
         messages.append(message)
@@ -5149,22 +5157,21 @@ def map_objects(function: Change, value: Any) -> Any:
     return json.loads(dump_json(value), object_hook=function)
 
 
-# Parameters that are left out when a model refuses them: many clients always send them, and thinking models fix them
+# Parameters to leave out when a model refuses them: many clients always send them, and thinking models fix their values
 OPTIONAL_PARAMETERS = (
     "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "reasoning_effort", "parallel_tool_calls",
     "logprobs", "top_logprobs", "stream_options", "seed", "metadata", "store", "user", "service_tier",
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
-COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # count only as names of parameters
-# Of these parameters each conversation may have other values, and no value changes an answer
+COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # need not mean the parameter
+# These parameters may differ in every conversation, and do not change the answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
 UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
 class ChangeParameter:
-    """Replace a parameter or leave it out if it has the refused value: the refusal says nothing of other clients'
-    values."""
+    """A change that replaces or removes a parameter with the refused value. Other values may be accepted."""
 
     name: str
     refused: int | None  # the hash of the value's repr(), None for any value
@@ -5182,14 +5189,17 @@ EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def nearest_effort(refused: str, complaint: str) -> str:
-    """Return the effort nearest to the refused one among those that the complaint names, else a common one."""
-    named = [effort for effort in EFFORTS if effort != refused and re.search(rf"\b{effort}\b", complaint)]
+    """Return the effort nearest to the refused effort, among those that the complaint names or else common ones."""
+    named = [
+        effort for effort in EFFORTS
+        if effort != refused and re.search(rf"\b{effort}\b", complaint)
+    ]
     position = EFFORTS.index(refused)
     return min(named or ["low", "high"], key=lambda effort: abs(EFFORTS.index(effort) - position - 0.1))
 
 
 def swap_max_tokens(body: JSONObject) -> JSONObject:
-    """Use the other name of the bound, or only the newer of both."""
+    """Use the other name of the limit, or only the newer name if both are used."""
     names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     if names.keys() <= body.keys():
         return without(body, "max_tokens")
@@ -5197,7 +5207,7 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
 
 
 def describe_format(body: JSONObject, **required: Any) -> JSONObject:
-    """Describe the required form of the answer in words, and require no form except this response_format."""
+    """Describe the format of the answer in words, and require no format except this response_format."""
     instruction = form_instruction(body)
     if not instruction:
         return body
@@ -5206,7 +5216,7 @@ def describe_format(body: JSONObject, **required: Any) -> JSONObject:
 
 
 def portable_schemas(body: JSONObject) -> JSONObject:
-    """Give the parameters of functions the form that Moonshot accepts."""
+    """Convert the schemas of functions to schemas that Moonshot accepts."""
     body = map_objects(dict, body)
     for tool in body.get("tools") or ():
         if tool["type"] == "function":
@@ -5217,8 +5227,10 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 
 
 def root_schema(schema: Schema) -> Schema:
-    """Return the schema of an object: of another schema, the properties of all its options. Raises LookupError and the
-    like for an invalid schema."""
+    """Return the schema of an object. From any other schema, take the properties of all its options.
+
+    Raises LookupError and the like for an invalid schema.
+    """
     root: Schema = map_objects(portable_schema, schema)
     if root.get("type") == "object":
         return root
@@ -5232,8 +5244,8 @@ def root_schema(schema: Schema) -> Schema:
 
 
 def portable_schema(schema: Schema) -> Schema:
-    """Return a schema whose reference has no siblings, whose `type` is inside of `anyOf`, and that has no null among
-    its options."""
+    """Return a schema whose reference has no siblings, whose `type` is inside `anyOf`, and whose options are not
+    null."""
     if isinstance(schema.get("$ref"), str):
         return only(schema, ("$ref", "$defs", "definitions"))
     if isinstance(schema.get("anyOf"), list):
@@ -5249,7 +5261,7 @@ def portable_schema(schema: Schema) -> Schema:
 
 
 def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
-    """Give each message of the assistant reasoning_content, if only the default."""
+    """Give each assistant message reasoning_content: its reasoning or the default."""
     filled = []
     for message in body["messages"]:
         if message["role"] == "assistant" and not message.get("reasoning_content"):
@@ -5264,12 +5276,15 @@ def leave_out_reasoning(body: JSONObject) -> JSONObject:
 
 
 def offer_forced_tool(body: JSONObject) -> JSONObject:
-    """Require any tool, and offer only the forced one."""
+    """Require any tool, and offer only the forced tool."""
     choice = body.get("tool_choice")
     if not names_function(choice) or "thinking" in body:
         return body
     name = choice["function"]["name"]
-    tools = [tool for tool in body["tools"] if tool["type"] == "function" and tool["function"]["name"] == name]
+    tools = [
+        tool for tool in body["tools"]
+        if tool["type"] == "function" and tool["function"]["name"] == name
+    ]
     return {**body, "tool_choice": "required", "tools": tools}
 
 
@@ -5285,9 +5300,9 @@ def ask_without_stream(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to the requests of a model that have certain parameters."""
+    """A change to those requests of a model that have certain parameters."""
 
-    named: frozenset[str]  # parameters in the refusal: the model may refuse only their combination
+    named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
 
     def apply(self, body: JSONObject) -> JSONObject:
@@ -5305,7 +5320,8 @@ ADAPTATIONS: list[tuple[str, Change]] = [
     (r"word .?json|json_schema|response.format", partial(describe_format, response_format={"type": "json_object"})),
     (r"response.format|json_schema|json_object", describe_format),
     (MISSING_REASONING, fill_reasoning_gaps),
-    (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),  # kimi-k2.6 refuses an empty text
+    # kimi-k2.6 refuses an empty text
+    (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),
     (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", leave_out_reasoning),
     (r"\bsystem\b|chat setting", move_system_first),
     (r"tool_choice", offer_forced_tool),
@@ -5314,7 +5330,7 @@ ADAPTATIONS: list[tuple[str, Change]] = [
 ]
 
 
-def words_of(refusal: APIError) -> str:
+def message_without_ids(refusal: APIError) -> str:
     """Return the message without words that have digits, such as the ids that some APIs give their requests."""
     return re.sub(r"\S*\d\S*", "", refusal.message)
 
@@ -5323,21 +5339,21 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
     """Yield adaptations that may make a model accept a refused request. Each is a change on its own."""
     # xAI writes presencePenalty
     complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
-    named = sent.keys() & set(re.findall(r"\w+", complaint))
+    named = frozenset(sent).intersection(re.findall(r"\w+", complaint))
     for name in named & COMMON_WORDS:
         pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
         if not re.search(pattern, complaint):
-            named.remove(name)
+            named -= {name}
     for name in OPTIONAL_PARAMETERS:
         if name not in named or (name == "logprobs" and sent[name]):
             continue
         value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:
             effort = nearest_effort(sent[name], complaint)
-            yield Adaptation(frozenset(named), ChangeParameter(name, value, effort))
-        yield Adaptation(frozenset(named), ChangeParameter(name, value))
+            yield Adaptation(named, ChangeParameter(name, value, effort))
+        yield Adaptation(named, ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
-        adaptation = Adaptation(frozenset({*named, "messages"}), change)  # not of embeddings
+        adaptation = Adaptation(named | {"messages"}, change)  # not of embeddings
         if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
             yield adaptation
 
@@ -5350,7 +5366,7 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
-FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is whole
+FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is complete
 
 
 def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[str]:
@@ -5364,9 +5380,14 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         parts = content if isinstance(content, list) else []
         others = [part for part in parts if part["type"] != "text"]
         calls = [canonical_call(call) for call in message.get("tool_calls") or ()]
-        role = "system" if is_system(message) else message["role"]
         # In ASCII: arguments may contain lone surrogates
-        fields = [role, text_of(message).strip(), others, calls, message.get("tool_call_id")]
+        fields = [
+            message["role"],
+            text_of(message).strip(),
+            others,
+            calls,
+            message.get("tool_call_id"),
+        ]
         digest.update(json.dumps(fields).encode())
         yield digest.hexdigest()
 
@@ -5402,17 +5423,19 @@ class StartedCall:
 
 
 class CallReader:
-    """Gives each piece of a tool call the index and the id of its call, in the order in which the calls begin."""
+    """A reader of tool calls, which gives each piece the index and the id of its call."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names  # of functions, by their short forms
         self._count = 0
-        # By the API's id, by its index, and under None the call of the last piece
+        # By the API's id and index; None is the key of the last piece's call
         self._calls: dict[str | int | None, StartedCall] = {}
 
     def read(self, piece: JSONObject) -> JSONObject | None:
-        """Complete a piece. Return None until the name of the function is known. Raises TypeError and the like for an
-        invalid piece."""
+        """Complete a piece, or return None while the name of the function is unknown.
+
+        Raises TypeError and the like for an invalid piece.
+        """
         kind, field_name = ("custom", "input") if "custom" in piece else ("function", "arguments")
         function = piece.get(kind) or {}
         id = str(piece.get("id") or "")
@@ -5452,8 +5475,10 @@ class CallReader:
 
 
 class APIAnswer:
-    """The stream of an API's answer, read into a fold. Once every choice has its finish reason, the answer is complete,
-    and later errors do not count."""
+    """The stream of an API's answer, read into a fold.
+
+    An answer is complete once every choice has its finish reason. Later errors are ignored.
+    """
 
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
@@ -5461,7 +5486,8 @@ class APIAnswer:
         """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
         self.response = response
         self.is_done = False  # [DONE] has come
-        self._finished: set[int] = set()  # the indexes of choices that have their finish reason
+        # The indexes of choices that have their finish reason
+        self._finished: set[int] = set()
         self._api = api
         self._fold = fold
         self._wanted = choices
@@ -5484,26 +5510,27 @@ class APIAnswer:
                 event["choices"] = self._read_choices(event)
                 self._fold.add(event)
                 if not is_complete:
-                    # From its first choice on, only silence times out, not the whole answer
-                    deadline.is_per_read = bool(self._fold.choices)
-                    if self._finished and len(self._finished) >= max(len(self._fold.choices), self._wanted):
-                        is_complete = True
-                        deadline.is_per_read = False
+                    # From the first choice on, only silence times out, not the answer
+                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
+                    deadline.is_per_read = bool(self._fold.choices) and not is_complete
+                    if is_complete:
                         deadline.limit(FINISHED_SILENCE)
                 chunk.update(event)
-                if chunk["choices"]:  # other chunks are passed on with the next
+                if chunk["choices"]:  # other chunks are merged into the next
                     yield chunk
                     chunk = {}
         except APIError:
             if not is_complete:
                 raise
         if not (self.is_done or is_complete):
-            message = f"{self._api.name} ended the stream before the answer was complete."
-            raise upstream_error(502, "upstream_unavailable", message)
+            raise upstream_error(
+                502, "upstream_unavailable", f"{self._api.name} ended the stream before the answer was complete.")
         if not self._fold.choices:
             raise invalid_response(self._api.name, "an empty answer")
-        unfinished = [self._read_choice({"index": index, "finish_reason": "stop"})
-                      for index in self._fold.choices.keys() - self._finished]
+        unfinished = [
+            self._read_choice({"index": index, "finish_reason": "stop"})
+            for index in self._fold.choices.keys() - self._finished
+        ]
         if unfinished:
             self._fold.add({"choices": unfinished})
             yield {"choices": unfinished}
@@ -5540,7 +5567,10 @@ class APIAnswer:
 
     def _read_choices(self, event: JSONObject) -> list[JSONObject]:
         try:
-            return [choice if is_text(choice) else self._read_choice(choice) for choice in event.get("choices") or ()]
+            return [
+                choice if is_text(choice) else self._read_choice(choice)
+                for choice in event.get("choices") or ()
+            ]
         except (AttributeError, LookupError, TypeError, ValueError):
             raise invalid_response(self._api.name, "a malformed chunk") from None
 
@@ -5550,7 +5580,7 @@ class APIAnswer:
         index = as_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
-        # MiniMax ends with the whole message; an answer in JSON has nothing else
+        # MiniMax ends with the complete message; an answer in JSON has nothing else
         for name, value in (choice.pop("message", None) or {}).items():
             names = REASONING_FIELDS if name in REASONING_FIELDS else [name]
             if not delta.get(name) and not any(map(before.get, names)):
@@ -5584,7 +5614,7 @@ def is_text(choice: JSONObject) -> bool:
 
 
 def split_parts(delta: JSONObject) -> None:
-    """Replace a content of parts, as Mistral sends it: text, thinking, and others, which have a field of their own."""
+    """Replace content parts, which Mistral sends, by fields: text, reasoning, and content_parts for other parts."""
     fields: JSONObject = {}
     for part in delta.pop("content"):
         if part["type"] == "text":
@@ -5599,7 +5629,7 @@ def split_parts(delta: JSONObject) -> None:
 
 def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     """Yield the data of each server-sent event as it arrives. Skip comments and other fields. Lines end in LF."""
-    line = bytearray()  # whose end has not come
+    line = bytearray()  # incomplete
     data = bytearray()  # the lines of the event
     total = 0
     # The end of the stream ends the last event too
@@ -5607,21 +5637,19 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
         line += chunk
         total += len(chunk)
         if b"\n" in chunk:
-            *lines, rest = bytes(line).split(b"\n")
-            line = bytearray(rest)
+            *lines, line = line.split(b"\n")
             for text in lines:
                 text = text.rstrip(b"\r")
                 if text.startswith(b"error:"):  # llama.cpp
-                    text = b'data:{"error":%s}' % text[6:]
+                    text = text.replace(b"error:", b'data:{"error":', 1) + b"}"
                 if text.startswith(b"data:"):
                     data += text[5:].removeprefix(b" ") + b"\n"
                 elif not text and data:
                     yield bytes(data[:-1])
                     data.clear()
-        if len(line) + len(data) > MAX_UPSTREAM_BYTES:
-            raise invalid_response(upstream, f"an event of more than {MAX_UPSTREAM_BYTES} bytes")
-        if total > MAX_STREAM_BYTES:
-            raise invalid_response(upstream, f"an answer of more than {MAX_STREAM_BYTES} bytes")
+        if len(line) + len(data) > MAX_UPSTREAM_BYTES or total > MAX_STREAM_BYTES:
+            raise invalid_response(
+                upstream, f"more than {MAX_UPSTREAM_BYTES} bytes in an event or {MAX_STREAM_BYTES} in all")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5637,13 +5665,16 @@ MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
-# What is ours, or is sent under another name
+# Set by this server, or sent under another name
 NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens", "encoding_format"}
 
 
 def ignored_header(body: JSONObject, sent: JSONObject) -> dict[str, str]:
     """Return a header that lists the parameters that were left out."""
-    ignored = [name for name in body if name not in sent and name not in NOT_IGNORED and body[name] != []]
+    ignored = [
+        name for name in body
+        if name not in sent and name not in NOT_IGNORED and body[name] != []
+    ]
     return {"X-Kimi2api-Ignored": ", ".join(ignored)} if ignored else {}
 
 
@@ -5662,7 +5693,7 @@ def encoded_embedding(entry: JSONObject, encoding: str | None) -> JSONObject:
 
 
 class OpenAIProvider(Provider):
-    """An API of OpenAI's kind. A client that disconnects ends the upstream call, because these answers cost money."""
+    """An OpenAI-style API. A client that disconnects ends the upstream call, because answers cost money."""
 
     def __init__(self, api: API, settings: Settings, metrics: Metrics) -> None:
         super().__init__(api.name, settings, metrics)
@@ -5676,7 +5707,7 @@ class OpenAIProvider(Provider):
         }
         if api.key:
             self._headers["Authorization"] = f"Bearer {api.key}"
-        # By model and change: when it expires, by time.monotonic()
+        # The expiry of each adaptation of a model, by time.monotonic()
         self._adaptations: dict[tuple[str, Adaptation], float] = {}
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
@@ -5707,7 +5738,8 @@ class OpenAIProvider(Provider):
             try:
                 for chunk in answer.chunks:
                     for choice in chunk["choices"]:
-                        if choice["finish_reason"]:  # before the client can send the results of its calls
+                        # Before the client can send the results of its calls
+                        if choice["finish_reason"]:
                             self._keep_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
@@ -5720,9 +5752,11 @@ class OpenAIProvider(Provider):
     def _ask(
         self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
     ) -> tuple[T, JSONObject]:
-        """Send a request, and return the answer and the request as it was sent. Change what the model refuses, one
-        change at a time, and remember the changes that helped. Raises the first refusal of a forced tool, else the last
-        refusal."""
+        """Send a request. Return the answer, and the request as it was accepted.
+
+        Change what the model refuses, one change at a time, and remember the changes that helped. Raises the first
+        refusal of a forced tool, else the last refusal.
+        """
         model = body["model"]
         now = time.monotonic()
         helpful = []
@@ -5742,7 +5776,8 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                if words_of(error) != words_of(refusal):  # the change before helped
+                # If the words differ, the change before helped
+                if message_without_ids(error) != message_without_ids(refusal):
                     helpful = trial
                     refusal = error.copy()
                     changes = find_adaptations(refusal, sent)
@@ -5757,9 +5792,12 @@ class OpenAIProvider(Provider):
                 tried.append(found)
                 trial = [*helpful, found]
             else:
-                learned = {(model, found): now + ADAPTATION_MAX_AGE for found in tried if found in trial}
+                learned = {
+                    (model, found): now + ADAPTATION_MAX_AGE
+                    for found in tried if found in trial
+                }
                 if learned:
-                    self._adaptations = latest({**self._adaptations, **learned}, MAX_ADAPTATIONS)
+                    self._adaptations = newest_entries({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
     def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
@@ -5770,12 +5808,16 @@ class OpenAIProvider(Provider):
         message = message_of(choice)
         calls = message.get("tool_calls")
         kept = reasoning_fields(message)
-        extra = {call["id"]: call["extra_content"] for call in calls or () if call.get("extra_content")}
+        extra = {
+            call["id"]: call["extra_content"] for call in calls or ()
+            if call.get("extra_content")
+        }
         if extra:
             kept["extra_content"] = extra
         if kept and calls:
             *_, digest = conversation_digests(asked.model, [*messages, message])
-            asked.sessions.keep_reasoning(asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
+            asked.sessions.keep_reasoning(
+                asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
@@ -5790,11 +5832,14 @@ class OpenAIProvider(Provider):
             if calls:
                 kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
                 extra = kept.pop("extra_content", {})
-                calls = [{"extra_content": extra[c["id"]], **c} if c.get("id") in extra else c for c in calls]
+                calls = [
+                    {"extra_content": extra[call["id"]], **call} if call.get("id") in extra else call
+                    for call in calls
+                ]
                 message = {**message, "tool_calls": calls}
 
                 # Clients send the text under a name of their own, only its last piece, or details joined wrongly
-                is_empty = "" in map(message.get, REASONING_FIELDS)  # which the client means
+                is_empty = "" in map(message.get, REASONING_FIELDS)  # on purpose
                 if kept and not is_empty and reasoning_text(message).strip() in reasoning_text(kept):
                     message = {**without(message, *REASONING_FIELDS), **kept}
             restored.append(message)
@@ -5806,7 +5851,10 @@ class OpenAIProvider(Provider):
             parsed = parse_upstream_object(response.read(MAX_EMBEDDINGS_BYTES), MAX_EMBEDDINGS_VALUES)
             answer = checked_answer(self._api, parsed, response.headers)
             try:
-                data = [encoded_embedding(entry, body.get("encoding_format")) for entry in answer["data"]]
+                data = [
+                    encoded_embedding(entry, body.get("encoding_format"))
+                    for entry in answer["data"]
+                ]
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
                 raise invalid_response(self._api.name, "no embeddings") from None
             return {**answer, "data": data}, rate_limits(response.headers)
@@ -5818,8 +5866,10 @@ class OpenAIProvider(Provider):
     def _send(
         self, method: str, path: str, body: JSONObject | None, waiter: Waiter,
     ) -> UpstreamResponse:
-        """Send a request, and return the response with status 200, its body unread. The time-out covers everything up
-        to the first event of a stream, or another body to its end. Raises APIError for other statuses."""
+        """Send a request. Return a response with status 200, before its body is read; other statuses raise APIError.
+
+        The time-out covers everything up to the first choice of a stream, or to the end of another body.
+        """
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
         response = self._transport.request(method, self._base_url + path, self._headers, data, deadline)
@@ -5827,7 +5877,7 @@ class OpenAIProvider(Provider):
             return response
         text = response.read()
         answer = parse_upstream_object(text) or {}
-        error = find_error(answer) or answer or text.decode("utf-8", "replace")
+        error = find_error(answer) or answer or text.decode("utf-8", "replace") or "(no reason given)"
         raise api_error(self._api, response.status, error, response.headers)
 
     # Models
@@ -5863,13 +5913,13 @@ class OpenAIProvider(Provider):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and fallback
 #
-# Which provider answers for a model's id, and which one answers when it cannot.
+# The provider of each model id, and the models that answer when it cannot.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
 CREATED = 1757030400
 MAX_HELD_BACK = 50  # deltas without content
-LISTING_WAIT = 0.5  # seconds that /v1/models waits for lists that are not here yet
+LISTING_WAIT = 0.5  # seconds that /v1/models waits for each list that is not here yet
 
 
 def model_not_found(name: str) -> APIError:
@@ -5879,7 +5929,7 @@ def model_not_found(name: str) -> APIError:
 
 
 class Providers:
-    """Every configured provider, and which of them a model's id means."""
+    """All configured providers, by their names and by the ids of models."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
@@ -5888,56 +5938,57 @@ class Providers:
             self.by_name[name] = OpenAIProvider(api, settings, metrics)
 
     def resolve(self, model: str) -> tuple[Provider, str]:
-        """The provider and its own name for a model. Raises APIError 404 for an id that nobody has."""
+        """Return the provider of a model id, and its name of the model. Raises APIError 404 for an unknown id."""
         resolved = self._settings.resolve(model)
         if resolved is None:
             raise model_not_found(model)
-        name, own_name = resolved
-        return self.by_name[name], own_name
+        name, upstream_model = resolved
+        return self.by_name[name], upstream_model
 
     def models(self) -> list[JSONObject]:
-        """MODELS, then what each API lists, as OpenAI's model objects."""
+        """Return MODELS, then the models that each API lists, as OpenAI's model objects."""
         for provider in self.by_name.values():
-            provider.models(wait=0)  # all are asked before the first is waited for
-        deadline = time.monotonic() + LISTING_WAIT
+            provider.models(wait=0)  # starts every fetch before the first wait
         names = list(self._settings.models)
         for provider in self.by_name.values():
-            for model in provider.models(wait=max(0.0, deadline - time.monotonic())):
+            for model in provider.models(LISTING_WAIT):
                 names.append(f"{provider.name}/{model}")
         return [self.model(name, wait=0) for name in names if name != "*"]
 
     def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
-        """OpenAI's model object. Raises APIError 404 for an id that nobody has, as far as is known."""
-        provider, own_name = self.resolve(name)
+        """Return OpenAI's object of a model. Raises APIError 404 for an unknown id."""
+        provider, upstream_model = self.resolve(name)
         model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
         listed = provider.models(wait)
-        if listed and own_name not in listed and name not in self._settings.models:
+        if listed and upstream_model not in listed and name not in self._settings.models:
             raise model_not_found(name)
-        upstream_model = listed.get(own_name, {})
-        for field_name, kind in (("created", int), ("owned_by", str)):
-            if isinstance(upstream_model.get(field_name), kind):
-                model[field_name] = upstream_model[field_name]
+        listed_model = listed.get(upstream_model, {})
+        for field_name in ("created", "owned_by"):
+            value = listed_model.get(field_name)
+            if type(value) is type(model[field_name]):
+                model[field_name] = value
         return model
 
     def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
-        """The answer of the model asked for or, if it cannot answer, of the first of FALLBACK_MODELS that can.
+        """Yield the answer of the requested model or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
-        What the client must not see before it could still be another model's is held back: of a stream the role, of
-        an answer in one piece everything, which then is one delta.
+        Deltas are held back until the model is certain to answer: of a stream up to the first content, of a JSON answer
+        all, which become one delta.
         """
         failures: list[APIError] = []
         stats = asked.stats
+        is_stream = asked.request.stream
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name)
             deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
-            begun: list[Delta] = []
+            held_back: list[Delta] = []
             try:
                 for delta in deltas:
-                    begun.append(delta)
-                    if not asked.request.stream:
-                        del begun[1:]  # the fold has it
-                    elif delta.has_content or len(begun) > MAX_HELD_BACK:
+                    held_back.append(delta)
+                    if not is_stream:
+                        del held_back[1:]  # the fold has it
+                    elif delta.has_content or len(held_back) > MAX_HELD_BACK:
                         break
             except APIError as error:
                 prefix = f"Fallback {name}: " if failures else ""
@@ -5946,12 +5997,10 @@ class Providers:
                     break
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
-            if not asked.request.stream:
-                begun[0].chunk = stats.fold.completion()
-            if failures:
-                log.warning("%s answers instead of %s", name, model)
-            begun[0].headers = {**begun[0].headers, "X-Kimi2api-Provider": provider.name}
-            for delta in itertools.chain(begun, deltas):
+            if not is_stream:
+                held_back[0].chunk = stats.fold.completion()
+            held_back[0].headers = {**held_back[0].headers, "X-Kimi2api-Provider": provider.name}
+            for delta in itertools.chain(held_back, deltas):
                 delta.chunk["model"] = name
                 yield delta
             return
@@ -5960,7 +6009,7 @@ class Providers:
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
     ) -> Embeddings:
-        """Embeddings by the model asked for, and by no other: those of two models cannot be compared."""
+        """Return embeddings of the requested model, without fallback: those of two models cannot be compared."""
         provider, upstream_model = self.resolve(model)
         stats.start(provider.name, model)
         stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})
