@@ -404,6 +404,10 @@ def api_streams(*chunks: Any) -> Act:
     return act
 
 
+HALF = api_chunk({"content": "half"})
+REST = api_chunk({"content": " and half"}, "stop")
+
+
 def as_events(*chunks: Any) -> bytes:
     return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
 
@@ -436,6 +440,71 @@ def api_streams_words(handler: ApiHandler) -> None:
     else:
         handler.event(api_chunk({}, "stop"))
         handler.end()
+
+
+def api_fails(status: int, message: str, **fields: str) -> Act:
+    """Return an act that sends an error in OpenAI's shape."""
+    return api_sends(status, {"error": {"message": message, **fields}})
+
+
+def api_refuses(complaint: str, when: Callable[[Any], bool], status: int = 400, **fields: Any) -> Act:
+    """Return an act that refuses requests with this message when `when(body)` is true, and answers all others."""
+
+    def act(handler: ApiHandler) -> None:
+        if when(json.loads(handler.body)):
+            api_fails(status, complaint, **fields)(handler)
+        else:
+            api_answers("ok")(handler)
+
+    return act
+
+
+def api_forbids(name: str) -> Act:
+    """Return an act that refuses a parameter with the error of Mistral's schema."""
+    detail = [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted", "input": 1}]
+    refusal = api_sends(422, {"object": "error", "message": {"detail": detail}, "type": "invalid_request_error"})
+
+    def act(handler: ApiHandler) -> None:
+        (refusal if name in json.loads(handler.body) else api_answers("ok"))(handler)
+
+    return act
+
+
+def api_streams_without_end(*chunks: Any) -> Act:
+    """Return an act that streams these chunks and does not end the body."""
+
+    def act(handler: ApiHandler) -> None:
+        handler.begin_stream()
+        for chunk in chunks:
+            handler.event(chunk)
+
+    return act
+
+
+def api_streams_unframed(data: bytes) -> Act:
+    """Return an act that streams without chunked framing, so that the end of the connection ends the body."""
+
+    def act(handler: ApiHandler) -> None:
+        handler.head(200, {"Content_Type": "text/event-stream"})
+        handler.raw(data)
+
+    return act
+
+
+def api_streams_then_hangs(*chunks: Any) -> Act:
+    def act(handler: ApiHandler) -> None:
+        api_streams_without_end(*chunks)(handler)
+        hangs(handler)
+
+    return act
+
+
+def api_streams_then_breaks_off(*chunks: Any) -> Act:
+    def act(handler: ApiHandler) -> None:
+        api_streams_without_end(*chunks)(handler)
+        handler.close_connection = True
+
+    return act
 
 
 @pytest.fixture
@@ -3367,6 +3436,13 @@ def assert_store_failure(app: Client, is_readable: bool = False) -> None:
         assert_error(app.get("/v1/sessions/ada"), 503, "session_store_unavailable")
 
 
+def break_store(folder: Path) -> None:
+    """Replace the file of the SQLite store in this folder by a directory."""
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "sessions.db").mkdir()
+
+
 def store_recovered(app: Client) -> Callable[[], bool]:
     return lambda: bool(app.get("/health").json["store"]["ok"] and chat(app, "Hi", user="eve").status_int == 200)
 
@@ -4127,13 +4203,6 @@ def test_usage_of_an_idle_key_is_stored_and_old_periods_are_dropped(tmp_path: Pa
     clock.now += 6
     counters.add(counter_key("day 2", "bob"), {"tokens": 1})
     assert len(counters._known) == 1 and not counters._pending
-
-
-def break_store(folder: Path) -> None:
-    """Replace the file of the SQLite store in this folder by a directory."""
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / "sessions.db").mkdir()
 
 
 @pytest.mark.parametrize("limit", ["REQUESTS_PER_MINUTE", "TOKENS_PER_DAY"])
@@ -6218,29 +6287,6 @@ def test_a_forced_tool_that_stays_refused_returns_the_first_error(
     assert len(api.asked) == 4, "the client's own `thinking` is kept"
 
 
-def api_refuses(complaint: str, when: Callable[[Any], bool], status: int = 400, **fields: Any) -> Act:
-    """Return an act that refuses requests with this message when `when(body)` is true, and answers all others."""
-
-    def act(handler: ApiHandler) -> None:
-        if when(json.loads(handler.body)):
-            api_fails(status, complaint, **fields)(handler)
-        else:
-            api_answers("ok")(handler)
-
-    return act
-
-
-def api_forbids(name: str) -> Act:
-    """Return an act that refuses a parameter with the error of Mistral's schema."""
-    detail = [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted", "input": 1}]
-    refusal = api_sends(422, {"object": "error", "message": {"detail": detail}, "type": "invalid_request_error"})
-
-    def act(handler: ApiHandler) -> None:
-        (refusal if name in json.loads(handler.body) else api_answers("ok"))(handler)
-
-    return act
-
-
 def message_roles(body: Any) -> list[str]:
     return [message["role"] for message in body["messages"]]
 
@@ -6521,6 +6567,9 @@ def test_an_answer_without_a_dropped_choice_is_complete(
     assert answer_text(chat(make_app(**api_settings, MAX_RETRIES="0"), model="local/k2", n=2)) == "x"
 
 
+WHOLE_CALL = {"id": "c1", "type": "function", "function": {"name": "a", "arguments": '{"x":1}'}}
+
+
 def test_requests_are_normalized_for_every_api(api_app: Client, api: Api) -> None:
     messages = [
         {"role": "system", "content": "A"},
@@ -6664,11 +6713,6 @@ def test_a_prompt_in_an_apis_error_code_is_not_logged(
     assert "secret" not in caplog.text and "secret" not in api_app.get("/health").text
 
 
-def api_fails(status: int, message: str, **fields: str) -> Act:
-    """Return an act that sends an error in OpenAI's shape."""
-    return api_sends(status, {"error": {"message": message, **fields}})
-
-
 @pytest.mark.parametrize(
     ("act", "error", "asked"),
     [
@@ -6789,40 +6833,6 @@ def test_oversized_headers_of_an_api_are_dropped(
     assert answer_text(response) == "Hi" and len(str(response.headers)) < 2000
 
 
-HALF = api_chunk({"content": "half"})
-REST = api_chunk({"content": " and half"}, "stop")
-
-
-def api_streams_unframed(data: bytes) -> Act:
-    """Return an act that streams without chunked framing, so that the end of the connection ends the body."""
-
-    def act(handler: ApiHandler) -> None:
-        handler.head(200, {"Content_Type": "text/event-stream"})
-        handler.raw(data)
-
-    return act
-
-
-def api_streams_then_hangs(*chunks: Any) -> Act:
-    def act(handler: ApiHandler) -> None:
-        handler.begin_stream()
-        for chunk in chunks:
-            handler.event(chunk)
-        hangs(handler)
-
-    return act
-
-
-def api_streams_then_breaks_off(*chunks: Any) -> Act:
-    def act(handler: ApiHandler) -> None:
-        handler.begin_stream()
-        for chunk in chunks:
-            handler.event(chunk)
-        handler.close_connection = True
-
-    return act
-
-
 @json_and_stream
 @pytest.mark.parametrize(
     "act",
@@ -6921,17 +6931,6 @@ def test_an_api_that_sends_after_done_does_not_delay_the_end(
     status, body = program.chat(model="local/k2", stream=True)
     assert status == 200 and sse_events(body)[-1] == "[DONE]" and not ended.is_set()
     assert ended.wait(PATIENCE), "the connection is drained only briefly"
-
-
-def api_streams_without_end(*chunks: Any) -> Act:
-    """Return an act that streams these chunks and does not end the body."""
-
-    def act(handler: ApiHandler) -> None:
-        handler.begin_stream()
-        for chunk in chunks:
-            handler.event(chunk)
-
-    return act
 
 
 def test_a_connection_is_reused_if_the_end_of_its_body_comes_late(
@@ -7131,7 +7130,8 @@ def json_message(completion: Any) -> dict[str, Any]:
 
 
 CALLED = {"c1": ("a", '{"x":1}'), "c2": ("b", '{"y":2}')}
-WHOLE_CALL = {"id": "c1", "type": "function", "function": {"name": "a", "arguments": '{"x":1}'}}
+
+
 THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Yes."}]
 
 
