@@ -2261,7 +2261,7 @@ class ResponseWriter:
             if delta.get(name):
                 self._item(kind).add(delta[name])
         for annotation in delta.get("annotations") or ():
-            fields = annotation.get(annotation.get("type")) if isinstance(annotation, dict) else None
+            fields = annotation.get(str(annotation.get("type"))) if isinstance(annotation, dict) else None
             if isinstance(fields, dict):
                 self._item(TEXT_KINDS["content"]).annotate({"type": annotation["type"], **fields})
         for call in delta.get("tool_calls") or ():

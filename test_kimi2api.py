@@ -7770,7 +7770,7 @@ def test_a_refusal_of_embeddings_changes_nothing_of_a_chat(api_app: Client, api:
 
     def act(handler: ApiHandler) -> None:
         body = json.loads(handler.body)
-        is_adapted = roles(body)[0] == "system" if "messages" in body else False
+        is_adapted = message_roles(body)[0] == "system" if "messages" in body else False
         (api_answers("ok") if is_adapted else refusal)(handler)
 
     api.always = act
