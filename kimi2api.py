@@ -267,10 +267,12 @@ class API:
 class Settings:
     """All settings, parsed. The name of a setting is the name of its field in capitals."""
 
+    # Who may call
+
     api_master_key: tuple[ClientKey, ...] = setting(
         "",
-        "key that clients send as `Authorization: Bearer …`; several are separated by commas, and may have names: "
-        "`ann:sk-…,bob:sk-…`. Empty: no key is asked, and only this machine may call",
+        "keys that clients send as `Authorization: Bearer …`, separated by commas, with names or without: "
+        "`ann:sk-…,sk-…`. Empty: no key is asked, and only this machine may call",
         SettingType(
             "a comma-separated list of keys in printable ASCII without spaces, or of name:key",
             parse_client_keys))
@@ -282,68 +284,26 @@ class Settings:
         "8088",
         "port to listen on; 0 takes a free one",
         integer(0, 65535))
-    max_concurrent_chats: dict[str, int] = setting(
-        "64",
-        "chats running at once; one more is answered 429. `64,ann=4` also bounds a named key",
-        SettingType(
-            "a whole number from 1 to 4096, and name=number for named keys, separated by commas",
-            partial(parse_limits, low=1, high=4096, default=64)))
-    session_cache_ttl: float = setting(
-        "3600",
-        "seconds a session lives after its last turn",
-        number(1, 1e9))
-    max_session_size: int = setting(
-        "1000",
-        "sessions kept for each key, and as many stored responses; the least recently used goes first",
-        integer(1, 10**9))
-    requests_per_minute: dict[str, int] = setting(
-        "0",
-        "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own",
-        LIMITS)
-    tokens_per_day: dict[str, int] = setting(
-        "0",
-        "tokens per key and day (UTC), 0: no limit; in the same form",
-        LIMITS)
-    session_store: str = setting(
-        "memory",
-        "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
-        "`rediss://…` (extra `redis`)",
-        SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store))
-    request_timeout: float = setting(
-        "60",
-        "seconds one upstream attempt may take",
-        number(0.1, 86400))
-    max_retries: int = setting(
-        "3",
-        "further attempts after a failure that is safe to retry",
-        integer(0, 100))
-    context_max_length: int = setting(
-        "1000",
-        "characters the web chat takes in one message",
-        integer(1, 10**9))
-    default_model: str = setting("kimi", "model of a request that names none")
+    cors_origins: tuple[str, ...] = setting(
+        "",
+        "origins of web pages that may call, separated by commas. Empty: any when a key is set, else those of this "
+        "machine",
+        comma_separated(
+            r"\*|null|[a-z][a-z0-9.+-]*://(?:\*\.)?(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?!:443$|:80$)(?::\d{1,5})?",
+            "origins as browsers send them, such as https://app.example, https://*.example.com, or null"))
+
+    # Models and upstreams
+
     models: dict[str, str] = setting(
         "kimi=moonshotai/Kimi-K2-Instruct-0905,kimi-k2-instruct-0905=moonshotai/Kimi-K2-Instruct-0905,"
         "kimi-k2-instruct=moonshotai/Kimi-K2-Instruct",
         "`id=upstream name`, separated by commas; an entry `*=…` accepts any model id",
         SettingType("`id=upstream name`, separated by commas", parse_model_table))
-    stream_interval_ms: float = setting(
-        "20",
-        "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
-        number(0, 1000))
-    stream_max_seconds: float = setting(
-        "2",
-        "a replay never takes longer than this: pieces grow instead",
-        number(0, 3600))
-    sse_keepalive: float = setting(
-        "10",
-        "seconds of silence before a keep-alive comment",
-        number(0.05, 3600))
-    shutdown_grace: float = setting(
-        "30",
-        "seconds that running chats get after SIGTERM or Ctrl-C",
-        number(0, 86400))
-    max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
+    default_model: str = setting("kimi", "model of a request that names none")
+    fallback_models: tuple[str, ...] = setting(
+        "",
+        "models to ask, in this order, when the model asked for cannot answer, separated by commas",
+        comma_separated(r"\S+", "model ids"))
     moonshot_api_key: str = setting(
         "",
         "key of Moonshot's own API; its models are then `moonshot/…`",
@@ -364,20 +324,78 @@ class Settings:
     qianfan_base_url: str = setting("https://qianfan.baidubce.com/v2", "base URL of Qianfan", URL)
     providers: tuple[str, ...] = setting(
         "",
-        "names of more OpenAI-style APIs, separated by commas; for a `local`, set `LOCAL_BASE_URL` and, if it "
-        "asks for one, `LOCAL_API_KEY`",
+        "more OpenAI-style APIs, by names of your choice, separated by commas; for `local`, set `LOCAL_BASE_URL` and, "
+        "if it asks for one, `LOCAL_API_KEY`",
         comma_separated("(?!kimi$)[a-z][a-z0-9_]*", "names in lower-case letters, digits and _, without kimi"))
-    fallback_models: tuple[str, ...] = setting(
-        "",
-        "models to ask, in this order, when the one asked for cannot answer, separated by commas",
-        comma_separated(r"\S+", "model ids"))
-    cors_origins: tuple[str, ...] = setting(
-        "",
-        "origins that may call from a browser, separated by commas. "
-        "Empty: any when a key is set, else only those of this machine",
-        comma_separated(
-            r"\*|null|[a-z][a-z0-9.+-]*://(?:\*\.)?(?:[a-z0-9._-]+|\[[0-9a-f:]+\])(?!:443$|:80$)(?::\d{1,5})?",
-            "origins as browsers send them, such as https://app.example, https://*.example.com, or null"))
+
+    # Sessions
+
+    session_store: str = setting(
+        "memory",
+        "where sessions, stored responses and usage are kept: `memory`, `sqlite:PATH`, or `redis://…`, "
+        "`rediss://…` (extra `redis`)",
+        SettingType("memory, sqlite:PATH, redis://HOST:PORT or rediss://HOST:PORT", parse_store))
+    session_cache_ttl: float = setting(
+        "3600",
+        "seconds a session lives after its last turn",
+        number(1, 1e9))
+    max_session_size: int = setting(
+        "1000",
+        "sessions kept for each key, and as many stored responses; the least recently used goes first",
+        integer(1, 10**9))
+
+    # Limits
+
+    max_concurrent_chats: dict[str, int] = setting(
+        "64",
+        "chats running at once; one more is answered 429. `64,ann=4` also bounds a named key",
+        SettingType(
+            "a whole number from 1 to 4096, and name=number for named keys, separated by commas",
+            partial(parse_limits, low=1, high=4096, default=64)))
+    requests_per_minute: dict[str, int] = setting(
+        "0",
+        "chats per key and minute, 0: no limit; `20,ann=60,bob=0` gives named keys their own",
+        LIMITS)
+    tokens_per_day: dict[str, int] = setting(
+        "0",
+        "tokens per key and day (UTC), 0: no limit; in the same form",
+        LIMITS)
+    max_body_bytes: int = setting("4194304", "largest request body", integer(1, 2**30))
+
+    # Fine tuning
+
+    request_timeout: float = setting(
+        "60",
+        "seconds one upstream attempt may take",
+        number(0.1, 86400))
+    max_retries: int = setting(
+        "3",
+        "further attempts after a failure that is safe to retry",
+        integer(0, 100))
+    stream_interval_ms: float = setting(
+        "20",
+        "pause between pieces when an answer that arrived whole is replayed as a stream; 0: no pauses",
+        number(0, 1000))
+    stream_max_seconds: float = setting(
+        "2",
+        "a replay never takes longer than this: pieces grow instead",
+        number(0, 3600))
+    sse_keepalive: float = setting(
+        "10",
+        "seconds of silence before a keep-alive comment",
+        number(0.05, 3600))
+    shutdown_grace: float = setting(
+        "30",
+        "seconds that running chats get after SIGTERM or Ctrl-C",
+        number(0, 86400))
+    log_level: str = setting(
+        "INFO",
+        "DEBUG, INFO, WARNING or ERROR",
+        matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
+    context_max_length: int = setting(
+        "1000",
+        "characters the web chat takes in one message",
+        integer(1, 10**9))
     upstream_url: str = setting(
         "https://kimi-ai.chat/wp-admin/admin-ajax.php",
         "the web chat's endpoint",
@@ -386,11 +404,10 @@ class Settings:
         "https://kimi-ai.chat/chat/",
         "the page that carries the nonce",
         URL)
-    log_level: str = setting(
-        "INFO",
-        "DEBUG, INFO, WARNING or ERROR",
-        matching("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
-    apis: Mapping[str, API] = field(default_factory=dict)  # by name; derived from other settings
+
+    # Derived from other settings
+
+    apis: Mapping[str, API] = field(default_factory=dict)  # by name
 
     @classmethod
     def load(cls, *sources: Mapping[str, str | None]) -> Settings:
@@ -406,8 +423,9 @@ class Settings:
             try:
                 return setting_type.parse(text)
             except ValueError:
-                # An address may contain a password
-                shown = "the value" if name.endswith("_KEY") or "@" in text else repr(text)
+                shown = repr(text) if text else "an empty value"
+                if name.endswith("_KEY") or "@" in text:  # an address may contain a password
+                    shown = "the value"
                 raise SettingError(f"{name}: {shown} is not {setting_type.accepts}") from None
 
         values = {}
@@ -6856,8 +6874,8 @@ MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
 # Seconds, at most, between requests, for the head of a request, and without progress in reading an answer
 CONNECTION_TIMEOUT = 30.0
 MIN_BODY_RATE = 1000  # bytes a second
-# Requests of a connection. As many answers that need no key fit into MAX_UNSENT_BYTES.
-MAX_PIPELINED = 8
+# Requests of a connection. As many answers that need no key, of at most 40 KB, fit into MAX_UNSENT_BYTES.
+MAX_PIPELINED = 6
 # Of a connection. Beyond it, a thread that writes waits for its client.
 MAX_UNSENT_BYTES = 1 << 18
 # Bytes. With a system's default of 4 MB, a client that reads 20 KB a second would look stalled.
