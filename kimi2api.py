@@ -3954,8 +3954,10 @@ class Transport:
             yield
         # RequestException: for an invalid URL of a proxy or a redirect
         except (TimeoutError, HTTPError, requests.RequestException) as error:
-            # Frames of urllib3's functions refer to the error: without this, the cycle keeps the request in memory
+            # Frames of urllib3's functions, and of contextlib's, refer to the error: without these two lines, the cycle
+            # keeps the request in memory
             clear_frames(error.__traceback__)
+            error.__traceback__ = None
             cause = innermost(error)
             if isinstance(cause, TimeoutError):
                 message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
