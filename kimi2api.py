@@ -620,8 +620,8 @@ LINE_SEPARATORS = {  # some clients split events at these characters
 # `second`: the second half at the beginning of a string. Without a name: any other half
 SURROGATES = re.compile(r"""
     (?P<kept> \\\\ | \\u(?i:d[89ab][0-9a-f]{2}) \\u(?i:d[c-f][0-9a-f]{2}) )
-    | (?P<first> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
-    | (?P<second> (?<=") \\u(?i:d[c-f][0-9a-f]{2}) )
+    | (?P<high> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
+    | (?P<low> (?<=") \\u(?i:d[c-f][0-9a-f]{2}) )
     | \\u(?i:d[89a-f][0-9a-f]{2})
     """, re.X)
 
@@ -658,16 +658,16 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
 
 
 def parse_upstream_object(
-    data: bytes, max_values: int = MAX_VALUES, halves: list[str] | None = None,
+    data: bytes, max_values: int = MAX_VALUES, high_surrogates: list[str] | None = None,
 ) -> JSONObject | None:
     """Parse an upstream's JSON object, or a list of one. Return None for anything else.
 
     U+FFFD replaces lone surrogates, which cannot be encoded as UTF-8.
-    halves: of surrogate pairs whose second half may be in a later document of the stream.
+    high_surrogates: of surrogate pairs whose second half may be in a later document of the stream.
     """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     if SURROGATE_ESCAPE.search(source):
-        source = SURROGATES.sub(partial(replace_half, halves), source)
+        source = SURROGATES.sub(partial(replace_surrogate, high_surrogates), source)
     try:
         value = parse_json(source, max_values)
         if isinstance(value, list):
@@ -677,14 +677,14 @@ def parse_upstream_object(
     return value if isinstance(value, dict) else None
 
 
-def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
+def replace_surrogate(high_surrogates: list[str] | None, found: re.Match[str]) -> str:
     """Return the replacement for a match of SURROGATES. The first half of a pair at the end of a string moves to the
     next string that begins with a second half."""
-    if found["first"] and halves is not None:
-        halves.append(found["first"])
+    if found["high"] and high_surrogates is not None:
+        high_surrogates.append(found["high"])
         return ""
-    if found["second"] and halves:
-        return halves.pop() + found["second"]
+    if found["low"] and high_surrogates:
+        return high_surrogates.pop() + found["low"]
     return found["kept"] or r"\ufffd"
 
 
@@ -873,9 +873,9 @@ def is_within_bounds(value: Any, schema: Schema) -> bool:
     if "enum" in schema and value not in schema["enum"]:
         return False
     for keyword, bound in schema.items():
-        if keyword.startswith("min") and size_of(value) < bound:
+        if keyword.startswith("min") and value_size(value) < bound:
             return False
-        if keyword.startswith("max") and size_of(value) > bound:
+        if keyword.startswith("max") and value_size(value) > bound:
             return False
     if "propertyNames" in schema:
         return max(map(len, value), default=0) <= schema["propertyNames"]["maxLength"]
@@ -890,7 +890,7 @@ def is_of_type(value: Any, name: str) -> bool:
     return isinstance(value, TYPES[name][0])
 
 
-def size_of(value: Any) -> float:
+def value_size(value: Any) -> float:
     return value if isinstance(value, (int, float)) else len(value)
 
 
@@ -1134,7 +1134,7 @@ def is_system(message: Message) -> bool:
     return message["role"] in ("system", "developer")
 
 
-def text_of(message: Message) -> str:
+def message_text(message: Message) -> str:
     """Return the text of a message whose content is a string, a list of parts, or null."""
     content = message.get("content") or ""
     if isinstance(content, str):
@@ -1217,7 +1217,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
         if value in (None, "", []):
             whole.setdefault(name, value)
         elif name in growing:
-            whole[name] = grown(whole.get(name), value, name)
+            whole[name] = extend_field(whole.get(name), value, name)
         elif type(value) is dict:
             known = whole.get(name)
             if type(known) is not dict:
@@ -1227,7 +1227,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
             whole[name] = value
 
 
-def grown(known: Any, value: Any, name: str) -> Any:
+def extend_field(known: Any, value: Any, name: str) -> Any:
     """Return a growing field with a value added. Takes time linear in the number of values."""
     if isinstance(value, str):
         if not isinstance(known, io.StringIO):
@@ -1284,7 +1284,7 @@ class Fold:
 
     def message(self) -> Message:
         """Return the message of the first choice."""
-        return message_of(self.choices.get(0, {"delta": {}}))
+        return choice_message(self.choices.get(0, {"delta": {}}))
 
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
@@ -1321,7 +1321,7 @@ def reasoning_text(message: JSONObject) -> str:
     return ""
 
 
-def message_of(choice: JSONObject) -> Message:
+def choice_message(choice: JSONObject) -> Message:
     """Convert the merged delta of a choice to a message."""
     message = {"role": "assistant", "content": None, "refusal": None, **plain_value(choice["delta"])}
     for call in message.get("tool_calls") or ():
@@ -1360,7 +1360,7 @@ def token_weight(text: str) -> float:
     return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
 
 
-def count_of(usage: Any, *path: str) -> int:
+def usage_count(usage: Any, *path: str) -> int:
     """Return the number at a path in an upstream's usage, or 0 if it is missing or impossible."""
     for name in path:
         usage = usage.get(name) if isinstance(usage, dict) else None
@@ -1416,7 +1416,7 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
         yield text[start:]
 
 
-def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
+def split_answer(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     """Split a complete answer into deltas as OpenAI sends them: role, pieces of text, tool calls, finish reason."""
     choice = delta.chunk["choices"][0]
     message = choice["delta"]
@@ -1465,7 +1465,7 @@ class ChatCompletion:
         completion = whole.chunk
         self._head["object"] = "chat.completion"
         for choice in completion["choices"]:
-            choice["message"] = message_of(choice)
+            choice["message"] = choice_message(choice)
             choice.setdefault("logprobs", None)
             del choice["delta"]
         return dump_json(self._with_head(completion))
@@ -1654,7 +1654,7 @@ class ItemReader:
         if kind.removesuffix("_output") in (*CALLS, "tool_search"):
             return self._read_result(item, kind)
         if kind == "compaction":
-            summary = decoded(item).get("summary")
+            summary = decode_fields(item).get("summary")
             if isinstance(summary, str):
                 return {"role": "user", "content": SUMMARY + summary}
         if kind == "compaction_trigger":
@@ -1710,12 +1710,12 @@ class ItemReader:
         return parts
 
 
-def encoded(fields: JSONObject) -> str:
+def encode_fields(fields: JSONObject) -> str:
     """Return the `encrypted_content` for the fields of an item. The client may read it."""
     return dump_json(fields).decode()
 
 
-def decoded(item: JSONObject) -> JSONObject:
+def decode_fields(item: JSONObject) -> JSONObject:
     """Return the fields that `encoded` wrote into an item, or no fields if another server wrote the item."""
     return parse_upstream_object((item.get("encrypted_content") or "").encode()) or {}
 
@@ -1765,13 +1765,13 @@ def as_part(part: JSONObject) -> JSONObject | None:
 def as_content(parts: list[JSONObject]) -> Any:
     """Return a text, or the parts if some are not text."""
     if all(part["type"] == "text" for part in parts):
-        return text_of({"content": parts})
+        return message_text({"content": parts})
     return parts
 
 
 def read_reasoning(item: JSONObject) -> JSONObject:
     """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    fields = reasoning_fields(decoded(item))
+    fields = reasoning_fields(decode_fields(item))
     if fields:
         return fields
     text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
@@ -2038,7 +2038,7 @@ COMPACTION = ItemKind(
     {"type": "compaction", "encrypted_content": ""},
     "",
     "encrypted_content",
-    finish=lambda text: encoded({"summary": text}),
+    finish=lambda text: encode_fields({"summary": text}),
     is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
     "content": ItemKind(
@@ -2127,7 +2127,7 @@ class OutputItem:
             self._emit_text(f"{kind.part_events}.done", part=part)
             written = {kind.list_field: [part]}
         if kind.prefix == "rs" and "encrypted_content" in self.item:
-            written["encrypted_content"] = encoded(plain_value(self.reasoning))
+            written["encrypted_content"] = encode_fields(plain_value(self.reasoning))
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
 
@@ -2173,12 +2173,12 @@ ECHOED: JSONObject = {  # settings of the request that the Response repeats, wit
 class ResponseWriter:
     """A writer of one response.
 
-    record: called with the complete response before the response or its last event is sent.
+    save: called with the complete response before the response or its last event is sent.
     """
 
     def __init__(self, request: ResponsesRequest) -> None:
         self.headers: Headers = {}
-        self.record: Callable[[JSONObject], None] | None = None
+        self.save: Callable[[JSONObject], None] | None = None
         self.history: Turns = ()  # of previous responses
         self._request = request
         self._id = random_hex()
@@ -2245,8 +2245,8 @@ class ResponseWriter:
         if self._request.reader.compacts and not self._items:
             raise invalid_response("The upstream", "no summary")
         response = self._response(status, usage=response_usage(usage), **fields)
-        if self.record:
-            self.record(response)
+        if self.save:
+            self.save(response)
         yield {"type": f"response.{status}", "response": response}
 
     def _begin(self) -> list[JSONObject]:
@@ -2319,7 +2319,7 @@ class ResponseWriter:
     def _user_messages(self) -> Iterator[JSONObject]:
         """Yield the users' messages of the conversation as items, without earlier summaries."""
         for message in itertools.chain(*self.history, self._request.messages):
-            text = text_of(message)
+            text = message_text(message)
             if message["role"] == "user" and text and not text.startswith(SUMMARY):
                 yield {
                     "id": f"msg_{random_hex()}",
@@ -2364,7 +2364,7 @@ class ResponseWriter:
 
 def response_usage(usage: Any) -> JSONObject:
     """Convert an upstream's usage to the fields of this API."""
-    count = partial(count_of, usage)
+    count = partial(usage_count, usage)
     cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
     reasoning = count("completion_tokens_details", "reasoning_tokens")
     return {
@@ -2714,7 +2714,7 @@ COMMIT;
 """
 
 
-def read_row(row: Sequence[Any]) -> Document:
+def parse_row(row: Sequence[Any]) -> Document:
     """Return the document of a row. Raises ValueError for values of wrong types."""
     document = Document(*row)
     if list(map(type, astuple(document))) != [float, float, int, bytes, int]:
@@ -2722,7 +2722,7 @@ def read_row(row: Sequence[Any]) -> Document:
     return document
 
 
-def read_counts(rows: Iterable[tuple[str, Any]]) -> Amounts:
+def parse_counter_rows(rows: Iterable[tuple[str, Any]]) -> Amounts:
     return {name: int(value) for name, value in rows}
 
 
@@ -2770,7 +2770,7 @@ class SQLiteStore(SharedStore):
                 "SELECT created, used, turns, data, number FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff())).fetchone()
-            return read_row(row) if row else None
+            return parse_row(row) if row else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, _ = key
@@ -2826,7 +2826,7 @@ class SQLiteStore(SharedStore):
                 "SELECT name, created, used, turns FROM documents "
                 "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
                 (owner, kind, self.expiry_cutoff()))
-            return {name: read_row(row) for name, *row in rows}
+            return {name: parse_row(row) for name, *row in rows}
 
     def count(self) -> int:
         with self._using() as execute:
@@ -2848,14 +2848,14 @@ class SQLiteStore(SharedStore):
                     "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                     "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
                     (key.owner, key.period, name, amount, now + key.lifetime))
-            return read_counts(execute(
+            return parse_counter_rows(execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         found: list[Amounts] = []
         for key in keys:
             with self._using(key.owner) as execute:
-                found.append(read_counts(execute(
+                found.append(parse_counter_rows(execute(
                     "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period))))
         return found
 
@@ -2974,7 +2974,7 @@ return 1
 """
 
 
-def hashed(text: str) -> str:
+def short_hash(text: str) -> str:
     """Return the hash of a text for a Redis key."""
     return sha256(text.encode()).hexdigest()[:32]
 
@@ -2988,10 +2988,10 @@ def index_name(owner: str, kind: str) -> str:
 
 
 def counters_name(key: CounterKey) -> str:
-    return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
+    return f"kimi2api:counters:{short_hash(key.owner)}:{short_hash(key.period)}"
 
 
-def read_reply(counters: Mapping[bytes, bytes]) -> Amounts:
+def parse_counters(counters: Mapping[bytes, bytes]) -> Amounts:
     return {name.decode(): int(value) for name, value in counters.items()}
 
 
@@ -3098,13 +3098,13 @@ class RedisStore(SharedStore):
             pipe.pexpire(counters, int(1000 * key.lifetime))
             pipe.hgetall(counters)
             *_, found = pipe.execute()
-            return read_reply(found)
+            return parse_counters(found)
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._calling(), self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
-            return list(map(read_reply, pipe.execute()))
+            return list(map(parse_counters, pipe.execute()))
 
 
 def open_store(settings: Settings) -> Store:
@@ -3146,7 +3146,7 @@ class Session:
     document: Document = NO_DOCUMENT  # in which the session is stored
 
 
-def read_turns(lines: Iterable[bytes]) -> Turns:
+def parse_turns(lines: Iterable[bytes]) -> Turns:
     return tuple(tuple(json.loads(line)) for line in lines)
 
 
@@ -3162,7 +3162,7 @@ def new_document(head: bytes, lines: Sequence[bytes] = (), created: float = 0.0)
 
 def stored_message(message: Message) -> Message:
     """Return the part of a message to store. Clients may put megabytes into fields that are never read."""
-    stored: Message = {"role": message["role"], "content": text_of(message)}
+    stored: Message = {"role": message["role"], "content": message_text(message)}
     if message.get("tool_call_id"):
         stored["tool_call_id"] = message["tool_call_id"]
     if message.get("tool_calls"):
@@ -3207,7 +3207,7 @@ class Sessions:
             return None
         head, *lines = document.data.split(b"\n")
         try:
-            return Session(**json.loads(head), turns=read_turns(lines), document=document)
+            return Session(**json.loads(head), turns=parse_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
             raise store_unavailable() from None
@@ -3234,7 +3234,7 @@ class Sessions:
                 recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
             elif turns[0][0]["role"] != "user":  # a tool's result, which continues a turn
-                lines = dump_turns(append_turns(read_turns(lines), turns))
+                lines = dump_turns(append_turns(parse_turns(lines), turns))
             else:
                 lines += added
             return new_document(head or dump_json({"id": opened.id}), latest_lines(lines), document.created)
@@ -3256,7 +3256,7 @@ class Sessions:
         else:
             self.store.put((owner, RESPONSE, session.response["id"]), document)
 
-    def keep_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
+    def store_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
         """Store reasoning, unless it is too large."""
         document = new_document(dump_json(fields))
         if len(document.data) <= MAX_REASONING_BYTES:
@@ -3308,7 +3308,7 @@ def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, s
     }
 
 
-def quota_spent(used: int, limit: int, reset: float) -> APIError:
+def quota_exceeded(used: int, limit: int, reset: float) -> APIError:
     return APIError(
         429,
         f"You have used {used} of today's {limit} tokens (TOKENS_PER_DAY).",
@@ -3402,7 +3402,7 @@ class UsageLimits:
             used = sum_by_model(counters)[0]["total_tokens"]
             headers.update(limit_headers("tokens", limit, used, reset))
             if used >= limit:
-                refusal = quota_spent(used, limit, reset)
+                refusal = quota_exceeded(used, limit, reset)
         limit = key_limit(self._settings.requests_per_minute, client)
         if limit:
             reset = MINUTE - now % MINUTE
@@ -3433,7 +3433,7 @@ class UsageLimits:
         used = sum_by_model(counters)[0]["total_tokens"] + reserved
         if used >= limit:
             self._counters.add(day, {"released": tokens})
-            raise quota_spent(used, limit, DAY - now % DAY)
+            raise quota_exceeded(used, limit, DAY - now % DAY)
         return day, tokens
 
     def record(
@@ -3529,7 +3529,7 @@ class Metrics:
         """models: the ids that are always labels."""
         self._models = set(models)
         # By owner, the ids of APIs' models that have answered: made-up ids of one owner must not displace another's
-        self._models_of: defaultdict[str, set[str]] = defaultdict(set)
+        self._models_by_owner: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
         # Also the series of histograms
         self._counters: defaultdict[str, defaultdict[Labels, float]] = defaultdict(partial(defaultdict, float))
@@ -3548,7 +3548,7 @@ class Metrics:
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
         any id."""
-        models = self._models_of[owner]
+        models = self._models_by_owner[owner]
         has_room = len(models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
         if has_room and has_answered and model.startswith(f"{provider}/"):
             models.add(model)
@@ -4232,10 +4232,10 @@ class AnswerStats:
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
         reported = self.fold.usage or {}
-        prompt = count_of(reported, "prompt_tokens") or estimate_tokens("\n".join(map(text_of, self.messages)))
-        completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
+        prompt = usage_count(reported, "prompt_tokens") or estimate_tokens("\n".join(map(message_text, self.messages)))
+        completion = usage_count(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
-        total = max(prompt + completion, count_of(reported, "total_tokens"))
+        total = max(prompt + completion, usage_count(reported, "total_tokens"))
         return {
             **reported,
             "prompt_tokens": prompt,
@@ -4378,7 +4378,7 @@ SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}
 TOOLS_FOLLOW = "You get the results and go on. Tools:"
 JSON_ONLY = "Answer with one JSON document and nothing else"
 # Characters of a clipped tool result, with its speaker and the mark
-SHORTEST_RESULT = 80
+MIN_RESULT = 80
 CLIPPED = " [… clipped …] "
 
 
@@ -4390,7 +4390,7 @@ class Prompt:
     - tools longer than a third of the limit, the last first, unless the model must call a tool
     - the past beyond a third of the limit, the oldest first
     - the middle of results in the last round of tool calls, down to a third of the limit each
-    - the same three without the thirds, but SHORTEST_RESULT characters of each result stay
+    - the same three without the thirds, but MIN_RESULT characters of each result stay
     """
 
     def __init__(
@@ -4406,7 +4406,7 @@ class Prompt:
         question, *rounds = split_rounds(newest)
         last_round = rounds.pop() if rounds else []
         self.limit = limit
-        self.system = join_lines(map(text_of, filter(is_system, request.messages)))
+        self.system = join_lines(map(message_text, filter(is_system, request.messages)))
         self.call_instruction = call_instruction(request)
         self.tools = list(map(describe_tool, request.tools))
         # For the format of the answer
@@ -4417,13 +4417,13 @@ class Prompt:
         self.question = "\n".join(map(write, question))
         self.last_round = list(map(write, last_round))
         if len(newest) == 1 and self.text == self.question:
-            self.question = text_of(newest[0])  # a single message needs no speaker
+            self.question = message_text(newest[0])  # a single message needs no speaker
         for share in (limit // 3, 0):
             if not request.must_call:
                 self.tools = drop_first(self.tools[::-1], self.excess, share)[::-1]
             beyond_share = len(join_lines(self.past)) - share
             self.past = drop_first(self.past, min(self.excess, beyond_share))
-            clip_results(self.last_round, self.excess, max(share, SHORTEST_RESULT))
+            clip_results(self.last_round, self.excess, max(share, MIN_RESULT))
         if self.excess > 0:
             raise self.too_long()
         if not self.text.strip():
@@ -4515,7 +4515,7 @@ def write_message(message: Message, functions: Mapping[str, str]) -> str:
     for call in message.get("tool_calls") or ():
         function = call["function"]
         calls += f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
-    return f"{speaker}: {text_of(message)}{calls}"
+    return f"{speaker}: {message_text(message)}{calls}"
 
 
 def call_instruction(request: ChatRequest) -> str:
@@ -4982,7 +4982,7 @@ MINIMAX_STATUSES = {
     "1002": 429, "1004": 401, "1008": 402, "1026": 400, "1027": 400, "1039": 429, "2013": 400, "2049": 401,
 }
 # By letters in the code, type or status of an error
-STATUSES_OF_ERRORS = (
+ERROR_STATUSES = (
     ("ratelimit|toomany|throttl|quota|resourceexhausted", 429),
     ("balance|billing|payment", 402),
     ("apikey|authentication|unauthorized", 401),
@@ -5019,7 +5019,7 @@ def error_status(error: JSONObject) -> int:
         if re.fullmatch(r"[45]\d\d", str(error.get(name))):
             return int(error[name])
     words = re.sub("[^a-z]+", "", f"{error.get('code')} {error.get('type')} {error.get('status')}".lower())
-    return next((status for pattern, status in STATUSES_OF_ERRORS if re.search(pattern, words)), 502)
+    return next((status for pattern, status in ERROR_STATUSES if re.search(pattern, words)), 502)
 
 
 def error_message(error: JSONObject, secret: str) -> str:
@@ -5114,7 +5114,7 @@ MAX_CHANGES = 12  # of one request
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 
-def portable(body: JSONObject) -> JSONObject:
+def portable_request(body: JSONObject) -> JSONObject:
     """Return the request without fields and roles that some APIs refuse and no API needs."""
     messages = []
     for message in body["messages"]:
@@ -5140,7 +5140,7 @@ def join_system(messages: list[Message]) -> list[Message]:
     system = list(itertools.takewhile(is_instruction, messages))
     if len(system) < 2:
         return messages
-    return [{**system[0], "content": "\n\n".join(map(text_of, system))}, *messages[len(system):]]
+    return [{**system[0], "content": "\n\n".join(map(message_text, system))}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
@@ -5184,7 +5184,7 @@ OPTIONAL_PARAMETERS = (
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # need not mean the parameter
 # These parameters may differ in every conversation, and do not change the answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
-UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
+REFUSED = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
@@ -5206,11 +5206,11 @@ class ChangeParameter:
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def nearest_effort(refused: str, complaint: str) -> str:
-    """Return the effort nearest to the refused effort, among those that the complaint names or else common ones."""
+def nearest_effort(refused: str, error_text: str) -> str:
+    """Return the effort nearest to the refused effort, among those that the error_text names or else common ones."""
     named = [
         effort for effort in EFFORTS
-        if effort != refused and re.search(rf"\b{effort}\b", complaint)
+        if effort != refused and re.search(rf"\b{effort}\b", error_text)
     ]
     position = EFFORTS.index(refused)
     return min(named or ["low", "high"], key=lambda effort: abs(EFFORTS.index(effort) - position - 0.1))
@@ -5288,7 +5288,7 @@ def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
     return {**body, "messages": filled}
 
 
-def leave_out_reasoning(body: JSONObject) -> JSONObject:
+def remove_reasoning(body: JSONObject) -> JSONObject:
     """Remove reasoning from all messages."""
     return {**body, "messages": [without(message, *REASONING_FIELDS) for message in body["messages"]]}
 
@@ -5313,7 +5313,7 @@ def disable_thinking(body: JSONObject) -> JSONObject:
     return body
 
 
-def ask_without_stream(body: JSONObject) -> JSONObject:
+def disable_streaming(body: JSONObject) -> JSONObject:
     return without(body, "stream", "stream_options")
 
 
@@ -5333,14 +5333,14 @@ MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*rea
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
 ADAPTATIONS: list[tuple[str, Change]] = [
-    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens", swap_max_tokens),
-    (r"\bstream(ing)?\b", ask_without_stream),
+    (rf"max_(completion_)?tokens.*({REFUSED}|both|same time)|({REFUSED}).*max_(completion_)?tokens", swap_max_tokens),
+    (r"\bstream(ing)?\b", disable_streaming),
     (r"word .?json|json_schema|response.format", partial(describe_format, response_format={"type": "json_object"})),
     (r"response.format|json_schema|json_object", describe_format),
     (MISSING_REASONING, fill_reasoning_gaps),
     # kimi-k2.6 refuses an empty text
     (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),
-    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", leave_out_reasoning),
+    (rf"reasoning.*({REFUSED})|({REFUSED}).*reasoning", remove_reasoning),
     (r"\bsystem\b|chat setting", move_system_first),
     (r"tool_choice", offer_forced_tool),
     (r"tool_choice", disable_thinking),
@@ -5356,23 +5356,23 @@ def message_without_ids(refusal: APIError) -> str:
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
     """Yield adaptations that may make a model accept a refused request. Each is a change on its own."""
     # xAI writes presencePenalty
-    complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
-    named = frozenset(sent).intersection(re.findall(r"\w+", complaint))
+    error_text = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
+    named = frozenset(sent).intersection(re.findall(r"\w+", error_text))
     for name in named & COMMON_WORDS:
         pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
-        if not re.search(pattern, complaint):
+        if not re.search(pattern, error_text):
             named -= {name}
     for name in OPTIONAL_PARAMETERS:
         if name not in named or (name == "logprobs" and sent[name]):
             continue
         value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:
-            effort = nearest_effort(sent[name], complaint)
+            effort = nearest_effort(sent[name], error_text)
             yield Adaptation(named, ChangeParameter(name, value, effort))
         yield Adaptation(named, ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
         adaptation = Adaptation(named | {"messages"}, change)  # not of embeddings
-        if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
+        if re.search(pattern, error_text) and adaptation.apply(sent) != sent:
             yield adaptation
 
 
@@ -5401,7 +5401,7 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         # In ASCII: arguments may contain lone surrogates
         fields = [
             message["role"],
-            text_of(message).strip(),
+            message_text(message).strip(),
             others,
             calls,
             message.get("tool_call_id"),
@@ -5419,7 +5419,7 @@ def canonical_call(call: JSONObject) -> list[Any]:
     return [call.get("id"), function.get("name"), arguments]
 
 
-def as_index(value: Any) -> int | None:
+def parse_index(value: Any) -> int | None:
     """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError or TypeError."""
     if value in (None, ""):
         return None
@@ -5457,7 +5457,7 @@ class CallReader:
         kind, field_name = ("custom", "input") if "custom" in piece else ("function", "arguments")
         function = piece.get(kind) or {}
         id = str(piece.get("id") or "")
-        api_index = as_index(piece.get("index"))
+        api_index = parse_index(piece.get("index"))
         name = str(function.get("name") or "")
         arguments = function.get(field_name) or ""
         if not isinstance(arguments, str):
@@ -5508,9 +5508,9 @@ class APIAnswer:
         self._finished: set[int] = set()
         self._api = api
         self._fold = fold
-        self._wanted = choices
+        self._choice_count = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
-        self._halves: list[str] = []
+        self._high_surrogates: list[str] = []
         chunks = self._read_chunks()
         try:
             self.chunks = itertools.chain([next(chunks)], chunks)
@@ -5529,7 +5529,7 @@ class APIAnswer:
                 self._fold.add(event)
                 if not is_complete:
                     # From the first choice on, only silence times out, not the answer
-                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
+                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._choice_count)
                     deadline.is_per_read = bool(self._fold.choices) and not is_complete
                     if is_complete:
                         deadline.limit(FINISHED_SILENCE)
@@ -5572,12 +5572,12 @@ class APIAnswer:
                 yield self._parse(data)
 
     def _parse(self, data: bytes) -> JSONObject:
-        event = parse_upstream_object(data, halves=self._halves)
+        event = parse_upstream_object(data, high_surrogates=self._high_surrogates)
         if event:
-            self._note_usage(event)
+            self._move_usage(event)
         return checked_answer(self._api, event, self.response.headers)
 
-    def _note_usage(self, fields: JSONObject) -> None:
+    def _move_usage(self, fields: JSONObject) -> None:
         """Move the usage from a chunk or a choice to the fold: clients get it once, at the end."""
         usage = fields.pop("usage", None)
         if isinstance(usage, dict):
@@ -5586,7 +5586,7 @@ class APIAnswer:
     def _read_choices(self, event: JSONObject) -> list[JSONObject]:
         try:
             return [
-                choice if is_text(choice) else self._read_choice(choice)
+                choice if is_text_piece(choice) else self._read_choice(choice)
                 for choice in event.get("choices") or ()
             ]
         except (AttributeError, LookupError, TypeError, ValueError):
@@ -5594,8 +5594,8 @@ class APIAnswer:
 
     def _read_choice(self, choice: JSONObject) -> JSONObject:
         """Complete a choice. Raises LookupError, TypeError and the like for a malformed choice."""
-        self._note_usage(choice)
-        index = as_index(choice.get("index")) or 0
+        self._move_usage(choice)
+        index = parse_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
         # MiniMax ends with the complete message; an answer in JSON has nothing else
@@ -5623,7 +5623,7 @@ class APIAnswer:
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 
 
-def is_text(choice: JSONObject) -> bool:
+def is_text_piece(choice: JSONObject) -> bool:
     """Return whether a choice is a piece of text, as nearly all choices are: it needs no completion."""
     if "usage" in choice or choice.get("finish_reason", "") is not None or type(choice.get("index")) is not int:
         return False
@@ -5638,7 +5638,7 @@ def split_parts(delta: JSONObject) -> None:
         if part["type"] == "text":
             piece = {"content": part["text"]}
         elif part["type"] == "thinking":
-            piece = {"reasoning_content": text_of({"content": part["thinking"]})}
+            piece = {"reasoning_content": message_text({"content": part["thinking"]})}
         else:
             piece = {"content_parts": [part]}
         merge(fields, piece, "delta")
@@ -5737,7 +5737,7 @@ class OpenAIProvider(Provider):
             turns = append_turns(asked.history, request.turns)
             system = filter(is_system, request.messages)
             messages = [*system, *itertools.chain.from_iterable(turns)]
-        body, names = shorten_names(portable({
+        body, names = shorten_names(portable_request({
             **request.body,
             "model": asked.model,
             "messages": self._with_reasoning(messages, asked),
@@ -5758,7 +5758,7 @@ class OpenAIProvider(Provider):
                     for choice in chunk["choices"]:
                         # Before the client can send the results of its calls
                         if choice["finish_reason"]:
-                            self._keep_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
+                            self._store_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
@@ -5818,12 +5818,12 @@ class OpenAIProvider(Provider):
                     self._adaptations = newest_entries({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
-    def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
+    def _store_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
         """Store what this API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
 
         messages: the conversation before the answer.
         """
-        message = message_of(choice)
+        message = choice_message(choice)
         calls = message.get("tool_calls")
         kept = reasoning_fields(message)
         extra = {
@@ -5834,7 +5834,7 @@ class OpenAIProvider(Provider):
             kept["extra_content"] = extra
         if kept and calls:
             *_, digest = conversation_digests(asked.model, [*messages, message])
-            asked.sessions.keep_reasoning(
+            asked.sessions.store_reasoning(
                 asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
@@ -5935,8 +5935,8 @@ class OpenAIProvider(Provider):
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
-CREATED = 1757030400
-MAX_HELD_BACK = 50  # deltas without content
+DEFAULT_CREATED = 1757030400
+MAX_BUFFERED_DELTAS = 50  # deltas without content
 LISTING_WAIT = 0.5  # seconds that /v1/models waits for each list that is not here yet
 
 
@@ -5976,7 +5976,7 @@ class Providers:
     def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
         """Return OpenAI's object of a model. Raises APIError 404 for an unknown id."""
         provider, upstream_model = self.resolve(name)
-        model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
+        model = {"id": name, "object": "model", "created": DEFAULT_CREATED, "owned_by": provider.name}
         listed = provider.models(wait)
         if listed and upstream_model not in listed and name not in self._settings.models:
             raise model_not_found(name)
@@ -6000,13 +6000,13 @@ class Providers:
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name)
             deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
-            held_back: list[Delta] = []
+            buffered: list[Delta] = []
             try:
                 for delta in deltas:
-                    held_back.append(delta)
+                    buffered.append(delta)
                     if not is_stream:
-                        del held_back[1:]  # the fold has it
-                    elif delta.has_content or len(held_back) > MAX_HELD_BACK:
+                        del buffered[1:]  # the fold has it
+                    elif delta.has_content or len(buffered) > MAX_BUFFERED_DELTAS:
                         break
             except APIError as error:
                 prefix = f"Fallback {name}: " if failures else ""
@@ -6016,9 +6016,9 @@ class Providers:
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if not is_stream:
-                held_back[0].chunk = stats.fold.completion()
-            held_back[0].headers = {**held_back[0].headers, "X-Kimi2api-Provider": provider.name}
-            for delta in itertools.chain(held_back, deltas):
+                buffered[0].chunk = stats.fold.completion()
+            buffered[0].headers = {**buffered[0].headers, "X-Kimi2api-Provider": provider.name}
+            for delta in itertools.chain(buffered, deltas):
                 delta.chunk["model"] = name
                 yield delta
             return
@@ -6034,7 +6034,7 @@ class Providers:
         answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
         stats.first_chunk = time.monotonic() - stats.began
         usage = answer.get("usage") or {}
-        if count_of(usage, "prompt_tokens"):
+        if usage_count(usage, "prompt_tokens"):
             stats.fold.replace_usage(usage)
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
@@ -6296,7 +6296,7 @@ class Conversation(NamedTuple):
     save: Callable[[], None] | None = None  # stores the turn
 
 
-def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
+def save_before_end(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
     """Yield the deltas. Call save() before the final deltas, so a client that has read the end of an answer finds the
     answer stored."""
     held = []
@@ -6311,7 +6311,7 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
     yield from held
 
 
-def message_to_keep(stats: AnswerStats) -> Message | None:
+def message_to_store(stats: AnswerStats) -> Message | None:
     """Return the message of an answer, or None if APIs would refuse the message in later requests."""
     message = stats.fold.message()
     if not (message["content"] or message.get("tool_calls")):
@@ -6335,7 +6335,7 @@ def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterato
             continue
         client.must_finish = True
         began = time.monotonic()
-        for count, step in enumerate(steps_of(delta, max_pieces)):
+        for count, step in enumerate(split_answer(delta, max_pieces)):
             ahead = began + count * interval - time.monotonic()
             if ahead > 0 and not client.is_disconnected:
                 client.sleep(ahead)
@@ -6406,7 +6406,7 @@ class App:
             writer.history = previous.turns
             chat_request = request.to_chat_request(previous.system, previous.tools, self._stored_items)
             if request.body.get("store") is not False:
-                writer.record = partial(self._record_response, previous, request, chat_request, stats)
+                writer.save = partial(self._record_response, previous, request, chat_request, stats)
             return Conversation(chat_request, previous.id, previous.turns)
 
         try:
@@ -6463,7 +6463,7 @@ class App:
                     client)
                 deltas = self.providers.answer(model, provider_request)
                 if save:
-                    deltas = remember(deltas, save)
+                    deltas = save_before_end(deltas, save)
                 if not begin:
                     answer = writer.json(deltas)
                     set_headers(writer.headers)
@@ -6483,7 +6483,7 @@ class App:
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
-        message = message_to_keep(stats)
+        message = message_to_store(stats)
         if message and request.turns and request.user:
             turns = append_turns(request.turns, [(message,)])
             self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
@@ -6497,7 +6497,7 @@ class App:
         response: JSONObject,
     ) -> None:
         """Store a response with the conversation that a later response continues."""
-        message = message_to_keep(stats)
+        message = message_to_store(stats)
         turns = append_turns(previous.turns, chat_request.turns)
         if request.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
@@ -6633,7 +6633,7 @@ class App:
     def get_usage(self) -> JSONObject:
         return self.limits.usage(current_key())
 
-    def metrics_page(self) -> str:
+    def get_metrics(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         gauges: dict[str, dict[Labels, float]] = {
             "kimi2api_chats_running": {(): self.chats.used[""]},
@@ -6648,7 +6648,7 @@ class App:
             gauges["kimi2api_sessions"] = {(): self.store.count()}
         return self.metrics.render(gauges)
 
-    def health(self) -> JSONObject:
+    def get_health(self) -> JSONObject:
         upstreams: dict[str, JSONObject] = {}
         for name, provider in self.providers.by_name.items():
             upstreams[name] = {}
@@ -6672,7 +6672,7 @@ class App:
             "upstreams": upstreams,
         }
 
-    def page(self) -> str:
+    def get_page(self) -> str:
         text, headers = sent_page()
         set_headers(headers)
         return text
@@ -6813,15 +6813,15 @@ ROUTES = [
           "Delete a session", "Deleted"),
     Route("GET", "/v1/usage", App.get_usage,
           "Get usage and limits", "Usage"),
-    Route("GET", "/metrics", App.metrics_page,
+    Route("GET", "/metrics", App.get_metrics,
           "Get metrics for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health,
+    Route("GET", "/health", App.get_health,
           "Get the server's health", "Health", is_public=True),
     Route("GET", "/openapi.json", describe_api,
           "Get this description", "OpenAPI", is_public=True),
-    Route("GET", "/docs", App.page,
+    Route("GET", "/docs", App.get_page,
           "Open this page", "text/html", is_public=True),
-    Route("GET", "/", App.page,
+    Route("GET", "/", App.get_page,
           "Open this page", "text/html", is_public=True),
 ]
 
@@ -7487,7 +7487,7 @@ SCHEMAS = {
 }
 
 
-def content_of(schema: str) -> JSONObject:
+def body_content(schema: str) -> JSONObject:
     """Describe a body: JSON by the name of its schema, or text of a content type."""
     if "/" in schema:
         return {schema: {"schema": STRING}}
@@ -7496,21 +7496,21 @@ def content_of(schema: str) -> JSONObject:
 
 def operation(route: Route) -> JSONObject:
     """Describe a route."""
-    answer = content_of(route.answer)
+    answer = body_content(route.answer)
     if route.event:
         answer["text/event-stream"] = {"schema": {**STRING, "description": route.event}}
     described: JSONObject = {
         "summary": route.summary,
         "responses": {
             "200": {"description": "The answer", "content": answer},
-            "default": {"description": "An error", "content": content_of("Error")},
+            "default": {"description": "An error", "content": body_content("Error")},
         },
     }
     name = re.search(r"<(\w+)", route.rule)
     if name:
         described["parameters"] = [{"name": name[1], "in": "path", "required": True, "schema": STRING}]
     if route.request:
-        described["requestBody"] = {"required": True, "content": content_of(route.request)}
+        described["requestBody"] = {"required": True, "content": body_content(route.request)}
     if route.is_public:
         described["security"] = []
     return described

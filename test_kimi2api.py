@@ -3171,7 +3171,7 @@ def test_reasoning_is_stored_by_name_and_owner_unless_too_long(
     sessions = kimi2api.Sessions(open_store(store_address))
     fits = {"reasoning": "x" * (5_000 - len('{"reasoning":""}'))}
     for name, fields in (("a", {"x": "Hm\0 嗯"}), ("b", fits), ("c", {"reasoning": fits["reasoning"] + "x"})):
-        sessions.keep_reasoning("owner", name, fields)
+        sessions.store_reasoning("owner", name, fields)
     found = [sessions.find_reasoning(owner, name) for owner, name in [("owner", "a"), ("owner", "b"), ("owner", "c")]]
     assert found == [{"x": "Hm\0 嗯"}, fits, {}] and sessions.find_reasoning("other", "a") == {}
 
@@ -7425,7 +7425,7 @@ def test_reasoning_of_many_choices_is_stored_once_each(
     make_app: MakeApp, api_settings: dict[str, str], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = []
-    monkeypatch.setattr(kimi2api.Sessions, "keep_reasoning", lambda *of: stored.append(of))
+    monkeypatch.setattr(kimi2api.Sessions, "store_reasoning", lambda *of: stored.append(of))
     chunks = []
     for index in range(9):
         delta = {"reasoning_content": "r", **call_delta(0, f"c{index}", "f", "{}")}
