@@ -2,8 +2,8 @@
 """kimi2api: one OpenAI-compatible server for Kimi's web chat, official APIs and servers of your own.
 
     python kimi2api.py                 # listens on http://127.0.0.1:8088/v1
-    python kimi2api.py --demo          # the same with a built-in stand-in for the web chat: needs no internet
-    python kimi2api.py --check         # tests each upstream step by step, and says what fails
+    python kimi2api.py --demo          # uses a built-in stand-in for the web chat; needs no internet
+    python kimi2api.py --check         # tests each upstream step by step, and reports what fails
 
     curl http://127.0.0.1:8088/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -12,7 +12,7 @@ How a chat flows: Application checks the caller and the request (Protocol), prep
 provider (Upstreams), which yields deltas. A format (Protocol, Responses API) writes the deltas as JSON or events. One
 chat runs on one thread. `App._complete` lists the stages in order.
 
-Contents. Each part uses only the parts above it; the last two also use the appendices.
+Contents. Each part uses only the parts above it. Application and Server also use the appendices.
 
     1 Settings        setting types; Settings, from flags, environment and .env
     2 Protocol        errors and JSON; schemas; chat requests; deltas and their fold; tokens; chat completion format
@@ -20,8 +20,8 @@ Contents. Each part uses only the parts above it; the last two also use the appe
     4 Storage         stores: memory, SQLite, Redis; sessions; limits and usage; metrics
     5 HTTP client     connections and deadlines; transport; scraper; cached fetches
     6 Upstreams       circuit breaker; providers; Kimi's web chat; OpenAI-style APIs; models and fallback
-    7 Application     access; clients; chats; routes
-    8 Server          waitress; graceful stop; command line
+    7 Application     access; clients; chats; the App; routes
+    8 Server          client connections; the server and its graceful stop; command line
     Appendices        demo upstream; OpenAPI description; page
 """
 from __future__ import annotations
@@ -135,7 +135,7 @@ def number(
 ) -> SettingType:
     def parse_within(text: str) -> float:
         value = parse(text)
-        if not low <= value <= high:  # NaN is refused too
+        if not low <= value <= high:  # also refuses NaN
             raise ValueError
         return value
 
@@ -159,7 +159,7 @@ def split_commas(text: str) -> list[str]:
 
 
 def match_entries(pattern: str, text: str) -> Iterator[re.Match[str]]:
-    """Yield a match of each entry of a comma-separated list. Raises ValueError."""
+    """Yield a match for each entry of a comma-separated list. Raises ValueError."""
     for entry in split_commas(text):
         found = re.fullmatch(pattern, entry, re.A)
         if not found:
@@ -178,7 +178,7 @@ def parse_model_table(text: str) -> dict[str, str]:
     table = {}
     for found in match_entries(r"([^=]*[^=\s])\s*=\s*(\S.*)", text):
         table[found[1]] = found[2]
-    return {model: table.get(name, name) for model, name in table.items()}  # an alias has the name of its model
+    return {model: table.get(name, name) for model, name in table.items()}  # resolves aliases
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     # The pattern refuses a colon at the end: a name without a key must not become a key
     entries = match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text)
     clients = dict.fromkeys(ClientKey(found[2], found[1]) for found in entries)
-    if len({client.key for client in clients}) < len(clients):  # only the first would have its limits
+    if len({client.key for client in clients}) < len(clients):  # only the first name would have its limits
         raise SettingError("API_MASTER_KEY: the same key is listed under two names")
     return tuple(clients)
 
@@ -223,7 +223,7 @@ def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
 
 
 def without_credentials(url: str) -> str:
-    """Return a URL without user and password, which nobody may see."""
+    """Return a URL without its user and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
@@ -439,7 +439,7 @@ class Settings:
                 apis[name] = API(name, base_url, key)
         for model in values["models"].values():
             name = model.partition("/")[0]
-            if name in PRESETS and name not in apis:  # otherwise a misspelt key would ask the web chat
+            if name in PRESETS and name not in apis:  # otherwise the chat would go to the web chat
                 raise SettingError(f"MODELS: {model!r} needs {name.upper()}_API_KEY")
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
@@ -529,8 +529,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    An error is immutable by convention, because several threads may raise the same error: `copy` returns a changed
-    copy. Store only copies: the traceback of a raised error keeps local variables alive, even requests of megabytes.
+    An error is immutable by convention, because several threads may raise one error: `copy` returns a changed copy.
+    Store only copies: the traceback of a raised error keeps local variables alive, even requests of megabytes.
     """
 
     status: int
@@ -539,8 +539,8 @@ class APIError(Exception):
     code: str | None = None
     param: str | None = None
     headers: Headers = field(default_factory=dict)
-    retryable: bool = False  # the same call may succeed a moment later, and repeating it is safe
-    retry_after: float = 0.0  # seconds that the upstream asks us to wait, or 0
+    retryable: bool = False  # repeating the call is safe, and may succeed a moment later
+    retry_after: float = 0.0  # seconds that the upstream requires before a retry, or 0
     quotes_upstream: bool = False  # the message quotes the upstream, which may quote the prompt
 
     def __str__(self) -> str:
@@ -559,7 +559,7 @@ class APIError(Exception):
         code = self.code or self.type
         if not self.quotes_upstream:
             return f"{code} ({self.status}): {self.message}"
-        if not re.fullmatch(r"[\w.-]{1,64}", code):  # it may quote the prompt too
+        if not re.fullmatch(r"[\w.-]{1,64}", code):  # the code may quote the prompt too
             code = "error"
         return f"{code} ({self.status})"
 
@@ -595,7 +595,7 @@ def invalid_response(upstream: str, what: str, retryable: bool = False) -> APIEr
 
 
 def random_hex() -> str:
-    """Return 32 hex digits for ids that need not be secret. uuid4 makes a system call, which releases the GIL."""
+    """Return 32 hex digits for ids that need not be secret. uuid4() makes a system call, which releases the GIL."""
     return f"{random.getrandbits(128):032x}"
 
 
@@ -616,8 +616,8 @@ LINE_SEPARATORS = {  # some clients split events at these characters
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-# Escapes in JSON. `kept`: a backslash, or a surrogate pair. `first`: the first half of a pair at the end of a string.
-# `second`: the second half at the beginning of a string. Without a name: any other half
+# Escapes in JSON. `kept`: a backslash, or a surrogate pair. `high`: a high surrogate at the end of a string. `low`: a
+# low surrogate at the beginning of a string. Without a name: any other surrogate
 SURROGATES = re.compile(r"""
     (?P<kept> \\\\ | \\u(?i:d[89ab][0-9a-f]{2}) \\u(?i:d[c-f][0-9a-f]{2}) )
     | (?P<high> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
@@ -625,7 +625,7 @@ SURROGATES = re.compile(r"""
     | \\u(?i:d[89a-f][0-9a-f]{2})
     """, re.X)
 
-MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process it
+MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process the value
 # Values in one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds up to 300,000 tokens
 MAX_VALUES = 350_000
 
@@ -633,7 +633,7 @@ MAX_VALUES = 350_000
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = sum(map(source.count, "{["))
-    if brackets + source.count(",") > max_values:  # perhaps inside strings
+    if brackets + source.count(",") > max_values:  # some may be inside strings
         outside = JSON_STRING.sub("", source)
         if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
@@ -663,7 +663,7 @@ def parse_upstream_object(
     """Parse an upstream's JSON object, or a list of one. Return None for anything else.
 
     U+FFFD replaces lone surrogates, which cannot be encoded as UTF-8.
-    high_surrogates: of surrogate pairs whose second half may be in a later document of the stream.
+    high_surrogates: those whose low surrogates may be in a later document of the stream.
     """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     if SURROGATE_ESCAPE.search(source):
@@ -678,8 +678,8 @@ def parse_upstream_object(
 
 
 def replace_surrogate(high_surrogates: list[str] | None, found: re.Match[str]) -> str:
-    """Return the replacement for a match of SURROGATES. The first half of a pair at the end of a string moves to the
-    next string that begins with a second half."""
+    """Return the replacement for a match of SURROGATES. A high surrogate at the end of a string moves to the next
+    string that begins with a low surrogate."""
     if found["high"] and high_surrogates is not None:
         high_surrogates.append(found["high"])
         return ""
@@ -834,7 +834,7 @@ def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | No
 def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
     """Yield the violations of a JSON schema. Supports only the keywords that the schemas here use.
 
-    For anyOf, yield the violation with the longest path: it most likely belongs to the intended alternative.
+    For anyOf, yield the violation with the longest path, which most likely belongs to the intended option.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
@@ -862,12 +862,12 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
                 yield from violations(inner, field_schema, prefix + name)
         for rule in schema.get("allOf", ()):
             [(name, condition)] = rule["if"]["properties"].items()
-            if value.get(name) in condition["enum"]:  # fast, as 100,000 items have 2,000,000 rules
+            if value.get(name) in condition["enum"]:  # no recursion: 100,000 items have 2,000,000 rules
                 yield from violations(value, rule["then"], path)
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
-    """Return whether a value matches the schema's type, enum and bounds. Does not look into objects and arrays."""
+    """Return whether a value matches the schema's type, enum and bounds. Values inside the value are not checked."""
     if "type" in schema and not is_of_type(value, schema["type"]):
         return False
     if "enum" in schema and value not in schema["enum"]:
@@ -926,7 +926,7 @@ MESSAGE = request_object(
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
-    # An assistant's message may have tool calls instead; a system message may have tools (Kimi)
+    # Instead of content, an assistant's message may have tool calls, and a system message may have tools (Kimi)
     allOf=[if_field(
         "role",
         ["developer", "user", "tool", "function"],
@@ -1029,7 +1029,7 @@ class ChatRequest:
     def parse_completion(cls, raw: bytes) -> ChatRequest:
         """Parse a request for a legacy completion. The prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
-        prompt = "".join(body["prompt"])  # a text, or a list of at most one
+        prompt = "".join(body["prompt"])  # a string, or a list of at most one string
         chat = only(body, SHARED_PARAMETERS)
         return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
@@ -1117,7 +1117,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
     """Append turns to the history. A turn that does not begin with a user's message continues the turn of its tool
     call, or else the newest turn. The continued turn becomes the newest."""
     joined: list[Turn] = []
-    callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
+    callers: dict[Any, int] = {}  # indexes of turns by call id
     for turn in itertools.chain(history, turns):
         if joined and turn[0]["role"] != "user":
             index = callers.get(turn[0].get("tool_call_id") or "", -1)
@@ -1178,14 +1178,14 @@ class Delta:
 
 
 class IndexedList(dict[int, Any]):
-    """A list whose entries are identified by their `index`. Entries without an index follow from NO_INDEX on."""
+    """A list whose entries have an `index`. Entries without one get indexes from NO_INDEX on."""
 
 
 NO_INDEX = 1 << 32
 
 
-# Fields that grow, by the name of the field that contains them: texts are joined, lists are extended. All other fields
-# keep their last value that is not empty
+# Fields that grow, by the name of the field that contains them: strings are joined, lists are extended. Every other
+# field keeps its last value that is not empty
 GROWING = {
     "": {"choices"},
     "delta": {
@@ -1228,10 +1228,10 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
 
 
 def extend_field(known: Any, value: Any, name: str) -> Any:
-    """Return a growing field with a value added. Takes time linear in the number of values."""
+    """Return a growing field with a value added. All additions together take linear time."""
     if isinstance(value, str):
         if not isinstance(known, io.StringIO):
-            known = io.StringIO()  # a list of short pieces would take many times their memory
+            known = io.StringIO()  # a list of short strings would take many times the memory
         known.write(value)
         return known
     if not isinstance(value, list):
@@ -1279,7 +1279,7 @@ class Fold:
         self._whole["usage"] = usage
 
     def completion(self) -> JSONObject:
-        """Return all chunks as one."""
+        """Return all chunks merged into one chunk."""
         return plain_value(self._whole)
 
     def message(self) -> Message:
@@ -1297,7 +1297,7 @@ class Fold:
                 yield from (call.get("function") or call["custom"]).values()
 
 
-# Fields of reasoning: of DeepSeek and Moonshot; of vLLM, Ollama and Groq; of OpenRouter, in addition to the second
+# Fields of reasoning at DeepSeek and Moonshot; at vLLM, Ollama and Groq; at OpenRouter, besides `reasoning`
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 
 
@@ -1335,7 +1335,7 @@ def choice_message(choice: JSONObject) -> Message:
 # Estimates of token counts, and functions that split texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Han, kana, Hangul and full-width forms: about a token each, and written without spaces
+# Han, kana, Hangul and full-width forms: written without spaces, at about one token per character
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
 # Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
@@ -1345,7 +1345,7 @@ MARK = (
 )
 # A flag of two letters, or a character with its marks and the characters joined to it, as in 👩‍🚀
 GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
-MAX_COUNT = 10**9  # tokens of one answer; larger sums may not fit into the integers of stores
+MAX_COUNT = 10**9  # tokens of one answer; sums of larger counts may not fit into the integers of stores
 WIDE_TOKENS = 0.6  # per Chinese character, by DeepSeek's documentation
 NARROW_TOKENS = 0.25  # per other character, by OpenAI's documentation
 
@@ -1361,7 +1361,7 @@ def token_weight(text: str) -> float:
 
 
 def usage_count(usage: Any, *path: str) -> int:
-    """Return the number at a path in an upstream's usage, or 0 if it is missing or impossible."""
+    """Return the count at a path in an upstream's usage, or 0 if the count is missing or impossible."""
     for name in path:
         usage = usage.get(name) if isinstance(usage, dict) else None
     return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
@@ -1459,7 +1459,7 @@ class ChatCompletion:
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        """Return the answer, which is one delta, as a JSON object."""
+        """Return the answer, which is one delta, as JSON."""
         [whole] = deltas
         self.headers = whole.headers
         completion = whole.chunk
