@@ -1335,7 +1335,7 @@ def choice_message(choice: JSONObject) -> Message:
 # Estimates of token counts, and functions that split texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Han, kana, Hangul and full-width forms: written without spaces, at about one token per character
+# Han, kana, Hangul and full-width forms
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
 # Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
@@ -1588,7 +1588,7 @@ SUMMARY = "This conversation was compacted. Its summary:\n\n"
 
 @dataclass(frozen=True)
 class ToolName:
-    """A tool's name as the client knows it. Upstreams get all tools as functions."""
+    """A tool's name for the client, and `function`, its name for upstreams, which get all tools as functions."""
 
     name: str
     namespace: str | None = None
@@ -1610,13 +1610,13 @@ def flat_tools(tools: Iterable[JSONObject], namespace: str | None = None) -> Ite
 
 
 def function_name(item: JSONObject) -> str:
-    """Return the function name for the tool of an item or a choice."""
+    """Return the function name of the tool in an item or a choice."""
     return ToolName(item["name"], item.get("namespace")).function
 
 
 class ItemReader:
-    """A converter of a conversation's items to messages. It leaves out items that only other servers understand, so
-    that a conversation with another server can continue here."""
+    """A converter of a conversation's items to messages. Skips items that only other servers support, so that a
+    conversation with another server can continue here."""
 
     def __init__(self) -> None:
         self.ignored: set[str] = set()  # types of items, parts and tools
@@ -1711,17 +1711,17 @@ class ItemReader:
 
 
 def encode_fields(fields: JSONObject) -> str:
-    """Return the `encrypted_content` for the fields of an item. The client may read it."""
+    """Return the `encrypted_content` of an item with these fields, which is not encrypted: the client may read it."""
     return dump_json(fields).decode()
 
 
 def decode_fields(item: JSONObject) -> JSONObject:
-    """Return the fields that `encoded` wrote into an item, or no fields if another server wrote the item."""
+    """Return the fields that `encode_fields` wrote into an item, or no fields if another server wrote the item."""
     return parse_upstream_object((item.get("encrypted_content") or "").encode()) or {}
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
-    """Join consecutive messages of an assistant. Yield no message for reasoning without text or calls."""
+    """Join consecutive assistant messages. Yield no message for reasoning without text or calls."""
     answer: Message = {}
     for message in messages:
         merge(answer, message, "delta")
@@ -1763,14 +1763,14 @@ def as_part(part: JSONObject) -> JSONObject | None:
 
 
 def as_content(parts: list[JSONObject]) -> Any:
-    """Return a text, or the parts if some are not text."""
+    """Return the parts as one string, or unchanged if some are not text."""
     if all(part["type"] == "text" for part in parts):
         return message_text({"content": parts})
     return parts
 
 
 def read_reasoning(item: JSONObject) -> JSONObject:
-    """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
+    """Return the reasoning in an item: the fields that an API sent, else its text, else its summary."""
     fields = reasoning_fields(decode_fields(item))
     if fields:
         return fields
@@ -1781,8 +1781,8 @@ def read_reasoning(item: JSONObject) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses requests
 #
-# A request becomes a chat request: its items become messages, and its flat tools become nested tools. Errors of the
-# chat request are translated back.
+# A request becomes a chat request: items become messages, and flat tools become nested tools. Errors of the chat
+# request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
@@ -1832,7 +1832,7 @@ RESPONSES_REQUEST = request_object(
         "top_logprobs": COUNT,
     },
 )
-PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
+PARAMS = {  # from prefixes of paths in a chat request to fields of this API
     "messages": "input",
     "tools": "tools",
     "tool_choice": "tool_choice",
@@ -1854,7 +1854,7 @@ class ResponsesRequest:
 
     def __init__(self, body: JSONObject) -> None:
         self.body = body
-        self.repeats_messages = False  # the response has the users' messages before the summary
+        self.repeats_messages = False  # the response repeats the users' messages before the summary
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
@@ -1877,7 +1877,7 @@ class ResponsesRequest:
         """Convert to a chat request.
 
         system, tools: of previous responses; find_items: returns the items of a stored response by their ids.
-        Raises APIError 400 in the terms of chat requests; see `translate_error`.
+        Raises APIError 400 with a field of the chat request, for `translate_error`.
         """
         body = self.body
         items = body.get("input") or []
@@ -1910,8 +1910,8 @@ class ResponsesRequest:
         return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
 
     def _read_tools(self, tools: Iterable[JSONObject]) -> list[JSONObject]:
-        """Return the tools in the form of chat requests. Of tools with the same name, only the first counts: an error
-        for a tool among the items would end the conversation for good."""
+        """Return the tools in the form of chat requests. Ignore a tool whose name an earlier tool has: an error for a
+        tool among the items would end the conversation for good."""
         functions = []
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
@@ -1924,7 +1924,7 @@ class ResponsesRequest:
 
 
 def translate_error(error: APIError) -> APIError:
-    """Replace the field of the chat request in an error by the field of this API."""
+    """Replace the field of the chat request in an error by the field of the Responses API."""
     param = error.param or ""
     for path, name in PARAMS.items():
         if param.startswith(path):
@@ -1937,7 +1937,7 @@ def resolve_references(
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
     cached_items = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
-    known: set[str] = set()  # a small request must not repeat a large item many times
+    known: set[str] = set()  # ids; a small request must not repeat a large item many times
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
@@ -1985,11 +1985,11 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses format
 #
-# Deltas become a Response or its events. One item ends before the next begins, as at OpenAI, even if an upstream
-# interleaves them: LangChain takes each change of `output_index` for a new item.
+# Deltas become a Response or its events. Each item ends before the next begins, as at OpenAI, even if an upstream
+# interleaves items: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Items of one response: an item takes a hundred times the bytes that begin it
+# Items of one response: an item takes a hundred times the memory of the bytes that begin it
 MAX_ITEMS = 1000
 
 
@@ -2007,13 +2007,13 @@ def custom_input(arguments: str) -> str:
 class ItemKind:
     """The fields and events that all items of a kind share."""
 
-    prefix: str  # of the ids
+    prefix: str  # of ids
     fields: JSONObject  # of a new item
-    events: str  # prefix of the names of the text's events; empty: no events
-    field: str  # that contains the text
-    part: JSONObject | None = None  # that contains this field, with an empty text; None: the item contains the field
-    list_field: str = "content"  # that contains the part
-    part_events: str = "content_part"  # prefix of the names of the part's events
+    events: str  # prefix of the text's event names; empty: no events
+    field: str  # name of the field that contains the text
+    part: JSONObject | None = None  # the part that contains `field`, with an empty text; None: the item contains it
+    list_field: str = "content"  # name of the field that contains the part
+    part_events: str = "content_part"  # prefix of the part's event names
     finish: Callable[[str], Any] = str  # converts the upstream's text to the value of the field
     is_streamed: bool = True  # the text is sent as it arrives
 
@@ -2025,7 +2025,7 @@ REASONING_KIND = ItemKind(
     "reasoning_text",
     "text",
     {"type": "reasoning_text", "text": ""})
-SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing else
+SUMMARY_KIND = ItemKind(  # for clients that request a summary: they show nothing else
     "rs",
     {"type": "reasoning", "summary": []},
     "reasoning_summary_text",
@@ -2100,7 +2100,7 @@ class OutputItem:
             self._emit_text(f"{self.kind.events}.delta", delta=text)
 
     def may_end(self) -> bool:
-        """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
+        """Return whether the item may end when another begins: text may, arguments only if they are a JSON object."""
         if self.kind.part:
             return True
         return parse_upstream_object("".join(self._pieces).encode()) is not None
@@ -2144,13 +2144,13 @@ class OutputItem:
         self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
-# Words in a finish reason: the answer is incomplete, and why, or it failed
+# Words in finish reasons of incomplete answers, by reason, and of failed answers
 UNFINISHED = re.compile(
     "(?P<max_output_tokens>length|max_tokens|context_window)|"
     "(?P<content_filter>filter|sensitive|safety|blocklist|prohibited|recitation)|"
     "(?P<failed>error|resource|abort|overload|timeout|cancel|fail)",
     re.I)
-ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
+ECHOED: JSONObject = {  # parameters of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "metadata": {},
     "parallel_tool_calls": True,
@@ -2337,7 +2337,7 @@ class ResponseWriter:
         return headers
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
-        """Return the Response object with the effective settings of the request."""
+        """Return the Response object with the effective parameters of the request."""
         response = {
             "id": f"resp_{self._id}",
             "object": "response",
@@ -2404,15 +2404,15 @@ def write_event(event: JSONObject, number: int) -> bytes:
 # ----------------------------------------------------------------------------------------------------------------------
 # Stores
 #
-# A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
-# kind and a name. `Sessions` defines the content of documents.
+# A store keeps documents and counters. Each document has an owner (the hash of an API key), a kind and a name.
+# `Sessions` defines the content of documents.
 # ----------------------------------------------------------------------------------------------------------------------
 
 SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
 MAX_REASONING_TEXTS = 4000  # per owner
 MAX_OWNER_BYTES = 64 << 20  # of all documents of an owner, in the memory store
-DOCUMENT_BYTES = 500  # of memory per document, besides its data
-# Seconds that a call may wait, and that an update is retried. A chat waits at most three times, for two limits and its
+DOCUMENT_BYTES = 500  # of memory for each document, besides its data
+# Seconds that a call may wait, and that an update may retry. A chat waits at most three times, for two limits and its
 # session: less than 5 s in total
 STORE_TIMEOUT = 1.5
 
@@ -2422,9 +2422,11 @@ Amounts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class CounterKey:
+    """The key of an owner's counters of a period."""
+
     owner: str
     period: str
-    lifetime: float  # seconds that a store keeps the counters, at least
+    lifetime: float  # seconds, at least, that a store keeps the counters
     created: float = field(default_factory=time.monotonic, compare=False)
 
 
@@ -2444,10 +2446,10 @@ ANY_VERSION = -1
 
 
 class Store:
-    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable; methods of
-    counters also if the store has no counters.
+    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable. Methods of
+    counters raise it also if the store has no counters.
 
-    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; a new
+    A document expires `ttl` seconds after its last use. The number of an owner's documents of a kind is limited: a new
     document evicts the least recently used. Counters are numbers by owner, period and name.
     """
 
@@ -2463,7 +2465,7 @@ class Store:
         return MAX_REASONING_TEXTS if kind == REASONING else self.limit
 
     def expiry_cutoff(self) -> float:
-        """Return the time of last use up to which documents have expired."""
+        """Return the time of the last use of a document that expires now."""
         return time.time() - self.ttl
 
     def check(self) -> None:
@@ -2477,11 +2479,11 @@ class Store:
         raise NotImplementedError
 
     def delete(self, key: DocumentKey) -> bool:
-        """Delete a document. Return False if there was none."""
+        """Delete a document. Return whether it existed."""
         raise NotImplementedError
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        """Return an owner's documents by name, the least recently used first. Their data may be left out."""
+        """Return an owner's documents by name, the least recently used first, perhaps without their data."""
         raise NotImplementedError
 
     def count(self) -> int:
@@ -2489,7 +2491,7 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period. Return all counters of the period."""
+        """Add amounts to the counters of a period. Return all counters of the period."""
         raise store_unavailable()
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
@@ -2504,8 +2506,8 @@ class Store:
     ) -> None:
         """Replace a document by change(document). document: as loaded, or NO_DOCUMENT.
 
-        If another update came first, call change() again with the document that is now stored. Raises APIError 503 if
-        other updates come first for STORE_TIMEOUT.
+        If another update came first, retry with the document that is now stored. Raises APIError 503 if other updates
+        come first for STORE_TIMEOUT.
         """
         deadline = time.monotonic() + STORE_TIMEOUT
         if self.put(key, change(document), document.version):
@@ -2530,8 +2532,8 @@ def store_unavailable() -> APIError:
 
 @contextmanager
 def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
-    """Hold a lock. Raises APIError 503 after the deadline, by time.monotonic(). This is no failure of the store: other
-    threads keep it busy."""
+    """Hold a lock. Raises APIError 503 after the deadline, by time.monotonic(): other threads keep the store busy,
+    which is no failure of the store."""
     if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
         raise store_unavailable()
     try:
@@ -2541,9 +2543,9 @@ def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
 
 
 class MemoryStore(Store):
-    """Dicts with expiry, guarded by a lock. Their content ends with the process.
+    """Dicts with expiry, which end with the process.
 
-    It has no counters: `Counters` counts in this process while a store has none.
+    This store has no counters: `Counters` counts in this process instead.
     """
 
     kind = "memory"
@@ -2553,7 +2555,7 @@ class MemoryStore(Store):
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        # Each version is the time of its put in ns, by time.monotonic(): the system clock may be set back
+        # Each version is the time of its put in ns, by time.monotonic(), because the system clock may be set back
         self._newest_version = 0
         self._lock = threading.Lock()  # guards all three; held briefly
 
@@ -2618,19 +2620,19 @@ class MemoryStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared stores
 #
-# Common code of stores outside of this process, which fail and recover.
+# Common code of stores outside this process, which fail and recover.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class SharedStore(Store):
-    """A store outside of this process. Each failure becomes the same APIError."""
+    """A store outside this process. Every failure becomes one APIError."""
 
     failures: tuple[type[Exception], ...]
     # No lock guards these fields: an extra call or an extra line in the log does no harm
     _is_failing = False  # a failure has been logged, and no write has succeeded since
-    _latest_failure: tuple[str, float] = "", 0.0  # with its hour
+    _latest_failure: tuple[str, float] = "", 0.0  # text and hour
     _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
@@ -2640,7 +2642,7 @@ class SharedStore(Store):
     @contextmanager
     def _calling(self, is_write: bool = False) -> Iterator[None]:
         """Raise APIError 503 for a call that fails. Then all calls fail immediately for five times as long as the
-        failed call took. Otherwise a request with several calls would wait for each call."""
+        failed call took: otherwise a request with several calls would wait for each call."""
         self._check_pause()
         began = time.monotonic()
         try:
@@ -2663,22 +2665,22 @@ class SharedStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # SQLite store
 #
-# One file, which the processes of one machine may share.
+# A file that processes of one machine may share.
 # ----------------------------------------------------------------------------------------------------------------------
 
-RESERVE_BYTES = 1 << 20  # of disk space in a separate file, released for deletions while the disk is full
+RESERVE_BYTES = 1 << 20  # of disk space in a separate file, which deletions release while the disk is full
 MAX_FREE_PAGES = 1000  # 4 MiB; more free pages of the file are returned to the file system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
 SQLITE_PRAGMAS = """
--- Has an effect only on an empty file
+-- Takes effect only in an empty file
 PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = WAL;
 -- Commits survive the end of the process; a power failure may lose the latest
 PRAGMA synchronous = NORMAL;
 PRAGMA journal_size_limit = 4194304;
 """
-# Changes nothing if another process has run it in the meantime
+# Changes nothing if another process has run this script in the meantime
 SQLITE_TABLES = f"""
 BEGIN IMMEDIATE;
 -- Tables of format 1, except its counters
@@ -2741,8 +2743,8 @@ class SQLiteStore(SharedStore):
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
-        # Of each owner, only one call at a time may wait for the connection: a call with 16 MiB takes 0.1 s, and many
-        # such calls would shut out other owners
+        # Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many such calls
+        # would shut out other owners
         self._owner_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
@@ -2753,7 +2755,7 @@ class SQLiteStore(SharedStore):
             self._connect()
         except self.failures as error:
             self._close()
-            # An OSError's message contains the path, which may contain the word
+            # The message of an OSError contains the path, which may contain "locked"
             if isinstance(error, OSError) or "locked" not in str(error):
                 raise SettingError(f"SESSION_STORE: {path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", path)
@@ -2861,7 +2863,7 @@ class SQLiteStore(SharedStore):
 
     @contextmanager
     def _using(self, owner: str = "", is_write: bool = False) -> Iterator[Callable[..., Any]]:
-        """Yield a function that executes a statement. The statements of a write are one transaction. Any failure closes
+        """Yield a function that executes a statement. The statements of a write are one transaction. A failure closes
         the connection, which rolls back, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
 
@@ -2891,7 +2893,7 @@ class SQLiteStore(SharedStore):
     # Callers of the methods below hold the lock
 
     def _fill_reserve(self) -> None:
-        """Reserve disk space for deletions, unless it is reserved. Raises OSError if the disk is full."""
+        """Reserve disk space for deletions, unless reserved. Raises OSError if the disk is full."""
         with suppress(FileNotFoundError):
             if os.path.getsize(self._reserve) >= RESERVE_BYTES:
                 return
@@ -2945,7 +2947,7 @@ class SQLiteStore(SharedStore):
 # Documents in Redis, for processes on any number of machines. A document is a hash that expires by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
-REDIS_CONNECTIONS = 256  # at most: each thread that waits for a reply holds one
+REDIS_CONNECTIONS = 256  # at most; a thread that waits for a reply holds one
 REDIS_TIMEOUT = 1.0  # seconds for each step: to get a connection from the pool, to connect, to receive a reply
 REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
@@ -2954,7 +2956,7 @@ local document = index .. ':' .. name
 if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
     return 0
 end
--- Microseconds of the one clock that all processes share, and later than all others if it was set back
+-- Microseconds of Redis's clock, which all processes share; later than the newest version if the clock was set back
 local time = redis.call('TIME')
 local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
 local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
@@ -2996,7 +2998,7 @@ def parse_counters(counters: Mapping[bytes, bytes]) -> Amounts:
 
 
 class RedisStore(SharedStore):
-    """A Redis server, or another that implements its protocol; tested with Redis 7.
+    """A Redis server, or another server that implements its protocol; tested with Redis 7.
 
     A version with another format of data must use other names of keys, so that versions can run side by side.
     """
@@ -3013,11 +3015,11 @@ class RedisStore(SharedStore):
             raise SettingError("SESSION_STORE: the package redis is missing: pip install redis") from None
         self.failures = (
             redis.RedisError, OSError,
-            # Malformed addresses, replies and documents raise these
+            # For malformed addresses, replies and documents
             AttributeError, LookupError, TypeError, ValueError,
         )
         try:
-            # Connections of a pool do not retry by default: a write whose reply was lost may have succeeded
+            # A pool's connections do not retry by default, and must not: a write whose reply was lost may have succeeded
             pool = redis.BlockingConnectionPool.from_url(
                 url,
                 max_connections=REDIS_CONNECTIONS,
@@ -3039,7 +3041,7 @@ class RedisStore(SharedStore):
 
     def check(self) -> None:
         with self._calling(is_write=True):
-            # Redis refuses this write if its memory is full or it is a replica
+            # Redis refuses this write if its memory is full, or if it is a replica
             self._redis.set("kimi2api:check", "")
 
     def load(self, key: DocumentKey) -> Document | None:
@@ -3108,7 +3110,7 @@ class RedisStore(SharedStore):
 
 
 def open_store(settings: Settings) -> Store:
-    """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
+    """Open the store that SESSION_STORE names. Raises SettingError if it can never be used."""
     ttl = settings.session_cache_ttl
     limit = settings.max_session_size
     kind, _, path = settings.session_store.partition(":")
@@ -3122,13 +3124,13 @@ def open_store(settings: Settings) -> Store:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sessions
 #
-# The content of documents. A session is JSON lines: a head, then one line for each turn. It has no system messages,
-# because every request has its own.
+# The content of documents. A session is JSON lines: a head, then one line for each turn. Turns have no system messages,
+# because each request has its own.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
-MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger one is not stored
-MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not stored
+MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger response is not stored
+MAX_REASONING_BYTES = 1 << 20  # of one message's reasoning; larger reasoning is not stored
 
 
 @dataclass(frozen=True)
@@ -3137,7 +3139,7 @@ class Session:
 
     # The head of the document
     id: str
-    # For a stored response, the system messages and tools of its input and of the inputs that it continues
+    # Of a stored response: the system messages and tools of its input, and of the inputs before it
     system: Sequence[Message] = ()
     tools: Sequence[JSONObject] = ()
     response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
@@ -3155,13 +3157,13 @@ def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
 
 
 def new_document(head: bytes, lines: Sequence[bytes] = (), created: float = 0.0) -> Document:
-    """Return a document that is used now. created: seconds since the epoch, 0 for now."""
+    """Return a document whose last use is now. created: seconds since the epoch, 0 for now."""
     now = time.time()
     return Document(created or now, now, len(lines), b"\n".join((head, *lines)))
 
 
 def stored_message(message: Message) -> Message:
-    """Return the part of a message to store. Clients may put megabytes into fields that are never read."""
+    """Return the fields of a message to store. Clients may put megabytes into other fields, which are never read."""
     stored: Message = {"role": message["role"], "content": message_text(message)}
     if message.get("tool_call_id"):
         stored["tool_call_id"] = message["tool_call_id"]
@@ -3184,7 +3186,7 @@ def latest_lines(lines: list[bytes]) -> list[bytes]:
     room = MAX_SESSION_BYTES
     for line in reversed(lines):
         if len(line) > MAX_SESSION_BYTES:
-            log.warning("a turn of %d bytes is not kept in its session", len(line))
+            log.warning("a turn of %d bytes is too large for its session and not stored", len(line))
             continue
         room -= len(line)
         if room < 0:
@@ -3201,7 +3203,7 @@ class Sessions:
         self.store = store
 
     def get(self, owner: str, name: str, kind: str = SESSION) -> Session | None:
-        """Return the session of a user, or the stored response with an id."""
+        """Return the session of a user, or the stored response with this id, or None."""
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
@@ -3209,11 +3211,11 @@ class Sessions:
         try:
             return Session(**json.loads(head), turns=parse_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
+            log.warning("a stored %s cannot be read: %s; delete it", kind, type(error).__name__)
             raise store_unavailable() from None
 
     def open(self, owner: str, user: str | None) -> Session:
-        """Return the user's session, or a new session, which is stored when a turn is recorded."""
+        """Return the user's session, or a new session, which `record` stores."""
         session = self.get(owner, user) if user else None
         return session or Session(random_hex())
 
@@ -3225,12 +3227,12 @@ class Sessions:
         turns: Sequence[Turn],
         replace_turns: bool,
     ) -> None:
-        """Add turns, all or none, to the user's session. replace_turns: replace the turns of the opened session."""
+        """Add all turns or none to the user's session. replace_turns: replace the turns of the opened session."""
         added = dump_turns(turns)
 
         def change(document: Document) -> Document:
             head, *lines = document.data.split(b"\n")
-            if replace_turns:  # except turns that were recorded in the meantime
+            if replace_turns:  # but keep turns that were recorded in the meantime
                 recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
             elif turns[0][0]["role"] != "user":  # a tool's result, which continues a turn
@@ -3242,7 +3244,7 @@ class Sessions:
         self.store.update((owner, SESSION, user), opened.document, change)
 
     def record_response(self, owner: str, session: Session) -> None:
-        """Store a response with its conversation, which later responses may continue."""
+        """Store a response with its conversation, which later responses may continue, unless they are too large."""
         head = {
             "id": session.id,
             "system": list(map(stored_message, session.system)),
@@ -3252,7 +3254,7 @@ class Sessions:
         document = new_document(dump_json(head), dump_turns(session.turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
-            log.warning("a response is not stored: with its conversation it has %d bytes", size)
+            log.warning("a response is too large and not stored: %d bytes with its conversation", size)
         else:
             self.store.put((owner, RESPONSE, session.response["id"]), document)
 
@@ -3264,7 +3266,7 @@ class Sessions:
                 self.store.put((owner, REASONING, name), document)
 
     def find_reasoning(self, owner: str, name: str) -> JSONObject:
-        """Return stored reasoning, or nothing if it has expired or the store is unavailable."""
+        """Return stored reasoning, or {} if it has expired or the store is unavailable."""
         document = None
         with suppress(APIError):
             document = self.store.load((owner, REASONING, name))
@@ -3284,7 +3286,7 @@ USAGE_DAYS = 31
 
 
 def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
-    """Return the limit of a key by its name, else the limit for all keys. 0 means no limit."""
+    """Return the limit of a key by its name, else the limit of all other keys. 0 means no limit."""
     return limits.get(client.name or "", limits[""])
 
 
@@ -3326,7 +3328,7 @@ def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
 
 
 class Counters:
-    """Counters in a store that may fail, or has none. Meanwhile added amounts are pending. Totals are the known totals
+    """Counters in a store that may fail or have none. Amounts that the store lacks are pending. Totals are known totals
     plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
@@ -3348,13 +3350,13 @@ class Counters:
         self._total(key, known)
         with suppress(APIError), held(self._sending, 0.0):  # unless another thread is sending
             for other, sent in self._pending.copy().items():
-                # Until the amounts are removed below, they count twice. They must never be missing
+                # Until they are removed below, the amounts count twice, so that they are never missing
                 self._total(other, self._store.add_counters(other, sent))
                 with self._lock:
                     rest = self._pending.pop(other, NO_AMOUNTS) - sent
                     if rest:
                         self._pending[other] = rest
-        # Without later additions of other threads: with them, a limit would refuse one chat too many
+        # Without additions of other threads after this one: with them, a limit would refuse one chat too many
         return Counter(known) + pending
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
@@ -3371,7 +3373,7 @@ class Counters:
         known: Amounts = NO_AMOUNTS,
         pending: Amounts = NO_AMOUNTS,
     ) -> Counter[str]:
-        """Return the totals of a period, after adding what the store has returned or what it lacks."""
+        """Return the totals of a period, after noting counters from the store or amounts that the store lacks."""
         with self._lock:
             if key not in self._known:
                 self._known = without_expired(self._known)
@@ -3391,7 +3393,7 @@ class UsageLimits:
         self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a new chat, and return headers for its response. Raises APIError 429 if it exceeds a limit."""
+        """Count a new chat, and return headers for its response. Raises APIError 429 if the chat exceeds a limit."""
         headers: dict[str, str] = {}
         refusal: APIError | None = None
         now = time.time()
@@ -3421,8 +3423,8 @@ class UsageLimits:
         return headers
 
     def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int] | None:
-        """Reserve the estimated tokens of a prompt until `record` counts the tokens that were used. Return None for a
-        key without a quota. Raises APIError 429 if used and earlier reserved tokens exhaust the quota."""
+        """Reserve the estimated tokens of a prompt until `record` counts the used tokens. Return None for a key without
+        a quota. Raises APIError 429 if used tokens and other reserved tokens exhaust the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
         if not limit:
             return None
@@ -3526,9 +3528,9 @@ class Metrics:
     """Counters and histograms of this process."""
 
     def __init__(self, models: Iterable[str] = ()) -> None:
-        """models: the ids that are always labels."""
+        """models: ids that are always labels."""
         self._models = set(models)
-        # By owner, the ids of APIs' models that have answered: made-up ids of one owner must not displace another's
+        # Ids of APIs' models that have answered, by owner: one owner's made-up ids must not displace another's
         self._models_by_owner: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
         # Also the series of histograms
@@ -3546,8 +3548,7 @@ class Metrics:
         self.count(f"{metric}_count", labels)
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
-        """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
-        any id."""
+        """Return the model's id, or "other" to bound the labels of each owner: `*` in MODELS accepts any id."""
         models = self._models_by_owner[owner]
         has_room = len(models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
         if has_room and has_answered and model.startswith(f"{provider}/"):
