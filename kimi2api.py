@@ -3019,7 +3019,7 @@ class RedisStore(SharedStore):
             AttributeError, LookupError, TypeError, ValueError,
         )
         try:
-            # A pool's connections do not retry by default, and must not: a write whose reply was lost may have succeeded
+            # A pool's connections do not retry by default, rightly: a write whose reply was lost may have succeeded
             pool = redis.BlockingConnectionPool.from_url(
                 url,
                 max_connections=REDIS_CONNECTIONS,
@@ -3579,19 +3579,19 @@ def sample(name: str, labels: Labels, value: float) -> str:
 ########################################################################################################################
 # Part 5: HTTP client
 #
-# Requests to upstreams over pooled connections, within a deadline. Nothing outside of this part uses requests, urllib3
-# or cloudscraper.
+# Requests to upstreams over pooled connections, within a deadline. Nothing outside this part uses requests, urllib3 or
+# cloudscraper.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Connections
 #
-# http.client's connections, read within a deadline. A wait has slices, between which the waiter attends to its client.
+# http.client's connections, read within a deadline. Before each slice of a wait, the waiter attends to its client.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
-MAX_IDLE = 60.0  # seconds between two requests of a connection
+MAX_IDLE = 60.0  # seconds between two requests on a connection
 MAX_INTERIM_RESPONSES = 16
 # The size line of a chunk, behind the data of the previous chunk
 NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
@@ -3600,27 +3600,27 @@ READ_SIZE = 65536
 
 
 class Abandoned(APIError):
-    """The end of a chat for a reason outside its upstream: its client has disconnected, or the server stops."""
+    """The end of a chat for a reason outside its upstream: the client has disconnected, or the server is stopping."""
 
 
 class Waiter:
-    """The side that waits for an upstream. This class has no client, as for --check; its subclass `Client` is one."""
+    """The side that waits for an upstream: here without a client, as in --check; the subclass `Client` is a client."""
 
     interval = 60.0  # seconds, at most, between two calls of attend() during a wait
     must_finish = False  # the upstream call continues when the client has disconnected
 
     def clock(self) -> float:
-        """Return the seconds of the clock that deadlines use."""
+        """Return the time in seconds, by the clock of deadlines."""
         return time.monotonic()
 
     def attend(self) -> None:
-        """Do what the client needs, before each slice of a wait. Raises Abandoned to end the call."""
+        """Serve the client before each slice of a wait. Raises Abandoned to end the call."""
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def defer(self, function: Callable[[], None]) -> None:
-        """Call a function when the client has its complete response, here immediately."""
+        """Call a function once the client has the complete response; without a client, immediately."""
         function()
 
 
@@ -3635,29 +3635,29 @@ class Deadline:
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
-        """Set the deadline to this many seconds from now."""
+        """Set the deadline to `seconds` from now."""
         self._end = self.waiter.clock() + seconds
 
     @property
     def waited(self) -> float:
-        """Return the seconds after which the call has timed out."""
+        """Return the seconds that the call has waited, at most its time-out."""
         return self.timeout - max(0.0, self._end - self.waiter.clock())
 
     def remaining(self) -> float:
-        """Return the seconds that are left. Raises TimeoutError if there are none."""
+        """Return the seconds until the deadline. Raises TimeoutError after it."""
         seconds = self._end - self.waiter.clock()
         if seconds <= 0:
             raise TimeoutError("timed out")
         return seconds
 
     def next_wait(self) -> float:
-        """Let the waiter attend to its client, then return the seconds that the next slice of a wait may take."""
+        """Let the waiter attend to its client. Return the seconds that the next slice of a wait may take."""
         self.waiter.attend()
         return min(self.remaining(), self.waiter.interval)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Set a socket's time-out, unless it nearly has this value: setting is a system call and releases the GIL."""
+    """Set a socket's time-out, unless it is nearly the same: setting is a system call and releases the GIL."""
     if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
         sock.settimeout(seconds)
 
@@ -3670,7 +3670,7 @@ class SocketReader(io.RawIOBase):
     """A reader of a socket, in slices and within a deadline.
 
     A socket's own time-out restarts with every read, so an upstream that sends byte by byte could hold a thread for
-    hours. file: http.client's socket.SocketIO, which refuses to read after a time-out; it keeps the socket open until
+    hours. file: http.client's socket.SocketIO, which refuses to read after a time-out, but keeps the socket open until
     close().
     """
 
@@ -3678,8 +3678,7 @@ class SocketReader(io.RawIOBase):
         self.sock = sock
         self._file = file
         self.deadline = deadline
-        # Reads return nothing, so that peek() shows only what is buffered
-        self.is_paused = False
+        self.is_paused = False  # reads return nothing, so that peek() returns only buffered bytes
 
     def readable(self) -> bool:
         return True
@@ -3701,7 +3700,7 @@ class SocketReader(io.RawIOBase):
 
 
 class ResponseReader(io.BufferedReader):
-    """The file of a response. http.client closes it at the end of the response, before the connection is reused."""
+    """The file of a response, which http.client closes at the end of the response, before the connection is reused."""
 
     raw: Any  # SocketReader
 
@@ -3716,7 +3715,7 @@ class ResponseReader(io.BufferedReader):
     def close(self) -> None:
         if not self.closed:
             sock = self.raw.sock
-            # urllib3's TLS inside a proxy's TLS does not show whether it has buffered bytes
+            # urllib3's TLS inside a proxy's TLS cannot report whether bytes are buffered
             is_opaque = not isinstance(sock, socket.socket)
             decrypted = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
             # Unread bytes, or an answer that may belong to another request: the next request must not read them
@@ -3750,8 +3749,8 @@ class StrictHTTPResponse(HTTPResponse):
         raise HTTPException("too many interim responses")
 
     def _read1_chunked(self, size: int) -> bytes:
-        """Read a chunk and the complete chunks that are buffered behind it: APIs send each event as a chunk. The empty
-        last chunk is left, because the caller may find the answer complete before the end of the body."""
+        """Read a chunk and the complete chunks that are buffered behind it: APIs send each event as a chunk. Leave the
+        empty last chunk, because the caller may find the answer complete before the end of the body."""
         parts = [super()._read1_chunked(size)]  # type: ignore[misc]
         if self.chunk_left == 0:
             buffered = self.fp.received()
@@ -3768,8 +3767,8 @@ class StrictHTTPResponse(HTTPResponse):
 
 
 class UpstreamConnection:
-    """A mixin for urllib3's classes of connections. Sending has the same deadline as reading. Nothing is sent for a
-    client that disconnected during connecting."""
+    """A mixin for urllib3's connection classes. Sending has the deadline of reading. Nothing is sent for a client that
+    disconnected during connecting."""
 
     response_class = StrictHTTPResponse
     sock: Any
@@ -3778,7 +3777,7 @@ class UpstreamConnection:
 
     @property
     def is_connected(self) -> bool:
-        """Return whether the next request may use the connection. NAT and sleep end idle connections silently."""
+        """Return whether the next request may use the connection. NAT and standby end idle connections silently."""
         is_fresh = time.monotonic() - self._last_request < MAX_IDLE
         return is_fresh and super().is_connected  # type: ignore[misc]
 
@@ -3809,7 +3808,7 @@ class UpstreamConnection:
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that is not streamed, or one event of a stream
-DRAIN_SECONDS = 0.2  # to read what follows the end of a stream, so that its connection can be reused
+DRAIN_SECONDS = 0.2  # to read the rest behind the end of a stream, so that its connection can be reused
 MAX_RETRY_AFTER = 5.0  # seconds; a longer Retry-After is left to the client
 
 
@@ -3846,8 +3845,8 @@ class UpstreamResponse:
                 yield data
 
     def drain(self) -> None:
-        """Read what may follow the end of a stream, so that the connection can be reused. If this fails, close it."""
-        self.deadline.waiter = Waiter()  # the client's response has ended: no keep-alive comment may follow
+        """Read the rest behind the end of a stream, so that the connection can be reused. Close it if this fails."""
+        self.deadline.waiter = Waiter()  # the client's response has ended, so no keep-alive comment may follow
         self.deadline.is_per_read = False
         self.deadline.limit(DRAIN_SECONDS)
         with suppress(APIError):
@@ -3855,12 +3854,12 @@ class UpstreamResponse:
         self.close()
 
     def close(self) -> None:
-        """Close the connection, unless the body has been read to its end: then the connection is back in the pool."""
+        """Close the connection, unless it is back in the pool because the body has been read to its end."""
         self.raw.close()
 
 
 class Transport:
-    """Requests to an upstream over pooled connections, for many threads. Every failure is an APIError.
+    """A sender of requests to an upstream over pooled connections. Thread-safe. Every failure is an APIError.
 
     requests.Session merges settings, cookies, proxies and .netrc for each request, which takes several times as long
     as the transfer. Transport merges settings once per host, and uses urllib3's pool. Redirects are not followed.
@@ -3876,7 +3875,7 @@ class Transport:
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, Any] = {}  # by the URL of a host
-        # Guards _pools and their creation, and the cookies of Scraper
+        # Guards _pools, the creation of pools, and the cookies of Scraper
         self._lock = threading.Lock()
 
     def request(
@@ -3936,14 +3935,14 @@ class Transport:
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
-                # urllib3 has one pool for all spellings of a host, which may have our class already
+                # urllib3 has one pool for all spellings of a host; the pool may have our class already
                 pool.ConnectionCls = type("Connection", (UpstreamConnection, type(pool).ConnectionCls), {})
                 self._pools[origin] = pool
             return self._pools[origin]
 
     def forget_connections(self) -> None:
-        """Let no later request use the present connections. urllib3 closes them when the last request with their pool
-        has ended."""
+        """Let no later request use the present connections. urllib3 closes them when the last request of their pool
+        ends."""
         with self._lock:
             self._adapter.close()
             self._pools.clear()
@@ -3953,7 +3952,7 @@ class Transport:
         """Raise APIError for any failure to connect, send or read."""
         try:
             yield
-        # RequestException: for an invalid URL of a proxy or a redirect
+        # RequestException is for the invalid URL of a proxy or a redirect
         except (TimeoutError, HTTPError, requests.RequestException) as error:
             # Frames of urllib3's functions refer to the error: without this, the cycle keeps the request in memory
             clear_frames(error.__traceback__)
@@ -3971,23 +3970,22 @@ class Transport:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """Return the error that the layers above have wrapped."""
+    """Return the error inside the errors that wrap it."""
     cause = error.__cause__ or error.__context__
-    if cause is None or isinstance(error, IncompleteRead):  # http.client's own cause is how it parses numbers
+    if cause is None or isinstance(error, IncompleteRead):  # its cause is how http.client parses numbers
         return error
     return innermost(cause)
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost reason, without the URLs and object names that the layers above wrap around it."""
+    """Return the innermost error's message, without the URLs and object names in the errors that wrap it."""
     error = innermost(error)
     reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
     return re.sub(r"//\S*@", "//…@", reason)
 
 
-
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
-    """Return an APIError 429 with the upstream's Retry-After. It is retryable only if the wait is known and short."""
+    """Return an APIError 429 with the upstream's Retry-After, retryable only if the wait is known and short."""
     wait = parse_retry_after(headers)
     error = APIError(429, message, type, code)
     if wait is None:
@@ -4011,15 +4009,15 @@ def parse_retry_after(headers: Headers) -> float | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Scraper
 #
-# Requests that look like a browser's, for the web chat's site. TLS ciphers, headers and the cookie jar are
-# cloudscraper's. No challenge is solved: Cloudflare no longer serves those that cloudscraper can solve.
+# Requests like a browser's, for the web chat's site. TLS ciphers, headers and the cookie jar are cloudscraper's. No
+# challenge is solved: Cloudflare no longer serves challenges that cloudscraper can solve.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_COOKIE_BYTES = 8 << 10  # of all cookies; servers refuse longer headers
 
 
 class Scraper(Transport):
-    """A browser. Thread-safe."""
+    """A transport that sends requests as a browser does, with cookies. Thread-safe."""
 
     # cloudscraper's own list ends with Chrome 76
     USER_AGENT = (
@@ -4070,12 +4068,12 @@ class Cached(Generic[T]):
         self._fetch = fetch
         self._max_age = max_age  # seconds from the start of a fetch to the next
         self._thread = ThreadPoolExecutor(1, name)
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the fields below
         self._latest: Future[T] | None = None
         self._began = 0.0  # when the latest fetch began, by time.monotonic()
 
     def latest(self) -> Future[T]:
-        """Return the latest fetch, running or done. Start another if it is too old."""
+        """Return the latest fetch, running or done. Start a fetch if there is none, or if it failed or is too old."""
         with self._lock:
             fetch = self._latest
             is_old = time.monotonic() - self._began >= self._max_age
@@ -4085,7 +4083,7 @@ class Cached(Generic[T]):
             return fetch
 
     def wait(self, waiter: Waiter) -> Future[T]:
-        """Wait for the latest fetch, which has its own deadline, and return it. Raises its error."""
+        """Wait for the latest fetch, which has its own deadline, and return it. Raises the fetch's error."""
         fetch = self.latest()
         while not fetch.done():
             waiter.attend()
@@ -4106,29 +4104,29 @@ class Cached(Generic[T]):
 ########################################################################################################################
 # Part 6: Upstreams
 #
-# A provider turns a request into a stream of deltas: Kimi's web chat, which takes and answers plain text, or an OpenAI-
-# style API.
+# A provider turns a request into a stream of deltas: Kimi's web chat, which takes and returns plain text, or an
+# OpenAI-style API.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Circuit breaker
 #
-# An upstream that keeps failing is not called for a while. Its callers immediately get an error of ours.
+# An upstream that keeps failing is not called for a while: callers immediately get an error.
 # ----------------------------------------------------------------------------------------------------------------------
 
 FAILURES_TO_OPEN = 5  # in a row
 # Seconds that the circuit stays open, doubled each time, and at most
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
-FAILING_MAX_AGE = 600.0  # seconds after the last failure; a client may ask only once for a model that fails
+FAILING_MAX_AGE = 600.0  # seconds after the last failure; clients may never use the failing model again
 
 
 class CircuitBreaker:
     """The circuit breaker of one model of an upstream.
 
     Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: calls are refused. Half-open, after a
-    pause: a call is a probe. Another call is a probe after each further pause, which is twice as long as the pause
-    before, until a probe succeeds.
+    pause: one call is a probe. Until a probe succeeds, another call is a probe after each further pause, which is twice
+    as long as the pause before.
     """
 
     def __init__(self, name: str) -> None:
@@ -4138,14 +4136,14 @@ class CircuitBreaker:
         # For calls that are refused while the circuit is open or half-open
         self._error: APIError | None = None
         self._pause = FIRST_PAUSE  # seconds
-        self._open_until = 0.0  # by the monotonic clock
+        self._open_until = 0.0  # by time.monotonic()
         # Since when (seconds since the epoch) and why calls fail
         self._failing: tuple[float, str] | None = None
-        self._last_failure = 0.0  # by the monotonic clock
+        self._last_failure = 0.0  # by time.monotonic()
 
     @property
     def failing(self) -> tuple[float, str] | None:
-        """Return since when (seconds since the epoch) and why calls fail, None after a success or a while."""
+        """Return since when (seconds since the epoch) and why calls fail, or None if they do not."""
         is_recent = time.monotonic() - self._last_failure < FAILING_MAX_AGE
         return self._failing if is_recent else None
 
@@ -4170,7 +4168,7 @@ class CircuitBreaker:
             else:
                 self._failing = self.failing or (time.time(), error.reason)
                 self._last_failure = time.monotonic()
-            # An upstream that refuses works
+            # An upstream that refuses a request works
             if error is None or error.status < 500 or error.code in ("upstream_refused", "upstream_auth"):
                 self._failures = 0
                 self._error = None
@@ -4179,7 +4177,7 @@ class CircuitBreaker:
             elif self._error is None:
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
-                    # Not the upstream's words: they may quote another caller's prompt
+                    # Without the upstream's message, which may quote another caller's prompt
                     code = "upstream_unavailable" if error.quotes_upstream else error.code or error.type
                     message = f"after {self._failures} failures in a row it is not called for now: HTTP {error.status}."
                     self._error = upstream_error(error.status, code, f"{self._name}: {message}")
@@ -4190,10 +4188,10 @@ class CircuitBreaker:
 # ----------------------------------------------------------------------------------------------------------------------
 # Providers
 #
-# The base class of providers, with retries and circuit breakers, and the statistics of an answer.
+# The statistics of an answer, and the base class of providers, with retries and circuit breakers.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_BREAKERS = 1000  # of one provider: a client may make up any number of models
+MAX_BREAKERS = 1000  # of one provider, because a client may make up any number of models
 # Seconds before the first retry, doubled each time, and at most
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
@@ -4208,16 +4206,16 @@ class AnswerStats:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        # Tokens of the key's quota, until the answer is counted
+        # Of the key's quota, until the answer is counted
         self.reserved: tuple[CounterKey, int] | None = None
         self.messages: list[Message] = []  # of the prompt
         self.start("", "")
 
     def start(self, provider: str, model: str) -> None:
-        """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
+        """Begin the statistics of the answer of a provider, the first or a fallback."""
         self.provider = provider
-        self.model = model  # by the id that clients know
-        self.first_chunk: float | None = None  # seconds after the beginning
+        self.model = model  # the id for clients
+        self.first_chunk: float | None = None  # seconds after `began`
         self.fold = Fold()  # the provider adds each chunk before yielding it
 
     def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
@@ -4245,7 +4243,7 @@ class AnswerStats:
         }
 
     def tokens(self) -> tuple[int, int]:
-        """Return the tokens of the prompt, and all other tokens."""
+        """Return the number of tokens in the prompt, and of all other tokens."""
         usage = self.usage()
         prompt: int = usage["prompt_tokens"]
         return prompt, usage["total_tokens"] - prompt
@@ -4256,7 +4254,7 @@ class ProviderRequest:
     """A chat request for a provider, with its session and its client."""
 
     request: ChatRequest
-    model: str  # the upstream's name of it
+    model: str  # its name at the upstream
     history: Turns = ()  # of the session
     session_id: str = ""
     owner: str = ""  # of the session: the hash of a key
@@ -4272,8 +4270,8 @@ Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for the respon
 class Provider:
     """An upstream. Subclasses implement its protocol.
 
-    An OpenAI-style API needs no code: list its name in PROVIDERS and set NAME_API_KEY and NAME_BASE_URL. Any other
-    upstream is a subclass with `stream` and `reach`, an entry in Providers, and its model ids in Settings.resolve.
+    An OpenAI-style API needs no code: list its name in PROVIDERS, and set NAME_API_KEY and NAME_BASE_URL. Any other
+    upstream needs a subclass with `stream` and `reach`, an entry in Providers, and its model ids in Settings.resolve.
     """
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
@@ -4294,11 +4292,11 @@ class Provider:
             "model", "unsupported_value")
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """Return the models that the upstream lists, by id, as far as they are known after `wait` seconds."""
+        """Return the models that the upstream lists, by id, waiting at most `wait` seconds for a newer list."""
         return {}
 
     def reach(self) -> tuple[str, str]:
-        """Connect to the upstream without a chat. Return what this has tested, and a model to ask. Raises APIError."""
+        """Connect to the upstream without a chat. Return what succeeded, and a model to ask. Raises APIError."""
         raise NotImplementedError
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
@@ -4322,7 +4320,7 @@ class Provider:
 
     @property
     def failing(self) -> tuple[float, str] | None:
-        """Return since when (seconds since the epoch) and why a model fails, None if all answer."""
+        """Return since when (seconds since the epoch) and why a model fails, or None if no model fails."""
         with self._lock:
             return min(
                 filter(None, (breaker.failing for breaker in self._breakers.values())),
@@ -4341,7 +4339,7 @@ class Provider:
         except APIError as error:
             if not isinstance(error, Abandoned):
                 breaker.record_end(error)
-                # An API's own codes are unbounded
+                # The number of an API's own codes is unbounded
                 code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
@@ -5902,7 +5900,7 @@ class OpenAIProvider(Provider):
     # Models
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """Return the models that the API lists, by id, as far as they are known after `wait` seconds."""
+        """Return the models that the API lists, by id, waiting at most `wait` seconds for a newer list."""
         with suppress(FutureTimeout):
             self._models.latest().result(wait)
         return self._last_models
