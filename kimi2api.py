@@ -4368,15 +4368,15 @@ class Provider:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: prompts
 #
-# Requests as plain text: history, tools and the format of the answer are described in words. Everything here is pure,
-# and takes time linear in the request.
+# Requests as plain text: history, tools and the format of the answer in words. All functions are pure, and take time
+# linear in the request.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# As the site's public clients write history
+# The names that the site's public clients use
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}
 TOOLS_FOLLOW = "You get the results and go on. Tools:"
 JSON_ONLY = "Answer with one JSON document and nothing else"
-# Characters of a clipped tool result, with its speaker and the mark
+# Characters of a clipped tool result, including its speaker and CLIPPED
 MIN_RESULT = 80
 CLIPPED = " [… clipped …] "
 
@@ -4384,12 +4384,12 @@ CLIPPED = " [… clipped …] "
 class Prompt:
     """A chat request as one text for the web chat.
 
-    A text that is longer than the limit is cut in this order, until it fits:
+    A text longer than the limit loses, in this order, until it fits:
 
     - tools longer than a third of the limit, the last first, unless the model must call a tool
     - the past beyond a third of the limit, the oldest first
     - the middle of results in the last round of tool calls, down to a third of the limit each
-    - the same three without the thirds, but MIN_RESULT characters of each result stay
+    - more of all three, regardless of the thirds, but MIN_RESULT characters of each result stay
     """
 
     def __init__(
@@ -4397,7 +4397,7 @@ class Prompt:
     ) -> None:
         """limit: characters; retry_note: why the model's last answer was unusable.
 
-        Raises APIError 400 if the shortest text is too long, or if there is none.
+        Raises APIError 400 if the shortest text is too long, or if the messages have no text.
         """
         turns = append_turns(history, request.turns)
         write = partial(write_message, functions=called_functions(turns))
@@ -4408,15 +4408,15 @@ class Prompt:
         self.system = join_lines(map(message_text, filter(is_system, request.messages)))
         self.call_instruction = call_instruction(request)
         self.tools = list(map(describe_tool, request.tools))
-        # For the format of the answer
+        # About the format of the answer
         self.rules = join_lines([form_instruction(request.body), retry_note])
-        # Older turns, then the older rounds of tool calls of this turn, which follow the question
+        # Older turns, then older rounds of tool calls, which follow the question in the text
         self.past = ["\n".join(map(write, messages)) for messages in (*older, *rounds)]
         self.rounds = len(rounds)  # of tool calls, in `past`
         self.question = "\n".join(map(write, question))
         self.last_round = list(map(write, last_round))
         if len(newest) == 1 and self.text == self.question:
-            self.question = message_text(newest[0])  # a single message needs no speaker
+            self.question = message_text(newest[0])  # a lone message needs no speaker
         for share in (limit // 3, 0):
             if not request.must_call:
                 self.tools = drop_first(self.tools[::-1], self.excess, share)[::-1]
@@ -4441,11 +4441,11 @@ class Prompt:
 
     @property
     def excess(self) -> int:
-        """Characters beyond the limit."""
+        """Return the number of characters beyond the limit."""
         return len(self.text) - self.limit
 
     def too_long(self) -> APIError:
-        """Return the error in OpenAI's words, which clients search for."""
+        """Return the error with OpenAI's wording, for which clients search."""
         texts = {
             "system": self.system,
             "tools": join_lines(self.tool_section),
@@ -4465,7 +4465,7 @@ def join_lines(lines: Iterable[str]) -> str:
 
 
 def drop_first(texts: list[str], excess: int, longer_than: int = 0) -> list[str]:
-    """Drop the first texts longer than `longer_than` until `excess` characters are gone. Return the other texts."""
+    """Drop the first texts longer than `longer_than` until `excess` characters are dropped. Return the other texts."""
     kept = []
     for text in texts:
         if excess > 0 and len(text) > longer_than:
@@ -4486,7 +4486,7 @@ def clip_results(lines: list[str], excess: int, shortest: int) -> None:
 
 
 def split_rounds(turn: Turn) -> list[list[Message]]:
-    """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
+    """Split a turn: the messages before the first tool call, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
@@ -4496,7 +4496,7 @@ def split_rounds(turn: Turn) -> list[list[Message]]:
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
-    """Return the names of the called functions by call id."""
+    """Return the names of called functions by call id."""
     names = {}
     for turn in turns:
         for message in turn:
@@ -4526,7 +4526,7 @@ def call_instruction(request: ChatRequest) -> str:
 
 
 def answer_schema(body: JSONObject) -> Schema | None:
-    """Return the schema of the JSON document that the request wants, or None if it wants text."""
+    """Return the schema of the requested JSON document, or None for text."""
     answer = body.get("response_format") or {}
     if answer.get("type") == "json_schema":
         return answer["json_schema"]["schema"]
@@ -4539,7 +4539,7 @@ def form_instruction(body: JSONObject) -> str:
 
 
 def describe_tool(tool: JSONObject) -> str:
-    """Describe a tool in few characters."""
+    """Describe a tool briefly."""
     schema = tool.get("parameters") or {}
     form = dump_json(schema).decode()
     if '"$ref"' not in form:
@@ -4573,14 +4573,14 @@ def signature(schema: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: reading answers
 #
-# Tool calls and JSON documents in the plain text of a model. The text may be hostile: reading takes linear time.
+# Tool calls and JSON documents in the plain text of a model. The text may be hostile, so reading takes linear time.
 # ----------------------------------------------------------------------------------------------------------------------
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
 
 
 class UnusableAnswer(Exception):
-    """The answer is not what the request asked for. The message tells the model what was wrong."""
+    """An answer without the requested tool call or JSON. The message tells the model what was wrong."""
 
 
 def parse_answer(
@@ -4588,7 +4588,7 @@ def parse_answer(
 ) -> tuple[str, list[ToolCall]]:
     """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
 
-    allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
+    allow_unknown_tools: also return calls of tools that were not offered; agents reply that there is no such tool.
     """
     if request.tools:
         content, calls = parse_tool_calls(text, request, allow_unknown_tools)
@@ -4605,13 +4605,13 @@ def parse_answer(
     return parse_document(text, kind), []
 
 
-# The form that call_instruction() asks for, and the form that Kimi K2 was trained on
+# The form that call_instruction() requests, and the form in Kimi K2's training
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*
     (?:<\|tool_call_argument_begin\|>\s*|(?=<\|tool_call_end\|>))
     """, re.X)
 NO_ARGUMENTS = re.compile(r"\s*(?:<\|tool_call_end\|>|\Z)")
-NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # within the same marks
+NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # inside the same <tool_call>
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls?_section_(?:begin|end)\|>|```\w*\s*```")
 
@@ -4650,7 +4650,7 @@ def parse_tool_calls(
     with suppress(ValueError):
         value = parse_json(strip_code_fence(text))
         if isinstance(value, dict) and str(value.get("name")) in offered and "arguments" in value:
-            # A call without marks, and nothing else
+            # The answer is one call without <tool_call>
             return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
@@ -4660,7 +4660,7 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
         value = {}
     name = value.get("name")
     arguments = value.get("arguments") or value.get("parameters") or {}
-    if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
+    if isinstance(arguments, str):  # JSON in a string, as in OpenAI's API
         try:
             arguments = parse_json(arguments)
         except ValueError as error:
@@ -4673,17 +4673,17 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
 
 
 BRACKET = re.compile(r"[{}\[\]]")
-# Brackets such as {x} or [1st], which are no JSON and contain none
+# Brackets such as {x} or [1st], which are not JSON and contain no JSON
 PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")
-# Brackets to try; a failed attempt takes time linear in the text before it, because its message has a line number
+# Brackets to try. A failed attempt takes time linear in the text before the bracket: its message has a line number
 MAX_BRACKETS = 100
 
 
 def parse_document(text: str, kind: type) -> str:
-    """Return the JSON document of this type in an answer: the complete text, or the longest between prose and fences.
+    """Return the JSON document of a type in an answer: the complete text, or the longest one between prose and fences.
 
-    Raises UnusableAnswer, also for a bracket that belongs neither to a document nor to prose: part of a broken document
-    must not pass for a document.
+    Raises UnusableAnswer, also for a bracket that belongs neither to a document nor to prose: a part of a broken
+    document must not pass for a document.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
@@ -4713,7 +4713,7 @@ def parse_document(text: str, kind: type) -> str:
 
 
 def decode_json(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at this index, and the index behind it. Raises UnusableAnswer."""
+    """Return the JSON value that begins at an index, and the index behind the value. Raises UnusableAnswer."""
     try:
         value, end = STRICT_JSON.raw_decode(text, start)
         check_depth(value)
@@ -4737,7 +4737,7 @@ CLOUDFLARE_ERROR = re.compile(rb"\s*(?:<|error code: 1\d\d\d|{[^{}]*cloudflare)"
 
 
 class StaleNonce(APIError):
-    """The web chat refused, and a new nonce may help."""
+    """A refusal by the web chat that may be due to an expired nonce."""
 
 
 # In the chat page: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; KimiProvider._post sends it
@@ -4763,13 +4763,13 @@ class KimiProvider(Provider):
 
     @cached_property
     def _scraper(self) -> Scraper:
-        """Create the scraper when it is first needed: its certificates slow the start and take 1 MB."""
+        """Create the scraper at its first use: its certificates slow the start and take 1 MB."""
         return Scraper("The web chat", 2 * self._settings.max_concurrent_chats[""])
 
     def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
         request = asked.request
         reject_unsupported(request)
-        asked.waiter.must_finish = bool(request.user)  # its turn is remembered
+        asked.waiter.must_finish = bool(request.user)  # the session stores the turn
         prompt, content, calls = self._answer(asked)
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
@@ -4794,7 +4794,7 @@ class KimiProvider(Provider):
         yield delta
 
     def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
-        """Return the prompt, and the content and tool calls of its answer. Ask once more if the answer is unusable."""
+        """Return the prompt, and the content and tool calls of the answer. Retry once if the answer is unusable."""
         request = asked.request
         limit = self._settings.context_max_length
         prompt = Prompt(request, asked.history, limit)
@@ -4802,9 +4802,9 @@ class KimiProvider(Provider):
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
-            log.info("the answer is unusable; asking once more")
+            log.info("the answer is unusable; retrying once, with the reason")
             retry_note = f"Your last answer could not be used: {fault}"
-        # Without room for the reason, the first prompt is sent again
+        # If the prompt has no room for the reason, the first prompt is sent again
         with suppress(APIError):
             prompt = Prompt(request, asked.history, limit, retry_note)
         text = self._ask(prompt.text, asked)
@@ -4821,10 +4821,10 @@ class KimiProvider(Provider):
         self._nonce.wait(Waiter())
         return f"{self._page_url} reached, nonce found", "moonshotai/Kimi-K2-Instruct-0905"
 
-    # Asking
+    # Questions
 
     def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """Return the text of the answer. Each attempt may renew the nonce, once."""
+        """Return the text of the answer. Each attempt may renew the nonce once."""
         def attempt() -> str:
             try:
                 return self._post(prompt, asked)
@@ -4862,13 +4862,13 @@ class KimiProvider(Provider):
         except StaleNonce:
             self._nonce.invalidate(fetch)
             raise
-        # It may have been the answer to another request; ours must not become the answer to the next
+        # A connection may have a late answer: the next request must not read it
         except APIError:
             self._scraper.forget_connections()
             raise
 
     def _check_page(self, page: UpstreamResponse) -> None:
-        """Raise APIError for what any response of the site can be: a block, a rate limit, an outage."""
+        """Raise APIError for a block, a rate limit or an outage, which any request may meet."""
         status = page.status
         is_managed = page.headers.get("cf-mitigated") == "challenge"
         is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
@@ -4892,7 +4892,7 @@ class KimiProvider(Provider):
         """Fetch the chat page, following redirects within its scheme, host and port, and find its nonce."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
-        # A URL that no cache knows
+        # No cache has this URL
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         with suppress(ValueError):  # for an invalid Location
             for _ in range(MAX_REDIRECTS + 1):
@@ -4912,7 +4912,7 @@ class KimiProvider(Provider):
 
 
 WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
-# What the web chat supports; the rest would change the shape of the answer
+# The values that the web chat supports of parameters that change the shape of the answer
 WEB_CHAT_REQUEST = request_object({}, {
     "n": {"enum": [1]},
     "max_tokens": POSITIVE,
@@ -4939,7 +4939,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     """Return the text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal."""
     body = page.body.strip()
     answer = parse_upstream_object(body) or {}
-    if body in (b"-1", b"0"):  # WordPress's answers to a stale nonce and an unknown action
+    if body in (b"-1", b"0"):  # WordPress's answers to an expired nonce and to an unknown action
         answer = {"success": False, "data": body.decode()}
     data = answer.get("data")
     if answer.get("success") is False:
@@ -4948,7 +4948,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
             f"The web chat refused: {plain_line(data, nonce)}",
             "upstream_error",
             "upstream_refused",
-            headers=NO_SDK_RETRY,  # clients see only the second refusal, with a new nonce
+            headers=NO_SDK_RETRY,  # clients get only the second refusal, after a new nonce
             quotes_upstream=True,
         )
     if page.status != 200:
@@ -4980,7 +4980,7 @@ WRONG_KEY = re.compile("(?i)(?:incorrect|invalid|wrong) api.?key|api.?key (?:is 
 MINIMAX_STATUSES = {
     "1002": 429, "1004": 401, "1008": 402, "1026": 400, "1027": 400, "1039": 429, "2013": 400, "2049": 401,
 }
-# By letters in the code, type or status of an error
+# By patterns of the letters in an error's code, type and status
 ERROR_STATUSES = (
     ("ratelimit|toomany|throttl|quota|resourceexhausted", 429),
     ("balance|billing|payment", 402),
@@ -5013,7 +5013,7 @@ def find_error(answer: JSONObject) -> Any:
 
 
 def error_status(error: JSONObject) -> int:
-    """Return the status of an error in an answer with status 200: by its number, or by words in its code, else 502."""
+    """Return the HTTP status for an error in an answer with status 200: its number, else by words in it, else 502."""
     for name in ("status_code", "code", "status"):
         if re.fullmatch(r"[45]\d\d", str(error.get(name))):
             return int(error[name])
@@ -5022,7 +5022,7 @@ def error_status(error: JSONObject) -> int:
 
 
 def error_message(error: JSONObject, secret: str) -> str:
-    """Return the reason in an error as one line, followed by the reason of the API behind this API."""
+    """Return the message of an error as one line, followed by the message of an upstream behind the API."""
     metadata = error.get("metadata")
     causes = [
         next(filter(None, map(error.get, REASONS)), error),
@@ -5101,13 +5101,13 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: adapting requests
 #
-# Requests take a form that every API accepts, as far as OpenAI's protocol allows. Beyond that, even models of one API
-# accept different requests. A refusal changes the model's next requests, so that no table of models is needed.
+# Requests get a form that every API accepts, as far as OpenAI's protocol allows. Beyond that, even models of one API
+# accept different requests. A refusal changes the model's next requests, so no table of models is needed.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_FUNCTION_NAME = 64  # characters
 ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 200  # of one API: a client may make up any number of models and values, and each change takes time
+MAX_ADAPTATIONS = 200  # of one API: clients may make up any number of models and values, and each change takes time
 MAX_CHANGES = 12  # of one request
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
@@ -5130,12 +5130,12 @@ def portable_request(body: JSONObject) -> JSONObject:
 
 
 def is_instruction(message: Message) -> bool:
-    """Return whether a message is a system message with content: Kimi's may have tools instead."""
+    """Return whether a message is a system message with content. Kimi's system messages may have tools instead."""
     return is_system(message) and bool(message.get("content"))
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join the texts of several system messages in front to one message."""
+    """Join the system messages at the beginning into one message."""
     system = list(itertools.takewhile(is_instruction, messages))
     if len(system) < 2:
         return messages
@@ -5143,13 +5143,13 @@ def join_system(messages: list[Message]) -> list[Message]:
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
-    """Join all system messages to one at the beginning."""
+    """Join all system messages into one message at the beginning."""
     return {**body, "messages": join_system(sorted(body["messages"], key=is_instruction, reverse=True))}
 
 
 def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
-    """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the names by their short
-    forms. The short form depends only on the name."""
+    """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the full names by short name.
+    A short name depends only on the full name."""
     functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     for message in body["messages"]:
         functions += [call["function"] for call in message.get("tool_calls") or ()]
@@ -5181,7 +5181,7 @@ OPTIONAL_PARAMETERS = (
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # need not mean the parameter
-# These parameters may differ in every conversation, and do not change the answer
+# Parameters that may differ in every conversation, and do not change the answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
 REFUSED = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
@@ -5206,7 +5206,7 @@ EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def nearest_effort(refused: str, error_text: str) -> str:
-    """Return the effort nearest to the refused effort, among those that the error_text names or else common ones."""
+    """Return the effort nearest to the refused effort, among those that the error names, else among common efforts."""
     named = [
         effort for effort in EFFORTS
         if effort != refused and re.search(rf"\b{effort}\b", error_text)
@@ -5216,7 +5216,7 @@ def nearest_effort(refused: str, error_text: str) -> str:
 
 
 def swap_max_tokens(body: JSONObject) -> JSONObject:
-    """Use the other name of the limit, or only the newer name if both are used."""
+    """Use the other name of the limit, or only the newer name if the request has both."""
     names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     if names.keys() <= body.keys():
         return without(body, "max_tokens")
@@ -5224,7 +5224,7 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
 
 
 def describe_format(body: JSONObject, **required: Any) -> JSONObject:
-    """Describe the format of the answer in words, and require no format except this response_format."""
+    """Describe the format of the answer in words, and require only the given response_format, if any."""
     instruction = form_instruction(body)
     if not instruction:
         return body
@@ -5244,7 +5244,7 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 
 
 def root_schema(schema: Schema) -> Schema:
-    """Return the schema of an object. From any other schema, take the properties of all its options.
+    """Return the schema of an object, from any other schema with the properties of all its options.
 
     Raises LookupError and the like for an invalid schema.
     """
@@ -5261,8 +5261,7 @@ def root_schema(schema: Schema) -> Schema:
 
 
 def portable_schema(schema: Schema) -> Schema:
-    """Return a schema whose reference has no siblings, whose `type` is inside `anyOf`, and whose options are not
-    null."""
+    """Return a schema whose `$ref` has no siblings, whose `type` is inside `anyOf`, and whose options are not null."""
     if isinstance(schema.get("$ref"), str):
         return only(schema, ("$ref", "$defs", "definitions"))
     if isinstance(schema.get("anyOf"), list):
@@ -5278,7 +5277,7 @@ def portable_schema(schema: Schema) -> Schema:
 
 
 def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
-    """Give each assistant message reasoning_content: its reasoning or the default."""
+    """Set the reasoning_content of each assistant message: its reasoning, else the default."""
     filled = []
     for message in body["messages"]:
         if message["role"] == "assistant" and not message.get("reasoning_content"):
@@ -5306,7 +5305,7 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
 
 
 def disable_thinking(body: JSONObject) -> JSONObject:
-    """Disable thinking for a forced tool, unless the client sets it."""
+    """Disable thinking for a forced tool, unless the client sets `thinking`."""
     if must_call(body.get("tool_choice")):
         return {"thinking": {"type": "disabled"}, **body}
     return body
@@ -5317,7 +5316,7 @@ def disable_streaming(body: JSONObject) -> JSONObject:
 
 
 class Adaptation(NamedTuple):
-    """A change to those requests of a model that have certain parameters."""
+    """A change to the requests of a model that have certain parameters."""
 
     named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
@@ -5328,7 +5327,7 @@ class Adaptation(NamedTuple):
 
 
 MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
-# In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
+# Changes in the order of trial, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
 ADAPTATIONS: list[tuple[str, Change]] = [
@@ -5348,12 +5347,12 @@ ADAPTATIONS: list[tuple[str, Change]] = [
 
 
 def message_without_ids(refusal: APIError) -> str:
-    """Return the message without words that have digits, such as the ids that some APIs give their requests."""
+    """Return the message without words that have digits, such as request ids."""
     return re.sub(r"\S*\d\S*", "", refusal.message)
 
 
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
-    """Yield adaptations that may make a model accept a refused request. Each is a change on its own."""
+    """Yield adaptations, each of which may make a model accept a refused request."""
     # xAI writes presencePenalty
     error_text = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
     named = frozenset(sent).intersection(re.findall(r"\w+", error_text))
@@ -5370,7 +5369,7 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
             yield Adaptation(named, ChangeParameter(name, value, effort))
         yield Adaptation(named, ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
-        adaptation = Adaptation(named | {"messages"}, change)  # not of embeddings
+        adaptation = Adaptation(named | {"messages"}, change)  # embeddings have no messages
         if re.search(pattern, error_text) and adaptation.apply(sent) != sent:
             yield adaptation
 
@@ -5378,8 +5377,8 @@ def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: reading answers
 #
-# The chunks of an API's answer become chunks that every client can read, whatever the API leaves out, repeats or spells
-# otherwise.
+# The chunks of an API's answer become chunks that every client can read, whatever the API leaves out, repeats or names
+# differently.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
@@ -5387,9 +5386,9 @@ FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is
 
 
 def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[str]:
-    """Yield for each message a digest of the model and of all messages up to this one, without reasoning.
+    """Yield, for each message, a digest of the model and of all messages up to this message, without reasoning.
 
-    Ids of calls such as functions.f:0 occur in every conversation, and so may questions.
+    A call id identifies no conversation: functions.f:0 occurs in all of them.
     """
     digest = sha256(model.encode())
     for message in messages:
@@ -5410,8 +5409,8 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
 
 
 def canonical_call(call: JSONObject) -> list[Any]:
-    """Return what identifies a call. Some clients parse the arguments and write them in another form."""
-    function = call.get("function", {})  # a custom call has none
+    """Return a call in canonical form: some clients parse the arguments and write them differently."""
+    function = call.get("function", {})  # missing in a custom call
     arguments = function.get("arguments", "")
     with suppress(ValueError):
         arguments = parse_json(arguments)
@@ -5419,7 +5418,7 @@ def canonical_call(call: JSONObject) -> list[Any]:
 
 
 def parse_index(value: Any) -> int | None:
-    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError or TypeError."""
+    """Parse an index below 10,000, a number or a string. Return None if missing. Raises ValueError or TypeError."""
     if value in (None, ""):
         return None
     index = int(value)
@@ -5434,18 +5433,18 @@ class StartedCall:
 
     index: int  # ours
     has_id: bool  # the API sent an id
-    unsent: JSONObject  # pieces that wait for the name, merged
+    unsent: JSONObject  # merged pieces that wait for the name
     name: str = ""
     end: str = ""  # the last character of the arguments
 
 
 class CallReader:
-    """A reader of tool calls, which gives each piece the index and the id of its call."""
+    """A reader of tool calls, which adds the index and the id of its call to each piece."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names  # of functions, by their short forms
+        self._names = names  # of functions, by short name
         self._count = 0
-        # By the API's id and index; None is the key of the last piece's call
+        # By the API's id and index; the last piece's call has the key None
         self._calls: dict[str | int | None, StartedCall] = {}
 
     def read(self, piece: JSONObject) -> JSONObject | None:
@@ -5468,7 +5467,7 @@ class CallReader:
             self._count += 1
         self._calls.update({id: call, api_index: call, None: call})
         call.end = arguments.strip()[-1:] or call.end
-        # Clients would join an id or a name that is repeated
+        # Clients would join repeated ids and names
         merge(call.unsent, {**without(piece, "id", "type", kind), kind: {field_name: arguments}})
         if not call.name:
             if not name:
@@ -5500,10 +5499,10 @@ class APIAnswer:
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
     ) -> None:
-        """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
+        """Read up to the first chunk. If this fails, close the response and raise APIError."""
         self.response = response
-        self.is_done = False  # [DONE] has come
-        # The indexes of choices that have their finish reason
+        self.is_done = False  # [DONE] has been read, or an answer in JSON
+        # Indexes of choices that have their finish reason
         self._finished: set[int] = set()
         self._api = api
         self._fold = fold
@@ -5527,7 +5526,7 @@ class APIAnswer:
                 event["choices"] = self._read_choices(event)
                 self._fold.add(event)
                 if not is_complete:
-                    # From the first choice on, only silence times out, not the answer
+                    # From the first choice on, the time-out applies to silence, not to the answer
                     is_complete = len(self._finished) >= max(len(self._fold.choices), self._choice_count)
                     deadline.is_per_read = bool(self._fold.choices) and not is_complete
                     if is_complete:
@@ -5555,7 +5554,7 @@ class APIAnswer:
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. An answer in JSON is one event. Raises APIError, also for an event with an error."""
         deadline = self.response.deadline
-        deadline.may_reuse_connection = False  # until the stream's own end
+        deadline.may_reuse_connection = False  # until [DONE]
         chunks = self.response.stream()
         # DeepSeek sends empty lines before JSON
         first = next(filter(bytes.strip, chunks), b"").removeprefix(BOM_UTF8)
@@ -5577,7 +5576,7 @@ class APIAnswer:
         return checked_answer(self._api, event, self.response.headers)
 
     def _move_usage(self, fields: JSONObject) -> None:
-        """Move the usage from a chunk or a choice to the fold: clients get it once, at the end."""
+        """Move the usage from a chunk or a choice to the fold: clients get the usage once, at the end."""
         usage = fields.pop("usage", None)
         if isinstance(usage, dict):
             self._fold.add({"usage": usage})
@@ -5597,7 +5596,7 @@ class APIAnswer:
         index = parse_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
-        # MiniMax ends with the complete message; an answer in JSON has nothing else
+        # MiniMax ends with the complete message; an answer in JSON has only a message
         for name, value in (choice.pop("message", None) or {}).items():
             names = REASONING_FIELDS if name in REASONING_FIELDS else [name]
             if not delta.get(name) and not any(map(before.get, names)):
@@ -5623,7 +5622,7 @@ class APIAnswer:
 
 
 def is_text_piece(choice: JSONObject) -> bool:
-    """Return whether a choice is a piece of text, as nearly all choices are: it needs no completion."""
+    """Return whether a choice is only a piece of text, as nearly all choices are, and needs no completion."""
     if "usage" in choice or choice.get("finish_reason", "") is not None or type(choice.get("index")) is not int:
         return False
     delta = choice.get("delta") or {}
@@ -5649,7 +5648,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     line = bytearray()  # incomplete
     data = bytearray()  # the lines of the event
     total = 0
-    # The end of the stream ends the last event too
+    # The end of the stream also ends the last event
     for chunk in itertools.chain(chunks, [b"\n\n"]):
         line += chunk
         total += len(chunk)
@@ -5672,17 +5671,17 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: provider
 #
-# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
-# Requests and chunks pass through; the model's name, the messages of a session and the streaming are ours.
+# Moonshot's own API, DeepSeek, Qianfan, a local server: any server of OpenAI's chat completions. Requests and chunks
+# pass through, except the model's name, the messages of a session, and streaming, which are ours.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS_MAX_AGE = 60.0  # seconds before a list of models is fetched again, also after a failure
-# Of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
+MODELS_MAX_AGE = 60.0  # seconds between two fetches of a list of models, also after a failure
+# Of one answer: 2,048 embeddings, the most that OpenAI allows, of 1,024 numbers each
 MAX_EMBEDDINGS_BYTES = 32 << 20
 MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
 
 
-# Set by this server, or sent under another name
+# Parameters that this server sets or renames
 NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens", "encoding_format"}
 
 
@@ -5769,9 +5768,9 @@ class OpenAIProvider(Provider):
     def _ask(
         self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
     ) -> tuple[T, JSONObject]:
-        """Send a request. Return the answer, and the request as it was accepted.
+        """Send a request. Return the answer, and the request as accepted.
 
-        Change what the model refuses, one change at a time, and remember the changes that helped. Raises the first
+        If the model refuses, try one change after another, and remember the changes that helped. Raises the first
         refusal of a forced tool, else the last refusal.
         """
         model = body["model"]
@@ -5793,7 +5792,7 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                # If the words differ, the change before helped
+                # If the messages differ, the previous change helped
                 if message_without_ids(error) != message_without_ids(refusal):
                     helpful = trial
                     refusal = error.copy()
@@ -5818,7 +5817,7 @@ class OpenAIProvider(Provider):
                 return answer, sent
 
     def _store_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
-        """Store what this API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
+        """Store what the API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
 
         messages: the conversation before the answer.
         """
@@ -5839,7 +5838,7 @@ class OpenAIProvider(Provider):
     def _with_reasoning(
         self, messages: list[Message], asked: ProviderRequest,
     ) -> list[Message]:
-        """Return messages with the reasoning and the signatures that this API sent with their tool calls, unless the
+        """Return messages with the reasoning and the signatures that the API sent with their tool calls, unless the
         client sends other reasoning."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -5854,8 +5853,7 @@ class OpenAIProvider(Provider):
                     for call in calls
                 ]
                 message = {**message, "tool_calls": calls}
-
-                # Clients send the text under a name of their own, only its last piece, or details joined wrongly
+                # Clients rename the reasoning, send only its last piece, or join its details wrongly
                 is_empty = "" in map(message.get, REASONING_FIELDS)  # on purpose
                 if kept and not is_empty and reasoning_text(message).strip() in reasoning_text(kept):
                     message = {**without(message, *REASONING_FIELDS), **kept}
@@ -5885,7 +5883,7 @@ class OpenAIProvider(Provider):
     ) -> UpstreamResponse:
         """Send a request. Return a response with status 200, before its body is read; other statuses raise APIError.
 
-        The time-out covers everything up to the first choice of a stream, or to the end of another body.
+        The time-out covers everything up to the first choice of a stream, or up to the end of any other body.
         """
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
@@ -5930,13 +5928,13 @@ class OpenAIProvider(Provider):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and fallback
 #
-# The provider of each model id, and the models that answer when it cannot.
+# The provider of each model id, and the models that answer when a provider cannot.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
+# For a model whose upstream reports no time: 2025-09-05, when Kimi-K2-Instruct-0905 was released
 DEFAULT_CREATED = 1757030400
 MAX_BUFFERED_DELTAS = 50  # deltas without content
-LISTING_WAIT = 0.5  # seconds that /v1/models waits for each list that is not here yet
+LISTING_WAIT = 0.5  # seconds that /v1/models waits for each API's list
 
 
 def model_not_found(name: str) -> APIError:
@@ -5955,7 +5953,7 @@ class Providers:
             self.by_name[name] = OpenAIProvider(api, settings, metrics)
 
     def resolve(self, model: str) -> tuple[Provider, str]:
-        """Return the provider of a model id, and its name of the model. Raises APIError 404 for an unknown id."""
+        """Return the provider of a model id, and the model's name there. Raises APIError 404 for an unknown id."""
         resolved = self._settings.resolve(model)
         if resolved is None:
             raise model_not_found(model)
@@ -5989,8 +5987,8 @@ class Providers:
     def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
         """Yield the answer of the requested model or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
-        Deltas are held back until the model is certain to answer: of a stream up to the first content, of a JSON answer
-        all, which become one delta.
+        Deltas are buffered until the model is certain to answer: in a stream up to the first content, for a JSON answer
+        up to the end, and become one delta.
         """
         failures: list[APIError] = []
         stats = asked.stats
@@ -6004,7 +6002,7 @@ class Providers:
                 for delta in deltas:
                     buffered.append(delta)
                     if not is_stream:
-                        del buffered[1:]  # the fold has it
+                        del buffered[1:]  # the fold has their content
                     elif delta.has_content or len(buffered) > MAX_BUFFERED_DELTAS:
                         break
             except APIError as error:
@@ -6026,7 +6024,7 @@ class Providers:
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
     ) -> Embeddings:
-        """Return embeddings of the requested model, without fallback: those of two models cannot be compared."""
+        """Return embeddings of the requested model, without fallback: other models' embeddings cannot be compared."""
         provider, upstream_model = self.resolve(model)
         stats.start(provider.name, model)
         stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})
