@@ -6051,16 +6051,8 @@ class Providers:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def as_api_error(error: Exception) -> APIError:
-    """Return an APIError as it is. Log any other error with its traceback, and return a 500."""
-    if isinstance(error, APIError):
-        return error
-    log.error("unexpected error", exc_info=error)
-    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
-
-
 def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
-    """Refuse other machines if no key is set, foreign web pages, and paths that are not UTF-8. Raises APIError 403 or
+    """Refuse other machines (if no key is set), foreign web pages, and paths that are not UTF-8. Raises APIError 403 or
     400."""
     host = environ.get("HTTP_HOST")
     origin = environ.get("HTTP_ORIGIN")
@@ -6088,7 +6080,7 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
             "Access-Control-Expose-Headers": "*",
             "Vary": "Origin",
         })
-    # Bottle drops bytes that are not UTF-8, so the path could name another user
+    # Bottle drops bytes that are not UTF-8, and the rest of the path could name another user
     if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
         raise bad_request("The path is not UTF-8.")
 
@@ -6107,7 +6099,7 @@ def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
 
 
 def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
-    """Return the client's key by its Authorization header, an empty key if the server has none. Raises APIError 401."""
+    """Return the key in an Authorization header, or an empty key if the server has no keys. Raises APIError 401."""
     found = matching_key(keys, authorization)
     if found is None:
         message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
@@ -6123,8 +6115,7 @@ def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
-    """Return the key that an Authorization header matches, an empty key if the server has none, None if no key
-    matches."""
+    """Return the key that an Authorization header matches, an empty key if the server has no keys, else None."""
     if not keys:
         return ClientKey()
     scheme, _, token = authorization.partition(" ")
@@ -6135,7 +6126,7 @@ def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | N
 
 
 def set_headers(headers: Headers) -> None:
-    """Set headers of the current response. Headers that are set already stay: ours override an upstream's."""
+    """Set headers of the current response, except those already set: ours override an upstream's."""
     for name, value in headers.items():
         bottle.response.headers.setdefault(name, value)
 
@@ -6164,19 +6155,19 @@ def hostname(url: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Clients
 #
-# The client of a chat: its stream, and whether it has disconnected. Slots limit how many chats run. A chat, with its
-# upstream call, runs on the thread of the client's request.
+# The client of a chat: its stream, and whether it has disconnected. Slots limit the number of running chats. A chat and
+# its upstream call run on the thread of the client's request.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CLIENT_CHECK_INTERVAL = 0.5  # seconds
-SEND_SIZE = 65536  # bytes; as many pending events are sent immediately
+SEND_SIZE = 65536  # bytes of pending events, which are sent immediately
 KEEPALIVE = b": keep-alive\n\n"
 
 Write = Callable[[bytes], object]  # WSGI's write()
 
 
 class Client(Waiter):
-    """The client of one chat. It may disconnect. A stream sends it events and keep-alive comments.
+    """The client of one chat, which may disconnect. A stream has events and keep-alive comments.
 
     Pending events are sent before the next wait for the upstream, so all events of one read are one write.
     """
@@ -6190,7 +6181,7 @@ class Client(Waiter):
         """begin: starts the response of a stream and returns WSGI's write(). keepalive_interval: in seconds."""
         self.interval = min(CLIENT_CHECK_INTERVAL, keepalive_interval)
         self.is_disconnected = False
-        # The stream has an event, so an error can only be one more event
+        # The stream has an event, so an error must be one more event
         self.has_begun = False
         self._client_disconnected = environ.get("waitress.client_disconnected", bool)
         # Task sets both; other WSGI servers do not
@@ -6201,10 +6192,10 @@ class Client(Waiter):
         self._write: Write | None = None
         self._pending = bytearray()
         self._last_write = time.monotonic()
-        self._blocked = 0.0  # seconds spent in sending
+        self._blocked = 0.0  # seconds of sending
 
     def clock(self) -> float:
-        """Return the seconds of a clock that stops while sending blocks: that is not the upstream's time."""
+        """Return the time in seconds, by a clock that stops during sending: a slow client is no slow upstream."""
         return time.monotonic() - self._blocked
 
     def attend(self) -> None:
@@ -6227,7 +6218,7 @@ class Client(Waiter):
             self.attend()
 
     def send(self, data: bytes) -> None:
-        """Add an event to the stream. Events for a client that has disconnected are dropped."""
+        """Add an event to the stream. Drop it if the client has disconnected."""
         self.has_begun = True
         self._pending += data
         if len(self._pending) >= SEND_SIZE:
@@ -6250,7 +6241,7 @@ class Client(Waiter):
 
 
 class Slots:
-    """The slots of running chats: their number is limited for all keys together, and for named keys."""
+    """The slots of running chats. Their number is limited for all keys together, and for named keys."""
 
     def __init__(self, limits: Mapping[str, int]) -> None:
         self.limits = limits  # by the key's name; "" is for all keys together
@@ -6280,7 +6271,7 @@ class Slots:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chats
 #
-# Stages of a chat between provider and format: store the answer, and replay a complete answer at a pace.
+# Stages of a chat between provider and format, which store the answer and replay a complete answer at a pace.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -6289,13 +6280,13 @@ class Conversation(NamedTuple):
 
     request: ChatRequest
     session_id: str
-    history: Turns  # the turns before the request
+    history: Turns  # before the request
     save: Callable[[], None] | None = None  # stores the turn
 
 
 def save_before_end(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
-    """Yield the deltas. Call save() before the final deltas, so a client that has read the end of an answer finds the
-    answer stored."""
+    """Yield the deltas. Call save() before the final deltas, so that the answer is stored when a client has read its
+    end."""
     held = []
     for delta in deltas:
         if delta.is_final:
@@ -6323,7 +6314,7 @@ def message_to_store(stats: AnswerStats) -> Message | None:
 
 def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterator[Delta]:
     """Replay a complete answer as a stream: a piece every STREAM_INTERVAL_MS, within STREAM_MAX_SECONDS. Do not pause
-    after the client has disconnected, because the complete answer may still be stored."""
+    once the client has disconnected: the answer may still be stored."""
     interval = settings.stream_interval_ms / 1000
     max_pieces = max(1, int(settings.stream_max_seconds / interval)) if interval else 1
     for delta in deltas:
@@ -6342,7 +6333,7 @@ def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterato
 # ----------------------------------------------------------------------------------------------------------------------
 # Application
 #
-# The program's state while it runs, and the handlers of its routes.
+# What all requests share, and the handlers of the routes.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -6357,15 +6348,23 @@ def session_object(user: str, document: Document) -> JSONObject:
 
 
 def not_found(kind: str, name: str) -> APIError:
-    """Return the error for a session or response that is not stored."""
+    """Return the error for a session or a response that is not stored."""
     return APIError(
         404,
         f"There is no {kind} {name[:100]!r}, or it has expired.",
         code=f"{kind}_not_found")
 
 
+def as_api_error(error: Exception) -> APIError:
+    """Return an APIError unchanged. Log any other error with its traceback, and return a 500."""
+    if isinstance(error, APIError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
+
+
 class App:
-    """The program's state while it runs, and the handlers of its routes."""
+    """The state that all requests share, and the handlers of the routes."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -6421,14 +6420,14 @@ class App:
         return self._complete(request.body, make_writer(request.include_usage), open_conversation)
 
     def _previous_response(self, id: str | None) -> Session:
-        """Return the session of the previous response, or a new session without one. Raises APIError 400."""
+        """Return the session of the previous response, or a new session if there is none. Raises APIError 400."""
         if not id:
             return Session(random_hex())
         found = self.sessions.get(current_owner(), id, RESPONSE)
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
-                "be stored. Send the whole conversation.",
+                "be stored. Send the complete conversation.",
                 "previous_response_id",
                 "previous_response_not_found")
         return found
@@ -6439,7 +6438,7 @@ class App:
         writer: ChatCompletion | ResponseWriter,
         open_conversation: Callable[[AnswerStats], Conversation],
     ) -> bytes:
-        """Answer a chat. This function lists the stages of a chat in order."""
+        """Answer a chat: all stages, in order."""
         model = body.get("model") or self.settings.default_model
         begin = partial(self._begin_stream, writer) if body.get("stream") else None
         client = Client(bottle.request.environ, begin, self.settings.sse_keepalive)
@@ -6475,7 +6474,7 @@ class App:
             if not client.is_disconnected:
                 log.info("%s/%s broke off: %s", stats.provider, stats.model, failure.reason)
             client.send(writer.failure(failure, sent))
-        client.flush()  # last: a client that has read the end finds its chat counted and its slot free
+        client.flush()  # last: when a client has read the end, its chat is counted and its slot is free
         return b""
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
@@ -6500,7 +6499,7 @@ class App:
             turns = (tuple(ItemReader().read(response["output"])),)
         elif message and turns:
             turns = append_turns(turns, [(message,)])
-        # Later responses inherit system messages and tools of the input, unlike the instructions
+        # Later responses inherit system messages and tools of the input, but not the instructions
         system = [*previous.system, *filter(is_system, request.messages)]
         tools = [*previous.tools, *request.reader.tools]
         self.sessions.record_response(current_owner(), Session(previous.id, system, tools, response, turns))
@@ -6529,7 +6528,7 @@ class App:
     @contextmanager
     def _counted(self, model: str, client: Client) -> Iterator[AnswerStats]:
         """Hold a slot for an answer, and count the answer when it ends or fails. Raises APIError 404 for an unknown
-        model, 429 for one chat too many or a limit of the key."""
+        model, 429 if no slot is free or a limit of the key is reached."""
         self.providers.resolve(model)
         with self.chats.held(current_key()):
             set_headers(self.limits.admit(current_key()))
@@ -6552,7 +6551,7 @@ class App:
         labels = {"provider": stats.provider or "none", "model": model}
         self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
         prompt_tokens = completion_tokens = 0
-        if has_answered or (stats.provider and status == 499):  # the upstream has read the prompt
+        if has_answered or (stats.provider and status == 499):  # the upstream has the prompt
             prompt_tokens, completion_tokens = stats.tokens()
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
@@ -6573,7 +6572,7 @@ class App:
         set_headers({
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",  # nginx would hold a stream back
+            "X-Accel-Buffering": "no",  # nginx would buffer a stream
             **writer.headers,
         })
         start = bottle.request.environ.pop("kimi2api.start_response")
@@ -6605,7 +6604,7 @@ class App:
         return session
 
     def _stored_items(self, response_id: str) -> dict[str, JSONObject]:
-        """Return the output items of a stored response by their ids."""
+        """Return the output items of a stored response by id."""
         session = self.sessions.get(current_owner(), response_id, RESPONSE)
         return {item["id"]: item for item in session.response["output"]} if session else {}
 
@@ -6714,9 +6713,9 @@ class App:
 
     def handle(self, route: Route, **arguments: str) -> bytes | str:
         """Call the handler of a route, and return the body of the response. A handler returns an object, which becomes
-        JSON, or JSON as bytes, or a text whose Content-Type it sets. Every error becomes JSON."""
+        JSON, or JSON as bytes, or a string, whose Content-Type it sets. Every error becomes JSON."""
         began = time.monotonic()
-        # Also for headers: Bottle's own accessors fail on some bytes above 127
+        # Also for reading headers: Bottle's own accessors fail on some bytes above 127
         environ = bottle.request.environ
         id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         set_headers({"X-Request-Id": id})
@@ -6728,7 +6727,7 @@ class App:
             result = route.handler(self, **arguments)
             body = result if isinstance(result, (bytes, str)) else dump_json(result)
         except Exception as error:
-            # Python deletes this name. A second name and the traceback would be a cycle that keeps the request alive.
+            # Python deletes this name. A second name would be a cycle with the traceback, and keep the request alive
             error = as_api_error(error)
             bottle.response.status = error.status
             set_headers(error.headers)
@@ -6771,7 +6770,7 @@ class Route:
     answer: str = ""
     request: str = ""
     event: str = ""  # describes an event of the route's stream
-    is_public: bool = False  # needs no key, because the answer has nothing of any caller
+    is_public: bool = False  # needs no key, because the answer has no data of any caller
 
     @property
     def path(self) -> str:
@@ -6831,8 +6830,8 @@ OTHER_ROUTES = [
 
 
 class WSGIApp(bottle.Bottle):  # type: ignore[misc]
-    """A Bottle application whose routes may begin their response and send parts of it by WSGI's write(). PEP 3333
-    forbids write() inside a returned iterable, so these routes return an empty body."""
+    """A Bottle application whose routes may begin the response and send parts of it by WSGI's write(). PEP 3333 forbids
+    write() inside a returned iterable, so these routes return an empty body."""
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         environ["kimi2api.start_response"] = start_response
@@ -6863,7 +6862,7 @@ def create_app(settings: Settings) -> bottle.Bottle:
 # ----------------------------------------------------------------------------------------------------------------------
 # Client connections
 #
-# waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
+# waitress's connections and requests, with errors in OpenAI's shape, and limits on clients without a key.
 # ----------------------------------------------------------------------------------------------------------------------
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, for all other requests
@@ -6871,13 +6870,13 @@ MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
 # Seconds, at most, between requests, for the head of a request, and without progress in reading an answer
 CONNECTION_TIMEOUT = 30.0
 MIN_BODY_RATE = 1000  # bytes a second
-# Requests of a connection. As many answers that need no key, of at most 40 KB, fit into MAX_UNSENT_BYTES.
+# Requests of a connection. This many answers that need no key, each of at most 40 KB, fit into MAX_UNSENT_BYTES
 MAX_PIPELINED = 6
-# Of a connection. Beyond it, a thread that writes waits for its client.
+# Of a connection. Beyond this limit, a thread that writes waits for its client
 MAX_UNSENT_BYTES = 1 << 18
-# Bytes. With a system's default of 4 MB, a client that reads 20 KB a second would look stalled.
+# Bytes. With a system's default of 4 MB, a client that reads 20 KB a second would seem stalled
 SEND_BUFFER = 1 << 16
-# Received beyond MAX_BODY_BYTES, because a client that is still sending would miss the 413
+# Received beyond MAX_BODY_BYTES, because a client that is still sending would not read the 413
 EXTRA_BODY_BYTES = 16 << 20
 
 
@@ -6903,7 +6902,7 @@ class Task(WSGITask):  # type: ignore[misc]
     """The response to a request, by the application."""
 
     def service(self) -> None:
-        environ = self.get_environment()  # the application gets the same object
+        environ = self.get_environment()  # returns the object that the application gets
         environ["kimi2api.stopping"] = self.channel.server.stopping  # an Event: chats end with an error once it is set
         with ExitStack() as stack:  # until the response is written, or the client has disconnected
             environ["kimi2api.defer"] = stack.callback
@@ -6917,8 +6916,8 @@ class Task(WSGITask):  # type: ignore[misc]
 
 
 class DiscardingBuffer(OverflowableBuffer):  # type: ignore[misc]
-    """A buffer for a body that nobody will read. The body is received, because a client that is still sending would not
-    read the answer."""
+    """A buffer for the body of a refused request. The body is received, because a client that is still sending would
+    not read the answer."""
 
     def append(self, data: bytes) -> None:
         pass
@@ -6927,7 +6926,7 @@ class DiscardingBuffer(OverflowableBuffer):  # type: ignore[misc]
 class Parser(HTTPRequestParser):  # type: ignore[misc]
     """A parser of one request."""
 
-    path = ""  # waitress reads the path even of a request that it could not parse
+    path = ""  # waitress reads this attribute even after a parsing error
     body_rcv: Any
     expect_continue: bool
 
@@ -6938,13 +6937,13 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # of urlsplit, for a request target such as http://[/
+        except ValueError as error:  # from urlsplit(), for a request target such as http://[/
             raise ParsingError(f"Bad request target: {error}") from None
-        # waitress joins headers of the same name by commas
+        # waitress joins headers of one name by commas
         if self.version == "1.1" and ("HOST" not in self.headers or "," in self.headers["HOST"]):
             raise ParsingError("HTTP/1.1 requires one Host header")
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            # A proxy may see another end of the body: what follows must not be read as a request (RFC 9112, 6.1)
+            # A proxy may read another end of the body: the rest must not be read as a request (RFC 9112, 6.1)
             self.headers["CONNECTION"] = "close"
         if self.body_rcv is None:
             return
@@ -6954,7 +6953,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         # The application will refuse the request
         if self.expect_continue:  # the client has not sent the body yet
             self.expect_continue = False
-            # If the client sends the body anyway, the body must not be read as a request
+            # If the client sends the body nevertheless, it must not be read as a request
             self.headers["CONNECTION"] = "close"
             self.body_rcv = None
         else:
@@ -6979,22 +6978,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.last_active = time.monotonic()  # when the client last sent or read something
+        self.last_active = time.monotonic()  # when the client last sent or read bytes
 
     def received(self, data: bytes) -> bool:
         self.last_active = time.monotonic()
         received = super().received(data)
         with self.requests_lock:
-            # 64 KB hold 2,400 requests, and a client that reads no answer would block their thread
+            # 64 KB contain up to 2,400 requests, and a client that reads no answer would block a thread
             if len(self.requests) > MAX_PIPELINED:
                 del self.requests[MAX_PIPELINED:]
-                # The client repeats the other requests over a new connection
+                # The client sends the other requests over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
         return received
 
     @property
     def is_busy(self) -> bool:
-        """Return whether a request is being answered, or an answer is not sent yet."""
+        """Return whether a request is being answered, or an answer is still being sent."""
         return bool(self.requests or self.total_outbufs_len)
 
     def is_overdue(self) -> bool:
@@ -7008,8 +7007,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return now - self.last_active > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
-        # waitress's loop does not wait for a thread that is sending. The loop would spin, which keeps the GIL from the
-        # thread, and could send the thread's 100 Continue again.
+        # Without the lock, waitress's loop would spin while a thread is sending, keep the GIL from the thread, and
+        # perhaps send the thread's 100 Continue twice
         with self.outbuf_lock:
             super().handle_write()
 
@@ -7027,22 +7026,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 # ----------------------------------------------------------------------------------------------------------------------
 # Server
 #
-# waitress with a loop that idle connections do not slow down, and with a stop that lets chats finish.
+# waitress with a loop that idle connections do not slow down, and a stop that lets chats finish.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class SocketMap(dict[int, Any]):
     """waitress's map of sockets by descriptor, with a loop.
 
-    wasyncore.loop asks every socket for its state in every iteration: with 300 idle connections, a lone chat cost a
-    third more. This loop keeps the states in a selector. It asks a socket again only after an event, and in every
-    iteration while a thread answers its request, because nothing else changes the state.
+    wasyncore.loop polls the state of every socket in every iteration: with 300 idle connections, a lone chat cost a
+    third more. This loop keeps the states in a selector. It polls a socket only after an event, and in every iteration
+    while a thread answers the socket's request, because nothing else changes the state.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._selector = selectors.DefaultSelector()
-        self._dirty: set[int] = set()  # descriptors of sockets to ask in the next iteration
+        self._dirty: set[int] = set()  # descriptors of sockets to poll in the next iteration
 
     def __setitem__(self, fd: int, entry: Any) -> None:
         super().__setitem__(fd, entry)
@@ -7054,10 +7053,10 @@ class SocketMap(dict[int, Any]):
         self._set_interest(fd, 0)
 
     def poll_once(self, timeout: float) -> None:
-        """Wait for events, at most `timeout` seconds, and handle them."""
+        """Wait at most `timeout` seconds for events, and handle them."""
         for fd in list(self._dirty):
             entry = self[fd]
-            # Read first: a thread removes its request when all else is done, and then wakes the loop
+            # Before all else: a thread removes its request last, and then wakes the loop
             is_in_thread = bool(getattr(entry, "requests", None))
             events = 0
             if entry.readable():
@@ -7085,10 +7084,10 @@ class SocketMap(dict[int, Any]):
 
 
 class Server:
-    """waitress on its port. `run` serves until a first SIGTERM, SIGINT or SIGHUP, then lets running chats finish.
+    """waitress on its port. `run` serves until the first SIGTERM, SIGINT or SIGHUP, then lets running chats finish.
 
-    waitress has no graceful stop: its loop ends immediately and drops what is not sent (its issue 198), so this class
-    has a loop of its own. Raises OSError if it cannot listen, ValueError if the system allows too few connections.
+    waitress has no graceful stop: its loop ends immediately and drops unsent bytes (its issue 198), so this class has a
+    separate loop. Raises OSError if it cannot listen, ValueError if the system allows too few connections.
     """
 
     def __init__(self, settings: Settings, app: bottle.Bottle) -> None:
@@ -7105,12 +7104,12 @@ class Server:
             ident="kimi2api",
             threads=settings.max_concurrent_chats[""] + SPARE_THREADS,
             connection_limit=self._connection_limit,
-            # Else the disconnection of a client is noticed only when something is sent
+            # Otherwise waitress detects that a client has disconnected only when it sends
             channel_request_lookahead=1,
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
             recv_bytes=65536,
             outbuf_high_watermark=MAX_UNSENT_BYTES,
-            outbuf_overflow=1 << 40,  # an answer needs no file: the disk may be full
+            outbuf_overflow=1 << 40,  # bytes; no answer goes to a file, because the disk may be full
             clear_untrusted_proxy_headers=False,
         )
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
@@ -7124,7 +7123,7 @@ class Server:
         self.port = self._listeners[0].effective_port
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        # nohup sets SIG_IGN
+        # Under nohup, SIGHUP stays ignored
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._on_signal)
 
@@ -7147,7 +7146,7 @@ class Server:
     def _poll_once(self) -> None:
         self._sockets.poll_once(timeout=0.5)
         if len(self._sockets) >= self._connection_limit:
-            # Idle clients, and clients that do not read their answer, must not keep others out
+            # Idle clients, and clients that do not read their answers, must not exclude other clients
             idle = [channel for channel in self._channels() if not channel.requests]
             if idle:
                 min(idle, key=attrgetter("last_active")).handle_close()
@@ -7163,7 +7162,7 @@ class Server:
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         # A chat may still be stored after its client has disconnected
-        dispatcher = self._listeners[0].task_dispatcher  # all listeners have the same
+        dispatcher = self._listeners[0].task_dispatcher  # all listeners share it
         while (self._channels() or dispatcher.active_count) and time.monotonic() < deadline:
             for channel in self._channels():
                 if not channel.is_busy:
@@ -7178,8 +7177,8 @@ class Server:
 
 
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on the addresses of a host. Skip addresses that this machine lacks, such as ::1 of
-    localhost without IPv6, if there are others. Raises OSError."""
+    """Return sockets that listen on a host's addresses. Skip addresses that this machine lacks, such as ::1 without
+    IPv6, if there are others. Raises OSError."""
     sockets = []
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
@@ -7228,14 +7227,14 @@ def connection_limit(chats: int) -> int:
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags. A setting's flag has the setting's name; it is None if it is not given."""
+    """Parse the flags. A setting without a flag is None."""
     cli = argparse.ArgumentParser(
         "kimi2api", usage="kimi2api [--demo | --check] [--env-file PATH] [--SETTING VALUE …]", allow_abbrev=False,
         description="One OpenAI-compatible server for Kimi's web chat, official APIs and servers of your own.",
         epilog="A setting is a flag (--api-port 9000), an environment variable (API_PORT=9000) or a line in .env. The "
         "first of these wins.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
-    cli.add_argument("--check", action="store_true", help="test each upstream step by step, say what fails, and exit")
+    cli.add_argument("--check", action="store_true", help="test each upstream step by step, report failures, and exit")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
     cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     settings = cli.add_argument_group("settings")
@@ -7260,8 +7259,8 @@ def greeting(settings: Settings, port: int) -> str:
         f"  try it     open {address}/ in a browser; Ctrl-C to stop it")
 
 
-ADVICE = {  # by the codes of errors whose messages have no advice
-    "upstream_unavailable": "Check that the server of this address runs, the internet connection and HTTPS_PROXY.",
+ADVICE = {  # by the code of an error whose message has no advice
+    "upstream_unavailable": "Check that the server at this address runs, the internet connection and HTTPS_PROXY.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait a few minutes, then try again.",
     "upstream_invalid_response": "Try later. If it fails again, look for a newer version of this program.",
@@ -7271,7 +7270,7 @@ ADVICE = {  # by the codes of errors whose messages have no advice
 
 def run_check(settings: Settings) -> int:
     """Test each upstream step by step. Print each step with a tick or a cross and its seconds, then a verdict. Return 0
-    if all succeeded, else 1."""
+    if all steps succeeded, else 1."""
     failed = []
     providers = Providers(settings, Metrics()).by_name
     for provider in providers.values():
@@ -7296,14 +7295,14 @@ def run_check(settings: Settings) -> int:
 
 
 class LogFormatter(logging.Formatter):
-    """A formatter that replaces control characters, so that foreign text cannot forge lines of the log."""
+    """A formatter that replaces control characters, so that no upstream or client can forge lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return CONTROL_CHARACTERS.sub(" ", super().formatMessage(record))[:2000]
 
 
 def start_logging(level: str) -> None:
-    """Log this program's messages from a level on, and errors of libraries."""
+    """Log this program's messages of at least this level, and errors of libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
@@ -7312,7 +7311,7 @@ def start_logging(level: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
+    """Run the program. Return the exit status: 0 if the check succeeded, 1 if it failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
         if stream:  # None if it was closed at the start
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack ✓
@@ -7337,7 +7336,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kimi2api: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        os._exit(130)  # a normal exit would wait for a fetch
+        os._exit(130)  # a normal exit would wait for a running fetch
 
 
 def serve(settings: Settings) -> NoReturn:
@@ -7351,14 +7350,14 @@ def serve(settings: Settings) -> NoReturn:
         server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition(" (while")[0]  # what follows repeats the address
+        reason = str(error).partition(" (while")[0]  # the rest repeats the address
         raise SettingError(
             f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}; --api-port chooses another port",
         ) from None
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port), flush=True)
     gc.freeze()
-    # New objects between collections. Python's 700 are several collections a chat, 10 % of its time.
+    # New objects between two collections. With Python's 700, several collections take 10 % of a chat's time
     gc.set_threshold(50_000)
     server.run()
     os._exit(0)  # a normal exit would wait for abandoned upstream calls
@@ -7374,12 +7373,12 @@ def serve(settings: Settings) -> NoReturn:
 # ----------------------------------------------------------------------------------------------------------------------
 # Demo upstream
 #
-# A small stand-in for the web chat, with its page, nonce, form and JSON. `--demo` runs the real code without internet.
+# A small stand-in for the web chat, with its page, nonce, form and JSON: `--demo` runs the real code without internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """A web chat without a model. Its answers say so, and repeat the messages that it received."""
+    """A web chat without a model. Its answers say so, and quote the received messages."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -7414,7 +7413,7 @@ SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 
 
 def demo_answer(prompt: str) -> str:
-    """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
+    """Call the first tool if the prompt has no result, answer empty JSON if it requests JSON, else quote the prompt."""
     *earlier, newest = SPEAKER.split(prompt)
     has_result = f"\n{SPEAKERS['tool']}" in prompt
     _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
@@ -7485,14 +7484,14 @@ SCHEMAS = {
 
 
 def body_content(schema: str) -> JSONObject:
-    """Describe a body: JSON by the name of its schema, or text of a content type."""
+    """Describe a body. schema: the name of the schema of JSON, or the content type of text."""
     if "/" in schema:
         return {schema: {"schema": STRING}}
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
 def operation(route: Route) -> JSONObject:
-    """Describe a route."""
+    """Return the OpenAPI operation of a route."""
     answer = body_content(route.answer)
     if route.event:
         answer["text/event-stream"] = {"schema": {**STRING, "description": route.event}}
@@ -7514,7 +7513,7 @@ def operation(route: Route) -> JSONObject:
 
 
 def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
-    """Describe the routes in the form of OpenAPI 3.1."""
+    """Return the OpenAPI 3.1 description of the routes."""
     paths: dict[str, JSONObject] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation(route)
@@ -8316,14 +8315,13 @@ setTimeout(() => document.body.classList.remove('loading'), 300);
 
 @cache
 def sent_page() -> tuple[str, dict[str, str]]:
-    """Return the page as browsers get it, and its headers. Its policy allows only its own script and style, and
-    requests to this server.
+    """Return the page without comments and most white space, and its headers. The policy allows only the page's own
+    script and style, and requests to this server.
 
-    Comments and most white space are for readers of this file. A quote in a pattern of the script is \\x22 or \\x60, so
-    that the pattern does not look like a text here.
+    A quote in a pattern of the script is written \\x22 or \\x60, so that this function takes no pattern for a string.
     """
     text = re.sub(r"""(?mx)
-        (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a text stays as it is
+        (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a string stays unchanged
         |^[ ]*(?://|/\*)[ ].*\n+|(?<=[{(,;>])[ ]+//[ ].*\n|[ ]+//[ ].*$  # comments
         |^[ ]+|\n(?=\n|[ ]*[})])|(?<=[{(,;>])\n|(?<=\})\n(?=[^<]*</style>)  # ends of lines that end no statement
         |[ ](?=[=&|?+{}]|[-/%<>][ ])|(?<=[=&|?+{:;,])[ ]|(?<=[ ][-/%<>]|=>)[ ]  # spaces around operators
