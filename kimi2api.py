@@ -4281,7 +4281,7 @@ class Provider:
         self._settings = settings
         self._metrics = metrics
 
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+    def stream(self, chat: ProviderRequest) -> Iterator[Delta]:
         """Yield the answer. Raises APIError, also after the first deltas."""
         raise NotImplementedError
 
@@ -4766,11 +4766,11 @@ class KimiProvider(Provider):
         """Create the scraper at its first use: its certificates slow the start and take 1 MB."""
         return Scraper("The web chat", 2 * self._settings.max_concurrent_chats[""])
 
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        request = asked.request
+    def stream(self, chat: ProviderRequest) -> Iterator[Delta]:
+        request = chat.request
         reject_unsupported(request)
-        asked.waiter.must_finish = bool(request.user)  # the session stores the turn
-        prompt, content, calls = self._answer(asked)
+        chat.waiter.must_finish = bool(request.user)  # the session stores the turn
+        prompt, content, calls = self._answer(chat)
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -4790,15 +4790,15 @@ class KimiProvider(Provider):
         if dropped:
             delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
             log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
-        asked.stats.fold.add({**delta.chunk, "usage": {"prompt_tokens": estimate_tokens(prompt.text)}})
+        chat.stats.fold.add({**delta.chunk, "usage": {"prompt_tokens": estimate_tokens(prompt.text)}})
         yield delta
 
-    def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
+    def _answer(self, chat: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
         """Return the prompt, and the content and tool calls of the answer. Retry once if the answer is unusable."""
-        request = asked.request
+        request = chat.request
         limit = self._settings.context_max_length
-        prompt = Prompt(request, asked.history, limit)
-        text = self._ask(prompt.text, asked)
+        prompt = Prompt(request, chat.history, limit)
+        text = self._ask(prompt.text, chat)
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
@@ -4806,8 +4806,8 @@ class KimiProvider(Provider):
             retry_note = f"Your last answer could not be used: {fault}"
         # If the prompt has no room for the reason, the first prompt is sent again
         with suppress(APIError):
-            prompt = Prompt(request, asked.history, limit, retry_note)
-        text = self._ask(prompt.text, asked)
+            prompt = Prompt(request, chat.history, limit, retry_note)
+        text = self._ask(prompt.text, chat)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
         except UnusableAnswer as fault:
@@ -4823,29 +4823,29 @@ class KimiProvider(Provider):
 
     # Questions
 
-    def _ask(self, prompt: str, asked: ProviderRequest) -> str:
+    def _ask(self, prompt: str, chat: ProviderRequest) -> str:
         """Return the text of the answer. Each attempt may renew the nonce once."""
         def attempt() -> str:
             try:
-                return self._post(prompt, asked)
+                return self._post(prompt, chat)
             except StaleNonce:
                 log.info("the web chat refused; retrying with a new nonce")
-            return self._post(prompt, asked)
+            return self._post(prompt, chat)
 
-        with self._through_breaker(asked.model):
-            return self._retry(attempt, asked.waiter)
+        with self._through_breaker(chat.model):
+            return self._retry(attempt, chat.waiter)
 
-    def _post(self, prompt: str, asked: ProviderRequest) -> str:
+    def _post(self, prompt: str, chat: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
-        deadline = Deadline(self._settings.request_timeout, asked.waiter)
-        fetch = self._nonce.wait(asked.waiter)
+        deadline = Deadline(self._settings.request_timeout, chat.waiter)
+        fetch = self._nonce.wait(chat.waiter)
         nonce = fetch.result()
         form = {
             "action": "kimi_send_message",
             "nonce": nonce,
             "message": prompt,
-            "model": asked.model,
-            "session_id": asked.session_id,
+            "model": chat.model,
+            "session_id": chat.session_id,
         }
         headers = {
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
@@ -5728,40 +5728,40 @@ class OpenAIProvider(Provider):
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
 
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        request = asked.request
+    def stream(self, chat: ProviderRequest) -> Iterator[Delta]:
+        request = chat.request
         messages = request.messages
-        if asked.history:
-            turns = append_turns(asked.history, request.turns)
+        if chat.history:
+            turns = append_turns(chat.history, request.turns)
             system = filter(is_system, request.messages)
             messages = [*system, *itertools.chain.from_iterable(turns)]
         body, names = shorten_names(portable_request({
             **request.body,
-            "model": asked.model,
-            "messages": self._with_reasoning(messages, asked),
+            "model": chat.model,
+            "messages": self._with_reasoning(messages, chat),
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }))
-        asked.waiter.must_finish = False
+        chat.waiter.must_finish = False
 
         def send(sent: JSONObject) -> APIAnswer:
-            response = self._send("POST", "/chat/completions", sent, asked.waiter)
-            return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
+            response = self._send("POST", "/chat/completions", sent, chat.waiter)
+            return APIAnswer(self._api, response, chat.stats.fold, sent.get("n") or 1, names)
 
-        with self._through_breaker(asked.model):
-            answer, sent = self._ask(body, send, asked.waiter)
+        with self._through_breaker(chat.model):
+            answer, sent = self._ask(body, send, chat.waiter)
             headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
             try:
                 for chunk in answer.chunks:
                     for choice in chunk["choices"]:
                         # Before the client can send the results of its calls
                         if choice["finish_reason"]:
-                            self._store_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
+                            self._store_reasoning(chat.stats.fold.choices[choice["index"]], messages, chat)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
                 if answer.is_done:
-                    asked.waiter.defer(answer.response.drain)
+                    chat.waiter.defer(answer.response.drain)
                 else:
                     answer.response.close()
 
@@ -5816,7 +5816,7 @@ class OpenAIProvider(Provider):
                     self._adaptations = newest_entries({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
-    def _store_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
+    def _store_reasoning(self, choice: JSONObject, messages: list[Message], chat: ProviderRequest) -> None:
         """Store what the API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
 
         messages: the conversation before the answer.
@@ -5831,22 +5831,22 @@ class OpenAIProvider(Provider):
         if extra:
             kept["extra_content"] = extra
         if kept and calls:
-            *_, digest = conversation_digests(asked.model, [*messages, message])
-            asked.sessions.store_reasoning(
-                asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
+            *_, digest = conversation_digests(chat.model, [*messages, message])
+            chat.sessions.store_reasoning(
+                chat.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
-        self, messages: list[Message], asked: ProviderRequest,
+        self, messages: list[Message], chat: ProviderRequest,
     ) -> list[Message]:
         """Return messages with the reasoning and the signatures that the API sent with their tool calls, unless the
         client sends other reasoning."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
         restored = []
-        for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=True):
+        for message, digest in zip(messages, conversation_digests(chat.model, messages), strict=True):
             calls = message.get("tool_calls")
             if calls:
-                kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
+                kept = chat.sessions.find_reasoning(chat.owner, f"{self.name} {digest} {calls[0].get('id')}")
                 extra = kept.pop("extra_content", {})
                 calls = [
                     {"extra_content": extra[call["id"]], **call} if call.get("id") in extra else call
@@ -5984,19 +5984,19 @@ class Providers:
                 model[field_name] = value
         return model
 
-    def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
+    def answer(self, model: str, chat: ProviderRequest) -> Iterator[Delta]:
         """Yield the answer of the requested model or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
         Deltas are buffered until the model is certain to answer: in a stream up to the first content, for a JSON answer
         up to the end, and become one delta.
         """
         failures: list[APIError] = []
-        stats = asked.stats
-        is_stream = asked.request.stream
+        stats = chat.stats
+        is_stream = chat.request.stream
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name)
-            deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
+            deltas = stats.watch(provider.stream(replace(chat, model=upstream_model)))
             buffered: list[Delta] = []
             try:
                 for delta in deltas:
@@ -6427,7 +6427,7 @@ class App:
         if found is None:
             raise bad_request(
                 f"Previous response with id {id[:100]!r} not found: it has expired, was not stored, or is too long to "
-                "be stored. Send the complete conversation.",
+                "be stored. Send the whole conversation.",
                 "previous_response_id",
                 "previous_response_not_found")
         return found
@@ -6448,7 +6448,7 @@ class App:
                 request, session_id, history, save = open_conversation(stats)
                 stats.messages = list(itertools.chain(*history, request.messages))
                 stats.reserved = self.limits.reserve(current_key(), stats.tokens()[0])
-                provider_request = ProviderRequest(
+                chat = ProviderRequest(
                     request,
                     model,
                     history,
@@ -6457,7 +6457,7 @@ class App:
                     self.sessions,
                     stats,
                     client)
-                deltas = self.providers.answer(model, provider_request)
+                deltas = self.providers.answer(model, chat)
                 if save:
                     deltas = save_before_end(deltas, save)
                 if not begin:
