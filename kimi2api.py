@@ -244,6 +244,8 @@ LIMITS = SettingType(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
+#
+# The table of settings, the addresses of this machine, and .env files.
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEB_CHAT = "kimi"  # name of the web chat's provider
@@ -1583,7 +1585,7 @@ INPUT_ITEM = request_object_by_type(
     default="message",
     allow_others=True,
 )
-SUMMARY = "This conversation was compacted. Its summary:\n\n"
+SUMMARY_PREFIX = "This conversation was compacted. Its summary:\n\n"
 
 
 @dataclass(frozen=True)
@@ -1656,7 +1658,7 @@ class ItemReader:
         if kind == "compaction":
             summary = decode_fields(item).get("summary")
             if isinstance(summary, str):
-                return {"role": "user", "content": SUMMARY + summary}
+                return {"role": "user", "content": SUMMARY_PREFIX + summary}
         if kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
@@ -2033,7 +2035,7 @@ SUMMARY_KIND = ItemKind(  # for clients that request a summary: they show nothin
     {"type": "summary_text", "text": ""},
     "summary",
     "reasoning_summary_part")
-COMPACTION = ItemKind(
+COMPACTION_KIND = ItemKind(
     "cmp",
     {"type": "compaction", "encrypted_content": ""},
     "",
@@ -2268,7 +2270,7 @@ class ResponseWriter:
     def _add(self, delta: JSONObject) -> None:
         if self._request.reader.compacts:
             if delta.get("content"):
-                self._item(COMPACTION).add(delta["content"])
+                self._item(COMPACTION_KIND).add(delta["content"])
             return
         reasoning = reasoning_text(delta)
         if reasoning:
@@ -2320,7 +2322,7 @@ class ResponseWriter:
         """Yield the users' messages of the conversation as items, without earlier summaries."""
         for message in itertools.chain(*self.history, self._request.messages):
             text = message_text(message)
-            if message["role"] == "user" and text and not text.startswith(SUMMARY):
+            if message["role"] == "user" and text and not text.startswith(SUMMARY_PREFIX):
                 yield {
                     "id": f"msg_{random_hex()}",
                     "type": "message",
@@ -2630,7 +2632,7 @@ class SharedStore(Store):
     """A store outside this process. Every failure becomes one APIError."""
 
     failures: tuple[type[Exception], ...]
-    # No lock guards these fields: an extra call or an extra line in the log does no harm
+    # No lock guards these fields: an extra call or an extra line in the log is harmless
     _is_failing = False  # a failure has been logged, and no write has succeeded since
     _latest_failure: tuple[str, float] = "", 0.0  # text and hour
     _paused_until = 0.0  # by time.monotonic()
@@ -4053,6 +4055,8 @@ class Scraper(Transport):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cached fetches
+#
+# Values from upstreams that all chats share, such as the nonce.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -5678,7 +5682,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 MODELS_MAX_AGE = 60.0  # seconds between two fetches of a list of models, also after a failure
 # Of one answer: 2,048 embeddings, the most that OpenAI allows, of 1,024 numbers each
 MAX_EMBEDDINGS_BYTES = 32 << 20
-MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
+MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and more
 
 
 # Parameters that this server sets or renames
@@ -5686,7 +5690,7 @@ NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens"
 
 
 def ignored_header(body: JSONObject, sent: JSONObject) -> dict[str, str]:
-    """Return a header that lists the parameters that were left out."""
+    """Return a header with the parameters that were left out."""
     ignored = [
         name for name in body
         if name not in sent and name not in NOT_IGNORED and body[name] != []
@@ -6373,11 +6377,11 @@ class App:
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
         self.limits = UsageLimits(self.store, settings)
-        self.chats = Slots(settings.max_concurrent_chats)
+        self.slots = Slots(settings.max_concurrent_chats)
         self.started = time.time()
         self._began = time.monotonic()
 
-    # Routes
+    # Handlers of routes
 
     def create_chat_completion(self) -> bytes:
         return self._complete_in_session(ChatRequest.parse(self._body()), ChatCompletion)
@@ -6530,7 +6534,7 @@ class App:
         """Hold a slot for an answer, and count the answer when it ends or fails. Raises APIError 404 for an unknown
         model, 429 if no slot is free or a limit of the key is reached."""
         self.providers.resolve(model)
-        with self.chats.held(current_key()):
+        with self.slots.held(current_key()):
             set_headers(self.limits.admit(current_key()))
             bottle.request.environ["kimi2api.is_admitted"] = True
             stats = AnswerStats()
@@ -6632,8 +6636,8 @@ class App:
     def get_metrics(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         gauges: dict[str, dict[Labels, float]] = {
-            "kimi2api_chats_running": {(): self.chats.used[""]},
-            "kimi2api_chats_limit": {(): self.chats.limits[""]},
+            "kimi2api_chats_running": {(): self.slots.used[""]},
+            "kimi2api_chats_limit": {(): self.slots.limits[""]},
             "kimi2api_build_info": {(("version", __version__),): 1},
             "process_start_time_seconds": {(): self.started},
             "kimi2api_upstream_healthy": {},
@@ -6662,7 +6666,7 @@ class App:
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.monotonic() - self._began),
-            "chats": {"running": self.chats.used[""], "limit": self.chats.limits[""]},
+            "chats": {"running": self.slots.used[""], "limit": self.slots.limits[""]},
             "sessions": {"kept": kept, "limit": self.store.limit},
             "store": {"kind": self.store.kind, "ok": kept is not None},
             "upstreams": upstreams,
