@@ -3185,13 +3185,13 @@ def stored_message(message: Message) -> Message:
 def latest_lines(lines: list[bytes]) -> list[bytes]:
     """Return the latest lines that fit into a session, without lines that are too long by themselves."""
     kept = []
-    room = MAX_SESSION_BYTES
+    remaining = MAX_SESSION_BYTES
     for line in reversed(lines):
         if len(line) > MAX_SESSION_BYTES:
             log.warning("a turn of %d bytes is too large for its session and not stored", len(line))
             continue
-        room -= len(line)
-        if room < 0:
+        remaining -= len(line)
+        if remaining < 0:
             break
         kept.append(line)
     return kept[::-1]
@@ -3932,7 +3932,7 @@ class Transport:
                     names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
                     raise upstream_error(
                         502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
-                        f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
+                        f"({root_reason(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
                         "pip install PySocks") from None
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -3958,30 +3958,30 @@ class Transport:
         except (TimeoutError, HTTPError, requests.RequestException) as error:
             # Frames of urllib3's functions refer to the error: without this, the cycle keeps the request in memory
             clear_frames(error.__traceback__)
-            cause = innermost(error)
+            cause = root_cause(error)
             if isinstance(cause, TimeoutError):
                 message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
                 # No retry: the upstream may have accepted the prompt
                 raise upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY) from None
             if isinstance(error, DecodeError):
                 raise invalid_response(self.name, "an answer that cannot be decoded", retryable=True) from None
-            what = f"cannot be reached: {root_cause(cause)}"
+            what = f"cannot be reached: {root_reason(cause)}"
             if isinstance(cause, IncompleteRead):
                 what = "closed the connection before the end of its answer"
             raise upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True) from None
 
 
-def innermost(error: BaseException) -> BaseException:
-    """Return the error inside the errors that wrap it."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return the innermost of errors that wrap one another."""
     cause = error.__cause__ or error.__context__
     if cause is None or isinstance(error, IncompleteRead):  # its cause is how http.client parses numbers
         return error
-    return innermost(cause)
+    return root_cause(cause)
 
 
-def root_cause(error: BaseException) -> str:
+def root_reason(error: BaseException) -> str:
     """Return the innermost error's message, without the URLs and object names in the errors that wrap it."""
-    error = innermost(error)
+    error = root_cause(error)
     reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
     return re.sub(r"//\S*@", "//…@", reason)
 
@@ -5162,6 +5162,7 @@ def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
         name = function["name"]
         if len(name) > MAX_FUNCTION_NAME:
             short_names[name] = f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+
     def rename(value: JSONObject) -> JSONObject:
         name = value.get("name")
         if isinstance(name, str):
@@ -5991,8 +5992,8 @@ class Providers:
     def answer(self, model: str, chat: ProviderRequest) -> Iterator[Delta]:
         """Yield the answer of the requested model or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
-        Deltas are buffered until the model is certain to answer: in a stream up to the first content, for a JSON answer
-        up to the end, and become one delta.
+        Deltas are buffered until the model is certain to answer: in a stream up to the first content. For a JSON answer
+        all deltas are buffered, and become one delta.
         """
         failures: list[APIError] = []
         stats = chat.stats
@@ -6164,7 +6165,7 @@ def hostname(url: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CLIENT_CHECK_INTERVAL = 0.5  # seconds
-SEND_SIZE = 65536  # bytes of pending events, which are sent immediately
+SEND_SIZE = 65536  # bytes of pending events that are sent without waiting for more
 KEEPALIVE = b": keep-alive\n\n"
 
 Write = Callable[[bytes], object]  # WSGI's write()
