@@ -2741,7 +2741,7 @@ class SQLiteStore(SharedStore):
         try:
             import sqlite3
         except ImportError:
-            raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
+            raise SettingError("SESSION_STORE: this Python has no sqlite3; use memory or redis://…") from None
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
@@ -6087,7 +6087,7 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
         })
     # Bottle drops bytes that are not UTF-8, and the rest of the path could name another user
     if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
-        raise bad_request("The path is not UTF-8.")
+        raise bad_request("The path is not UTF-8; percent-encode it as UTF-8.")
 
 
 def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
@@ -7265,7 +7265,7 @@ def greeting(settings: Settings, port: int) -> str:
 
 
 ADVICE = {  # by the code of an error whose message has no advice
-    "upstream_unavailable": "Check that the server at this address runs, the internet connection and HTTPS_PROXY.",
+    "upstream_unavailable": "Check the internet connection, HTTPS_PROXY, and that the server at this address runs.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait a few minutes, then try again.",
     "upstream_invalid_response": "Try later. If it fails again, look for a newer version of this program.",
@@ -7294,7 +7294,7 @@ def run_check(settings: Settings) -> int:
     usable = [name for name in providers if name not in failed]
     advice = "follow the advice above, or set the key of an API (see --help)"
     if usable:
-        advice = f"start the server without --check, and ask for the models of {' or '.join(usable)}"
+        advice = f"start the server without --check, and use the models of {' or '.join(usable)}"
     print(f"Not usable now: {', '.join(failed)}. Next: {advice}.")
     return 1
 
