@@ -1713,7 +1713,7 @@ class ItemReader:
 
 
 def encode_fields(fields: JSONObject) -> str:
-    """Return the `encrypted_content` of an item with these fields, which is not encrypted: the client may read it."""
+    """Return the `encrypted_content` of an item with these fields. The client may read it."""
     return dump_json(fields).decode()
 
 
@@ -2557,7 +2557,7 @@ class MemoryStore(Store):
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        # Each version is the time of its put in ns, by time.monotonic(), because the system clock may be set back
+        # A version is the time of its put in ns, by time.monotonic(): the system clock may be set back
         self._newest_version = 0
         self._lock = threading.Lock()  # guards all three; held briefly
 
@@ -2682,7 +2682,7 @@ PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 PRAGMA journal_size_limit = 4194304;
 """
-# Changes nothing if another process has run this script in the meantime
+# Changes nothing if another process has run it
 SQLITE_TABLES = f"""
 BEGIN IMMEDIATE;
 -- Tables of format 1, except its counters
@@ -4806,7 +4806,7 @@ class KimiProvider(Provider):
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
-            log.info("the answer is unusable; retrying once, with the reason")
+            log.info("the answer is unusable; retrying once")
             retry_note = f"Your last answer could not be used: {fault}"
         # If the prompt has no room for the reason, the first prompt is sent again
         with suppress(APIError):
@@ -5903,7 +5903,6 @@ class OpenAIProvider(Provider):
     # Models
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """Return the models that the API lists, by id, waiting at most `wait` seconds for a newer list."""
         with suppress(FutureTimeout):
             self._models.latest().result(wait)
         return self._last_models
@@ -6875,7 +6874,7 @@ MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
 # Seconds, at most, between requests, for the head of a request, and without progress in reading an answer
 CONNECTION_TIMEOUT = 30.0
 MIN_BODY_RATE = 1000  # bytes a second
-# Requests of a connection. This many answers that need no key, each of at most 40 KB, fit into MAX_UNSENT_BYTES
+# Requests of a connection. This many answers that need no key, of at most 40 KB, fit into MAX_UNSENT_BYTES
 MAX_PIPELINED = 6
 # Of a connection. Beyond this limit, a thread that writes waits for its client
 MAX_UNSENT_BYTES = 1 << 18
