@@ -2,8 +2,8 @@
 """kimi2api: one OpenAI-compatible server for Kimi's web chat, official APIs and servers of your own.
 
     python kimi2api.py                 # listens on http://127.0.0.1:8088/v1
-    python kimi2api.py --demo          # the same with a built-in stand-in for the web chat: needs no internet
-    python kimi2api.py --check         # tests each upstream step by step, and says what fails
+    python kimi2api.py --demo          # uses a built-in stand-in for the web chat; needs no internet
+    python kimi2api.py --check         # tests each upstream step by step, and reports what fails
 
     curl http://127.0.0.1:8088/v1/chat/completions -H 'Content-Type: application/json' \\
          -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -12,7 +12,7 @@ How a chat flows: Application checks the caller and the request (Protocol), prep
 provider (Upstreams), which yields deltas. A format (Protocol, Responses API) writes the deltas as JSON or events. One
 chat runs on one thread. `App._complete` lists the stages in order.
 
-Contents. Each part uses only the parts above it; the last two also use the appendices.
+Contents. Each part uses only the parts above it. Application and Server also use the appendices.
 
     1 Settings        setting types; Settings, from flags, environment and .env
     2 Protocol        errors and JSON; schemas; chat requests; deltas and their fold; tokens; chat completion format
@@ -20,8 +20,8 @@ Contents. Each part uses only the parts above it; the last two also use the appe
     4 Storage         stores: memory, SQLite, Redis; sessions; limits and usage; metrics
     5 HTTP client     connections and deadlines; transport; scraper; cached fetches
     6 Upstreams       circuit breaker; providers; Kimi's web chat; OpenAI-style APIs; models and fallback
-    7 Application     access; clients; chats; routes
-    8 Server          waitress; graceful stop; command line
+    7 Application     access; clients; chats; the App; routes
+    8 Server          client connections; the server and its graceful stop; command line
     Appendices        demo upstream; OpenAPI description; page
 """
 from __future__ import annotations
@@ -135,7 +135,7 @@ def number(
 ) -> SettingType:
     def parse_within(text: str) -> float:
         value = parse(text)
-        if not low <= value <= high:  # NaN is refused too
+        if not low <= value <= high:  # also refuses NaN
             raise ValueError
         return value
 
@@ -159,7 +159,7 @@ def split_commas(text: str) -> list[str]:
 
 
 def match_entries(pattern: str, text: str) -> Iterator[re.Match[str]]:
-    """Yield a match of each entry of a comma-separated list. Raises ValueError."""
+    """Yield a match for each entry of a comma-separated list. Raises ValueError."""
     for entry in split_commas(text):
         found = re.fullmatch(pattern, entry, re.A)
         if not found:
@@ -178,7 +178,7 @@ def parse_model_table(text: str) -> dict[str, str]:
     table = {}
     for found in match_entries(r"([^=]*[^=\s])\s*=\s*(\S.*)", text):
         table[found[1]] = found[2]
-    return {model: table.get(name, name) for model, name in table.items()}  # an alias has the name of its model
+    return {model: table.get(name, name) for model, name in table.items()}  # resolves aliases
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def parse_client_keys(text: str) -> tuple[ClientKey, ...]:
     # The pattern refuses a colon at the end: a name without a key must not become a key
     entries = match_entries(r"(?:([\w.-]+):)?([!-~]*[!-9;-~])", text)
     clients = dict.fromkeys(ClientKey(found[2], found[1]) for found in entries)
-    if len({client.key for client in clients}) < len(clients):  # only the first would have its limits
+    if len({client.key for client in clients}) < len(clients):  # only the first name would have its limits
         raise SettingError("API_MASTER_KEY: the same key is listed under two names")
     return tuple(clients)
 
@@ -223,7 +223,7 @@ def parse_url(text: str, schemes: tuple[str, str] = ("http", "https")) -> str:
 
 
 def without_credentials(url: str) -> str:
-    """Return a URL without user and password, which nobody may see."""
+    """Return a URL without its user and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
@@ -244,6 +244,8 @@ LIMITS = SettingType(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
+#
+# The table of settings, the addresses of this machine, and .env files.
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEB_CHAT = "kimi"  # name of the web chat's provider
@@ -439,7 +441,7 @@ class Settings:
                 apis[name] = API(name, base_url, key)
         for model in values["models"].values():
             name = model.partition("/")[0]
-            if name in PRESETS and name not in apis:  # otherwise a misspelt key would ask the web chat
+            if name in PRESETS and name not in apis:  # otherwise the chat would go to the web chat
                 raise SettingError(f"MODELS: {model!r} needs {name.upper()}_API_KEY")
         settings = cls(**values, apis=apis)
         settings._check_models("DEFAULT_MODEL", [settings.default_model])
@@ -529,8 +531,8 @@ def read_env_file(path: str, required: bool) -> dict[str, str]:
 class APIError(Exception):
     """An error for the caller, in the terms of OpenAI's API.
 
-    An error is immutable by convention, because several threads may raise the same error: `copy` returns a changed
-    copy. Store only copies: the traceback of a raised error keeps local variables alive, even requests of megabytes.
+    An error is immutable by convention, because several threads may raise one error: `copy` returns a changed copy.
+    Store only copies: the traceback of a raised error keeps local variables alive, even requests of megabytes.
     """
 
     status: int
@@ -539,8 +541,8 @@ class APIError(Exception):
     code: str | None = None
     param: str | None = None
     headers: Headers = field(default_factory=dict)
-    retryable: bool = False  # the same call may succeed a moment later, and repeating it is safe
-    retry_after: float = 0.0  # seconds that the upstream asks us to wait, or 0
+    retryable: bool = False  # repeating the call is safe, and may succeed a moment later
+    retry_after: float = 0.0  # seconds that the upstream requires before a retry, or 0
     quotes_upstream: bool = False  # the message quotes the upstream, which may quote the prompt
 
     def __str__(self) -> str:
@@ -559,7 +561,7 @@ class APIError(Exception):
         code = self.code or self.type
         if not self.quotes_upstream:
             return f"{code} ({self.status}): {self.message}"
-        if not re.fullmatch(r"[\w.-]{1,64}", code):  # it may quote the prompt too
+        if not re.fullmatch(r"[\w.-]{1,64}", code):  # the code may quote the prompt too
             code = "error"
         return f"{code} ({self.status})"
 
@@ -595,7 +597,7 @@ def invalid_response(upstream: str, what: str, retryable: bool = False) -> APIEr
 
 
 def random_hex() -> str:
-    """Return 32 hex digits for ids that need not be secret. uuid4 makes a system call, which releases the GIL."""
+    """Return 32 hex digits for ids that need not be secret. uuid4() makes a system call, which releases the GIL."""
     return f"{random.getrandbits(128):032x}"
 
 
@@ -616,16 +618,16 @@ LINE_SEPARATORS = {  # some clients split events at these characters
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-# Escapes in JSON. `kept`: a backslash, or a surrogate pair. `first`: the first half of a pair at the end of a string.
-# `second`: the second half at the beginning of a string. Without a name: any other half
+# Escapes in JSON. `kept`: a backslash, or a surrogate pair. `high`: a high surrogate at the end of a string. `low`: a
+# low surrogate at the beginning of a string. Without a name: any other surrogate
 SURROGATES = re.compile(r"""
     (?P<kept> \\\\ | \\u(?i:d[89ab][0-9a-f]{2}) \\u(?i:d[c-f][0-9a-f]{2}) )
-    | (?P<first> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
-    | (?P<second> (?<=") \\u(?i:d[c-f][0-9a-f]{2}) )
+    | (?P<high> \\u(?i:d[89ab][0-9a-f]{2}) (?=") )
+    | (?P<low> (?<=") \\u(?i:d[c-f][0-9a-f]{2}) )
     | \\u(?i:d[89a-f][0-9a-f]{2})
     """, re.X)
 
-MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process it
+MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process the value
 # Values in one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds up to 300,000 tokens
 MAX_VALUES = 350_000
 
@@ -633,7 +635,7 @@ MAX_VALUES = 350_000
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
     """Parse strict JSON. Raises ValueError, also for more than `max_values` values or MAX_DEPTH levels."""
     brackets = sum(map(source.count, "{["))
-    if brackets + source.count(",") > max_values:  # perhaps inside strings
+    if brackets + source.count(",") > max_values:  # some may be inside strings
         outside = JSON_STRING.sub("", source)
         if sum(map(outside.count, "{[,")) > max_values:
             raise ValueError("too many values")
@@ -658,16 +660,16 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
 
 
 def parse_upstream_object(
-    data: bytes, max_values: int = MAX_VALUES, halves: list[str] | None = None,
+    data: bytes, max_values: int = MAX_VALUES, high_surrogates: list[str] | None = None,
 ) -> JSONObject | None:
     """Parse an upstream's JSON object, or a list of one. Return None for anything else.
 
     U+FFFD replaces lone surrogates, which cannot be encoded as UTF-8.
-    halves: of surrogate pairs whose second half may be in a later document of the stream.
+    high_surrogates: those whose low surrogates may be in a later document of the stream.
     """
     source = data.removeprefix(BOM_UTF8).decode("utf-8", "replace")
     if SURROGATE_ESCAPE.search(source):
-        source = SURROGATES.sub(partial(replace_half, halves), source)
+        source = SURROGATES.sub(partial(replace_surrogate, high_surrogates), source)
     try:
         value = parse_json(source, max_values)
         if isinstance(value, list):
@@ -677,14 +679,14 @@ def parse_upstream_object(
     return value if isinstance(value, dict) else None
 
 
-def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
-    """Return the replacement for a match of SURROGATES. The first half of a pair at the end of a string moves to the
-    next string that begins with a second half."""
-    if found["first"] and halves is not None:
-        halves.append(found["first"])
+def replace_surrogate(high_surrogates: list[str] | None, found: re.Match[str]) -> str:
+    """Return the replacement for a match of SURROGATES. A high surrogate at the end of a string moves to the next
+    string that begins with a low surrogate."""
+    if found["high"] and high_surrogates is not None:
+        high_surrogates.append(found["high"])
         return ""
-    if found["second"] and halves:
-        return halves.pop() + found["second"]
+    if found["low"] and high_surrogates:
+        return high_surrogates.pop() + found["low"]
     return found["kept"] or r"\ufffd"
 
 
@@ -834,7 +836,7 @@ def find_violation(value: Any, schema: Schema, path: str = "") -> Violation | No
 def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
     """Yield the violations of a JSON schema. Supports only the keywords that the schemas here use.
 
-    For anyOf, yield the violation with the longest path: it most likely belongs to the intended alternative.
+    For anyOf, yield the violation with the longest path, which most likely belongs to the intended option.
     """
     if "anyOf" in schema:
         deepest = Violation(path, schema)
@@ -862,20 +864,20 @@ def violations(value: Any, schema: Schema, path: str) -> Iterator[Violation]:
                 yield from violations(inner, field_schema, prefix + name)
         for rule in schema.get("allOf", ()):
             [(name, condition)] = rule["if"]["properties"].items()
-            if value.get(name) in condition["enum"]:  # fast, as 100,000 items have 2,000,000 rules
+            if value.get(name) in condition["enum"]:  # no recursion: 100,000 items have 2,000,000 rules
                 yield from violations(value, rule["then"], path)
 
 
 def is_within_bounds(value: Any, schema: Schema) -> bool:
-    """Return whether a value matches the schema's type, enum and bounds. Does not look into objects and arrays."""
+    """Return whether a value matches the schema's type, enum and bounds. Values inside the value are not checked."""
     if "type" in schema and not is_of_type(value, schema["type"]):
         return False
     if "enum" in schema and value not in schema["enum"]:
         return False
     for keyword, bound in schema.items():
-        if keyword.startswith("min") and size_of(value) < bound:
+        if keyword.startswith("min") and value_size(value) < bound:
             return False
-        if keyword.startswith("max") and size_of(value) > bound:
+        if keyword.startswith("max") and value_size(value) > bound:
             return False
     if "propertyNames" in schema:
         return max(map(len, value), default=0) <= schema["propertyNames"]["maxLength"]
@@ -890,7 +892,7 @@ def is_of_type(value: Any, name: str) -> bool:
     return isinstance(value, TYPES[name][0])
 
 
-def size_of(value: Any) -> float:
+def value_size(value: Any) -> float:
     return value if isinstance(value, (int, float)) else len(value)
 
 
@@ -926,7 +928,7 @@ MESSAGE = request_object(
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
     },
-    # An assistant's message may have tool calls instead; a system message may have tools (Kimi)
+    # Instead of content, an assistant's message may have tool calls, and a system message may have tools (Kimi)
     allOf=[if_field(
         "role",
         ["developer", "user", "tool", "function"],
@@ -1029,7 +1031,7 @@ class ChatRequest:
     def parse_completion(cls, raw: bytes) -> ChatRequest:
         """Parse a request for a legacy completion. The prompt becomes a user's message. Raises APIError 400."""
         body = parse_body(raw, COMPLETION_REQUEST)
-        prompt = "".join(body["prompt"])  # a text, or a list of at most one
+        prompt = "".join(body["prompt"])  # a string, or a list of at most one string
         chat = only(body, SHARED_PARAMETERS)
         return cls.of({**chat, "messages": [{"role": "user", "content": prompt}]})
 
@@ -1117,7 +1119,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
     """Append turns to the history. A turn that does not begin with a user's message continues the turn of its tool
     call, or else the newest turn. The continued turn becomes the newest."""
     joined: list[Turn] = []
-    callers: dict[Any, int] = {}  # indexes of turns by the ids of their calls
+    callers: dict[Any, int] = {}  # indexes of turns by call id
     for turn in itertools.chain(history, turns):
         if joined and turn[0]["role"] != "user":
             index = callers.get(turn[0].get("tool_call_id") or "", -1)
@@ -1134,7 +1136,7 @@ def is_system(message: Message) -> bool:
     return message["role"] in ("system", "developer")
 
 
-def text_of(message: Message) -> str:
+def message_text(message: Message) -> str:
     """Return the text of a message whose content is a string, a list of parts, or null."""
     content = message.get("content") or ""
     if isinstance(content, str):
@@ -1178,14 +1180,14 @@ class Delta:
 
 
 class IndexedList(dict[int, Any]):
-    """A list whose entries are identified by their `index`. Entries without an index follow from NO_INDEX on."""
+    """A list whose entries have an `index`. Entries without one get indexes from NO_INDEX on."""
 
 
 NO_INDEX = 1 << 32
 
 
-# Fields that grow, by the name of the field that contains them: texts are joined, lists are extended. All other fields
-# keep their last value that is not empty
+# Fields that grow, by the name of the field that contains them: strings are joined, lists are extended. Every other
+# field keeps its last value that is not empty
 GROWING = {
     "": {"choices"},
     "delta": {
@@ -1217,7 +1219,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
         if value in (None, "", []):
             whole.setdefault(name, value)
         elif name in growing:
-            whole[name] = grown(whole.get(name), value, name)
+            whole[name] = extend_field(whole.get(name), value, name)
         elif type(value) is dict:
             known = whole.get(name)
             if type(known) is not dict:
@@ -1227,11 +1229,11 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
             whole[name] = value
 
 
-def grown(known: Any, value: Any, name: str) -> Any:
-    """Return a growing field with a value added. Takes time linear in the number of values."""
+def extend_field(known: Any, value: Any, name: str) -> Any:
+    """Return a growing field with a value added. All additions together take linear time."""
     if isinstance(value, str):
         if not isinstance(known, io.StringIO):
-            known = io.StringIO()  # a list of short pieces would take many times their memory
+            known = io.StringIO()  # a list of short strings would take many times the memory
         known.write(value)
         return known
     if not isinstance(value, list):
@@ -1279,12 +1281,12 @@ class Fold:
         self._whole["usage"] = usage
 
     def completion(self) -> JSONObject:
-        """Return all chunks as one."""
+        """Return all chunks merged into one chunk."""
         return plain_value(self._whole)
 
     def message(self) -> Message:
         """Return the message of the first choice."""
-        return message_of(self.choices.get(0, {"delta": {}}))
+        return choice_message(self.choices.get(0, {"delta": {}}))
 
     def texts(self) -> Iterator[str]:
         """Yield the text that the model wrote in all choices, including its reasoning and its tool calls."""
@@ -1297,7 +1299,7 @@ class Fold:
                 yield from (call.get("function") or call["custom"]).values()
 
 
-# Fields of reasoning: of DeepSeek and Moonshot; of vLLM, Ollama and Groq; of OpenRouter, in addition to the second
+# Fields of reasoning at DeepSeek and Moonshot; at vLLM, Ollama and Groq; at OpenRouter, besides `reasoning`
 REASONING_FIELDS = ("reasoning_content", "reasoning", "reasoning_details")
 
 
@@ -1321,7 +1323,7 @@ def reasoning_text(message: JSONObject) -> str:
     return ""
 
 
-def message_of(choice: JSONObject) -> Message:
+def choice_message(choice: JSONObject) -> Message:
     """Convert the merged delta of a choice to a message."""
     message = {"role": "assistant", "content": None, "refusal": None, **plain_value(choice["delta"])}
     for call in message.get("tool_calls") or ():
@@ -1335,7 +1337,7 @@ def message_of(choice: JSONObject) -> Message:
 # Estimates of token counts, and functions that split texts between graphemes.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Han, kana, Hangul and full-width forms: about a token each, and written without spaces
+# Han, kana, Hangul and full-width forms
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 NARROW_TEXT = re.compile(f"[^{WIDE}]+")
 # Combining marks of Latin, Indic, Thai and kana, variation selectors, skin tones and tags
@@ -1345,7 +1347,7 @@ MARK = (
 )
 # A flag of two letters, or a character with its marks and the characters joined to it, as in 👩‍🚀
 GRAPHEME = re.compile(f"[\U0001f1e6-\U0001f1ff]{{2}}|.[{MARK}]*(?:\u200d.[{MARK}]*)*", re.S)
-MAX_COUNT = 10**9  # tokens of one answer; larger sums may not fit into the integers of stores
+MAX_COUNT = 10**9  # tokens of one answer; sums of larger counts may not fit into the integers of stores
 WIDE_TOKENS = 0.6  # per Chinese character, by DeepSeek's documentation
 NARROW_TOKENS = 0.25  # per other character, by OpenAI's documentation
 
@@ -1360,8 +1362,8 @@ def token_weight(text: str) -> float:
     return wide * WIDE_TOKENS + (len(text) - wide) * NARROW_TOKENS
 
 
-def count_of(usage: Any, *path: str) -> int:
-    """Return the number at a path in an upstream's usage, or 0 if it is missing or impossible."""
+def usage_count(usage: Any, *path: str) -> int:
+    """Return the count at a path in an upstream's usage, or 0 if the count is missing or impossible."""
     for name in path:
         usage = usage.get(name) if isinstance(usage, dict) else None
     return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
@@ -1416,7 +1418,7 @@ def pieces(text: str, max_pieces: int) -> Iterator[str]:
         yield text[start:]
 
 
-def steps_of(delta: Delta, max_pieces: int) -> Iterator[Delta]:
+def split_answer(delta: Delta, max_pieces: int) -> Iterator[Delta]:
     """Split a complete answer into deltas as OpenAI sends them: role, pieces of text, tool calls, finish reason."""
     choice = delta.chunk["choices"][0]
     message = choice["delta"]
@@ -1459,13 +1461,13 @@ class ChatCompletion:
         self._include_usage = include_usage
 
     def json(self, deltas: Iterable[Delta]) -> bytes:
-        """Return the answer, which is one delta, as a JSON object."""
+        """Return the answer, which is one delta, as JSON."""
         [whole] = deltas
         self.headers = whole.headers
         completion = whole.chunk
         self._head["object"] = "chat.completion"
         for choice in completion["choices"]:
-            choice["message"] = message_of(choice)
+            choice["message"] = choice_message(choice)
             choice.setdefault("logprobs", None)
             del choice["delta"]
         return dump_json(self._with_head(completion))
@@ -1583,12 +1585,12 @@ INPUT_ITEM = request_object_by_type(
     default="message",
     allow_others=True,
 )
-SUMMARY = "This conversation was compacted. Its summary:\n\n"
+SUMMARY_PREFIX = "This conversation was compacted. Its summary:\n\n"
 
 
 @dataclass(frozen=True)
 class ToolName:
-    """A tool's name as the client knows it. Upstreams get all tools as functions."""
+    """A tool's name for the client, and `function`, its name for upstreams, which get all tools as functions."""
 
     name: str
     namespace: str | None = None
@@ -1610,13 +1612,13 @@ def flat_tools(tools: Iterable[JSONObject], namespace: str | None = None) -> Ite
 
 
 def function_name(item: JSONObject) -> str:
-    """Return the function name for the tool of an item or a choice."""
+    """Return the function name of the tool in an item or a choice."""
     return ToolName(item["name"], item.get("namespace")).function
 
 
 class ItemReader:
-    """A converter of a conversation's items to messages. It leaves out items that only other servers understand, so
-    that a conversation with another server can continue here."""
+    """A converter of a conversation's items to messages. Skips items that only other servers support, so that a
+    conversation with another server can continue here."""
 
     def __init__(self) -> None:
         self.ignored: set[str] = set()  # types of items, parts and tools
@@ -1654,9 +1656,9 @@ class ItemReader:
         if kind.removesuffix("_output") in (*CALLS, "tool_search"):
             return self._read_result(item, kind)
         if kind == "compaction":
-            summary = decoded(item).get("summary")
+            summary = decode_fields(item).get("summary")
             if isinstance(summary, str):
-                return {"role": "user", "content": SUMMARY + summary}
+                return {"role": "user", "content": SUMMARY_PREFIX + summary}
         if kind == "compaction_trigger":
             self.compacts = True
         elif kind == "additional_tools":
@@ -1710,18 +1712,18 @@ class ItemReader:
         return parts
 
 
-def encoded(fields: JSONObject) -> str:
-    """Return the `encrypted_content` for the fields of an item. The client may read it."""
+def encode_fields(fields: JSONObject) -> str:
+    """Return the `encrypted_content` of an item with these fields. The client may read it."""
     return dump_json(fields).decode()
 
 
-def decoded(item: JSONObject) -> JSONObject:
-    """Return the fields that `encoded` wrote into an item, or no fields if another server wrote the item."""
+def decode_fields(item: JSONObject) -> JSONObject:
+    """Return the fields that `encode_fields` wrote into an item, or no fields if another server wrote the item."""
     return parse_upstream_object((item.get("encrypted_content") or "").encode()) or {}
 
 
 def join_answer(messages: Iterable[Message]) -> Iterator[Message]:
-    """Join consecutive messages of an assistant. Yield no message for reasoning without text or calls."""
+    """Join consecutive assistant messages. Yield no message for reasoning without text or calls."""
     answer: Message = {}
     for message in messages:
         merge(answer, message, "delta")
@@ -1763,15 +1765,15 @@ def as_part(part: JSONObject) -> JSONObject | None:
 
 
 def as_content(parts: list[JSONObject]) -> Any:
-    """Return a text, or the parts if some are not text."""
+    """Return the parts as one string, or unchanged if some are not text."""
     if all(part["type"] == "text" for part in parts):
-        return text_of({"content": parts})
+        return message_text({"content": parts})
     return parts
 
 
 def read_reasoning(item: JSONObject) -> JSONObject:
-    """Return the fields of an item's reasoning as an API sent them, else its text, else its summary."""
-    fields = reasoning_fields(decoded(item))
+    """Return the reasoning in an item: the fields that an API sent, else its text, else its summary."""
+    fields = reasoning_fields(decode_fields(item))
     if fields:
         return fields
     text = "\n".join(map(itemgetter("text"), item.get("content") or item.get("summary") or ()))
@@ -1781,8 +1783,8 @@ def read_reasoning(item: JSONObject) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses requests
 #
-# A request becomes a chat request: its items become messages, and its flat tools become nested tools. Errors of the
-# chat request are translated back.
+# A request becomes a chat request: items become messages, and flat tools become nested tools. Errors of the chat
+# request are translated back.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHOSEN_TOOL = request_object({"name": STRING}, {"namespace": STRING})
@@ -1832,7 +1834,7 @@ RESPONSES_REQUEST = request_object(
         "top_logprobs": COUNT,
     },
 )
-PARAMS = {  # prefixes of paths in a chat request, and the fields of this API
+PARAMS = {  # from prefixes of paths in a chat request to fields of this API
     "messages": "input",
     "tools": "tools",
     "tool_choice": "tool_choice",
@@ -1854,7 +1856,7 @@ class ResponsesRequest:
 
     def __init__(self, body: JSONObject) -> None:
         self.body = body
-        self.repeats_messages = False  # the response has the users' messages before the summary
+        self.repeats_messages = False  # the response repeats the users' messages before the summary
         self.reader = ItemReader()
         self.messages: list[Message] = []  # of the input
         self.tools: dict[str, ToolName] = {}  # by function name
@@ -1877,7 +1879,7 @@ class ResponsesRequest:
         """Convert to a chat request.
 
         system, tools: of previous responses; find_items: returns the items of a stored response by their ids.
-        Raises APIError 400 in the terms of chat requests; see `translate_error`.
+        Raises APIError 400 with a field of the chat request, for `translate_error`.
         """
         body = self.body
         items = body.get("input") or []
@@ -1910,8 +1912,8 @@ class ResponsesRequest:
         return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
 
     def _read_tools(self, tools: Iterable[JSONObject]) -> list[JSONObject]:
-        """Return the tools in the form of chat requests. Of tools with the same name, only the first counts: an error
-        for a tool among the items would end the conversation for good."""
+        """Return the tools in the form of chat requests. Ignore a tool whose name an earlier tool has: an error for a
+        tool among the items would end the conversation for good."""
         functions = []
         for name, tool in flat_tools(tools):
             is_search = name.kind == "tool_search" and tool.get("execution") == "client"
@@ -1924,7 +1926,7 @@ class ResponsesRequest:
 
 
 def translate_error(error: APIError) -> APIError:
-    """Replace the field of the chat request in an error by the field of this API."""
+    """Replace the field of the chat request in an error by the field of the Responses API."""
     param = error.param or ""
     for path, name in PARAMS.items():
         if param.startswith(path):
@@ -1937,7 +1939,7 @@ def resolve_references(
 ) -> Iterator[JSONObject]:
     """Replace item references by stored items. Raises APIError 400."""
     cached_items = lru_cache(maxsize=8)(find_items)  # reading a large response takes 0.1 s
-    known: set[str] = set()  # a small request must not repeat a large item many times
+    known: set[str] = set()  # ids; a small request must not repeat a large item many times
     for item in items:
         if item.get("type") == "item_reference":
             id = item["id"]
@@ -1985,11 +1987,11 @@ def as_function(tool: JSONObject, name: ToolName) -> JSONObject:
 # ----------------------------------------------------------------------------------------------------------------------
 # Responses format
 #
-# Deltas become a Response or its events. One item ends before the next begins, as at OpenAI, even if an upstream
-# interleaves them: LangChain takes each change of `output_index` for a new item.
+# Deltas become a Response or its events. Each item ends before the next begins, as at OpenAI, even if an upstream
+# interleaves items: LangChain takes each change of `output_index` for a new item.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Items of one response: an item takes a hundred times the bytes that begin it
+# Items of one response: an item takes a hundred times the memory of the bytes that begin it
 MAX_ITEMS = 1000
 
 
@@ -2007,13 +2009,13 @@ def custom_input(arguments: str) -> str:
 class ItemKind:
     """The fields and events that all items of a kind share."""
 
-    prefix: str  # of the ids
+    prefix: str  # of ids
     fields: JSONObject  # of a new item
-    events: str  # prefix of the names of the text's events; empty: no events
-    field: str  # that contains the text
-    part: JSONObject | None = None  # that contains this field, with an empty text; None: the item contains the field
-    list_field: str = "content"  # that contains the part
-    part_events: str = "content_part"  # prefix of the names of the part's events
+    events: str  # prefix of the text's event names; empty: no events
+    field: str  # name of the field that contains the text
+    part: JSONObject | None = None  # the part that contains `field`, with an empty text; None: the item contains it
+    list_field: str = "content"  # name of the field that contains the part
+    part_events: str = "content_part"  # prefix of the part's event names
     finish: Callable[[str], Any] = str  # converts the upstream's text to the value of the field
     is_streamed: bool = True  # the text is sent as it arrives
 
@@ -2025,7 +2027,7 @@ REASONING_KIND = ItemKind(
     "reasoning_text",
     "text",
     {"type": "reasoning_text", "text": ""})
-SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing else
+SUMMARY_KIND = ItemKind(  # for clients that request a summary: they show nothing else
     "rs",
     {"type": "reasoning", "summary": []},
     "reasoning_summary_text",
@@ -2033,12 +2035,12 @@ SUMMARY_KIND = ItemKind(  # for clients that ask for a summary, and show nothing
     {"type": "summary_text", "text": ""},
     "summary",
     "reasoning_summary_part")
-COMPACTION = ItemKind(
+COMPACTION_KIND = ItemKind(
     "cmp",
     {"type": "compaction", "encrypted_content": ""},
     "",
     "encrypted_content",
-    finish=lambda text: encoded({"summary": text}),
+    finish=lambda text: encode_fields({"summary": text}),
     is_streamed=False)
 TEXT_KINDS = {  # by the field of a delta
     "content": ItemKind(
@@ -2100,7 +2102,7 @@ class OutputItem:
             self._emit_text(f"{self.kind.events}.delta", delta=text)
 
     def may_end(self) -> bool:
-        """Return whether the item may end when another begins: a text always, arguments if they are a JSON object."""
+        """Return whether the item may end when another begins: text may, arguments only if they are a JSON object."""
         if self.kind.part:
             return True
         return parse_upstream_object("".join(self._pieces).encode()) is not None
@@ -2127,7 +2129,7 @@ class OutputItem:
             self._emit_text(f"{kind.part_events}.done", part=part)
             written = {kind.list_field: [part]}
         if kind.prefix == "rs" and "encrypted_content" in self.item:
-            written["encrypted_content"] = encoded(plain_value(self.reasoning))
+            written["encrypted_content"] = encode_fields(plain_value(self.reasoning))
         self.item = {**self.item, **written, "status": status}
         self._emit("output_item.done", item=self.item)
 
@@ -2144,13 +2146,13 @@ class OutputItem:
         self.events.append({"type": f"response.{event}", "output_index": self._index, **fields})
 
 
-# Words in a finish reason: the answer is incomplete, and why, or it failed
+# Words in finish reasons of incomplete answers, by reason, and of failed answers
 UNFINISHED = re.compile(
     "(?P<max_output_tokens>length|max_tokens|context_window)|"
     "(?P<content_filter>filter|sensitive|safety|blocklist|prohibited|recitation)|"
     "(?P<failed>error|resource|abort|overload|timeout|cancel|fail)",
     re.I)
-ECHOED: JSONObject = {  # settings of the request that the Response repeats, with their defaults
+ECHOED: JSONObject = {  # parameters of the request that the Response repeats, with their defaults
     "frequency_penalty": 0.0,
     "metadata": {},
     "parallel_tool_calls": True,
@@ -2173,12 +2175,12 @@ ECHOED: JSONObject = {  # settings of the request that the Response repeats, wit
 class ResponseWriter:
     """A writer of one response.
 
-    record: called with the complete response before the response or its last event is sent.
+    save: called with the complete response before the response or its last event is sent.
     """
 
     def __init__(self, request: ResponsesRequest) -> None:
         self.headers: Headers = {}
-        self.record: Callable[[JSONObject], None] | None = None
+        self.save: Callable[[JSONObject], None] | None = None
         self.history: Turns = ()  # of previous responses
         self._request = request
         self._id = random_hex()
@@ -2245,8 +2247,8 @@ class ResponseWriter:
         if self._request.reader.compacts and not self._items:
             raise invalid_response("The upstream", "no summary")
         response = self._response(status, usage=response_usage(usage), **fields)
-        if self.record:
-            self.record(response)
+        if self.save:
+            self.save(response)
         yield {"type": f"response.{status}", "response": response}
 
     def _begin(self) -> list[JSONObject]:
@@ -2268,7 +2270,7 @@ class ResponseWriter:
     def _add(self, delta: JSONObject) -> None:
         if self._request.reader.compacts:
             if delta.get("content"):
-                self._item(COMPACTION).add(delta["content"])
+                self._item(COMPACTION_KIND).add(delta["content"])
             return
         reasoning = reasoning_text(delta)
         if reasoning:
@@ -2319,8 +2321,8 @@ class ResponseWriter:
     def _user_messages(self) -> Iterator[JSONObject]:
         """Yield the users' messages of the conversation as items, without earlier summaries."""
         for message in itertools.chain(*self.history, self._request.messages):
-            text = text_of(message)
-            if message["role"] == "user" and text and not text.startswith(SUMMARY):
+            text = message_text(message)
+            if message["role"] == "user" and text and not text.startswith(SUMMARY_PREFIX):
                 yield {
                     "id": f"msg_{random_hex()}",
                     "type": "message",
@@ -2337,7 +2339,7 @@ class ResponseWriter:
         return headers
 
     def _response(self, status: str, **fields: Any) -> JSONObject:
-        """Return the Response object with the effective settings of the request."""
+        """Return the Response object with the effective parameters of the request."""
         response = {
             "id": f"resp_{self._id}",
             "object": "response",
@@ -2364,7 +2366,7 @@ class ResponseWriter:
 
 def response_usage(usage: Any) -> JSONObject:
     """Convert an upstream's usage to the fields of this API."""
-    count = partial(count_of, usage)
+    count = partial(usage_count, usage)
     cached = count("prompt_tokens_details", "cached_tokens") or count("cached_tokens")
     reasoning = count("completion_tokens_details", "reasoning_tokens")
     return {
@@ -2404,15 +2406,15 @@ def write_event(event: JSONObject, number: int) -> bytes:
 # ----------------------------------------------------------------------------------------------------------------------
 # Stores
 #
-# A store keeps documents and counters. Each document belongs to an owner, which is the hash of an API key, and has a
-# kind and a name. `Sessions` defines the content of documents.
+# A store keeps documents and counters. Each document has an owner (the hash of an API key), a kind and a name.
+# `Sessions` defines the content of documents.
 # ----------------------------------------------------------------------------------------------------------------------
 
 SESSION, RESPONSE, REASONING = "session", "response", "reasoning"  # kinds of documents
 MAX_REASONING_TEXTS = 4000  # per owner
 MAX_OWNER_BYTES = 64 << 20  # of all documents of an owner, in the memory store
-DOCUMENT_BYTES = 500  # of memory per document, besides its data
-# Seconds that a call may wait, and that an update is retried. A chat waits at most three times, for two limits and its
+DOCUMENT_BYTES = 500  # of memory for each document, besides its data
+# Seconds that a call may wait, and that an update may retry. A chat waits at most three times, for two limits and its
 # session: less than 5 s in total
 STORE_TIMEOUT = 1.5
 
@@ -2422,9 +2424,11 @@ Amounts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class CounterKey:
+    """The key of an owner's counters of a period."""
+
     owner: str
     period: str
-    lifetime: float  # seconds that a store keeps the counters, at least
+    lifetime: float  # seconds, at least, that a store keeps the counters
     created: float = field(default_factory=time.monotonic, compare=False)
 
 
@@ -2444,10 +2448,10 @@ ANY_VERSION = -1
 
 
 class Store:
-    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable; methods of
-    counters also if the store has no counters.
+    """Documents and counters. Thread-safe. Every method raises APIError 503 while the store is unavailable. Methods of
+    counters raise it also if the store has no counters.
 
-    A document expires `ttl` seconds after its last use. Each owner has a limited number of documents of a kind; a new
+    A document expires `ttl` seconds after its last use. The number of an owner's documents of a kind is limited: a new
     document evicts the least recently used. Counters are numbers by owner, period and name.
     """
 
@@ -2463,7 +2467,7 @@ class Store:
         return MAX_REASONING_TEXTS if kind == REASONING else self.limit
 
     def expiry_cutoff(self) -> float:
-        """Return the time of last use up to which documents have expired."""
+        """Return the time of the last use of a document that expires now."""
         return time.time() - self.ttl
 
     def check(self) -> None:
@@ -2477,11 +2481,11 @@ class Store:
         raise NotImplementedError
 
     def delete(self, key: DocumentKey) -> bool:
-        """Delete a document. Return False if there was none."""
+        """Delete a document. Return whether it existed."""
         raise NotImplementedError
 
     def list_documents(self, owner: str, kind: str) -> dict[str, Document]:
-        """Return an owner's documents by name, the least recently used first. Their data may be left out."""
+        """Return an owner's documents by name, the least recently used first, perhaps without their data."""
         raise NotImplementedError
 
     def count(self) -> int:
@@ -2489,7 +2493,7 @@ class Store:
         raise NotImplementedError
 
     def add_counters(self, key: CounterKey, amounts: Amounts) -> Amounts:
-        """Add to counters of a period. Return all counters of the period."""
+        """Add amounts to the counters of a period. Return all counters of the period."""
         raise store_unavailable()
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
@@ -2504,8 +2508,8 @@ class Store:
     ) -> None:
         """Replace a document by change(document). document: as loaded, or NO_DOCUMENT.
 
-        If another update came first, call change() again with the document that is now stored. Raises APIError 503 if
-        other updates come first for STORE_TIMEOUT.
+        If another update came first, retry with the document that is now stored. Raises APIError 503 if other updates
+        come first for STORE_TIMEOUT.
         """
         deadline = time.monotonic() + STORE_TIMEOUT
         if self.put(key, change(document), document.version):
@@ -2530,8 +2534,8 @@ def store_unavailable() -> APIError:
 
 @contextmanager
 def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
-    """Hold a lock. Raises APIError 503 after the deadline, by time.monotonic(). This is no failure of the store: other
-    threads keep it busy."""
+    """Hold a lock. Raises APIError 503 after the deadline, by time.monotonic(): other threads keep the store busy,
+    which is no failure of the store."""
     if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
         raise store_unavailable()
     try:
@@ -2541,9 +2545,9 @@ def held(lock: threading.Lock, deadline: float) -> Iterator[None]:
 
 
 class MemoryStore(Store):
-    """Dicts with expiry, guarded by a lock. Their content ends with the process.
+    """Dicts with expiry, which end with the process.
 
-    It has no counters: `Counters` counts in this process while a store has none.
+    This store has no counters: `Counters` counts in this process instead.
     """
 
     kind = "memory"
@@ -2553,7 +2557,7 @@ class MemoryStore(Store):
         # By owner and kind, then by name, least recently used first
         self._documents: defaultdict[tuple[str, str], dict[str, Document]] = defaultdict(dict)
         self._sizes: defaultdict[str, Counter[str]] = defaultdict(Counter)  # bytes by owner, then by kind
-        # Each version is the time of its put in ns, by time.monotonic(): the system clock may be set back
+        # A version is the time of its put in ns, by time.monotonic(): the system clock may be set back
         self._newest_version = 0
         self._lock = threading.Lock()  # guards all three; held briefly
 
@@ -2618,19 +2622,19 @@ class MemoryStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared stores
 #
-# Common code of stores outside of this process, which fail and recover.
+# Common code of stores outside this process, which fail and recover.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_STORE_PAUSE = 5.0  # seconds without a call after a failure, at most
 
 
 class SharedStore(Store):
-    """A store outside of this process. Each failure becomes the same APIError."""
+    """A store outside this process. Every failure becomes one APIError."""
 
     failures: tuple[type[Exception], ...]
-    # No lock guards these fields: an extra call or an extra line in the log does no harm
+    # No lock guards these fields: an extra call or an extra line in the log is harmless
     _is_failing = False  # a failure has been logged, and no write has succeeded since
-    _latest_failure: tuple[str, float] = "", 0.0  # with its hour
+    _latest_failure: tuple[str, float] = "", 0.0  # text and hour
     _paused_until = 0.0  # by time.monotonic()
 
     def _check_pause(self) -> None:
@@ -2640,7 +2644,7 @@ class SharedStore(Store):
     @contextmanager
     def _calling(self, is_write: bool = False) -> Iterator[None]:
         """Raise APIError 503 for a call that fails. Then all calls fail immediately for five times as long as the
-        failed call took. Otherwise a request with several calls would wait for each call."""
+        failed call took: otherwise a request with several calls would wait for each call."""
         self._check_pause()
         began = time.monotonic()
         try:
@@ -2663,22 +2667,22 @@ class SharedStore(Store):
 # ----------------------------------------------------------------------------------------------------------------------
 # SQLite store
 #
-# One file, which the processes of one machine may share.
+# A file that processes of one machine may share.
 # ----------------------------------------------------------------------------------------------------------------------
 
-RESERVE_BYTES = 1 << 20  # of disk space in a separate file, released for deletions while the disk is full
+RESERVE_BYTES = 1 << 20  # of disk space in a separate file, which deletions release while the disk is full
 MAX_FREE_PAGES = 1000  # 4 MiB; more free pages of the file are returned to the file system
 SQLITE_APPLICATION = 0x6B326170  # PRAGMA application_id of our files
 SQLITE_FORMAT = 2  # PRAGMA user_version of our files; format 1 had other tables
 SQLITE_PRAGMAS = """
--- Has an effect only on an empty file
+-- Takes effect only in an empty file
 PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = WAL;
 -- Commits survive the end of the process; a power failure may lose the latest
 PRAGMA synchronous = NORMAL;
 PRAGMA journal_size_limit = 4194304;
 """
-# Changes nothing if another process has run it in the meantime
+# Changes nothing if another process has run it
 SQLITE_TABLES = f"""
 BEGIN IMMEDIATE;
 -- Tables of format 1, except its counters
@@ -2714,7 +2718,7 @@ COMMIT;
 """
 
 
-def read_row(row: Sequence[Any]) -> Document:
+def parse_row(row: Sequence[Any]) -> Document:
     """Return the document of a row. Raises ValueError for values of wrong types."""
     document = Document(*row)
     if list(map(type, astuple(document))) != [float, float, int, bytes, int]:
@@ -2722,7 +2726,7 @@ def read_row(row: Sequence[Any]) -> Document:
     return document
 
 
-def read_counts(rows: Iterable[tuple[str, Any]]) -> Amounts:
+def parse_counter_rows(rows: Iterable[tuple[str, Any]]) -> Amounts:
     return {name: int(value) for name, value in rows}
 
 
@@ -2737,12 +2741,12 @@ class SQLiteStore(SharedStore):
         try:
             import sqlite3
         except ImportError:
-            raise SettingError("SESSION_STORE: this Python has no sqlite3") from None
+            raise SettingError("SESSION_STORE: this Python has no sqlite3; use memory or redis://…") from None
         self.failures = (sqlite3.Error, OSError, OverflowError, ValueError)
         # Guards the connection and its file; held also while sqlite3 waits for other processes
         self._lock = threading.Lock()
-        # Of each owner, only one call at a time may wait for the connection: a call with 16 MiB takes 0.1 s, and many
-        # such calls would shut out other owners
+        # Only one call of each owner may wait for the connection: a call with 16 MiB takes 0.1 s, and many such calls
+        # would shut out other owners
         self._owner_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._db: Any = None
         self._file: Any = None  # os.stat() of the connected file
@@ -2753,7 +2757,7 @@ class SQLiteStore(SharedStore):
             self._connect()
         except self.failures as error:
             self._close()
-            # An OSError's message contains the path, which may contain the word
+            # The message of an OSError contains the path, which may contain "locked"
             if isinstance(error, OSError) or "locked" not in str(error):
                 raise SettingError(f"SESSION_STORE: {path} cannot be used: {error}") from None
             log.warning("session store (sqlite) is locked by another program: %s", path)
@@ -2770,7 +2774,7 @@ class SQLiteStore(SharedStore):
                 "SELECT created, used, turns, data, number FROM documents "
                 "WHERE owner = ? AND kind = ? AND name = ? AND used > ?",
                 (*key, self.expiry_cutoff())).fetchone()
-            return read_row(row) if row else None
+            return parse_row(row) if row else None
 
     def put(self, key: DocumentKey, document: Document, expected: int = ANY_VERSION) -> bool:
         owner, kind, _ = key
@@ -2826,7 +2830,7 @@ class SQLiteStore(SharedStore):
                 "SELECT name, created, used, turns FROM documents "
                 "WHERE owner = ? AND kind = ? AND used > ? ORDER BY number",
                 (owner, kind, self.expiry_cutoff()))
-            return {name: read_row(row) for name, *row in rows}
+            return {name: parse_row(row) for name, *row in rows}
 
     def count(self) -> int:
         with self._using() as execute:
@@ -2848,20 +2852,20 @@ class SQLiteStore(SharedStore):
                     "INSERT INTO counters VALUES (?, ?, ?, ?, ?) "
                     "ON CONFLICT (owner, period, name) DO UPDATE SET value = value + excluded.value",
                     (key.owner, key.period, name, amount, now + key.lifetime))
-            return read_counts(execute(
+            return parse_counter_rows(execute(
                 "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period)))
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         found: list[Amounts] = []
         for key in keys:
             with self._using(key.owner) as execute:
-                found.append(read_counts(execute(
+                found.append(parse_counter_rows(execute(
                     "SELECT name, value FROM counters WHERE owner = ? AND period = ?", (key.owner, key.period))))
         return found
 
     @contextmanager
     def _using(self, owner: str = "", is_write: bool = False) -> Iterator[Callable[..., Any]]:
-        """Yield a function that executes a statement. The statements of a write are one transaction. Any failure closes
+        """Yield a function that executes a statement. The statements of a write are one transaction. A failure closes
         the connection, which rolls back, and the next call reconnects."""
         deadline = time.monotonic() + STORE_TIMEOUT
 
@@ -2891,7 +2895,7 @@ class SQLiteStore(SharedStore):
     # Callers of the methods below hold the lock
 
     def _fill_reserve(self) -> None:
-        """Reserve disk space for deletions, unless it is reserved. Raises OSError if the disk is full."""
+        """Reserve disk space for deletions, unless reserved. Raises OSError if the disk is full."""
         with suppress(FileNotFoundError):
             if os.path.getsize(self._reserve) >= RESERVE_BYTES:
                 return
@@ -2945,7 +2949,7 @@ class SQLiteStore(SharedStore):
 # Documents in Redis, for processes on any number of machines. A document is a hash that expires by itself.
 # ----------------------------------------------------------------------------------------------------------------------
 
-REDIS_CONNECTIONS = 256  # at most: each thread that waits for a reply holds one
+REDIS_CONNECTIONS = 256  # at most; a thread that waits for a reply holds one
 REDIS_TIMEOUT = 1.0  # seconds for each step: to get a connection from the pool, to connect, to receive a reply
 REDIS_INDEXES = "kimi2api:indexes"  # set of the names of all indexes
 PUT_DOCUMENT = """
@@ -2954,7 +2958,7 @@ local document = index .. ':' .. name
 if expected ~= '-1' and expected ~= (redis.call('HGET', document, 'version') or '0') then
     return 0
 end
--- Microseconds of the one clock that all processes share, and later than all others if it was set back
+-- Microseconds of Redis's clock, which all processes share; later than the newest version if the clock was set back
 local time = redis.call('TIME')
 local newest = redis.call('ZREVRANGE', index, 0, 0, 'WITHSCORES')[2] or 0
 local version = string.format('%.0f', math.max(time[1] * 1000000 + time[2], newest + 1))
@@ -2974,7 +2978,7 @@ return 1
 """
 
 
-def hashed(text: str) -> str:
+def short_hash(text: str) -> str:
     """Return the hash of a text for a Redis key."""
     return sha256(text.encode()).hexdigest()[:32]
 
@@ -2988,15 +2992,15 @@ def index_name(owner: str, kind: str) -> str:
 
 
 def counters_name(key: CounterKey) -> str:
-    return f"kimi2api:counters:{hashed(key.owner)}:{hashed(key.period)}"
+    return f"kimi2api:counters:{short_hash(key.owner)}:{short_hash(key.period)}"
 
 
-def read_reply(counters: Mapping[bytes, bytes]) -> Amounts:
+def parse_counters(counters: Mapping[bytes, bytes]) -> Amounts:
     return {name.decode(): int(value) for name, value in counters.items()}
 
 
 class RedisStore(SharedStore):
-    """A Redis server, or another that implements its protocol; tested with Redis 7.
+    """A Redis server, or another server that implements its protocol; tested with Redis 7.
 
     A version with another format of data must use other names of keys, so that versions can run side by side.
     """
@@ -3013,11 +3017,11 @@ class RedisStore(SharedStore):
             raise SettingError("SESSION_STORE: the package redis is missing: pip install redis") from None
         self.failures = (
             redis.RedisError, OSError,
-            # Malformed addresses, replies and documents raise these
+            # For malformed addresses, replies and documents
             AttributeError, LookupError, TypeError, ValueError,
         )
         try:
-            # Connections of a pool do not retry by default: a write whose reply was lost may have succeeded
+            # A pool's connections do not retry by default, rightly: a write whose reply was lost may have succeeded
             pool = redis.BlockingConnectionPool.from_url(
                 url,
                 max_connections=REDIS_CONNECTIONS,
@@ -3039,7 +3043,7 @@ class RedisStore(SharedStore):
 
     def check(self) -> None:
         with self._calling(is_write=True):
-            # Redis refuses this write if its memory is full or it is a replica
+            # Redis refuses this write if its memory is full, or if it is a replica
             self._redis.set("kimi2api:check", "")
 
     def load(self, key: DocumentKey) -> Document | None:
@@ -3098,17 +3102,17 @@ class RedisStore(SharedStore):
             pipe.pexpire(counters, int(1000 * key.lifetime))
             pipe.hgetall(counters)
             *_, found = pipe.execute()
-            return read_reply(found)
+            return parse_counters(found)
 
     def read_counters(self, keys: Iterable[CounterKey]) -> list[Amounts]:
         with self._calling(), self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hgetall(counters_name(key))
-            return list(map(read_reply, pipe.execute()))
+            return list(map(parse_counters, pipe.execute()))
 
 
 def open_store(settings: Settings) -> Store:
-    """Open the store of SESSION_STORE. Raises SettingError if it cannot be used at all."""
+    """Open the store that SESSION_STORE names. Raises SettingError if it can never be used."""
     ttl = settings.session_cache_ttl
     limit = settings.max_session_size
     kind, _, path = settings.session_store.partition(":")
@@ -3122,13 +3126,13 @@ def open_store(settings: Settings) -> Store:
 # ----------------------------------------------------------------------------------------------------------------------
 # Sessions
 #
-# The content of documents. A session is JSON lines: a head, then one line for each turn. It has no system messages,
-# because every request has its own.
+# The content of documents. A session is JSON lines: a head, then one line for each turn. Turns have no system messages,
+# because each request has its own.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_SESSION_BYTES = 1 << 20  # of one session's turns; the oldest turns are dropped
-MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger one is not stored
-MAX_REASONING_BYTES = 1 << 20  # of one text of reasoning; a larger one is not stored
+MAX_RESPONSE_BYTES = 16 << 20  # of a stored response with its conversation; a larger response is not stored
+MAX_REASONING_BYTES = 1 << 20  # of one message's reasoning; larger reasoning is not stored
 
 
 @dataclass(frozen=True)
@@ -3137,7 +3141,7 @@ class Session:
 
     # The head of the document
     id: str
-    # For a stored response, the system messages and tools of its input and of the inputs that it continues
+    # Of a stored response: the system messages and tools of its input, and of the inputs before it
     system: Sequence[Message] = ()
     tools: Sequence[JSONObject] = ()
     response: JSONObject = field(default_factory=dict)  # empty for a user's conversation
@@ -3146,7 +3150,7 @@ class Session:
     document: Document = NO_DOCUMENT  # in which the session is stored
 
 
-def read_turns(lines: Iterable[bytes]) -> Turns:
+def parse_turns(lines: Iterable[bytes]) -> Turns:
     return tuple(tuple(json.loads(line)) for line in lines)
 
 
@@ -3155,14 +3159,14 @@ def dump_turns(turns: Iterable[Turn]) -> list[bytes]:
 
 
 def new_document(head: bytes, lines: Sequence[bytes] = (), created: float = 0.0) -> Document:
-    """Return a document that is used now. created: seconds since the epoch, 0 for now."""
+    """Return a document whose last use is now. created: seconds since the epoch, 0 for now."""
     now = time.time()
     return Document(created or now, now, len(lines), b"\n".join((head, *lines)))
 
 
 def stored_message(message: Message) -> Message:
-    """Return the part of a message to store. Clients may put megabytes into fields that are never read."""
-    stored: Message = {"role": message["role"], "content": text_of(message)}
+    """Return the fields of a message to store. Clients may put megabytes into other fields, which are never read."""
+    stored: Message = {"role": message["role"], "content": message_text(message)}
     if message.get("tool_call_id"):
         stored["tool_call_id"] = message["tool_call_id"]
     if message.get("tool_calls"):
@@ -3181,13 +3185,13 @@ def stored_message(message: Message) -> Message:
 def latest_lines(lines: list[bytes]) -> list[bytes]:
     """Return the latest lines that fit into a session, without lines that are too long by themselves."""
     kept = []
-    room = MAX_SESSION_BYTES
+    remaining = MAX_SESSION_BYTES
     for line in reversed(lines):
         if len(line) > MAX_SESSION_BYTES:
-            log.warning("a turn of %d bytes is not kept in its session", len(line))
+            log.warning("a turn of %d bytes is too large for its session and not stored", len(line))
             continue
-        room -= len(line)
-        if room < 0:
+        remaining -= len(line)
+        if remaining < 0:
             break
         kept.append(line)
     return kept[::-1]
@@ -3201,19 +3205,19 @@ class Sessions:
         self.store = store
 
     def get(self, owner: str, name: str, kind: str = SESSION) -> Session | None:
-        """Return the session of a user, or the stored response with an id."""
+        """Return the session of a user, or the stored response with this id, or None."""
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
         head, *lines = document.data.split(b"\n")
         try:
-            return Session(**json.loads(head), turns=read_turns(lines), document=document)
+            return Session(**json.loads(head), turns=parse_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            log.warning("a stored %s is damaged: %s", kind, type(error).__name__)
+            log.warning("a stored %s cannot be read: %s; delete it", kind, type(error).__name__)
             raise store_unavailable() from None
 
     def open(self, owner: str, user: str | None) -> Session:
-        """Return the user's session, or a new session, which is stored when a turn is recorded."""
+        """Return the user's session, or a new session, which `record` stores."""
         session = self.get(owner, user) if user else None
         return session or Session(random_hex())
 
@@ -3225,16 +3229,16 @@ class Sessions:
         turns: Sequence[Turn],
         replace_turns: bool,
     ) -> None:
-        """Add turns, all or none, to the user's session. replace_turns: replace the turns of the opened session."""
+        """Add all turns or none to the user's session. replace_turns: replace the turns of the opened session."""
         added = dump_turns(turns)
 
         def change(document: Document) -> Document:
             head, *lines = document.data.split(b"\n")
-            if replace_turns:  # except turns that were recorded in the meantime
+            if replace_turns:  # but keep turns that were recorded in the meantime
                 recorded = Counter(lines) - Counter(opened.document.data.split(b"\n"))
                 lines = added + list(recorded.elements())
             elif turns[0][0]["role"] != "user":  # a tool's result, which continues a turn
-                lines = dump_turns(append_turns(read_turns(lines), turns))
+                lines = dump_turns(append_turns(parse_turns(lines), turns))
             else:
                 lines += added
             return new_document(head or dump_json({"id": opened.id}), latest_lines(lines), document.created)
@@ -3242,7 +3246,7 @@ class Sessions:
         self.store.update((owner, SESSION, user), opened.document, change)
 
     def record_response(self, owner: str, session: Session) -> None:
-        """Store a response with its conversation, which later responses may continue."""
+        """Store a response with its conversation, which later responses may continue, unless they are too large."""
         head = {
             "id": session.id,
             "system": list(map(stored_message, session.system)),
@@ -3252,11 +3256,11 @@ class Sessions:
         document = new_document(dump_json(head), dump_turns(session.turns))
         size = len(document.data)
         if size > MAX_RESPONSE_BYTES:
-            log.warning("a response is not stored: with its conversation it has %d bytes", size)
+            log.warning("a response is too large and not stored: %d bytes with its conversation", size)
         else:
             self.store.put((owner, RESPONSE, session.response["id"]), document)
 
-    def keep_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
+    def store_reasoning(self, owner: str, name: str, fields: JSONObject) -> None:
         """Store reasoning, unless it is too large."""
         document = new_document(dump_json(fields))
         if len(document.data) <= MAX_REASONING_BYTES:
@@ -3264,7 +3268,7 @@ class Sessions:
                 self.store.put((owner, REASONING, name), document)
 
     def find_reasoning(self, owner: str, name: str) -> JSONObject:
-        """Return stored reasoning, or nothing if it has expired or the store is unavailable."""
+        """Return stored reasoning, or {} if it has expired or the store is unavailable."""
         document = None
         with suppress(APIError):
             document = self.store.load((owner, REASONING, name))
@@ -3284,7 +3288,7 @@ USAGE_DAYS = 31
 
 
 def key_limit(limits: Mapping[str, int], client: ClientKey) -> int:
-    """Return the limit of a key by its name, else the limit for all keys. 0 means no limit."""
+    """Return the limit of a key by its name, else the limit of all other keys. 0 means no limit."""
     return limits.get(client.name or "", limits[""])
 
 
@@ -3308,7 +3312,7 @@ def limit_headers(what: str, limit: int, used: int, reset: float) -> dict[str, s
     }
 
 
-def quota_spent(used: int, limit: int, reset: float) -> APIError:
+def quota_exceeded(used: int, limit: int, reset: float) -> APIError:
     return APIError(
         429,
         f"You have used {used} of today's {limit} tokens (TOKENS_PER_DAY).",
@@ -3326,7 +3330,7 @@ def without_expired(periods: dict[CounterKey, T]) -> dict[CounterKey, T]:
 
 
 class Counters:
-    """Counters in a store that may fail, or has none. Meanwhile added amounts are pending. Totals are the known totals
+    """Counters in a store that may fail or have none. Amounts that the store lacks are pending. Totals are known totals
     plus pending amounts. The next successful addition sends the pending amounts of all owners."""
 
     def __init__(self, store: Store) -> None:
@@ -3348,13 +3352,13 @@ class Counters:
         self._total(key, known)
         with suppress(APIError), held(self._sending, 0.0):  # unless another thread is sending
             for other, sent in self._pending.copy().items():
-                # Until the amounts are removed below, they count twice. They must never be missing
+                # Until they are removed below, the amounts count twice, so that they are never missing
                 self._total(other, self._store.add_counters(other, sent))
                 with self._lock:
                     rest = self._pending.pop(other, NO_AMOUNTS) - sent
                     if rest:
                         self._pending[other] = rest
-        # Without later additions of other threads: with them, a limit would refuse one chat too many
+        # Without additions of other threads after this one: with them, a limit would refuse one chat too many
         return Counter(known) + pending
 
     def read(self, keys: Sequence[CounterKey]) -> list[Counter[str]]:
@@ -3371,7 +3375,7 @@ class Counters:
         known: Amounts = NO_AMOUNTS,
         pending: Amounts = NO_AMOUNTS,
     ) -> Counter[str]:
-        """Return the totals of a period, after adding what the store has returned or what it lacks."""
+        """Return the totals of a period, after noting counters from the store or amounts that the store lacks."""
         with self._lock:
             if key not in self._known:
                 self._known = without_expired(self._known)
@@ -3391,7 +3395,7 @@ class UsageLimits:
         self._counters = Counters(store)
 
     def admit(self, client: ClientKey) -> dict[str, str]:
-        """Count a new chat, and return headers for its response. Raises APIError 429 if it exceeds a limit."""
+        """Count a new chat, and return headers for its response. Raises APIError 429 if the chat exceeds a limit."""
         headers: dict[str, str] = {}
         refusal: APIError | None = None
         now = time.time()
@@ -3402,7 +3406,7 @@ class UsageLimits:
             used = sum_by_model(counters)[0]["total_tokens"]
             headers.update(limit_headers("tokens", limit, used, reset))
             if used >= limit:
-                refusal = quota_spent(used, limit, reset)
+                refusal = quota_exceeded(used, limit, reset)
         limit = key_limit(self._settings.requests_per_minute, client)
         if limit:
             reset = MINUTE - now % MINUTE
@@ -3421,8 +3425,8 @@ class UsageLimits:
         return headers
 
     def reserve(self, client: ClientKey, tokens: int) -> tuple[CounterKey, int] | None:
-        """Reserve the estimated tokens of a prompt until `record` counts the tokens that were used. Return None for a
-        key without a quota. Raises APIError 429 if used and earlier reserved tokens exhaust the quota."""
+        """Reserve the estimated tokens of a prompt until `record` counts the used tokens. Return None for a key without
+        a quota. Raises APIError 429 if used tokens and other reserved tokens exhaust the quota."""
         limit = key_limit(self._settings.tokens_per_day, client)
         if not limit:
             return None
@@ -3433,7 +3437,7 @@ class UsageLimits:
         used = sum_by_model(counters)[0]["total_tokens"] + reserved
         if used >= limit:
             self._counters.add(day, {"released": tokens})
-            raise quota_spent(used, limit, DAY - now % DAY)
+            raise quota_exceeded(used, limit, DAY - now % DAY)
         return day, tokens
 
     def record(
@@ -3526,10 +3530,10 @@ class Metrics:
     """Counters and histograms of this process."""
 
     def __init__(self, models: Iterable[str] = ()) -> None:
-        """models: the ids that are always labels."""
+        """models: ids that are always labels."""
         self._models = set(models)
-        # By owner, the ids of APIs' models that have answered: made-up ids of one owner must not displace another's
-        self._models_of: defaultdict[str, set[str]] = defaultdict(set)
+        # Ids of APIs' models that have answered, by owner: one owner's made-up ids must not displace another's
+        self._models_by_owner: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
         # Also the series of histograms
         self._counters: defaultdict[str, defaultdict[Labels, float]] = defaultdict(partial(defaultdict, float))
@@ -3546,9 +3550,8 @@ class Metrics:
         self.count(f"{metric}_count", labels)
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
-        """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
-        any id."""
-        models = self._models_of[owner]
+        """Return the model's id, or "other" to bound the labels of each owner: `*` in MODELS accepts any id."""
+        models = self._models_by_owner[owner]
         has_room = len(models) < MAX_MODEL_LABELS and len(model) <= MAX_LABEL
         if has_room and has_answered and model.startswith(f"{provider}/"):
             models.add(model)
@@ -3578,19 +3581,19 @@ def sample(name: str, labels: Labels, value: float) -> str:
 ########################################################################################################################
 # Part 5: HTTP client
 #
-# Requests to upstreams over pooled connections, within a deadline. Nothing outside of this part uses requests, urllib3
-# or cloudscraper.
+# Requests to upstreams over pooled connections, within a deadline. Nothing outside this part uses requests, urllib3 or
+# cloudscraper.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Connections
 #
-# http.client's connections, read within a deadline. A wait has slices, between which the waiter attends to its client.
+# http.client's connections, read within a deadline. Before each slice of a wait, the waiter attends to its client.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 10.0  # seconds for the connection, and as many for the TLS handshake
-MAX_IDLE = 60.0  # seconds between two requests of a connection
+MAX_IDLE = 60.0  # seconds between two requests on a connection
 MAX_INTERIM_RESPONSES = 16
 # The size line of a chunk, behind the data of the previous chunk
 NEXT_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")
@@ -3599,27 +3602,27 @@ READ_SIZE = 65536
 
 
 class Abandoned(APIError):
-    """The end of a chat for a reason outside its upstream: its client has disconnected, or the server stops."""
+    """The end of a chat for a reason outside its upstream: the client has disconnected, or the server is stopping."""
 
 
 class Waiter:
-    """The side that waits for an upstream. This class has no client, as for --check; its subclass `Client` is one."""
+    """The side that waits for an upstream: here without a client, as in --check; the subclass `Client` is a client."""
 
     interval = 60.0  # seconds, at most, between two calls of attend() during a wait
     must_finish = False  # the upstream call continues when the client has disconnected
 
     def clock(self) -> float:
-        """Return the seconds of the clock that deadlines use."""
+        """Return the time in seconds, by the clock of deadlines."""
         return time.monotonic()
 
     def attend(self) -> None:
-        """Do what the client needs, before each slice of a wait. Raises Abandoned to end the call."""
+        """Serve the client before each slice of a wait. Raises Abandoned to end the call."""
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def defer(self, function: Callable[[], None]) -> None:
-        """Call a function when the client has its complete response, here immediately."""
+        """Call a function once the client has the complete response; without a client, immediately."""
         function()
 
 
@@ -3634,29 +3637,29 @@ class Deadline:
         self.limit(timeout)
 
     def limit(self, seconds: float) -> None:
-        """Set the deadline to this many seconds from now."""
+        """Set the deadline to `seconds` from now."""
         self._end = self.waiter.clock() + seconds
 
     @property
     def waited(self) -> float:
-        """Return the seconds after which the call has timed out."""
+        """Return the seconds that the call has waited, at most its time-out."""
         return self.timeout - max(0.0, self._end - self.waiter.clock())
 
     def remaining(self) -> float:
-        """Return the seconds that are left. Raises TimeoutError if there are none."""
+        """Return the seconds until the deadline. Raises TimeoutError after it."""
         seconds = self._end - self.waiter.clock()
         if seconds <= 0:
             raise TimeoutError("timed out")
         return seconds
 
     def next_wait(self) -> float:
-        """Let the waiter attend to its client, then return the seconds that the next slice of a wait may take."""
+        """Let the waiter attend to its client. Return the seconds that the next slice of a wait may take."""
         self.waiter.attend()
         return min(self.remaining(), self.waiter.interval)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Set a socket's time-out, unless it nearly has this value: setting is a system call and releases the GIL."""
+    """Set a socket's time-out, unless it is nearly the same: setting is a system call and releases the GIL."""
     if abs(seconds - (sock.gettimeout() or inf)) > TIMEOUT_PRECISION:
         sock.settimeout(seconds)
 
@@ -3669,7 +3672,7 @@ class SocketReader(io.RawIOBase):
     """A reader of a socket, in slices and within a deadline.
 
     A socket's own time-out restarts with every read, so an upstream that sends byte by byte could hold a thread for
-    hours. file: http.client's socket.SocketIO, which refuses to read after a time-out; it keeps the socket open until
+    hours. file: http.client's socket.SocketIO, which refuses to read after a time-out, but keeps the socket open until
     close().
     """
 
@@ -3677,8 +3680,7 @@ class SocketReader(io.RawIOBase):
         self.sock = sock
         self._file = file
         self.deadline = deadline
-        # Reads return nothing, so that peek() shows only what is buffered
-        self.is_paused = False
+        self.is_paused = False  # reads return nothing, so that peek() returns only buffered bytes
 
     def readable(self) -> bool:
         return True
@@ -3700,7 +3702,7 @@ class SocketReader(io.RawIOBase):
 
 
 class ResponseReader(io.BufferedReader):
-    """The file of a response. http.client closes it at the end of the response, before the connection is reused."""
+    """The file of a response, which http.client closes at the end of the response, before the connection is reused."""
 
     raw: Any  # SocketReader
 
@@ -3715,7 +3717,7 @@ class ResponseReader(io.BufferedReader):
     def close(self) -> None:
         if not self.closed:
             sock = self.raw.sock
-            # urllib3's TLS inside a proxy's TLS does not show whether it has buffered bytes
+            # urllib3's TLS inside a proxy's TLS cannot report whether bytes are buffered
             is_opaque = not isinstance(sock, socket.socket)
             decrypted = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
             # Unread bytes, or an answer that may belong to another request: the next request must not read them
@@ -3749,8 +3751,8 @@ class StrictHTTPResponse(HTTPResponse):
         raise HTTPException("too many interim responses")
 
     def _read1_chunked(self, size: int) -> bytes:
-        """Read a chunk and the complete chunks that are buffered behind it: APIs send each event as a chunk. The empty
-        last chunk is left, because the caller may find the answer complete before the end of the body."""
+        """Read a chunk and the complete chunks that are buffered behind it: APIs send each event as a chunk. Leave the
+        empty last chunk, because the caller may find the answer complete before the end of the body."""
         parts = [super()._read1_chunked(size)]  # type: ignore[misc]
         if self.chunk_left == 0:
             buffered = self.fp.received()
@@ -3767,8 +3769,8 @@ class StrictHTTPResponse(HTTPResponse):
 
 
 class UpstreamConnection:
-    """A mixin for urllib3's classes of connections. Sending has the same deadline as reading. Nothing is sent for a
-    client that disconnected during connecting."""
+    """A mixin for urllib3's connection classes. Sending has the deadline of reading. Nothing is sent for a client that
+    disconnected during connecting."""
 
     response_class = StrictHTTPResponse
     sock: Any
@@ -3777,7 +3779,7 @@ class UpstreamConnection:
 
     @property
     def is_connected(self) -> bool:
-        """Return whether the next request may use the connection. NAT and sleep end idle connections silently."""
+        """Return whether the next request may use the connection. NAT and standby end idle connections silently."""
         is_fresh = time.monotonic() - self._last_request < MAX_IDLE
         return is_fresh and super().is_connected  # type: ignore[misc]
 
@@ -3808,7 +3810,7 @@ class UpstreamConnection:
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_UPSTREAM_BYTES = 4 << 20  # of a page, an answer that is not streamed, or one event of a stream
-DRAIN_SECONDS = 0.2  # to read what follows the end of a stream, so that its connection can be reused
+DRAIN_SECONDS = 0.2  # to read the rest behind the end of a stream, so that its connection can be reused
 MAX_RETRY_AFTER = 5.0  # seconds; a longer Retry-After is left to the client
 
 
@@ -3845,8 +3847,8 @@ class UpstreamResponse:
                 yield data
 
     def drain(self) -> None:
-        """Read what may follow the end of a stream, so that the connection can be reused. If this fails, close it."""
-        self.deadline.waiter = Waiter()  # the client's response has ended: no keep-alive comment may follow
+        """Read the rest behind the end of a stream, so that the connection can be reused. Close it if this fails."""
+        self.deadline.waiter = Waiter()  # the client's response has ended, so no keep-alive comment may follow
         self.deadline.is_per_read = False
         self.deadline.limit(DRAIN_SECONDS)
         with suppress(APIError):
@@ -3854,12 +3856,12 @@ class UpstreamResponse:
         self.close()
 
     def close(self) -> None:
-        """Close the connection, unless the body has been read to its end: then the connection is back in the pool."""
+        """Close the connection, unless it is back in the pool because the body has been read to its end."""
         self.raw.close()
 
 
 class Transport:
-    """Requests to an upstream over pooled connections, for many threads. Every failure is an APIError.
+    """A sender of requests to an upstream over pooled connections. Thread-safe. Every failure is an APIError.
 
     requests.Session merges settings, cookies, proxies and .netrc for each request, which takes several times as long
     as the transfer. Transport merges settings once per host, and uses urllib3's pool. Redirects are not followed.
@@ -3875,7 +3877,7 @@ class Transport:
         self._adapter = adapter or HTTPAdapter()
         self._adapter.init_poolmanager(10, connections)
         self._pools: dict[str, Any] = {}  # by the URL of a host
-        # Guards _pools and their creation, and the cookies of Scraper
+        # Guards _pools, the creation of pools, and the cookies of Scraper
         self._lock = threading.Lock()
 
     def request(
@@ -3930,19 +3932,19 @@ class Transport:
                     names = [name for name, value in os.environ.items() if value == proxy] or ["the proxy"]
                     raise upstream_error(
                         502, "upstream_unavailable", f"{self.name} cannot be reached: {names[0]} cannot be used "
-                        f"({root_cause(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
+                        f"({root_reason(error)}). A SOCKS proxy is written socks5h://HOST:PORT, and needs: "
                         "pip install PySocks") from None
                 pool.conn_kw["socket_options"] = [
                     *pool.ConnectionCls.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
                 ]
-                # urllib3 has one pool for all spellings of a host, which may have our class already
+                # urllib3 has one pool for all spellings of a host; the pool may have our class already
                 pool.ConnectionCls = type("Connection", (UpstreamConnection, type(pool).ConnectionCls), {})
                 self._pools[origin] = pool
             return self._pools[origin]
 
     def forget_connections(self) -> None:
-        """Let no later request use the present connections. urllib3 closes them when the last request with their pool
-        has ended."""
+        """Let no later request use the present connections. urllib3 closes them when the last request of their pool
+        ends."""
         with self._lock:
             self._adapter.close()
             self._pools.clear()
@@ -3952,43 +3954,42 @@ class Transport:
         """Raise APIError for any failure to connect, send or read."""
         try:
             yield
-        # RequestException: for an invalid URL of a proxy or a redirect
+        # RequestException is for the invalid URL of a proxy or a redirect
         except (TimeoutError, HTTPError, requests.RequestException) as error:
             # Frames of urllib3's functions, and of contextlib's, refer to the error: without these two lines, the cycle
             # keeps the request in memory
             clear_frames(error.__traceback__)
             error.__traceback__ = None
-            cause = innermost(error)
+            cause = root_cause(error)
             if isinstance(cause, TimeoutError):
                 message = f"{self.name} did not answer within {round(deadline.waited, 1):g} s."
                 # No retry: the upstream may have accepted the prompt
                 raise upstream_error(504, "upstream_timeout", message, headers=NO_SDK_RETRY) from None
             if isinstance(error, DecodeError):
                 raise invalid_response(self.name, "an answer that cannot be decoded", retryable=True) from None
-            what = f"cannot be reached: {root_cause(cause)}"
+            what = f"cannot be reached: {root_reason(cause)}"
             if isinstance(cause, IncompleteRead):
                 what = "closed the connection before the end of its answer"
             raise upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True) from None
 
 
-def innermost(error: BaseException) -> BaseException:
-    """Return the error that the layers above have wrapped."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return the innermost of errors that wrap one another."""
     cause = error.__cause__ or error.__context__
-    if cause is None or isinstance(error, IncompleteRead):  # http.client's own cause is how it parses numbers
+    if cause is None or isinstance(error, IncompleteRead):  # its cause is how http.client parses numbers
         return error
-    return innermost(cause)
+    return root_cause(cause)
 
 
-def root_cause(error: BaseException) -> str:
-    """Return the innermost reason, without the URLs and object names that the layers above wrap around it."""
-    error = innermost(error)
+def root_reason(error: BaseException) -> str:
+    """Return the innermost error's message, without the URLs and object names in the errors that wrap it."""
+    error = root_cause(error)
     reason = plain_line(getattr(error, "strerror", None) or str(error).strip(" :.") or type(error).__name__)
     return re.sub(r"//\S*@", "//…@", reason)
 
 
-
 def rate_limited(message: str, type: str, code: str, headers: Headers) -> APIError:
-    """Return an APIError 429 with the upstream's Retry-After. It is retryable only if the wait is known and short."""
+    """Return an APIError 429 with the upstream's Retry-After, retryable only if the wait is known and short."""
     wait = parse_retry_after(headers)
     error = APIError(429, message, type, code)
     if wait is None:
@@ -4012,15 +4013,15 @@ def parse_retry_after(headers: Headers) -> float | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Scraper
 #
-# Requests that look like a browser's, for the web chat's site. TLS ciphers, headers and the cookie jar are
-# cloudscraper's. No challenge is solved: Cloudflare no longer serves those that cloudscraper can solve.
+# Requests like a browser's, for the web chat's site. TLS ciphers, headers and the cookie jar are cloudscraper's. No
+# challenge is solved: Cloudflare no longer serves challenges that cloudscraper can solve.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_COOKIE_BYTES = 8 << 10  # of all cookies; servers refuse longer headers
 
 
 class Scraper(Transport):
-    """A browser. Thread-safe."""
+    """A transport that sends requests as a browser does, with cookies. Thread-safe."""
 
     # cloudscraper's own list ends with Chrome 76
     USER_AGENT = (
@@ -4056,6 +4057,8 @@ class Scraper(Transport):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cached fetches
+#
+# Values from upstreams that all chats share, such as the nonce.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -4071,12 +4074,12 @@ class Cached(Generic[T]):
         self._fetch = fetch
         self._max_age = max_age  # seconds from the start of a fetch to the next
         self._thread = ThreadPoolExecutor(1, name)
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards the fields below
         self._latest: Future[T] | None = None
         self._began = 0.0  # when the latest fetch began, by time.monotonic()
 
     def latest(self) -> Future[T]:
-        """Return the latest fetch, running or done. Start another if it is too old."""
+        """Return the latest fetch, running or done. Start a fetch if there is none, or if it failed or is too old."""
         with self._lock:
             fetch = self._latest
             is_old = time.monotonic() - self._began >= self._max_age
@@ -4086,7 +4089,7 @@ class Cached(Generic[T]):
             return fetch
 
     def wait(self, waiter: Waiter) -> Future[T]:
-        """Wait for the latest fetch, which has its own deadline, and return it. Raises its error."""
+        """Wait for the latest fetch, which has its own deadline, and return it. Raises the fetch's error."""
         fetch = self.latest()
         while not fetch.done():
             waiter.attend()
@@ -4107,29 +4110,29 @@ class Cached(Generic[T]):
 ########################################################################################################################
 # Part 6: Upstreams
 #
-# A provider turns a request into a stream of deltas: Kimi's web chat, which takes and answers plain text, or an OpenAI-
-# style API.
+# A provider turns a request into a stream of deltas: Kimi's web chat, which takes and returns plain text, or an
+# OpenAI-style API.
 ########################################################################################################################
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Circuit breaker
 #
-# An upstream that keeps failing is not called for a while. Its callers immediately get an error of ours.
+# An upstream that keeps failing is not called for a while: callers immediately get an error.
 # ----------------------------------------------------------------------------------------------------------------------
 
 FAILURES_TO_OPEN = 5  # in a row
 # Seconds that the circuit stays open, doubled each time, and at most
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0
-FAILING_MAX_AGE = 600.0  # seconds after the last failure; a client may ask only once for a model that fails
+FAILING_MAX_AGE = 600.0  # seconds after the last failure; clients may never use the failing model again
 
 
 class CircuitBreaker:
     """The circuit breaker of one model of an upstream.
 
     Closed: calls go through. Open, after FAILURES_TO_OPEN failures in a row: calls are refused. Half-open, after a
-    pause: a call is a probe. Another call is a probe after each further pause, which is twice as long as the pause
-    before, until a probe succeeds.
+    pause: one call is a probe. Until a probe succeeds, another call is a probe after each further pause, which is twice
+    as long as the pause before.
     """
 
     def __init__(self, name: str) -> None:
@@ -4139,14 +4142,14 @@ class CircuitBreaker:
         # For calls that are refused while the circuit is open or half-open
         self._error: APIError | None = None
         self._pause = FIRST_PAUSE  # seconds
-        self._open_until = 0.0  # by the monotonic clock
+        self._open_until = 0.0  # by time.monotonic()
         # Since when (seconds since the epoch) and why calls fail
         self._failing: tuple[float, str] | None = None
-        self._last_failure = 0.0  # by the monotonic clock
+        self._last_failure = 0.0  # by time.monotonic()
 
     @property
     def failing(self) -> tuple[float, str] | None:
-        """Return since when (seconds since the epoch) and why calls fail, None after a success or a while."""
+        """Return since when (seconds since the epoch) and why calls fail, or None if they do not."""
         is_recent = time.monotonic() - self._last_failure < FAILING_MAX_AGE
         return self._failing if is_recent else None
 
@@ -4171,7 +4174,7 @@ class CircuitBreaker:
             else:
                 self._failing = self.failing or (time.time(), error.reason)
                 self._last_failure = time.monotonic()
-            # An upstream that refuses works
+            # An upstream that refuses a request works
             if error is None or error.status < 500 or error.code in ("upstream_refused", "upstream_auth"):
                 self._failures = 0
                 self._error = None
@@ -4180,7 +4183,7 @@ class CircuitBreaker:
             elif self._error is None:
                 self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
-                    # Not the upstream's words: they may quote another caller's prompt
+                    # Without the upstream's message, which may quote another caller's prompt
                     code = "upstream_unavailable" if error.quotes_upstream else error.code or error.type
                     message = f"after {self._failures} failures in a row it is not called for now: HTTP {error.status}."
                     self._error = upstream_error(error.status, code, f"{self._name}: {message}")
@@ -4191,10 +4194,10 @@ class CircuitBreaker:
 # ----------------------------------------------------------------------------------------------------------------------
 # Providers
 #
-# The base class of providers, with retries and circuit breakers, and the statistics of an answer.
+# The statistics of an answer, and the base class of providers, with retries and circuit breakers.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MAX_BREAKERS = 1000  # of one provider: a client may make up any number of models
+MAX_BREAKERS = 1000  # of one provider, because a client may make up any number of models
 # Seconds before the first retry, doubled each time, and at most
 FIRST_BACK_OFF, MAX_BACK_OFF = 0.25, 4.0
 
@@ -4209,16 +4212,16 @@ class AnswerStats:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        # Tokens of the key's quota, until the answer is counted
+        # Of the key's quota, until the answer is counted
         self.reserved: tuple[CounterKey, int] | None = None
         self.messages: list[Message] = []  # of the prompt
         self.start("", "")
 
     def start(self, provider: str, model: str) -> None:
-        """Begin the statistics of a provider's answer: the first provider's, or a fallback's."""
+        """Begin the statistics of the answer of a provider, the first or a fallback."""
         self.provider = provider
-        self.model = model  # by the id that clients know
-        self.first_chunk: float | None = None  # seconds after the beginning
+        self.model = model  # the id for clients
+        self.first_chunk: float | None = None  # seconds after `began`
         self.fold = Fold()  # the provider adds each chunk before yielding it
 
     def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
@@ -4234,10 +4237,10 @@ class AnswerStats:
     def usage(self) -> JSONObject:
         """Return the usage as the upstream reports it. Missing or impossible numbers are estimated."""
         reported = self.fold.usage or {}
-        prompt = count_of(reported, "prompt_tokens") or estimate_tokens("\n".join(map(text_of, self.messages)))
-        completion = count_of(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
+        prompt = usage_count(reported, "prompt_tokens") or estimate_tokens("\n".join(map(message_text, self.messages)))
+        completion = usage_count(reported, "completion_tokens") or estimate_tokens("".join(self.fold.texts()))
         # xAI counts reasoning only in the total
-        total = max(prompt + completion, count_of(reported, "total_tokens"))
+        total = max(prompt + completion, usage_count(reported, "total_tokens"))
         return {
             **reported,
             "prompt_tokens": prompt,
@@ -4246,7 +4249,7 @@ class AnswerStats:
         }
 
     def tokens(self) -> tuple[int, int]:
-        """Return the tokens of the prompt, and all other tokens."""
+        """Return the number of tokens in the prompt, and of all other tokens."""
         usage = self.usage()
         prompt: int = usage["prompt_tokens"]
         return prompt, usage["total_tokens"] - prompt
@@ -4257,7 +4260,7 @@ class ProviderRequest:
     """A chat request for a provider, with its session and its client."""
 
     request: ChatRequest
-    model: str  # the upstream's name of it
+    model: str  # its name at the upstream
     history: Turns = ()  # of the session
     session_id: str = ""
     owner: str = ""  # of the session: the hash of a key
@@ -4273,8 +4276,8 @@ Embeddings = tuple[JSONObject, Headers]  # an answer, and headers for the respon
 class Provider:
     """An upstream. Subclasses implement its protocol.
 
-    An OpenAI-style API needs no code: list its name in PROVIDERS and set NAME_API_KEY and NAME_BASE_URL. Any other
-    upstream is a subclass with `stream` and `reach`, an entry in Providers, and its model ids in Settings.resolve.
+    An OpenAI-style API needs no code: list its name in PROVIDERS, and set NAME_API_KEY and NAME_BASE_URL. Any other
+    upstream needs a subclass with `stream` and `reach`, an entry in Providers, and its model ids in Settings.resolve.
     """
 
     def __init__(self, name: str, settings: Settings, metrics: Metrics) -> None:
@@ -4284,7 +4287,7 @@ class Provider:
         self._settings = settings
         self._metrics = metrics
 
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
+    def stream(self, chat: ProviderRequest) -> Iterator[Delta]:
         """Yield the answer. Raises APIError, also after the first deltas."""
         raise NotImplementedError
 
@@ -4295,11 +4298,11 @@ class Provider:
             "model", "unsupported_value")
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """Return the models that the upstream lists, by id, as far as they are known after `wait` seconds."""
+        """Return the models that the upstream lists, by id, waiting at most `wait` seconds for a newer list."""
         return {}
 
     def reach(self) -> tuple[str, str]:
-        """Connect to the upstream without a chat. Return what this has tested, and a model to ask. Raises APIError."""
+        """Connect to the upstream without a chat. Return what succeeded, and a model to ask. Raises APIError."""
         raise NotImplementedError
 
     def check(self) -> Iterator[tuple[str, APIError | None]]:
@@ -4323,7 +4326,7 @@ class Provider:
 
     @property
     def failing(self) -> tuple[float, str] | None:
-        """Return since when (seconds since the epoch) and why a model fails, None if all answer."""
+        """Return since when (seconds since the epoch) and why a model fails, or None if no model fails."""
         with self._lock:
             return min(
                 filter(None, (breaker.failing for breaker in self._breakers.values())),
@@ -4342,7 +4345,7 @@ class Provider:
         except APIError as error:
             if not isinstance(error, Abandoned):
                 breaker.record_end(error)
-                # An API's own codes are unbounded
+                # The number of an API's own codes is unbounded
                 code = f"http_{error.status}" if error.quotes_upstream else str(error.code)
                 self._metrics.count("kimi2api_upstream_errors_total", {"provider": self.name, "code": code})
             raise
@@ -4371,28 +4374,28 @@ class Provider:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: prompts
 #
-# Requests as plain text: history, tools and the format of the answer are described in words. Everything here is pure,
-# and takes time linear in the request.
+# Requests as plain text: history, tools and the format of the answer in words. All functions are pure, and take time
+# linear in the request.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# As the site's public clients write history
+# The names that the site's public clients use
 SPEAKERS = {"user": "用户", "assistant": "模型", "tool": "工具"}
 TOOLS_FOLLOW = "You get the results and go on. Tools:"
 JSON_ONLY = "Answer with one JSON document and nothing else"
-# Characters of a clipped tool result, with its speaker and the mark
-SHORTEST_RESULT = 80
+# Characters of a clipped tool result, including its speaker and CLIPPED
+MIN_RESULT = 80
 CLIPPED = " [… clipped …] "
 
 
 class Prompt:
     """A chat request as one text for the web chat.
 
-    A text that is longer than the limit is cut in this order, until it fits:
+    A text longer than the limit loses, in this order, until it fits:
 
     - tools longer than a third of the limit, the last first, unless the model must call a tool
     - the past beyond a third of the limit, the oldest first
     - the middle of results in the last round of tool calls, down to a third of the limit each
-    - the same three without the thirds, but SHORTEST_RESULT characters of each result stay
+    - more of all three, regardless of the thirds, but MIN_RESULT characters of each result stay
     """
 
     def __init__(
@@ -4400,7 +4403,7 @@ class Prompt:
     ) -> None:
         """limit: characters; retry_note: why the model's last answer was unusable.
 
-        Raises APIError 400 if the shortest text is too long, or if there is none.
+        Raises APIError 400 if the shortest text is too long, or if the messages have no text.
         """
         turns = append_turns(history, request.turns)
         write = partial(write_message, functions=called_functions(turns))
@@ -4408,24 +4411,24 @@ class Prompt:
         question, *rounds = split_rounds(newest)
         last_round = rounds.pop() if rounds else []
         self.limit = limit
-        self.system = join_lines(map(text_of, filter(is_system, request.messages)))
+        self.system = join_lines(map(message_text, filter(is_system, request.messages)))
         self.call_instruction = call_instruction(request)
         self.tools = list(map(describe_tool, request.tools))
-        # For the format of the answer
+        # About the format of the answer
         self.rules = join_lines([form_instruction(request.body), retry_note])
-        # Older turns, then the older rounds of tool calls of this turn, which follow the question
+        # Older turns, then older rounds of tool calls, which follow the question in the text
         self.past = ["\n".join(map(write, messages)) for messages in (*older, *rounds)]
         self.rounds = len(rounds)  # of tool calls, in `past`
         self.question = "\n".join(map(write, question))
         self.last_round = list(map(write, last_round))
         if len(newest) == 1 and self.text == self.question:
-            self.question = text_of(newest[0])  # a single message needs no speaker
+            self.question = message_text(newest[0])  # a lone message needs no speaker
         for share in (limit // 3, 0):
             if not request.must_call:
                 self.tools = drop_first(self.tools[::-1], self.excess, share)[::-1]
             beyond_share = len(join_lines(self.past)) - share
             self.past = drop_first(self.past, min(self.excess, beyond_share))
-            clip_results(self.last_round, self.excess, max(share, SHORTEST_RESULT))
+            clip_results(self.last_round, self.excess, max(share, MIN_RESULT))
         if self.excess > 0:
             raise self.too_long()
         if not self.text.strip():
@@ -4444,11 +4447,11 @@ class Prompt:
 
     @property
     def excess(self) -> int:
-        """Characters beyond the limit."""
+        """Return the number of characters beyond the limit."""
         return len(self.text) - self.limit
 
     def too_long(self) -> APIError:
-        """Return the error in OpenAI's words, which clients search for."""
+        """Return the error with OpenAI's wording, for which clients search."""
         texts = {
             "system": self.system,
             "tools": join_lines(self.tool_section),
@@ -4468,7 +4471,7 @@ def join_lines(lines: Iterable[str]) -> str:
 
 
 def drop_first(texts: list[str], excess: int, longer_than: int = 0) -> list[str]:
-    """Drop the first texts longer than `longer_than` until `excess` characters are gone. Return the other texts."""
+    """Drop the first texts longer than `longer_than` until `excess` characters are dropped. Return the other texts."""
     kept = []
     for text in texts:
         if excess > 0 and len(text) > longer_than:
@@ -4489,7 +4492,7 @@ def clip_results(lines: list[str], excess: int, shortest: int) -> None:
 
 
 def split_rounds(turn: Turn) -> list[list[Message]]:
-    """Split a turn: the user's message and what follows it, then each round of tool calls with their results."""
+    """Split a turn: the messages before the first tool call, then each round of tool calls with their results."""
     rounds: list[list[Message]] = [[]]
     for message in turn:
         if message.get("tool_calls"):
@@ -4499,7 +4502,7 @@ def split_rounds(turn: Turn) -> list[list[Message]]:
 
 
 def called_functions(turns: Iterable[Turn]) -> dict[str, str]:
-    """Return the names of the called functions by call id."""
+    """Return the names of called functions by call id."""
     names = {}
     for turn in turns:
         for message in turn:
@@ -4517,7 +4520,7 @@ def write_message(message: Message, functions: Mapping[str, str]) -> str:
     for call in message.get("tool_calls") or ():
         function = call["function"]
         calls += f'<tool_call>{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}</tool_call>'
-    return f"{speaker}: {text_of(message)}{calls}"
+    return f"{speaker}: {message_text(message)}{calls}"
 
 
 def call_instruction(request: ChatRequest) -> str:
@@ -4529,7 +4532,7 @@ def call_instruction(request: ChatRequest) -> str:
 
 
 def answer_schema(body: JSONObject) -> Schema | None:
-    """Return the schema of the JSON document that the request wants, or None if it wants text."""
+    """Return the schema of the requested JSON document, or None for text."""
     answer = body.get("response_format") or {}
     if answer.get("type") == "json_schema":
         return answer["json_schema"]["schema"]
@@ -4542,7 +4545,7 @@ def form_instruction(body: JSONObject) -> str:
 
 
 def describe_tool(tool: JSONObject) -> str:
-    """Describe a tool in few characters."""
+    """Describe a tool briefly."""
     schema = tool.get("parameters") or {}
     form = dump_json(schema).decode()
     if '"$ref"' not in form:
@@ -4576,14 +4579,14 @@ def signature(schema: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Web chat: reading answers
 #
-# Tool calls and JSON documents in the plain text of a model. The text may be hostile: reading takes linear time.
+# Tool calls and JSON documents in the plain text of a model. The text may be hostile, so reading takes linear time.
 # ----------------------------------------------------------------------------------------------------------------------
 
 ToolCall = tuple[str, str]  # the function's name, and its arguments as JSON
 
 
 class UnusableAnswer(Exception):
-    """The answer is not what the request asked for. The message tells the model what was wrong."""
+    """An answer without the requested tool call or JSON. The message tells the model what was wrong."""
 
 
 def parse_answer(
@@ -4591,7 +4594,7 @@ def parse_answer(
 ) -> tuple[str, list[ToolCall]]:
     """Return the content and the tool calls of a model's answer. Raises UnusableAnswer.
 
-    allow_unknown_tools: also return calls of tools that were not offered; agents answer that there is no such tool.
+    allow_unknown_tools: also return calls of tools that were not offered; agents reply that there is no such tool.
     """
     if request.tools:
         content, calls = parse_tool_calls(text, request, allow_unknown_tools)
@@ -4608,13 +4611,13 @@ def parse_answer(
     return parse_document(text, kind), []
 
 
-# The form that call_instruction() asks for, and the form that Kimi K2 was trained on
+# The form that call_instruction() requests, and the form in Kimi K2's training
 CALL = re.compile(r"""<tool_call>\s*(?:```\w*\s*)?
     |<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]{1,128}?)(?::\d{1,9})?\s*
     (?:<\|tool_call_argument_begin\|>\s*|(?=<\|tool_call_end\|>))
     """, re.X)
 NO_ARGUMENTS = re.compile(r"\s*(?:<\|tool_call_end\|>|\Z)")
-NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # within the same marks
+NEXT_CALL = re.compile(r"\s*,?\s*(?={)")  # inside the same <tool_call>
 CALL_END = re.compile(r"\s*(?:```\s*)?(?:</tool_call>|<\|tool_call_end\|>)?")
 CALL_LEFTOVERS = re.compile(r"<\|tool_calls?_section_(?:begin|end)\|>|```\w*\s*```")
 
@@ -4653,7 +4656,7 @@ def parse_tool_calls(
     with suppress(ValueError):
         value = parse_json(strip_code_fence(text))
         if isinstance(value, dict) and str(value.get("name")) in offered and "arguments" in value:
-            # A call without marks, and nothing else
+            # The answer is one call without <tool_call>
             return "", [parse_call(value, offered, allow_unknown_tools)]
     return text, []
 
@@ -4663,7 +4666,7 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
         value = {}
     name = value.get("name")
     arguments = value.get("arguments") or value.get("parameters") or {}
-    if isinstance(arguments, str):  # JSON in a string, as OpenAI's API has it
+    if isinstance(arguments, str):  # JSON in a string, as in OpenAI's API
         try:
             arguments = parse_json(arguments)
         except ValueError as error:
@@ -4676,17 +4679,17 @@ def parse_call(value: Any, offered: set[str], allow_unknown_tools: bool) -> Tool
 
 
 BRACKET = re.compile(r"[{}\[\]]")
-# Brackets such as {x} or [1st], which are no JSON and contain none
+# Brackets such as {x} or [1st], which are not JSON and contain no JSON
 PROSE = re.compile(r"""{(?!\s*["'])[^{}\[\]]*}|\[(?!\s*["'])[^{}\[\]]*\]""")
-# Brackets to try; a failed attempt takes time linear in the text before it, because its message has a line number
+# Brackets to try. A failed attempt takes time linear in the text before the bracket: its message has a line number
 MAX_BRACKETS = 100
 
 
 def parse_document(text: str, kind: type) -> str:
-    """Return the JSON document of this type in an answer: the complete text, or the longest between prose and fences.
+    """Return the JSON document of a type in an answer: the complete text, or the longest one between prose and fences.
 
-    Raises UnusableAnswer, also for a bracket that belongs neither to a document nor to prose: part of a broken document
-    must not pass for a document.
+    Raises UnusableAnswer, also for a bracket that belongs neither to a document nor to prose: a part of a broken
+    document must not pass for a document.
     """
     with suppress(ValueError):
         if isinstance(parse_json(text), kind):
@@ -4716,7 +4719,7 @@ def parse_document(text: str, kind: type) -> str:
 
 
 def decode_json(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at this index, and the index behind it. Raises UnusableAnswer."""
+    """Return the JSON value that begins at an index, and the index behind the value. Raises UnusableAnswer."""
     try:
         value, end = STRICT_JSON.raw_decode(text, start)
         check_depth(value)
@@ -4740,7 +4743,7 @@ CLOUDFLARE_ERROR = re.compile(rb"\s*(?:<|error code: 1\d\d\d|{[^{}]*cloudflare)"
 
 
 class StaleNonce(APIError):
-    """The web chat refused, and a new nonce may help."""
+    """A refusal by the web chat that may be due to an expired nonce."""
 
 
 # In the chat page: var kimi_ajax = {"ajax_url": "…", "nonce": "…"}; KimiProvider._post sends it
@@ -4766,14 +4769,14 @@ class KimiProvider(Provider):
 
     @cached_property
     def _scraper(self) -> Scraper:
-        """Create the scraper when it is first needed: its certificates slow the start and take 1 MB."""
+        """Create the scraper at its first use: its certificates slow the start and take 1 MB."""
         return Scraper("The web chat", 2 * self._settings.max_concurrent_chats[""])
 
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        request = asked.request
+    def stream(self, chat: ProviderRequest) -> Iterator[Delta]:
+        request = chat.request
         reject_unsupported(request)
-        asked.waiter.must_finish = bool(request.user)  # its turn is remembered
-        prompt, content, calls = self._answer(asked)
+        chat.waiter.must_finish = bool(request.user)  # the session stores the turn
+        prompt, content, calls = self._answer(chat)
         content, finish_reason = truncate(content, request.stop, request.max_tokens)
         message: Message = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -4793,24 +4796,24 @@ class KimiProvider(Provider):
         if dropped:
             delta.headers = {"X-Kimi2api-Tools-Dropped": str(dropped)}
             log.info("%d of %d tools did not fit into the prompt", dropped, len(request.tools))
-        asked.stats.fold.add({**delta.chunk, "usage": {"prompt_tokens": estimate_tokens(prompt.text)}})
+        chat.stats.fold.add({**delta.chunk, "usage": {"prompt_tokens": estimate_tokens(prompt.text)}})
         yield delta
 
-    def _answer(self, asked: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
-        """Return the prompt, and the content and tool calls of its answer. Ask once more if the answer is unusable."""
-        request = asked.request
+    def _answer(self, chat: ProviderRequest) -> tuple[Prompt, str, list[ToolCall]]:
+        """Return the prompt, and the content and tool calls of the answer. Retry once if the answer is unusable."""
+        request = chat.request
         limit = self._settings.context_max_length
-        prompt = Prompt(request, asked.history, limit)
-        text = self._ask(prompt.text, asked)
+        prompt = Prompt(request, chat.history, limit)
+        text = self._ask(prompt.text, chat)
         try:
             return prompt, *parse_answer(text, request)
         except UnusableAnswer as fault:
-            log.info("the answer is unusable; asking once more")
+            log.info("the answer is unusable; retrying once")
             retry_note = f"Your last answer could not be used: {fault}"
-        # Without room for the reason, the first prompt is sent again
+        # If the prompt has no room for the reason, the first prompt is sent again
         with suppress(APIError):
-            prompt = Prompt(request, asked.history, limit, retry_note)
-        text = self._ask(prompt.text, asked)
+            prompt = Prompt(request, chat.history, limit, retry_note)
+        text = self._ask(prompt.text, chat)
         try:
             return prompt, *parse_answer(text, request, allow_unknown_tools=True)
         except UnusableAnswer as fault:
@@ -4824,31 +4827,31 @@ class KimiProvider(Provider):
         self._nonce.wait(Waiter())
         return f"{self._page_url} reached, nonce found", "moonshotai/Kimi-K2-Instruct-0905"
 
-    # Asking
+    # Questions
 
-    def _ask(self, prompt: str, asked: ProviderRequest) -> str:
-        """Return the text of the answer. Each attempt may renew the nonce, once."""
+    def _ask(self, prompt: str, chat: ProviderRequest) -> str:
+        """Return the text of the answer. Each attempt may renew the nonce once."""
         def attempt() -> str:
             try:
-                return self._post(prompt, asked)
+                return self._post(prompt, chat)
             except StaleNonce:
                 log.info("the web chat refused; retrying with a new nonce")
-            return self._post(prompt, asked)
+            return self._post(prompt, chat)
 
-        with self._through_breaker(asked.model):
-            return self._retry(attempt, asked.waiter)
+        with self._through_breaker(chat.model):
+            return self._retry(attempt, chat.waiter)
 
-    def _post(self, prompt: str, asked: ProviderRequest) -> str:
+    def _post(self, prompt: str, chat: ProviderRequest) -> str:
         """Post the form. Raises StaleNonce when a new nonce may help; the next post then fetches one."""
-        deadline = Deadline(self._settings.request_timeout, asked.waiter)
-        fetch = self._nonce.wait(asked.waiter)
+        deadline = Deadline(self._settings.request_timeout, chat.waiter)
+        fetch = self._nonce.wait(chat.waiter)
         nonce = fetch.result()
         form = {
             "action": "kimi_send_message",
             "nonce": nonce,
             "message": prompt,
-            "model": asked.model,
-            "session_id": asked.session_id,
+            "model": chat.model,
+            "session_id": chat.session_id,
         }
         headers = {
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
@@ -4865,13 +4868,13 @@ class KimiProvider(Provider):
         except StaleNonce:
             self._nonce.invalidate(fetch)
             raise
-        # It may have been the answer to another request; ours must not become the answer to the next
+        # A connection may have a late answer: the next request must not read it
         except APIError:
             self._scraper.forget_connections()
             raise
 
     def _check_page(self, page: UpstreamResponse) -> None:
-        """Raise APIError for what any response of the site can be: a block, a rate limit, an outage."""
+        """Raise APIError for a block, a rate limit or an outage, which any request may meet."""
         status = page.status
         is_managed = page.headers.get("cf-mitigated") == "challenge"
         is_block = status == 403 and CLOUDFLARE_ERROR.match(page.body)
@@ -4895,7 +4898,7 @@ class KimiProvider(Provider):
         """Fetch the chat page, following redirects within its scheme, host and port, and find its nonce."""
         home = self._settings.chat_page_url
         deadline = Deadline(self._settings.request_timeout, Waiter())
-        # A URL that no cache knows
+        # No cache has this URL
         url = f"{home}{'&' if '?' in home else '?'}_={int(time.time() * 1000)}"
         with suppress(ValueError):  # for an invalid Location
             for _ in range(MAX_REDIRECTS + 1):
@@ -4915,7 +4918,7 @@ class KimiProvider(Provider):
 
 
 WEB_CHAT_PART = request_object({"type": choice_of("text", "refusal")})
-# What the web chat supports; the rest would change the shape of the answer
+# The values that the web chat supports of parameters that change the shape of the answer
 WEB_CHAT_REQUEST = request_object({}, {
     "n": {"enum": [1]},
     "max_tokens": POSITIVE,
@@ -4942,7 +4945,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
     """Return the text in the web chat's JSON. Raises APIError, and StaleNonce for a refusal."""
     body = page.body.strip()
     answer = parse_upstream_object(body) or {}
-    if body in (b"-1", b"0"):  # WordPress's answers to a stale nonce and an unknown action
+    if body in (b"-1", b"0"):  # WordPress's answers to an expired nonce and to an unknown action
         answer = {"success": False, "data": body.decode()}
     data = answer.get("data")
     if answer.get("success") is False:
@@ -4951,7 +4954,7 @@ def parse_web_chat_answer(page: UpstreamResponse, nonce: str) -> str:
             f"The web chat refused: {plain_line(data, nonce)}",
             "upstream_error",
             "upstream_refused",
-            headers=NO_SDK_RETRY,  # clients see only the second refusal, with a new nonce
+            headers=NO_SDK_RETRY,  # clients get only the second refusal, after a new nonce
             quotes_upstream=True,
         )
     if page.status != 200:
@@ -4983,8 +4986,8 @@ WRONG_KEY = re.compile("(?i)(?:incorrect|invalid|wrong) api.?key|api.?key (?:is 
 MINIMAX_STATUSES = {
     "1002": 429, "1004": 401, "1008": 402, "1026": 400, "1027": 400, "1039": 429, "2013": 400, "2049": 401,
 }
-# By letters in the code, type or status of an error
-STATUSES_OF_ERRORS = (
+# By patterns of the letters in an error's code, type and status
+ERROR_STATUSES = (
     ("ratelimit|toomany|throttl|quota|resourceexhausted", 429),
     ("balance|billing|payment", 402),
     ("apikey|authentication|unauthorized", 401),
@@ -5016,16 +5019,16 @@ def find_error(answer: JSONObject) -> Any:
 
 
 def error_status(error: JSONObject) -> int:
-    """Return the status of an error in an answer with status 200: by its number, or by words in its code, else 502."""
+    """Return the HTTP status for an error in an answer with status 200: its number, else by words in it, else 502."""
     for name in ("status_code", "code", "status"):
         if re.fullmatch(r"[45]\d\d", str(error.get(name))):
             return int(error[name])
     words = re.sub("[^a-z]+", "", f"{error.get('code')} {error.get('type')} {error.get('status')}".lower())
-    return next((status for pattern, status in STATUSES_OF_ERRORS if re.search(pattern, words)), 502)
+    return next((status for pattern, status in ERROR_STATUSES if re.search(pattern, words)), 502)
 
 
 def error_message(error: JSONObject, secret: str) -> str:
-    """Return the reason in an error as one line, followed by the reason of the API behind this API."""
+    """Return the message of an error as one line, followed by the message of an upstream behind the API."""
     metadata = error.get("metadata")
     causes = [
         next(filter(None, map(error.get, REASONS)), error),
@@ -5104,19 +5107,19 @@ def rate_limits(headers: Headers) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: adapting requests
 #
-# Requests take a form that every API accepts, as far as OpenAI's protocol allows. Beyond that, even models of one API
-# accept different requests. A refusal changes the model's next requests, so that no table of models is needed.
+# Requests get a form that every API accepts, as far as OpenAI's protocol allows. Beyond that, even models of one API
+# accept different requests. A refusal changes the model's next requests, so no table of models is needed.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_FUNCTION_NAME = 64  # characters
 ADAPTATION_MAX_AGE = 3600.0  # seconds
-MAX_ADAPTATIONS = 200  # of one API: a client may make up any number of models and values, and each change takes time
+MAX_ADAPTATIONS = 200  # of one API: clients may make up any number of models and values, and each change takes time
 MAX_CHANGES = 12  # of one request
 
 Change = Callable[[JSONObject], JSONObject]  # of a request's body
 
 
-def portable(body: JSONObject) -> JSONObject:
+def portable_request(body: JSONObject) -> JSONObject:
     """Return the request without fields and roles that some APIs refuse and no API needs."""
     messages = []
     for message in body["messages"]:
@@ -5133,26 +5136,26 @@ def portable(body: JSONObject) -> JSONObject:
 
 
 def is_instruction(message: Message) -> bool:
-    """Return whether a message is a system message with content: Kimi's may have tools instead."""
+    """Return whether a message is a system message with content. Kimi's system messages may have tools instead."""
     return is_system(message) and bool(message.get("content"))
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join the texts of several system messages in front to one message."""
+    """Join the system messages at the beginning into one message."""
     system = list(itertools.takewhile(is_instruction, messages))
     if len(system) < 2:
         return messages
-    return [{**system[0], "content": "\n\n".join(map(text_of, system))}, *messages[len(system):]]
+    return [{**system[0], "content": "\n\n".join(map(message_text, system))}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:
-    """Join all system messages to one at the beginning."""
+    """Join all system messages into one message at the beginning."""
     return {**body, "messages": join_system(sorted(body["messages"], key=is_instruction, reverse=True))}
 
 
 def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
-    """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the names by their short
-    forms. The short form depends only on the name."""
+    """Return the request with function names of at most MAX_FUNCTION_NAME characters, and the full names by short name.
+    A short name depends only on the full name."""
     functions = [tool["function"] for tool in body.get("tools") or () if tool["type"] == "function"]
     for message in body["messages"]:
         functions += [call["function"] for call in message.get("tool_calls") or ()]
@@ -5161,6 +5164,7 @@ def shorten_names(body: JSONObject) -> tuple[JSONObject, dict[str, str]]:
         name = function["name"]
         if len(name) > MAX_FUNCTION_NAME:
             short_names[name] = f"{name[:MAX_FUNCTION_NAME - 9]}_{sha256(name.encode()).hexdigest()[:8]}"
+
     def rename(value: JSONObject) -> JSONObject:
         name = value.get("name")
         if isinstance(name, str):
@@ -5184,9 +5188,9 @@ OPTIONAL_PARAMETERS = (
     "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity", "encoding_format", "dimensions",
 )
 COMMON_WORDS = {"n", "user", "store", "metadata", "seed", "dimensions"}  # need not mean the parameter
-# These parameters may differ in every conversation, and do not change the answer
+# Parameters that may differ in every conversation, and do not change the answer
 IDENTIFIERS = {"metadata", "user", "safety_identifier", "prompt_cache_key"}
-UNKNOWN = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
+REFUSED = "(?:un|not |n't )support|not permitted|not allowed|forbidden|unrecogni[sz]ed|unknown|unexpected|extra "
 
 
 @dataclass(frozen=True)
@@ -5208,18 +5212,18 @@ class ChangeParameter:
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def nearest_effort(refused: str, complaint: str) -> str:
-    """Return the effort nearest to the refused effort, among those that the complaint names or else common ones."""
+def nearest_effort(refused: str, error_text: str) -> str:
+    """Return the effort nearest to the refused effort, among those that the error names, else among common efforts."""
     named = [
         effort for effort in EFFORTS
-        if effort != refused and re.search(rf"\b{effort}\b", complaint)
+        if effort != refused and re.search(rf"\b{effort}\b", error_text)
     ]
     position = EFFORTS.index(refused)
     return min(named or ["low", "high"], key=lambda effort: abs(EFFORTS.index(effort) - position - 0.1))
 
 
 def swap_max_tokens(body: JSONObject) -> JSONObject:
-    """Use the other name of the limit, or only the newer name if both are used."""
+    """Use the other name of the limit, or only the newer name if the request has both."""
     names = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
     if names.keys() <= body.keys():
         return without(body, "max_tokens")
@@ -5227,7 +5231,7 @@ def swap_max_tokens(body: JSONObject) -> JSONObject:
 
 
 def describe_format(body: JSONObject, **required: Any) -> JSONObject:
-    """Describe the format of the answer in words, and require no format except this response_format."""
+    """Describe the format of the answer in words, and require only the given response_format, if any."""
     instruction = form_instruction(body)
     if not instruction:
         return body
@@ -5247,7 +5251,7 @@ def portable_schemas(body: JSONObject) -> JSONObject:
 
 
 def root_schema(schema: Schema) -> Schema:
-    """Return the schema of an object. From any other schema, take the properties of all its options.
+    """Return the schema of an object, from any other schema with the properties of all its options.
 
     Raises LookupError and the like for an invalid schema.
     """
@@ -5264,8 +5268,7 @@ def root_schema(schema: Schema) -> Schema:
 
 
 def portable_schema(schema: Schema) -> Schema:
-    """Return a schema whose reference has no siblings, whose `type` is inside `anyOf`, and whose options are not
-    null."""
+    """Return a schema whose `$ref` has no siblings, whose `type` is inside `anyOf`, and whose options are not null."""
     if isinstance(schema.get("$ref"), str):
         return only(schema, ("$ref", "$defs", "definitions"))
     if isinstance(schema.get("anyOf"), list):
@@ -5281,7 +5284,7 @@ def portable_schema(schema: Schema) -> Schema:
 
 
 def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
-    """Give each assistant message reasoning_content: its reasoning or the default."""
+    """Set the reasoning_content of each assistant message: its reasoning, else the default."""
     filled = []
     for message in body["messages"]:
         if message["role"] == "assistant" and not message.get("reasoning_content"):
@@ -5290,7 +5293,7 @@ def fill_reasoning_gaps(body: JSONObject, default: str = "") -> JSONObject:
     return {**body, "messages": filled}
 
 
-def leave_out_reasoning(body: JSONObject) -> JSONObject:
+def remove_reasoning(body: JSONObject) -> JSONObject:
     """Remove reasoning from all messages."""
     return {**body, "messages": [without(message, *REASONING_FIELDS) for message in body["messages"]]}
 
@@ -5309,18 +5312,18 @@ def offer_forced_tool(body: JSONObject) -> JSONObject:
 
 
 def disable_thinking(body: JSONObject) -> JSONObject:
-    """Disable thinking for a forced tool, unless the client sets it."""
+    """Disable thinking for a forced tool, unless the client sets `thinking`."""
     if must_call(body.get("tool_choice")):
         return {"thinking": {"type": "disabled"}, **body}
     return body
 
 
-def ask_without_stream(body: JSONObject) -> JSONObject:
+def disable_streaming(body: JSONObject) -> JSONObject:
     return without(body, "stream", "stream_options")
 
 
 class Adaptation(NamedTuple):
-    """A change to those requests of a model that have certain parameters."""
+    """A change to the requests of a model that have certain parameters."""
 
     named: frozenset[str]  # parameters that the refusal names: the model may refuse only their combination
     change: Change
@@ -5331,18 +5334,18 @@ class Adaptation(NamedTuple):
 
 
 MISSING_REASONING = r"reasoning_content.*(missing|must be|required)|missing.*reasoning_content"
-# In the order in which they are tried, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
+# Changes in the order of trial, with patterns of the refusals. Moonshot: "invalid temperature: only 1 is allowed
 # for this model"; "thinking is enabled but reasoning_content is missing …"; "tool_choice 'specified' is incompatible
 # with thinking enabled". DeepSeek: "The reasoning_content in the thinking mode must be passed back to the API."
 ADAPTATIONS: list[tuple[str, Change]] = [
-    (rf"max_(completion_)?tokens.*({UNKNOWN}|both|same time)|({UNKNOWN}).*max_(completion_)?tokens", swap_max_tokens),
-    (r"\bstream(ing)?\b", ask_without_stream),
+    (rf"max_(completion_)?tokens.*({REFUSED}|both|same time)|({REFUSED}).*max_(completion_)?tokens", swap_max_tokens),
+    (r"\bstream(ing)?\b", disable_streaming),
     (r"word .?json|json_schema|response.format", partial(describe_format, response_format={"type": "json_object"})),
     (r"response.format|json_schema|json_object", describe_format),
     (MISSING_REASONING, fill_reasoning_gaps),
     # kimi-k2.6 refuses an empty text
     (MISSING_REASONING, partial(fill_reasoning_gaps, default=" ")),
-    (rf"reasoning.*({UNKNOWN})|({UNKNOWN}).*reasoning", leave_out_reasoning),
+    (rf"reasoning.*({REFUSED})|({REFUSED}).*reasoning", remove_reasoning),
     (r"\bsystem\b|chat setting", move_system_first),
     (r"tool_choice", offer_forced_tool),
     (r"tool_choice", disable_thinking),
@@ -5351,38 +5354,38 @@ ADAPTATIONS: list[tuple[str, Change]] = [
 
 
 def message_without_ids(refusal: APIError) -> str:
-    """Return the message without words that have digits, such as the ids that some APIs give their requests."""
+    """Return the message without words that have digits, such as request ids."""
     return re.sub(r"\S*\d\S*", "", refusal.message)
 
 
 def find_adaptations(refusal: APIError, sent: JSONObject) -> Iterator[Adaptation]:
-    """Yield adaptations that may make a model accept a refused request. Each is a change on its own."""
+    """Yield adaptations, each of which may make a model accept a refused request."""
     # xAI writes presencePenalty
-    complaint = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
-    named = frozenset(sent).intersection(re.findall(r"\w+", complaint))
+    error_text = re.sub("(?<=[a-z])(?=[A-Z])", "_", f"{refusal.param} {refusal.message}").lower()
+    named = frozenset(sent).intersection(re.findall(r"\w+", error_text))
     for name in named & COMMON_WORDS:
         pattern = rf"""['"`]{name}['"`]|^{name} |(?:invalid|argument|parameter|field).*\b{name}\b|\b{name} is not"""
-        if not re.search(pattern, complaint):
+        if not re.search(pattern, error_text):
             named -= {name}
     for name in OPTIONAL_PARAMETERS:
         if name not in named or (name == "logprobs" and sent[name]):
             continue
         value = None if name in IDENTIFIERS else hash(repr(sent[name]))
         if name == "reasoning_effort" and sent[name] in EFFORTS:
-            effort = nearest_effort(sent[name], complaint)
+            effort = nearest_effort(sent[name], error_text)
             yield Adaptation(named, ChangeParameter(name, value, effort))
         yield Adaptation(named, ChangeParameter(name, value))
     for pattern, change in ADAPTATIONS:
-        adaptation = Adaptation(named | {"messages"}, change)  # not of embeddings
-        if re.search(pattern, complaint) and adaptation.apply(sent) != sent:
+        adaptation = Adaptation(named | {"messages"}, change)  # embeddings have no messages
+        if re.search(pattern, error_text) and adaptation.apply(sent) != sent:
             yield adaptation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: reading answers
 #
-# The chunks of an API's answer become chunks that every client can read, whatever the API leaves out, repeats or spells
-# otherwise.
+# The chunks of an API's answer become chunks that every client can read, whatever the API leaves out, repeats or names
+# differently.
 # ----------------------------------------------------------------------------------------------------------------------
 
 MAX_STREAM_BYTES = 64 << 20  # of all events of an answer
@@ -5390,9 +5393,9 @@ FINISHED_SILENCE = 2.0  # seconds to wait for usage and [DONE] once an answer is
 
 
 def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[str]:
-    """Yield for each message a digest of the model and of all messages up to this one, without reasoning.
+    """Yield, for each message, a digest of the model and of all messages up to this message, without reasoning.
 
-    Ids of calls such as functions.f:0 occur in every conversation, and so may questions.
+    A call id identifies no conversation: functions.f:0 occurs in all of them.
     """
     digest = sha256(model.encode())
     for message in messages:
@@ -5403,7 +5406,7 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
         # In ASCII: arguments may contain lone surrogates
         fields = [
             message["role"],
-            text_of(message).strip(),
+            message_text(message).strip(),
             others,
             calls,
             message.get("tool_call_id"),
@@ -5413,16 +5416,16 @@ def conversation_digests(model: str, messages: Iterable[Message]) -> Iterator[st
 
 
 def canonical_call(call: JSONObject) -> list[Any]:
-    """Return what identifies a call. Some clients parse the arguments and write them in another form."""
-    function = call.get("function", {})  # a custom call has none
+    """Return a call in canonical form: some clients parse the arguments and write them differently."""
+    function = call.get("function", {})  # missing in a custom call
     arguments = function.get("arguments", "")
     with suppress(ValueError):
         arguments = parse_json(arguments)
     return [call.get("id"), function.get("name"), arguments]
 
 
-def as_index(value: Any) -> int | None:
-    """Return a number below 10,000, which may be a text, or None if it is missing. Raises ValueError or TypeError."""
+def parse_index(value: Any) -> int | None:
+    """Parse an index below 10,000, a number or a string. Return None if missing. Raises ValueError or TypeError."""
     if value in (None, ""):
         return None
     index = int(value)
@@ -5437,18 +5440,18 @@ class StartedCall:
 
     index: int  # ours
     has_id: bool  # the API sent an id
-    unsent: JSONObject  # pieces that wait for the name, merged
+    unsent: JSONObject  # merged pieces that wait for the name
     name: str = ""
     end: str = ""  # the last character of the arguments
 
 
 class CallReader:
-    """A reader of tool calls, which gives each piece the index and the id of its call."""
+    """A reader of tool calls, which adds the index and the id of its call to each piece."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names  # of functions, by their short forms
+        self._names = names  # of functions, by short name
         self._count = 0
-        # By the API's id and index; None is the key of the last piece's call
+        # By the API's id and index; the last piece's call has the key None
         self._calls: dict[str | int | None, StartedCall] = {}
 
     def read(self, piece: JSONObject) -> JSONObject | None:
@@ -5459,7 +5462,7 @@ class CallReader:
         kind, field_name = ("custom", "input") if "custom" in piece else ("function", "arguments")
         function = piece.get(kind) or {}
         id = str(piece.get("id") or "")
-        api_index = as_index(piece.get("index"))
+        api_index = parse_index(piece.get("index"))
         name = str(function.get("name") or "")
         arguments = function.get(field_name) or ""
         if not isinstance(arguments, str):
@@ -5471,7 +5474,7 @@ class CallReader:
             self._count += 1
         self._calls.update({id: call, api_index: call, None: call})
         call.end = arguments.strip()[-1:] or call.end
-        # Clients would join an id or a name that is repeated
+        # Clients would join repeated ids and names
         merge(call.unsent, {**without(piece, "id", "type", kind), kind: {field_name: arguments}})
         if not call.name:
             if not name:
@@ -5503,16 +5506,16 @@ class APIAnswer:
     def __init__(
         self, api: API, response: UpstreamResponse, fold: Fold, choices: int, names: Mapping[str, str],
     ) -> None:
-        """Read up to the first chunk. Raises APIError, also for an error in its place, and closes the response."""
+        """Read up to the first chunk. If this fails, close the response and raise APIError."""
         self.response = response
-        self.is_done = False  # [DONE] has come
-        # The indexes of choices that have their finish reason
+        self.is_done = False  # [DONE] has been read, or an answer in JSON
+        # Indexes of choices that have their finish reason
         self._finished: set[int] = set()
         self._api = api
         self._fold = fold
-        self._wanted = choices
+        self._choice_count = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
-        self._halves: list[str] = []
+        self._high_surrogates: list[str] = []
         chunks = self._read_chunks()
         try:
             self.chunks = itertools.chain([next(chunks)], chunks)
@@ -5530,8 +5533,8 @@ class APIAnswer:
                 event["choices"] = self._read_choices(event)
                 self._fold.add(event)
                 if not is_complete:
-                    # From the first choice on, only silence times out, not the answer
-                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._wanted)
+                    # From the first choice on, the time-out applies to silence, not to the answer
+                    is_complete = len(self._finished) >= max(len(self._fold.choices), self._choice_count)
                     deadline.is_per_read = bool(self._fold.choices) and not is_complete
                     if is_complete:
                         deadline.limit(FINISHED_SILENCE)
@@ -5558,7 +5561,7 @@ class APIAnswer:
     def _read_events(self) -> Iterator[JSONObject]:
         """Yield the parsed events. An answer in JSON is one event. Raises APIError, also for an event with an error."""
         deadline = self.response.deadline
-        deadline.may_reuse_connection = False  # until the stream's own end
+        deadline.may_reuse_connection = False  # until [DONE]
         chunks = self.response.stream()
         # DeepSeek sends empty lines before JSON
         first = next(filter(bytes.strip, chunks), b"").removeprefix(BOM_UTF8)
@@ -5574,13 +5577,13 @@ class APIAnswer:
                 yield self._parse(data)
 
     def _parse(self, data: bytes) -> JSONObject:
-        event = parse_upstream_object(data, halves=self._halves)
+        event = parse_upstream_object(data, high_surrogates=self._high_surrogates)
         if event:
-            self._note_usage(event)
+            self._move_usage(event)
         return checked_answer(self._api, event, self.response.headers)
 
-    def _note_usage(self, fields: JSONObject) -> None:
-        """Move the usage from a chunk or a choice to the fold: clients get it once, at the end."""
+    def _move_usage(self, fields: JSONObject) -> None:
+        """Move the usage from a chunk or a choice to the fold: clients get the usage once, at the end."""
         usage = fields.pop("usage", None)
         if isinstance(usage, dict):
             self._fold.add({"usage": usage})
@@ -5588,7 +5591,7 @@ class APIAnswer:
     def _read_choices(self, event: JSONObject) -> list[JSONObject]:
         try:
             return [
-                choice if is_text(choice) else self._read_choice(choice)
+                choice if is_text_piece(choice) else self._read_choice(choice)
                 for choice in event.get("choices") or ()
             ]
         except (AttributeError, LookupError, TypeError, ValueError):
@@ -5596,11 +5599,11 @@ class APIAnswer:
 
     def _read_choice(self, choice: JSONObject) -> JSONObject:
         """Complete a choice. Raises LookupError, TypeError and the like for a malformed choice."""
-        self._note_usage(choice)
-        index = as_index(choice.get("index")) or 0
+        self._move_usage(choice)
+        index = parse_index(choice.get("index")) or 0
         before = self._fold.choices.get(index, {}).get("delta", {})
         delta = choice.get("delta") or {}
-        # MiniMax ends with the complete message; an answer in JSON has nothing else
+        # MiniMax ends with the complete message; an answer in JSON has only a message
         for name, value in (choice.pop("message", None) or {}).items():
             names = REASONING_FIELDS if name in REASONING_FIELDS else [name]
             if not delta.get(name) and not any(map(before.get, names)):
@@ -5625,8 +5628,8 @@ class APIAnswer:
         return {**choice, "index": index, "delta": delta, "finish_reason": reason}
 
 
-def is_text(choice: JSONObject) -> bool:
-    """Return whether a choice is a piece of text, as nearly all choices are: it needs no completion."""
+def is_text_piece(choice: JSONObject) -> bool:
+    """Return whether a choice is only a piece of text, as nearly all choices are, and needs no completion."""
     if "usage" in choice or choice.get("finish_reason", "") is not None or type(choice.get("index")) is not int:
         return False
     delta = choice.get("delta") or {}
@@ -5640,7 +5643,7 @@ def split_parts(delta: JSONObject) -> None:
         if part["type"] == "text":
             piece = {"content": part["text"]}
         elif part["type"] == "thinking":
-            piece = {"reasoning_content": text_of({"content": part["thinking"]})}
+            piece = {"reasoning_content": message_text({"content": part["thinking"]})}
         else:
             piece = {"content_parts": [part]}
         merge(fields, piece, "delta")
@@ -5652,7 +5655,7 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
     line = bytearray()  # incomplete
     data = bytearray()  # the lines of the event
     total = 0
-    # The end of the stream ends the last event too
+    # The end of the stream also ends the last event
     for chunk in itertools.chain(chunks, [b"\n\n"]):
         line += chunk
         total += len(chunk)
@@ -5675,22 +5678,22 @@ def server_sent_data(chunks: Iterable[bytes], upstream: str) -> Iterator[bytes]:
 # ----------------------------------------------------------------------------------------------------------------------
 # APIs: provider
 #
-# Moonshot's own API, DeepSeek, Qianfan, a local server: anything with OpenAI's chat completions under a base URL.
-# Requests and chunks pass through; the model's name, the messages of a session and the streaming are ours.
+# Moonshot's own API, DeepSeek, Qianfan, a local server: any server of OpenAI's chat completions. Requests and chunks
+# pass through, except the model's name, the messages of a session, and streaming, which are ours.
 # ----------------------------------------------------------------------------------------------------------------------
 
-MODELS_MAX_AGE = 60.0  # seconds before a list of models is fetched again, also after a failure
-# Of one answer: 2,048 texts, the most that OpenAI takes, in 1,024 numbers each
+MODELS_MAX_AGE = 60.0  # seconds between two fetches of a list of models, also after a failure
+# Of one answer: 2,048 embeddings, the most that OpenAI allows, of 1,024 numbers each
 MAX_EMBEDDINGS_BYTES = 32 << 20
-MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and some room
+MAX_EMBEDDINGS_VALUES = 3_000_000  # the numbers of such an answer, and more
 
 
-# Set by this server, or sent under another name
+# Parameters that this server sets or renames
 NOT_IGNORED = {"stream", "stream_options", "max_tokens", "max_completion_tokens", "encoding_format"}
 
 
 def ignored_header(body: JSONObject, sent: JSONObject) -> dict[str, str]:
-    """Return a header that lists the parameters that were left out."""
+    """Return a header with the parameters that were left out."""
     ignored = [
         name for name in body
         if name not in sent and name not in NOT_IGNORED and body[name] != []
@@ -5732,49 +5735,49 @@ class OpenAIProvider(Provider):
         self._last_models: dict[str, JSONObject] = {}
         self._models = Cached(f"{api.name} models", self._fetch_models, MODELS_MAX_AGE)
 
-    def stream(self, asked: ProviderRequest) -> Iterator[Delta]:
-        request = asked.request
+    def stream(self, chat: ProviderRequest) -> Iterator[Delta]:
+        request = chat.request
         messages = request.messages
-        if asked.history:
-            turns = append_turns(asked.history, request.turns)
+        if chat.history:
+            turns = append_turns(chat.history, request.turns)
             system = filter(is_system, request.messages)
             messages = [*system, *itertools.chain.from_iterable(turns)]
-        body, names = shorten_names(portable({
+        body, names = shorten_names(portable_request({
             **request.body,
-            "model": asked.model,
-            "messages": self._with_reasoning(messages, asked),
+            "model": chat.model,
+            "messages": self._with_reasoning(messages, chat),
             "stream": True,
             "stream_options": {**(request.body.get("stream_options") or {}), "include_usage": True},
         }))
-        asked.waiter.must_finish = False
+        chat.waiter.must_finish = False
 
         def send(sent: JSONObject) -> APIAnswer:
-            response = self._send("POST", "/chat/completions", sent, asked.waiter)
-            return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
+            response = self._send("POST", "/chat/completions", sent, chat.waiter)
+            return APIAnswer(self._api, response, chat.stats.fold, sent.get("n") or 1, names)
 
-        with self._through_breaker(asked.model):
-            answer, sent = self._ask(body, send, asked.waiter)
+        with self._through_breaker(chat.model):
+            answer, sent = self._ask(body, send, chat.waiter)
             headers = {**rate_limits(answer.response.headers), **ignored_header(request.body, sent)}
             try:
                 for chunk in answer.chunks:
                     for choice in chunk["choices"]:
                         # Before the client can send the results of its calls
                         if choice["finish_reason"]:
-                            self._keep_reasoning(asked.stats.fold.choices[choice["index"]], messages, asked)
+                            self._store_reasoning(chat.stats.fold.choices[choice["index"]], messages, chat)
                     yield Delta(chunk, headers=headers)
                     headers = {}
             finally:
                 if answer.is_done:
-                    asked.waiter.defer(answer.response.drain)
+                    chat.waiter.defer(answer.response.drain)
                 else:
                     answer.response.close()
 
     def _ask(
         self, body: JSONObject, send: Callable[[JSONObject], T], waiter: Waiter,
     ) -> tuple[T, JSONObject]:
-        """Send a request. Return the answer, and the request as it was accepted.
+        """Send a request. Return the answer, and the request as accepted.
 
-        Change what the model refuses, one change at a time, and remember the changes that helped. Raises the first
+        If the model refuses, try one change after another, and remember the changes that helped. Raises the first
         refusal of a forced tool, else the last refusal.
         """
         model = body["model"]
@@ -5796,7 +5799,7 @@ class OpenAIProvider(Provider):
             except APIError as error:
                 if error.status not in (400, 422) or error.code == "context_length_exceeded":
                     raise
-                # If the words differ, the change before helped
+                # If the messages differ, the previous change helped
                 if message_without_ids(error) != message_without_ids(refusal):
                     helpful = trial
                     refusal = error.copy()
@@ -5820,12 +5823,12 @@ class OpenAIProvider(Provider):
                     self._adaptations = newest_entries({**self._adaptations, **learned}, MAX_ADAPTATIONS)
                 return answer, sent
 
-    def _keep_reasoning(self, choice: JSONObject, messages: list[Message], asked: ProviderRequest) -> None:
-        """Store what this API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
+    def _store_reasoning(self, choice: JSONObject, messages: list[Message], chat: ProviderRequest) -> None:
+        """Store what the API requires in later requests with tool calls: reasoning, and Google's signatures of calls.
 
         messages: the conversation before the answer.
         """
-        message = message_of(choice)
+        message = choice_message(choice)
         calls = message.get("tool_calls")
         kept = reasoning_fields(message)
         extra = {
@@ -5835,30 +5838,29 @@ class OpenAIProvider(Provider):
         if extra:
             kept["extra_content"] = extra
         if kept and calls:
-            *_, digest = conversation_digests(asked.model, [*messages, message])
-            asked.sessions.keep_reasoning(
-                asked.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
+            *_, digest = conversation_digests(chat.model, [*messages, message])
+            chat.sessions.store_reasoning(
+                chat.owner, f"{self.name} {digest} {calls[0]['id']}", kept)
 
     def _with_reasoning(
-        self, messages: list[Message], asked: ProviderRequest,
+        self, messages: list[Message], chat: ProviderRequest,
     ) -> list[Message]:
-        """Return messages with the reasoning and the signatures that this API sent with their tool calls, unless the
+        """Return messages with the reasoning and the signatures that the API sent with their tool calls, unless the
         client sends other reasoning."""
         if not any(message.get("tool_calls") for message in messages):
             return messages
         restored = []
-        for message, digest in zip(messages, conversation_digests(asked.model, messages), strict=True):
+        for message, digest in zip(messages, conversation_digests(chat.model, messages), strict=True):
             calls = message.get("tool_calls")
             if calls:
-                kept = asked.sessions.find_reasoning(asked.owner, f"{self.name} {digest} {calls[0].get('id')}")
+                kept = chat.sessions.find_reasoning(chat.owner, f"{self.name} {digest} {calls[0].get('id')}")
                 extra = kept.pop("extra_content", {})
                 calls = [
                     {"extra_content": extra[call["id"]], **call} if call.get("id") in extra else call
                     for call in calls
                 ]
                 message = {**message, "tool_calls": calls}
-
-                # Clients send the text under a name of their own, only its last piece, or details joined wrongly
+                # Clients rename the reasoning, send only its last piece, or join its details wrongly
                 is_empty = "" in map(message.get, REASONING_FIELDS)  # on purpose
                 if kept and not is_empty and reasoning_text(message).strip() in reasoning_text(kept):
                     message = {**without(message, *REASONING_FIELDS), **kept}
@@ -5888,7 +5890,7 @@ class OpenAIProvider(Provider):
     ) -> UpstreamResponse:
         """Send a request. Return a response with status 200, before its body is read; other statuses raise APIError.
 
-        The time-out covers everything up to the first choice of a stream, or to the end of another body.
+        The time-out covers everything up to the first choice of a stream, or up to the end of any other body.
         """
         deadline = Deadline(self._settings.request_timeout, waiter)
         data = dump_json(body) if body else None
@@ -5903,7 +5905,6 @@ class OpenAIProvider(Provider):
     # Models
 
     def models(self, wait: float) -> Mapping[str, JSONObject]:
-        """Return the models that the API lists, by id, as far as they are known after `wait` seconds."""
         with suppress(FutureTimeout):
             self._models.latest().result(wait)
         return self._last_models
@@ -5933,13 +5934,13 @@ class OpenAIProvider(Provider):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and fallback
 #
-# The provider of each model id, and the models that answer when it cannot.
+# The provider of each model id, and the models that answer when a provider cannot.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Of a model whose upstream reports none: 2025-09-05, when Kimi-K2-Instruct-0905 came out
-CREATED = 1757030400
-MAX_HELD_BACK = 50  # deltas without content
-LISTING_WAIT = 0.5  # seconds that /v1/models waits for each list that is not here yet
+# For a model whose upstream reports no time: 2025-09-05, when Kimi-K2-Instruct-0905 was released
+DEFAULT_CREATED = 1757030400
+MAX_BUFFERED_DELTAS = 50  # deltas without content
+LISTING_WAIT = 0.5  # seconds that /v1/models waits for each API's list
 
 
 def model_not_found(name: str) -> APIError:
@@ -5958,7 +5959,7 @@ class Providers:
             self.by_name[name] = OpenAIProvider(api, settings, metrics)
 
     def resolve(self, model: str) -> tuple[Provider, str]:
-        """Return the provider of a model id, and its name of the model. Raises APIError 404 for an unknown id."""
+        """Return the provider of a model id, and the model's name there. Raises APIError 404 for an unknown id."""
         resolved = self._settings.resolve(model)
         if resolved is None:
             raise model_not_found(model)
@@ -5978,7 +5979,7 @@ class Providers:
     def model(self, name: str, wait: float = LISTING_WAIT) -> JSONObject:
         """Return OpenAI's object of a model. Raises APIError 404 for an unknown id."""
         provider, upstream_model = self.resolve(name)
-        model = {"id": name, "object": "model", "created": CREATED, "owned_by": provider.name}
+        model = {"id": name, "object": "model", "created": DEFAULT_CREATED, "owned_by": provider.name}
         listed = provider.models(wait)
         if listed and upstream_model not in listed and name not in self._settings.models:
             raise model_not_found(name)
@@ -5989,26 +5990,26 @@ class Providers:
                 model[field_name] = value
         return model
 
-    def answer(self, model: str, asked: ProviderRequest) -> Iterator[Delta]:
+    def answer(self, model: str, chat: ProviderRequest) -> Iterator[Delta]:
         """Yield the answer of the requested model or, if it cannot answer, of the first of FALLBACK_MODELS that can.
 
-        Deltas are held back until the model is certain to answer: of a stream up to the first content, of a JSON answer
-        all, which become one delta.
+        Deltas are buffered until the model is certain to answer: in a stream up to the first content. For a JSON answer
+        all deltas are buffered, and become one delta.
         """
         failures: list[APIError] = []
-        stats = asked.stats
-        is_stream = asked.request.stream
+        stats = chat.stats
+        is_stream = chat.request.stream
         for name in dict.fromkeys((model, *self._settings.fallback_models)):
             provider, upstream_model = self.resolve(name)
             stats.start(provider.name, name)
-            deltas = stats.watch(provider.stream(replace(asked, model=upstream_model)))
-            held_back: list[Delta] = []
+            deltas = stats.watch(provider.stream(replace(chat, model=upstream_model)))
+            buffered: list[Delta] = []
             try:
                 for delta in deltas:
-                    held_back.append(delta)
+                    buffered.append(delta)
                     if not is_stream:
-                        del held_back[1:]  # the fold has it
-                    elif delta.has_content or len(held_back) > MAX_HELD_BACK:
+                        del buffered[1:]  # the fold has their content
+                    elif delta.has_content or len(buffered) > MAX_BUFFERED_DELTAS:
                         break
             except APIError as error:
                 prefix = f"Fallback {name}: " if failures else ""
@@ -6018,9 +6019,9 @@ class Providers:
                 log.warning("%s cannot answer: %s", name, error.reason)
                 continue
             if not is_stream:
-                held_back[0].chunk = stats.fold.completion()
-            held_back[0].headers = {**held_back[0].headers, "X-Kimi2api-Provider": provider.name}
-            for delta in itertools.chain(held_back, deltas):
+                buffered[0].chunk = stats.fold.completion()
+            buffered[0].headers = {**buffered[0].headers, "X-Kimi2api-Provider": provider.name}
+            for delta in itertools.chain(buffered, deltas):
                 delta.chunk["model"] = name
                 yield delta
             return
@@ -6029,14 +6030,14 @@ class Providers:
     def embed(
         self, model: str, body: JSONObject, stats: AnswerStats, waiter: Waiter,
     ) -> Embeddings:
-        """Return embeddings of the requested model, without fallback: those of two models cannot be compared."""
+        """Return embeddings of the requested model, without fallback: other models' embeddings cannot be compared."""
         provider, upstream_model = self.resolve(model)
         stats.start(provider.name, model)
         stats.fold.replace_usage({"prompt_tokens": estimate_input(body["input"])})
         answer, headers = provider.embed({**body, "model": upstream_model}, waiter)
         stats.first_chunk = time.monotonic() - stats.began
         usage = answer.get("usage") or {}
-        if count_of(usage, "prompt_tokens"):
+        if usage_count(usage, "prompt_tokens"):
             stats.fold.replace_usage(usage)
         return {**answer, "model": model}, {**headers, "X-Kimi2api-Provider": provider.name}
 
@@ -6056,16 +6057,8 @@ class Providers:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def as_api_error(error: Exception) -> APIError:
-    """Return an APIError as it is. Log any other error with its traceback, and return a 500."""
-    if isinstance(error, APIError):
-        return error
-    log.error("unexpected error", exc_info=error)
-    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
-
-
 def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
-    """Refuse other machines if no key is set, foreign web pages, and paths that are not UTF-8. Raises APIError 403 or
+    """Refuse other machines (if no key is set), foreign web pages, and paths that are not UTF-8. Raises APIError 403 or
     400."""
     host = environ.get("HTTP_HOST")
     origin = environ.get("HTTP_ORIGIN")
@@ -6093,9 +6086,9 @@ def check_caller(settings: Settings, environ: dict[str, Any]) -> None:
             "Access-Control-Expose-Headers": "*",
             "Vary": "Origin",
         })
-    # Bottle drops bytes that are not UTF-8, so the path could name another user
+    # Bottle drops bytes that are not UTF-8, and the rest of the path could name another user
     if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
-        raise bad_request("The path is not UTF-8.")
+        raise bad_request("The path is not UTF-8; percent-encode it as UTF-8.")
 
 
 def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
@@ -6112,7 +6105,7 @@ def origin_allowed(settings: Settings, origin: str, host: str | None) -> bool:
 
 
 def authenticate(keys: Iterable[ClientKey], authorization: str) -> ClientKey:
-    """Return the client's key by its Authorization header, an empty key if the server has none. Raises APIError 401."""
+    """Return the key in an Authorization header, or an empty key if the server has no keys. Raises APIError 401."""
     found = matching_key(keys, authorization)
     if found is None:
         message = "Incorrect API key." if authorization else "No API key: send it as 'Authorization: Bearer …'."
@@ -6128,8 +6121,7 @@ def forwarded_for(environ: Mapping[str, Any]) -> list[str]:
 
 
 def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | None:
-    """Return the key that an Authorization header matches, an empty key if the server has none, None if no key
-    matches."""
+    """Return the key that an Authorization header matches, an empty key if the server has no keys, else None."""
     if not keys:
         return ClientKey()
     scheme, _, token = authorization.partition(" ")
@@ -6140,7 +6132,7 @@ def matching_key(keys: Iterable[ClientKey], authorization: str) -> ClientKey | N
 
 
 def set_headers(headers: Headers) -> None:
-    """Set headers of the current response. Headers that are set already stay: ours override an upstream's."""
+    """Set headers of the current response, except those already set: ours override an upstream's."""
     for name, value in headers.items():
         bottle.response.headers.setdefault(name, value)
 
@@ -6169,19 +6161,19 @@ def hostname(url: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Clients
 #
-# The client of a chat: its stream, and whether it has disconnected. Slots limit how many chats run. A chat, with its
-# upstream call, runs on the thread of the client's request.
+# The client of a chat: its stream, and whether it has disconnected. Slots limit the number of running chats. A chat and
+# its upstream call run on the thread of the client's request.
 # ----------------------------------------------------------------------------------------------------------------------
 
 CLIENT_CHECK_INTERVAL = 0.5  # seconds
-SEND_SIZE = 65536  # bytes; as many pending events are sent immediately
+SEND_SIZE = 65536  # bytes of pending events that are sent without waiting for more
 KEEPALIVE = b": keep-alive\n\n"
 
 Write = Callable[[bytes], object]  # WSGI's write()
 
 
 class Client(Waiter):
-    """The client of one chat. It may disconnect. A stream sends it events and keep-alive comments.
+    """The client of one chat, which may disconnect. A stream has events and keep-alive comments.
 
     Pending events are sent before the next wait for the upstream, so all events of one read are one write.
     """
@@ -6195,7 +6187,7 @@ class Client(Waiter):
         """begin: starts the response of a stream and returns WSGI's write(). keepalive_interval: in seconds."""
         self.interval = min(CLIENT_CHECK_INTERVAL, keepalive_interval)
         self.is_disconnected = False
-        # The stream has an event, so an error can only be one more event
+        # The stream has an event, so an error must be one more event
         self.has_begun = False
         self._client_disconnected = environ.get("waitress.client_disconnected", bool)
         # Task sets both; other WSGI servers do not
@@ -6206,10 +6198,10 @@ class Client(Waiter):
         self._write: Write | None = None
         self._pending = bytearray()
         self._last_write = time.monotonic()
-        self._blocked = 0.0  # seconds spent in sending
+        self._blocked = 0.0  # seconds of sending
 
     def clock(self) -> float:
-        """Return the seconds of a clock that stops while sending blocks: that is not the upstream's time."""
+        """Return the time in seconds, by a clock that stops during sending: a slow client is no slow upstream."""
         return time.monotonic() - self._blocked
 
     def attend(self) -> None:
@@ -6232,7 +6224,7 @@ class Client(Waiter):
             self.attend()
 
     def send(self, data: bytes) -> None:
-        """Add an event to the stream. Events for a client that has disconnected are dropped."""
+        """Add an event to the stream. Drop it if the client has disconnected."""
         self.has_begun = True
         self._pending += data
         if len(self._pending) >= SEND_SIZE:
@@ -6255,7 +6247,7 @@ class Client(Waiter):
 
 
 class Slots:
-    """The slots of running chats: their number is limited for all keys together, and for named keys."""
+    """The slots of running chats. Their number is limited for all keys together, and for named keys."""
 
     def __init__(self, limits: Mapping[str, int]) -> None:
         self.limits = limits  # by the key's name; "" is for all keys together
@@ -6285,7 +6277,7 @@ class Slots:
 # ----------------------------------------------------------------------------------------------------------------------
 # Chats
 #
-# Stages of a chat between provider and format: store the answer, and replay a complete answer at a pace.
+# Stages of a chat between provider and format, which store the answer and replay a complete answer at a pace.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -6294,13 +6286,13 @@ class Conversation(NamedTuple):
 
     request: ChatRequest
     session_id: str
-    history: Turns  # the turns before the request
+    history: Turns  # before the request
     save: Callable[[], None] | None = None  # stores the turn
 
 
-def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
-    """Yield the deltas. Call save() before the final deltas, so a client that has read the end of an answer finds the
-    answer stored."""
+def save_before_end(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delta]:
+    """Yield the deltas. Call save() before the final deltas, so that the answer is stored when a client has read its
+    end."""
     held = []
     for delta in deltas:
         if delta.is_final:
@@ -6313,7 +6305,7 @@ def remember(deltas: Iterator[Delta], save: Callable[[], None]) -> Iterator[Delt
     yield from held
 
 
-def message_to_keep(stats: AnswerStats) -> Message | None:
+def message_to_store(stats: AnswerStats) -> Message | None:
     """Return the message of an answer, or None if APIs would refuse the message in later requests."""
     message = stats.fold.message()
     if not (message["content"] or message.get("tool_calls")):
@@ -6328,7 +6320,7 @@ def message_to_keep(stats: AnswerStats) -> Message | None:
 
 def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterator[Delta]:
     """Replay a complete answer as a stream: a piece every STREAM_INTERVAL_MS, within STREAM_MAX_SECONDS. Do not pause
-    after the client has disconnected, because the complete answer may still be stored."""
+    once the client has disconnected: the answer may still be stored."""
     interval = settings.stream_interval_ms / 1000
     max_pieces = max(1, int(settings.stream_max_seconds / interval)) if interval else 1
     for delta in deltas:
@@ -6337,7 +6329,7 @@ def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterato
             continue
         client.must_finish = True
         began = time.monotonic()
-        for count, step in enumerate(steps_of(delta, max_pieces)):
+        for count, step in enumerate(split_answer(delta, max_pieces)):
             ahead = began + count * interval - time.monotonic()
             if ahead > 0 and not client.is_disconnected:
                 client.sleep(ahead)
@@ -6347,7 +6339,7 @@ def pace(deltas: Iterator[Delta], settings: Settings, client: Client) -> Iterato
 # ----------------------------------------------------------------------------------------------------------------------
 # Application
 #
-# The program's state while it runs, and the handlers of its routes.
+# What all requests share, and the handlers of the routes.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -6362,15 +6354,23 @@ def session_object(user: str, document: Document) -> JSONObject:
 
 
 def not_found(kind: str, name: str) -> APIError:
-    """Return the error for a session or response that is not stored."""
+    """Return the error for a session or a response that is not stored."""
     return APIError(
         404,
         f"There is no {kind} {name[:100]!r}, or it has expired.",
         code=f"{kind}_not_found")
 
 
+def as_api_error(error: Exception) -> APIError:
+    """Return an APIError unchanged. Log any other error with its traceback, and return a 500."""
+    if isinstance(error, APIError):
+        return error
+    log.error("unexpected error", exc_info=error)
+    return APIError(500, "Internal server error; see the server's log.", "server_error", "internal_error")
+
+
 class App:
-    """The program's state while it runs, and the handlers of its routes."""
+    """The state that all requests share, and the handlers of the routes."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -6379,11 +6379,11 @@ class App:
         self.store = open_store(settings)
         self.sessions = Sessions(self.store)
         self.limits = UsageLimits(self.store, settings)
-        self.chats = Slots(settings.max_concurrent_chats)
+        self.slots = Slots(settings.max_concurrent_chats)
         self.started = time.time()
         self._began = time.monotonic()
 
-    # Routes
+    # Handlers of routes
 
     def create_chat_completion(self) -> bytes:
         return self._complete_in_session(ChatRequest.parse(self._body()), ChatCompletion)
@@ -6408,7 +6408,7 @@ class App:
             writer.history = previous.turns
             chat_request = request.to_chat_request(previous.system, previous.tools, self._stored_items)
             if request.body.get("store") is not False:
-                writer.record = partial(self._record_response, previous, request, chat_request, stats)
+                writer.save = partial(self._record_response, previous, request, chat_request, stats)
             return Conversation(chat_request, previous.id, previous.turns)
 
         try:
@@ -6426,7 +6426,7 @@ class App:
         return self._complete(request.body, make_writer(request.include_usage), open_conversation)
 
     def _previous_response(self, id: str | None) -> Session:
-        """Return the session of the previous response, or a new session without one. Raises APIError 400."""
+        """Return the session of the previous response, or a new session if there is none. Raises APIError 400."""
         if not id:
             return Session(random_hex())
         found = self.sessions.get(current_owner(), id, RESPONSE)
@@ -6444,7 +6444,7 @@ class App:
         writer: ChatCompletion | ResponseWriter,
         open_conversation: Callable[[AnswerStats], Conversation],
     ) -> bytes:
-        """Answer a chat. This function lists the stages of a chat in order."""
+        """Answer a chat: all stages, in order."""
         model = body.get("model") or self.settings.default_model
         begin = partial(self._begin_stream, writer) if body.get("stream") else None
         client = Client(bottle.request.environ, begin, self.settings.sse_keepalive)
@@ -6454,7 +6454,7 @@ class App:
                 request, session_id, history, save = open_conversation(stats)
                 stats.messages = list(itertools.chain(*history, request.messages))
                 stats.reserved = self.limits.reserve(current_key(), stats.tokens()[0])
-                provider_request = ProviderRequest(
+                chat = ProviderRequest(
                     request,
                     model,
                     history,
@@ -6463,9 +6463,9 @@ class App:
                     self.sessions,
                     stats,
                     client)
-                deltas = self.providers.answer(model, provider_request)
+                deltas = self.providers.answer(model, chat)
                 if save:
-                    deltas = remember(deltas, save)
+                    deltas = save_before_end(deltas, save)
                 if not begin:
                     answer = writer.json(deltas)
                     set_headers(writer.headers)
@@ -6480,12 +6480,12 @@ class App:
             if not client.is_disconnected:
                 log.info("%s/%s broke off: %s", stats.provider, stats.model, failure.reason)
             client.send(writer.failure(failure, sent))
-        client.flush()  # last: a client that has read the end finds its chat counted and its slot free
+        client.flush()  # last: when a client has read the end, its chat is counted and its slot is free
         return b""
 
     def _record_turn(self, opened: Session, request: ChatRequest, stats: AnswerStats) -> None:
         """Record the user's messages and the answer in the user's session."""
-        message = message_to_keep(stats)
+        message = message_to_store(stats)
         if message and request.turns and request.user:
             turns = append_turns(request.turns, [(message,)])
             self.sessions.record(current_owner(), request.user, opened, turns, replace_turns=request.has_history)
@@ -6499,13 +6499,13 @@ class App:
         response: JSONObject,
     ) -> None:
         """Store a response with the conversation that a later response continues."""
-        message = message_to_keep(stats)
+        message = message_to_store(stats)
         turns = append_turns(previous.turns, chat_request.turns)
         if request.reader.compacts:
             turns = (tuple(ItemReader().read(response["output"])),)
         elif message and turns:
             turns = append_turns(turns, [(message,)])
-        # Later responses inherit system messages and tools of the input, unlike the instructions
+        # Later responses inherit system messages and tools of the input, but not the instructions
         system = [*previous.system, *filter(is_system, request.messages)]
         tools = [*previous.tools, *request.reader.tools]
         self.sessions.record_response(current_owner(), Session(previous.id, system, tools, response, turns))
@@ -6534,9 +6534,9 @@ class App:
     @contextmanager
     def _counted(self, model: str, client: Client) -> Iterator[AnswerStats]:
         """Hold a slot for an answer, and count the answer when it ends or fails. Raises APIError 404 for an unknown
-        model, 429 for one chat too many or a limit of the key."""
+        model, 429 if no slot is free or a limit of the key is reached."""
         self.providers.resolve(model)
-        with self.chats.held(current_key()):
+        with self.slots.held(current_key()):
             set_headers(self.limits.admit(current_key()))
             bottle.request.environ["kimi2api.is_admitted"] = True
             stats = AnswerStats()
@@ -6557,7 +6557,7 @@ class App:
         labels = {"provider": stats.provider or "none", "model": model}
         self.metrics.count("kimi2api_chats_total", {**labels, "status": str(status)})
         prompt_tokens = completion_tokens = 0
-        if has_answered or (stats.provider and status == 499):  # the upstream has read the prompt
+        if has_answered or (stats.provider and status == 499):  # the upstream has the prompt
             prompt_tokens, completion_tokens = stats.tokens()
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "input"}, prompt_tokens)
             self.metrics.count("kimi2api_tokens_total", {**labels, "type": "output"}, completion_tokens)
@@ -6578,7 +6578,7 @@ class App:
         set_headers({
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",  # nginx would hold a stream back
+            "X-Accel-Buffering": "no",  # nginx would buffer a stream
             **writer.headers,
         })
         start = bottle.request.environ.pop("kimi2api.start_response")
@@ -6610,7 +6610,7 @@ class App:
         return session
 
     def _stored_items(self, response_id: str) -> dict[str, JSONObject]:
-        """Return the output items of a stored response by their ids."""
+        """Return the output items of a stored response by id."""
         session = self.sessions.get(current_owner(), response_id, RESPONSE)
         return {item["id"]: item for item in session.response["output"]} if session else {}
 
@@ -6635,11 +6635,11 @@ class App:
     def get_usage(self) -> JSONObject:
         return self.limits.usage(current_key())
 
-    def metrics_page(self) -> str:
+    def get_metrics(self) -> str:
         set_headers({"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         gauges: dict[str, dict[Labels, float]] = {
-            "kimi2api_chats_running": {(): self.chats.used[""]},
-            "kimi2api_chats_limit": {(): self.chats.limits[""]},
+            "kimi2api_chats_running": {(): self.slots.used[""]},
+            "kimi2api_chats_limit": {(): self.slots.limits[""]},
             "kimi2api_build_info": {(("version", __version__),): 1},
             "process_start_time_seconds": {(): self.started},
             "kimi2api_upstream_healthy": {},
@@ -6650,7 +6650,7 @@ class App:
             gauges["kimi2api_sessions"] = {(): self.store.count()}
         return self.metrics.render(gauges)
 
-    def health(self) -> JSONObject:
+    def get_health(self) -> JSONObject:
         upstreams: dict[str, JSONObject] = {}
         for name, provider in self.providers.by_name.items():
             upstreams[name] = {}
@@ -6668,13 +6668,13 @@ class App:
             "version": __version__,
             "key_required": bool(self.settings.api_master_key),
             "uptime_seconds": int(time.monotonic() - self._began),
-            "chats": {"running": self.chats.used[""], "limit": self.chats.limits[""]},
+            "chats": {"running": self.slots.used[""], "limit": self.slots.limits[""]},
             "sessions": {"kept": kept, "limit": self.store.limit},
             "store": {"kind": self.store.kind, "ok": kept is not None},
             "upstreams": upstreams,
         }
 
-    def page(self) -> str:
+    def get_page(self) -> str:
         text, headers = sent_page()
         set_headers(headers)
         return text
@@ -6719,9 +6719,9 @@ class App:
 
     def handle(self, route: Route, **arguments: str) -> bytes | str:
         """Call the handler of a route, and return the body of the response. A handler returns an object, which becomes
-        JSON, or JSON as bytes, or a text whose Content-Type it sets. Every error becomes JSON."""
+        JSON, or JSON as bytes, or a string, whose Content-Type it sets. Every error becomes JSON."""
         began = time.monotonic()
-        # Also for headers: Bottle's own accessors fail on some bytes above 127
+        # Also for reading headers: Bottle's own accessors fail on some bytes above 127
         environ = bottle.request.environ
         id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         set_headers({"X-Request-Id": id})
@@ -6733,7 +6733,7 @@ class App:
             result = route.handler(self, **arguments)
             body = result if isinstance(result, (bytes, str)) else dump_json(result)
         except Exception as error:
-            # Python deletes this name. A second name and the traceback would be a cycle that keeps the request alive.
+            # Python deletes this name. A second name would be a cycle with the traceback, and keep the request alive
             error = as_api_error(error)
             bottle.response.status = error.status
             set_headers(error.headers)
@@ -6776,7 +6776,7 @@ class Route:
     answer: str = ""
     request: str = ""
     event: str = ""  # describes an event of the route's stream
-    is_public: bool = False  # needs no key, because the answer has nothing of any caller
+    is_public: bool = False  # needs no key, because the answer has no data of any caller
 
     @property
     def path(self) -> str:
@@ -6815,15 +6815,15 @@ ROUTES = [
           "Delete a session", "Deleted"),
     Route("GET", "/v1/usage", App.get_usage,
           "Get usage and limits", "Usage"),
-    Route("GET", "/metrics", App.metrics_page,
+    Route("GET", "/metrics", App.get_metrics,
           "Get metrics for Prometheus", "text/plain"),
-    Route("GET", "/health", App.health,
+    Route("GET", "/health", App.get_health,
           "Get the server's health", "Health", is_public=True),
     Route("GET", "/openapi.json", describe_api,
           "Get this description", "OpenAPI", is_public=True),
-    Route("GET", "/docs", App.page,
+    Route("GET", "/docs", App.get_page,
           "Open this page", "text/html", is_public=True),
-    Route("GET", "/", App.page,
+    Route("GET", "/", App.get_page,
           "Open this page", "text/html", is_public=True),
 ]
 
@@ -6836,8 +6836,8 @@ OTHER_ROUTES = [
 
 
 class WSGIApp(bottle.Bottle):  # type: ignore[misc]
-    """A Bottle application whose routes may begin their response and send parts of it by WSGI's write(). PEP 3333
-    forbids write() inside a returned iterable, so these routes return an empty body."""
+    """A Bottle application whose routes may begin the response and send parts of it by WSGI's write(). PEP 3333 forbids
+    write() inside a returned iterable, so these routes return an empty body."""
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         environ["kimi2api.start_response"] = start_response
@@ -6868,7 +6868,7 @@ def create_app(settings: Settings) -> bottle.Bottle:
 # ----------------------------------------------------------------------------------------------------------------------
 # Client connections
 #
-# waitress's connections and requests, with errors in OpenAI's shape and bounds on clients that have no key.
+# waitress's connections and requests, with errors in OpenAI's shape, and limits on clients without a key.
 # ----------------------------------------------------------------------------------------------------------------------
 
 SPARE_THREADS = 8  # beyond MAX_CONCURRENT_CHATS, for all other requests
@@ -6876,13 +6876,13 @@ MAX_CONNECTIONS = 1000  # beyond MAX_CONCURRENT_CHATS
 # Seconds, at most, between requests, for the head of a request, and without progress in reading an answer
 CONNECTION_TIMEOUT = 30.0
 MIN_BODY_RATE = 1000  # bytes a second
-# Requests of a connection. As many answers that need no key, of at most 40 KB, fit into MAX_UNSENT_BYTES.
+# Requests of a connection. This many answers that need no key, of at most 40 KB, fit into MAX_UNSENT_BYTES
 MAX_PIPELINED = 6
-# Of a connection. Beyond it, a thread that writes waits for its client.
+# Of a connection. Beyond this limit, a thread that writes waits for its client
 MAX_UNSENT_BYTES = 1 << 18
-# Bytes. With a system's default of 4 MB, a client that reads 20 KB a second would look stalled.
+# Bytes. With a system's default of 4 MB, a client that reads 20 KB a second would seem stalled
 SEND_BUFFER = 1 << 16
-# Received beyond MAX_BODY_BYTES, because a client that is still sending would miss the 413
+# Received beyond MAX_BODY_BYTES, because a client that is still sending would not read the 413
 EXTRA_BODY_BYTES = 16 << 20
 
 
@@ -6908,7 +6908,7 @@ class Task(WSGITask):  # type: ignore[misc]
     """The response to a request, by the application."""
 
     def service(self) -> None:
-        environ = self.get_environment()  # the application gets the same object
+        environ = self.get_environment()  # returns the object that the application gets
         environ["kimi2api.stopping"] = self.channel.server.stopping  # an Event: chats end with an error once it is set
         with ExitStack() as stack:  # until the response is written, or the client has disconnected
             environ["kimi2api.defer"] = stack.callback
@@ -6922,8 +6922,8 @@ class Task(WSGITask):  # type: ignore[misc]
 
 
 class DiscardingBuffer(OverflowableBuffer):  # type: ignore[misc]
-    """A buffer for a body that nobody will read. The body is received, because a client that is still sending would not
-    read the answer."""
+    """A buffer for the body of a refused request. The body is received, because a client that is still sending would
+    not read the answer."""
 
     def append(self, data: bytes) -> None:
         pass
@@ -6932,7 +6932,7 @@ class DiscardingBuffer(OverflowableBuffer):  # type: ignore[misc]
 class Parser(HTTPRequestParser):  # type: ignore[misc]
     """A parser of one request."""
 
-    path = ""  # waitress reads the path even of a request that it could not parse
+    path = ""  # waitress reads this attribute even after a parsing error
     body_rcv: Any
     expect_continue: bool
 
@@ -6943,13 +6943,13 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # of urlsplit, for a request target such as http://[/
+        except ValueError as error:  # from urlsplit(), for a request target such as http://[/
             raise ParsingError(f"Bad request target: {error}") from None
-        # waitress joins headers of the same name by commas
+        # waitress joins headers of one name by commas
         if self.version == "1.1" and ("HOST" not in self.headers or "," in self.headers["HOST"]):
             raise ParsingError("HTTP/1.1 requires one Host header")
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            # A proxy may see another end of the body: what follows must not be read as a request (RFC 9112, 6.1)
+            # A proxy may read another end of the body: the rest must not be read as a request (RFC 9112, 6.1)
             self.headers["CONNECTION"] = "close"
         if self.body_rcv is None:
             return
@@ -6959,7 +6959,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         # The application will refuse the request
         if self.expect_continue:  # the client has not sent the body yet
             self.expect_continue = False
-            # If the client sends the body anyway, the body must not be read as a request
+            # If the client sends the body nevertheless, it must not be read as a request
             self.headers["CONNECTION"] = "close"
             self.body_rcv = None
         else:
@@ -6984,22 +6984,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.last_active = time.monotonic()  # when the client last sent or read something
+        self.last_active = time.monotonic()  # when the client last sent or read bytes
 
     def received(self, data: bytes) -> bool:
         self.last_active = time.monotonic()
         received = super().received(data)
         with self.requests_lock:
-            # 64 KB hold 2,400 requests, and a client that reads no answer would block their thread
+            # 64 KB contain up to 2,400 requests, and a client that reads no answer would block a thread
             if len(self.requests) > MAX_PIPELINED:
                 del self.requests[MAX_PIPELINED:]
-                # The client repeats the other requests over a new connection
+                # The client sends the other requests over a new connection
                 self.requests[-1].headers["CONNECTION"] = "close"
         return received
 
     @property
     def is_busy(self) -> bool:
-        """Return whether a request is being answered, or an answer is not sent yet."""
+        """Return whether a request is being answered, or an answer is still being sent."""
         return bool(self.requests or self.total_outbufs_len)
 
     def is_overdue(self) -> bool:
@@ -7013,8 +7013,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return now - self.last_active > CONNECTION_TIMEOUT
 
     def handle_write(self) -> None:
-        # waitress's loop does not wait for a thread that is sending. The loop would spin, which keeps the GIL from the
-        # thread, and could send the thread's 100 Continue again.
+        # Without the lock, waitress's loop would spin while a thread is sending, keep the GIL from the thread, and
+        # perhaps send the thread's 100 Continue twice
         with self.outbuf_lock:
             super().handle_write()
 
@@ -7032,22 +7032,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 # ----------------------------------------------------------------------------------------------------------------------
 # Server
 #
-# waitress with a loop that idle connections do not slow down, and with a stop that lets chats finish.
+# waitress with a loop that idle connections do not slow down, and a stop that lets chats finish.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class SocketMap(dict[int, Any]):
     """waitress's map of sockets by descriptor, with a loop.
 
-    wasyncore.loop asks every socket for its state in every iteration: with 300 idle connections, a lone chat cost a
-    third more. This loop keeps the states in a selector. It asks a socket again only after an event, and in every
-    iteration while a thread answers its request, because nothing else changes the state.
+    wasyncore.loop polls the state of every socket in every iteration: with 300 idle connections, a lone chat cost a
+    third more. This loop keeps the states in a selector. It polls a socket only after an event, and in every iteration
+    while a thread answers the socket's request, because nothing else changes the state.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._selector = selectors.DefaultSelector()
-        self._dirty: set[int] = set()  # descriptors of sockets to ask in the next iteration
+        self._dirty: set[int] = set()  # descriptors of sockets to poll in the next iteration
 
     def __setitem__(self, fd: int, entry: Any) -> None:
         super().__setitem__(fd, entry)
@@ -7059,10 +7059,10 @@ class SocketMap(dict[int, Any]):
         self._set_interest(fd, 0)
 
     def poll_once(self, timeout: float) -> None:
-        """Wait for events, at most `timeout` seconds, and handle them."""
+        """Wait at most `timeout` seconds for events, and handle them."""
         for fd in list(self._dirty):
             entry = self[fd]
-            # Read first: a thread removes its request when all else is done, and then wakes the loop
+            # Before all else: a thread removes its request last, and then wakes the loop
             is_in_thread = bool(getattr(entry, "requests", None))
             events = 0
             if entry.readable():
@@ -7090,10 +7090,10 @@ class SocketMap(dict[int, Any]):
 
 
 class Server:
-    """waitress on its port. `run` serves until a first SIGTERM, SIGINT or SIGHUP, then lets running chats finish.
+    """waitress on its port. `run` serves until the first SIGTERM, SIGINT or SIGHUP, then lets running chats finish.
 
-    waitress has no graceful stop: its loop ends immediately and drops what is not sent (its issue 198), so this class
-    has a loop of its own. Raises OSError if it cannot listen, ValueError if the system allows too few connections.
+    waitress has no graceful stop: its loop ends immediately and drops unsent bytes (its issue 198), so this class has a
+    separate loop. Raises OSError if it cannot listen, ValueError if the system allows too few connections.
     """
 
     def __init__(self, settings: Settings, app: bottle.Bottle) -> None:
@@ -7110,12 +7110,12 @@ class Server:
             ident="kimi2api",
             threads=settings.max_concurrent_chats[""] + SPARE_THREADS,
             connection_limit=self._connection_limit,
-            # Else the disconnection of a client is noticed only when something is sent
+            # Otherwise waitress detects that a client has disconnected only when it sends
             channel_request_lookahead=1,
             max_request_body_size=settings.max_body_bytes + EXTRA_BODY_BYTES,
             recv_bytes=65536,
             outbuf_high_watermark=MAX_UNSENT_BYTES,
-            outbuf_overflow=1 << 40,  # an answer needs no file: the disk may be full
+            outbuf_overflow=1 << 40,  # bytes; no answer goes to a file, because the disk may be full
             clear_untrusted_proxy_headers=False,
         )
         self._listeners = [entry for entry in self._sockets.values() if isinstance(entry, BaseWSGIServer)]
@@ -7129,7 +7129,7 @@ class Server:
         self.port = self._listeners[0].effective_port
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        # nohup sets SIG_IGN
+        # Under nohup, SIGHUP stays ignored
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._on_signal)
 
@@ -7152,7 +7152,7 @@ class Server:
     def _poll_once(self) -> None:
         self._sockets.poll_once(timeout=0.5)
         if len(self._sockets) >= self._connection_limit:
-            # Idle clients, and clients that do not read their answer, must not keep others out
+            # Idle clients, and clients that do not read their answers, must not exclude other clients
             idle = [channel for channel in self._channels() if not channel.requests]
             if idle:
                 min(idle, key=attrgetter("last_active")).handle_close()
@@ -7168,7 +7168,7 @@ class Server:
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         # A chat may still be stored after its client has disconnected
-        dispatcher = self._listeners[0].task_dispatcher  # all listeners have the same
+        dispatcher = self._listeners[0].task_dispatcher  # all listeners share it
         while (self._channels() or dispatcher.active_count) and time.monotonic() < deadline:
             for channel in self._channels():
                 if not channel.is_busy:
@@ -7183,8 +7183,8 @@ class Server:
 
 
 def listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on the addresses of a host. Skip addresses that this machine lacks, such as ::1 of
-    localhost without IPv6, if there are others. Raises OSError."""
+    """Return sockets that listen on a host's addresses. Skip addresses that this machine lacks, such as ::1 without
+    IPv6, if there are others. Raises OSError."""
     sockets = []
     for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         try:
@@ -7233,14 +7233,14 @@ def connection_limit(chats: int) -> int:
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags. A setting's flag has the setting's name; it is None if it is not given."""
+    """Parse the flags. A setting without a flag is None."""
     cli = argparse.ArgumentParser(
         "kimi2api", usage="kimi2api [--demo | --check] [--env-file PATH] [--SETTING VALUE …]", allow_abbrev=False,
         description="One OpenAI-compatible server for Kimi's web chat, official APIs and servers of your own.",
         epilog="A setting is a flag (--api-port 9000), an environment variable (API_PORT=9000) or a line in .env. The "
         "first of these wins.")
     cli.add_argument("--demo", action="store_true", help="use a built-in stand-in for the web chat; needs no internet")
-    cli.add_argument("--check", action="store_true", help="test each upstream step by step, say what fails, and exit")
+    cli.add_argument("--check", action="store_true", help="test each upstream step by step, report failures, and exit")
     cli.add_argument("--env-file", metavar="PATH", help="read this file instead of .env")
     cli.add_argument("--version", action="version", version=f"kimi2api {__version__}")
     settings = cli.add_argument_group("settings")
@@ -7265,8 +7265,8 @@ def greeting(settings: Settings, port: int) -> str:
         f"  try it     open {address}/ in a browser; Ctrl-C to stop it")
 
 
-ADVICE = {  # by the codes of errors whose messages have no advice
-    "upstream_unavailable": "Check that the server of this address runs, the internet connection and HTTPS_PROXY.",
+ADVICE = {  # by the code of an error whose message has no advice
+    "upstream_unavailable": "Check the internet connection, HTTPS_PROXY, and that the server at this address runs.",
     "upstream_timeout": "Try later, or raise REQUEST_TIMEOUT.",
     "upstream_rate_limited": "Wait a few minutes, then try again.",
     "upstream_invalid_response": "Try later. If it fails again, look for a newer version of this program.",
@@ -7276,7 +7276,7 @@ ADVICE = {  # by the codes of errors whose messages have no advice
 
 def run_check(settings: Settings) -> int:
     """Test each upstream step by step. Print each step with a tick or a cross and its seconds, then a verdict. Return 0
-    if all succeeded, else 1."""
+    if all steps succeeded, else 1."""
     failed = []
     providers = Providers(settings, Metrics()).by_name
     for provider in providers.values():
@@ -7295,20 +7295,20 @@ def run_check(settings: Settings) -> int:
     usable = [name for name in providers if name not in failed]
     advice = "follow the advice above, or set the key of an API (see --help)"
     if usable:
-        advice = f"start the server without --check, and ask for the models of {' or '.join(usable)}"
+        advice = f"start the server without --check, and use the models of {' or '.join(usable)}"
     print(f"Not usable now: {', '.join(failed)}. Next: {advice}.")
     return 1
 
 
 class LogFormatter(logging.Formatter):
-    """A formatter that replaces control characters, so that foreign text cannot forge lines of the log."""
+    """A formatter that replaces control characters, so that no upstream or client can forge lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return CONTROL_CHARACTERS.sub(" ", super().formatMessage(record))[:2000]
 
 
 def start_logging(level: str) -> None:
-    """Log this program's messages from a level on, and errors of libraries."""
+    """Log this program's messages of at least this level, and errors of libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
@@ -7317,7 +7317,7 @@ def start_logging(level: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program. Return its exit status: 0 after a stop, 1 if a check failed, 2 if the start was refused."""
+    """Run the program. Return the exit status: 0 if the check succeeded, 1 if it failed, 2 if the start was refused."""
     for stream in (sys.stdout, sys.stderr):
         if stream:  # None if it was closed at the start
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack ✓
@@ -7342,7 +7342,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kimi2api: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        os._exit(130)  # a normal exit would wait for a fetch
+        os._exit(130)  # a normal exit would wait for a running fetch
 
 
 def serve(settings: Settings) -> NoReturn:
@@ -7356,14 +7356,14 @@ def serve(settings: Settings) -> NoReturn:
         server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition(" (while")[0]  # what follows repeats the address
+        reason = str(error).partition(" (while")[0]  # the rest repeats the address
         raise SettingError(
             f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}; --api-port chooses another port",
         ) from None
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port), flush=True)
     gc.freeze()
-    # New objects between collections. Python's 700 are several collections a chat, 10 % of its time.
+    # New objects between two collections. With Python's 700, several collections take 10 % of a chat's time
     gc.set_threshold(50_000)
     server.run()
     os._exit(0)  # a normal exit would wait for abandoned upstream calls
@@ -7379,12 +7379,12 @@ def serve(settings: Settings) -> NoReturn:
 # ----------------------------------------------------------------------------------------------------------------------
 # Demo upstream
 #
-# A small stand-in for the web chat, with its page, nonce, form and JSON. `--demo` runs the real code without internet.
+# A small stand-in for the web chat, with its page, nonce, form and JSON: `--demo` runs the real code without internet.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class DemoUpstream(BaseHTTPRequestHandler):
-    """A web chat without a model. Its answers say so, and repeat the messages that it received."""
+    """A web chat without a model. Its answers say so, and quote the received messages."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # head and body in one packet
@@ -7419,7 +7419,7 @@ SPEAKER = re.compile(f"^(?:{'|'.join(SPEAKERS.values())})(?: .+?)?: ", re.M)
 
 
 def demo_answer(prompt: str) -> str:
-    """Call the first tool if there is no result yet, answer empty JSON if JSON is asked for, else echo the prompt."""
+    """Call the first tool if the prompt has no result, answer empty JSON if it requests JSON, else quote the prompt."""
     *earlier, newest = SPEAKER.split(prompt)
     has_result = f"\n{SPEAKERS['tool']}" in prompt
     _, _, tools = prompt.partition(f"{TOOLS_FOLLOW}\n- ")
@@ -7489,37 +7489,37 @@ SCHEMAS = {
 }
 
 
-def content_of(schema: str) -> JSONObject:
-    """Describe a body: JSON by the name of its schema, or text of a content type."""
+def body_content(schema: str) -> JSONObject:
+    """Describe a body. schema: the name of the schema of JSON, or the content type of text."""
     if "/" in schema:
         return {schema: {"schema": STRING}}
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
 def operation(route: Route) -> JSONObject:
-    """Describe a route."""
-    answer = content_of(route.answer)
+    """Return the OpenAPI operation of a route."""
+    answer = body_content(route.answer)
     if route.event:
         answer["text/event-stream"] = {"schema": {**STRING, "description": route.event}}
     described: JSONObject = {
         "summary": route.summary,
         "responses": {
             "200": {"description": "The answer", "content": answer},
-            "default": {"description": "An error", "content": content_of("Error")},
+            "default": {"description": "An error", "content": body_content("Error")},
         },
     }
     name = re.search(r"<(\w+)", route.rule)
     if name:
         described["parameters"] = [{"name": name[1], "in": "path", "required": True, "schema": STRING}]
     if route.request:
-        described["requestBody"] = {"required": True, "content": content_of(route.request)}
+        described["requestBody"] = {"required": True, "content": body_content(route.request)}
     if route.is_public:
         described["security"] = []
     return described
 
 
 def openapi(routes: Iterable[Route], key_required: bool) -> JSONObject:
-    """Describe the routes in the form of OpenAPI 3.1."""
+    """Return the OpenAPI 3.1 description of the routes."""
     paths: dict[str, JSONObject] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation(route)
@@ -8321,14 +8321,13 @@ setTimeout(() => document.body.classList.remove('loading'), 300);
 
 @cache
 def sent_page() -> tuple[str, dict[str, str]]:
-    """Return the page as browsers get it, and its headers. Its policy allows only its own script and style, and
-    requests to this server.
+    """Return the page without comments and most white space, and its headers. The policy allows only the page's own
+    script and style, and requests to this server.
 
-    Comments and most white space are for readers of this file. A quote in a pattern of the script is \\x22 or \\x60, so
-    that the pattern does not look like a text here.
+    A quote in a pattern of the script is written \\x22 or \\x60, so that this function takes no pattern for a string.
     """
     text = re.sub(r"""(?mx)
-        (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a text stays as it is
+        (`[^`]*`|'[^'\n]*'|"[^"\n]*")  # a string stays unchanged
         |^[ ]*(?://|/\*)[ ].*\n+|(?<=[{(,;>])[ ]+//[ ].*\n|[ ]+//[ ].*$  # comments
         |^[ ]+|\n(?=\n|[ ]*[})])|(?<=[{(,;>])\n|(?<=\})\n(?=[^<]*</style>)  # ends of lines that end no statement
         |[ ](?=[=&|?+{}]|[-/%<>][ ])|(?<=[=&|?+{:;,])[ ]|(?<=[ ][-/%<>]|=>)[ ]  # spaces around operators
