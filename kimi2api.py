@@ -1125,7 +1125,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
             joined[index] = ()
         for message in turn:
             for call in message.get("tool_calls") or ():
-                callers[call.get("id")] = len(joined)
+                callers[call.get("id") or None] = len(joined)
         joined.append(turn)
     return tuple(filter(None, joined))
 
@@ -2278,10 +2278,11 @@ class ResponseWriter:
         for name, kind in TEXT_KINDS.items():
             if delta.get(name):
                 self._item(kind).add(delta[name])
-        for annotation in delta.get("annotations") or ():
-            fields = annotation.get(str(annotation.get("type"))) if isinstance(annotation, dict) else None
-            if isinstance(fields, dict):
-                self._item(TEXT_KINDS["content"]).annotate({"type": annotation["type"], **fields})
+        annotations = delta.get("annotations")
+        for annotation in annotations if isinstance(annotations, list) else ():
+            type = annotation.get("type") if isinstance(annotation, dict) else None
+            if isinstance(type, str) and isinstance(annotation.get(type), dict):
+                self._item(TEXT_KINDS["content"]).annotate({"type": type, **annotation[type]})
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] not in self._calls:
@@ -4994,7 +4995,7 @@ STATUSES_OF_ERRORS = (
 )
 
 
-REASONS = ("message", "detail", "msg", "error_msg")  # fields of errors, the best first
+REASONS = ("message", "detail", "msg", "error_msg", "error")  # fields of errors, the best first
 
 
 def find_error(answer: JSONObject) -> Any:
@@ -6476,7 +6477,7 @@ class App:
                 raise
             failure = as_api_error(error)
             if not client.is_disconnected:
-                log.info("%s/%s broke off: %s", stats.provider, stats.model, failure.reason)
+                log.info("%s broke off: %s", stats.model, failure.reason)
             client.send(writer.failure(failure, sent))
         client.flush()  # last: a client that has read the end finds its chat counted and its slot free
         return b""

@@ -2232,7 +2232,7 @@ def test_a_response_cut_off_by_upstream_ends_with_failed(
     final = events[-1]
     assert final["type"] == "response.failed" and events[4]["delta"] == "half"
     assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
-    assert words in final["response"]["error"]["message"] and "local/k2 broke off: " in caplog.text
+    assert words in final["response"]["error"]["message"] and " local/k2 broke off: " in caplog.text
     assert_error(api_app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
 
 
@@ -2657,8 +2657,9 @@ def test_annotations_become_annotations_of_the_response(
     api_app: Client, api: Api, stream: bool
 ) -> None:
     citation = {"start_index": 0, "end_index": 3, "url": "https://a.example/", "title": "A"}
-    annotations = [{"type": "url_citation", "url_citation": citation}, {"type": "odd"}, 5]
-    api.always = api_answers(deltas=[{"content": "Yes"}, {"content": ".", "annotations": annotations}])
+    annotations = [{"type": "url_citation", "url_citation": citation}, {"type": "odd"}, 5, {"None": {}}]
+    deltas = [{"content": "Yes", "annotations": 5}, {"content": ".", "annotations": annotations}]
+    api.always = api_answers(deltas=deltas)
     response = respond(api_app, model="local/k2", stream=stream)
     if stream:
         events = response_events(response)
@@ -2827,6 +2828,14 @@ def test_a_tool_result_joins_the_turn_of_its_call(api_app: Client, api: Api) -> 
     assert [message["role"] for message in api.asked[-1][2]["messages"]] == roles
     assert api.asked[-1][2]["messages"][2]["content"] == "what time?"
     assert [len(turn) for turn in api_app.get("/v1/sessions/ada").json["turns"]] == [2, 4]
+
+
+def test_an_answer_ends_its_own_turn_after_a_call_whose_id_is_empty(app: Client) -> None:
+    call = {"id": "", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    question = {"role": "user", "content": "what time?"}
+    chat(app, messages=[question, {"role": "assistant", "tool_calls": [call]}, question], user="ada")
+    turns = app.get("/v1/sessions/ada").json["turns"]
+    assert [[message["role"] for message in turn] for turn in turns] == [["user", "assistant"]] * 2
 
 
 def test_a_session_stores_only_what_later_requests_need(api_app: Client, api: Api) -> None:
@@ -7661,6 +7670,7 @@ def test_an_invalid_max_tokens_is_no_overflow(api_app: Client, api: Api) -> None
     [
         ({"error": {"message": "Provider returned error", "metadata": {"raw": '{"m":"the reason"}'}}}, "the reason"),
         ({"error": {"message": "Failed to call a function", "failed_generation": "<f>the reason"}}, "the reason"),
+        ({"error": {"error": {"message": "the reason", "code": "x"}}}, "local: the reason"),
         ({"base_resp": {"status_code": 2013, "status_msg": "the reason"}}, "the reason"),
         ({"detail": "the reason"}, "the reason"),
         ({"detail": [{"loc": ["body", "x"], "msg": "the reason"}]}, "the reason"),
