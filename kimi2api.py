@@ -628,6 +628,7 @@ SURROGATES = re.compile(r"""
 MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process it
 # Values in one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds up to 300,000 tokens
 MAX_VALUES = 350_000
+MAX_HALVES = 100  # first halves of surrogate pairs that wait for their second halves
 
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
@@ -682,6 +683,7 @@ def replace_half(halves: list[str] | None, found: re.Match[str]) -> str:
     next string that begins with a second half."""
     if found["first"] and halves is not None:
         halves.append(found["first"])
+        del halves[:-MAX_HALVES]
         return ""
     if found["second"] and halves:
         return halves.pop() + found["second"]
@@ -965,7 +967,7 @@ COMMON_PARAMETERS = {  # of chats, legacy completions and responses
 SHARED_PARAMETERS = {  # of chats and legacy completions
     **COMMON_PARAMETERS,
     "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-    "stop": any_of(STRING, array(STRING)),
+    "stop": any_of(STRING, array(STRING, maxItems=1000)),  # a search each
     "max_tokens": INTEGER,
     "n": INTEGER,
     "seed": INTEGER,
@@ -4556,10 +4558,10 @@ def signature(schema: Any) -> str:
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
     kind = schema.get("type")
-    if "enum" in schema:
+    if schema.get("enum"):
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     if "properties" in schema:
-        required = set(schema.get("required", ()))
+        required = set(schema.get("required") or ())
         fields = []
         for name, field_schema in schema["properties"].items():
             optional = "" if name in required else "?"

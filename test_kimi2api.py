@@ -1224,6 +1224,13 @@ def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(api_app: Clie
     assert api_app.get("/v1/sessions/ada").status_int == 200
 
 
+def test_few_halves_of_surrogate_pairs_are_kept() -> None:
+    halves: list[str] = []
+    kimi2api.parse_upstream_object(json.dumps({"x": ["\ud83d"] * 5000}).encode(), halves=halves)
+    assert len(halves) == 100
+    assert kimi2api.parse_upstream_object(b'{"x": "\\ude00"}', halves=halves) == {"x": "\U0001f600"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Schemas, chat requests
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1304,6 +1311,7 @@ def assistant_calls(**call: Any) -> list[Any]:
     [
         pytest.param({"stop": 5}, "stop", id="stop as number"),
         pytest.param({"stop": [1]}, "stop[0]", id="stops as numbers"),
+        pytest.param({"stop": ["x"] * 1001}, "stop", id="1001 stops"),
         pytest.param({"max_tokens": True}, "max_tokens", id="max_tokens as true"),
         pytest.param({"max_completion_tokens": "9"}, "max_completion_tokens", id="max_completion_tokens as text"),
         pytest.param({"temperature": "hot"}, "temperature", id="temperature as text"),
@@ -5394,9 +5402,11 @@ def test_the_prompt_describes_tools_briefly(app: Client, kimi: WebChat) -> None:
         x={"type": ["string", "null"]},
     )
     referring = tool("ref", a={"$ref": "#/$defs/A"})
-    chat(app, tools=[WEATHER, CLOCK, nested, referring])
+    nil = {"type": "object", "required": None, "properties": {"b": {"type": "string", "enum": None}}}
+    chat(app, tools=[WEATHER, CLOCK, nested, referring, tool("nil", a=nil)])
     message = kimi.posts[0]["message"]
     assert '- get_weather{city: string, unit?: "C"|"F"}: Weather of a city\n- clock{}\n' in message
+    assert "- nil{a: {b?: string}}" in message
     assert "- plan{days: [{n?: integer}], x?: string|null}" in message and message.endswith("用户: Hello")
     assert '- ref{"type":"object","properties":{"a":{"$ref":"#/$defs/A"}}' in message and len(message) < 520
 
