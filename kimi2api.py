@@ -630,6 +630,7 @@ SURROGATES = re.compile(r"""
 MAX_DEPTH = 300  # levels of JSON, so that recursive functions can process the value
 # Values in one JSON document: 4 MB of brackets would become 90 MB of objects. OpenAI embeds up to 300,000 tokens
 MAX_VALUES = 350_000
+MAX_HIGH_SURROGATES = 100  # of one stream, which wait for their low surrogates
 
 
 def parse_json(source: str, max_values: int = MAX_VALUES) -> Any:
@@ -684,6 +685,7 @@ def replace_surrogate(high_surrogates: list[str] | None, found: re.Match[str]) -
     string that begins with a low surrogate."""
     if found["high"] and high_surrogates is not None:
         high_surrogates.append(found["high"])
+        del high_surrogates[:-MAX_HIGH_SURROGATES]
         return ""
     if found["low"] and high_surrogates:
         return high_surrogates.pop() + found["low"]
@@ -967,7 +969,7 @@ COMMON_PARAMETERS = {  # of chats, legacy completions and responses
 SHARED_PARAMETERS = {  # of chats and legacy completions
     **COMMON_PARAMETERS,
     "stream_options": request_object({}, {"include_usage": BOOLEAN}),
-    "stop": any_of(STRING, array(STRING)),
+    "stop": any_of(STRING, array(STRING, maxItems=1000)),  # a search each
     "max_tokens": INTEGER,
     "n": INTEGER,
     "seed": INTEGER,
@@ -1127,7 +1129,7 @@ def append_turns(history: Iterable[Turn], turns: Iterable[Turn]) -> Turns:
             joined[index] = ()
         for message in turn:
             for call in message.get("tool_calls") or ():
-                callers[call.get("id")] = len(joined)
+                callers[call.get("id") or None] = len(joined)
         joined.append(turn)
     return tuple(filter(None, joined))
 
@@ -2280,10 +2282,11 @@ class ResponseWriter:
         for name, kind in TEXT_KINDS.items():
             if delta.get(name):
                 self._item(kind).add(delta[name])
-        for annotation in delta.get("annotations") or ():
-            fields = annotation.get(str(annotation.get("type"))) if isinstance(annotation, dict) else None
-            if isinstance(fields, dict):
-                self._item(TEXT_KINDS["content"]).annotate({"type": annotation["type"], **fields})
+        annotations = delta.get("annotations")
+        for annotation in annotations if isinstance(annotations, list) else ():
+            type = annotation.get("type") if isinstance(annotation, dict) else None
+            if isinstance(type, str) and isinstance(annotation.get(type), dict):
+                self._item(TEXT_KINDS["content"]).annotate({"type": type, **annotation[type]})
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] not in self._calls:
@@ -4560,10 +4563,10 @@ def signature(schema: Any) -> str:
     if not isinstance(schema, dict) or not schema.keys() & {"type", "enum", "properties"}:
         return dump_json(schema).decode()
     kind = schema.get("type")
-    if "enum" in schema:
+    if schema.get("enum"):
         return "|".join(json.dumps(value, ensure_ascii=False) for value in schema["enum"])
     if "properties" in schema:
-        required = set(schema.get("required", ()))
+        required = set(schema.get("required") or ())
         fields = []
         for name, field_schema in schema["properties"].items():
             optional = "" if name in required else "?"
@@ -4999,7 +5002,7 @@ ERROR_STATUSES = (
 )
 
 
-REASONS = ("message", "detail", "msg", "error_msg")  # fields of errors, the best first
+REASONS = ("message", "detail", "msg", "error_msg", "error")  # fields of errors, the best first
 
 
 def find_error(answer: JSONObject) -> Any:
@@ -6478,7 +6481,7 @@ class App:
                 raise
             failure = as_api_error(error)
             if not client.is_disconnected:
-                log.info("%s/%s broke off: %s", stats.provider, stats.model, failure.reason)
+                log.info("%s broke off: %s", stats.model, failure.reason)
             client.send(writer.failure(failure, sent))
         client.flush()  # last: when a client has read the end, its chat is counted and its slot is free
         return b""

@@ -1224,6 +1224,13 @@ def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(api_app: Clie
     assert api_app.get("/v1/sessions/ada").status_int == 200
 
 
+def test_few_halves_of_surrogate_pairs_are_kept() -> None:
+    halves: list[str] = []
+    kimi2api.parse_upstream_object(json.dumps({"x": ["\ud83d"] * 5000}).encode(), halves=halves)
+    assert len(halves) == 100
+    assert kimi2api.parse_upstream_object(b'{"x": "\\ude00"}', halves=halves) == {"x": "\U0001f600"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Schemas, chat requests
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1304,6 +1311,7 @@ def assistant_calls(**call: Any) -> list[Any]:
     [
         pytest.param({"stop": 5}, "stop", id="stop as number"),
         pytest.param({"stop": [1]}, "stop[0]", id="stops as numbers"),
+        pytest.param({"stop": ["x"] * 1001}, "stop", id="1001 stops"),
         pytest.param({"max_tokens": True}, "max_tokens", id="max_tokens as true"),
         pytest.param({"max_completion_tokens": "9"}, "max_completion_tokens", id="max_completion_tokens as text"),
         pytest.param({"temperature": "hot"}, "temperature", id="temperature as text"),
@@ -2232,7 +2240,7 @@ def test_a_response_cut_off_by_upstream_ends_with_failed(
     final = events[-1]
     assert final["type"] == "response.failed" and events[4]["delta"] == "half"
     assert final["response"]["status"] == "failed" and final["response"]["error"]["code"] == "server_error"
-    assert words in final["response"]["error"]["message"] and "local/k2 broke off: " in caplog.text
+    assert words in final["response"]["error"]["message"] and " local/k2 broke off: " in caplog.text
     assert_error(api_app.get(f"/v1/responses/{final['response']['id']}"), 404, "response_not_found")
 
 
@@ -2657,8 +2665,9 @@ def test_annotations_become_annotations_of_the_response(
     api_app: Client, api: Api, stream: bool
 ) -> None:
     citation = {"start_index": 0, "end_index": 3, "url": "https://a.example/", "title": "A"}
-    annotations = [{"type": "url_citation", "url_citation": citation}, {"type": "odd"}, 5]
-    api.always = api_answers(deltas=[{"content": "Yes"}, {"content": ".", "annotations": annotations}])
+    annotations = [{"type": "url_citation", "url_citation": citation}, {"type": "odd"}, 5, {"None": {}}]
+    deltas = [{"content": "Yes", "annotations": 5}, {"content": ".", "annotations": annotations}]
+    api.always = api_answers(deltas=deltas)
     response = respond(api_app, model="local/k2", stream=stream)
     if stream:
         events = response_events(response)
@@ -2827,6 +2836,14 @@ def test_a_tool_result_joins_the_turn_of_its_call(api_app: Client, api: Api) -> 
     assert [message["role"] for message in api.asked[-1][2]["messages"]] == roles
     assert api.asked[-1][2]["messages"][2]["content"] == "what time?"
     assert [len(turn) for turn in api_app.get("/v1/sessions/ada").json["turns"]] == [2, 4]
+
+
+def test_an_answer_ends_its_own_turn_after_a_call_whose_id_is_empty(app: Client) -> None:
+    call = {"id": "", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    question = {"role": "user", "content": "what time?"}
+    chat(app, messages=[question, {"role": "assistant", "tool_calls": [call]}, question], user="ada")
+    turns = app.get("/v1/sessions/ada").json["turns"]
+    assert [[message["role"] for message in turn] for turn in turns] == [["user", "assistant"]] * 2
 
 
 def test_a_session_stores_only_what_later_requests_need(api_app: Client, api: Api) -> None:
@@ -5385,9 +5402,11 @@ def test_the_prompt_describes_tools_briefly(app: Client, kimi: WebChat) -> None:
         x={"type": ["string", "null"]},
     )
     referring = tool("ref", a={"$ref": "#/$defs/A"})
-    chat(app, tools=[WEATHER, CLOCK, nested, referring])
+    nil = {"type": "object", "required": None, "properties": {"b": {"type": "string", "enum": None}}}
+    chat(app, tools=[WEATHER, CLOCK, nested, referring, tool("nil", a=nil)])
     message = kimi.posts[0]["message"]
     assert '- get_weather{city: string, unit?: "C"|"F"}: Weather of a city\n- clock{}\n' in message
+    assert "- nil{a: {b?: string}}" in message
     assert "- plan{days: [{n?: integer}], x?: string|null}" in message and message.endswith("用户: Hello")
     assert '- ref{"type":"object","properties":{"a":{"$ref":"#/$defs/A"}}' in message and len(message) < 520
 
@@ -7661,6 +7680,7 @@ def test_an_invalid_max_tokens_is_no_overflow(api_app: Client, api: Api) -> None
     [
         ({"error": {"message": "Provider returned error", "metadata": {"raw": '{"m":"the reason"}'}}}, "the reason"),
         ({"error": {"message": "Failed to call a function", "failed_generation": "<f>the reason"}}, "the reason"),
+        ({"error": {"error": {"message": "the reason", "code": "x"}}}, "local: the reason"),
         ({"base_resp": {"status_code": 2013, "status_msg": "the reason"}}, "the reason"),
         ({"detail": "the reason"}, "the reason"),
         ({"detail": [{"loc": ["body", "x"], "msg": "the reason"}]}, "the reason"),
