@@ -1224,11 +1224,11 @@ def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(api_app: Clie
     assert api_app.get("/v1/sessions/ada").status_int == 200
 
 
-def test_few_halves_of_surrogate_pairs_are_kept() -> None:
-    halves: list[str] = []
-    kimi2api.parse_upstream_object(json.dumps({"x": ["\ud83d"] * 5000}).encode(), halves=halves)
-    assert len(halves) == 100
-    assert kimi2api.parse_upstream_object(b'{"x": "\\ude00"}', halves=halves) == {"x": "\U0001f600"}
+def test_few_high_surrogates_are_kept() -> None:
+    waiting: list[str] = []
+    kimi2api.parse_upstream_object(json.dumps({"x": ["\ud83d"] * 5000}).encode(), high_surrogates=waiting)
+    assert len(waiting) == 100
+    assert kimi2api.parse_upstream_object(b'{"x": "\\ude00"}', high_surrogates=waiting) == {"x": "\U0001f600"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
