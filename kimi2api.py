@@ -5750,6 +5750,7 @@ class OpenAIProvider(Provider):
         asked.waiter.must_finish = False
 
         def send(sent: JSONObject) -> APIAnswer:
+            asked.stats.fold = Fold()  # without chunks of a failed attempt
             response = self._send("POST", "/chat/completions", sent, asked.waiter)
             return APIAnswer(self._api, response, asked.stats.fold, sent.get("n") or 1, names)
 
