@@ -5513,7 +5513,8 @@ class APIAnswer:
         self._fold = fold
         self._wanted = choices
         self._calls: defaultdict[int, CallReader] = defaultdict(partial(CallReader, names))  # by choice
-        self._halves: list[str] = []
+        # Of surrogate pairs, by the first index in their event: the choice's
+        self._halves: defaultdict[bytes | None, list[str]] = defaultdict(list)
         chunks = self._read_chunks()
         try:
             self.chunks = itertools.chain([next(chunks)], chunks)
@@ -5575,7 +5576,8 @@ class APIAnswer:
                 yield self._parse(data)
 
     def _parse(self, data: bytes) -> JSONObject:
-        event = parse_upstream_object(data, halves=self._halves)
+        index = re.search(rb'"index": ?(\d)', data)
+        event = parse_upstream_object(data, halves=self._halves[index and index[1]])
         if event:
             self._note_usage(event)
         return checked_answer(self._api, event, self.response.headers)

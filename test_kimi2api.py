@@ -1224,6 +1224,16 @@ def test_surrogates_of_an_api_are_joined_across_chunks_or_replaced(api_app: Clie
     assert api_app.get("/v1/sessions/ada").status_int == 200
 
 
+def test_surrogates_are_joined_within_their_choice(api_app: Client, api: Api) -> None:
+    pieces = [(0, "a\ud83d"), (1, "b\ud83c"), (0, "\ude00"), (1, "\udf89")]
+    chunks = [
+        {"choices": [{"index": index, "delta": {"content": piece}, "finish_reason": None}]} for index, piece in pieces
+    ]
+    api.always = api_streams(*chunks, b"[DONE]")
+    choices = chat(api_app, model="local/k2", n=2).json["choices"]
+    assert [choice["message"]["content"] for choice in choices] == ["a\U0001f600", "b\U0001f389"]
+
+
 def test_few_halves_of_surrogate_pairs_are_kept() -> None:
     halves: list[str] = []
     kimi2api.parse_upstream_object(json.dumps({"x": ["\ud83d"] * 5000}).encode(), halves=halves)
