@@ -5755,6 +5755,7 @@ class OpenAIProvider(Provider):
         chat.waiter.must_finish = False
 
         def send(sent: JSONObject) -> APIAnswer:
+            chat.stats.fold = Fold()  # without chunks of a failed attempt
             response = self._send("POST", "/chat/completions", sent, chat.waiter)
             return APIAnswer(self._api, response, chat.stats.fold, sent.get("n") or 1, names)
 

@@ -6805,6 +6805,17 @@ def test_an_unreachable_api_is_unavailable(make_app: MakeApp) -> None:
     assert response.headers["x-should-retry"] == "false"
 
 
+@json_and_stream
+def test_a_failed_attempt_leaves_nothing_in_the_answer(api_app: Client, api: Api, stream: bool) -> None:
+    first = {**api_chunk(), "choices": [], "usage": {"prompt_tokens": 9876543}, "citations": ["x"]}
+    api.script.append(api_streams(first, {"error": {"message": "Overloaded", "code": 503}}))
+    api.always = api_streams(api_chunk({"content": "whole"}, "stop"), b"[DONE]")
+    options = {"include_usage": True} if stream else None
+    response = chat(api_app, model="local/k2", stream=stream, stream_options=options)
+    assert len(api.asked) == 2 and "whole" in response.text
+    assert "9876543" not in response.text and "citations" not in response.text
+
+
 @pytest.mark.parametrize(
     "dripped",
     [
