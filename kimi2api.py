@@ -3205,8 +3205,8 @@ class Sessions:
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
-        head, *lines = document.data.split(b"\n")
         try:
+            head, *lines = document.data.split(b"\n")
             return Session(**json.loads(head), turns=read_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("a stored %s is damaged: %s", kind, type(error).__name__)

@@ -3634,14 +3634,17 @@ def test_a_slow_redis_serves_many_requests_concurrently(redis_server: RedisServe
         )
 
 
-@pytest.mark.parametrize("head", ["x", "5", "[]"])
+@pytest.mark.parametrize("head", ["x", "5", "[]", None])
 def test_a_malformed_document_is_a_failure_and_can_be_deleted(
-    make_app: MakeApp, redis_server: RedisServer, head: str
+    make_app: MakeApp, redis_server: RedisServer, head: str | None
 ) -> None:
     app, client = make_app(SESSION_STORE=redis_server.url), redis_server.client
     chat(app, user="ada")
     [key] = client.keys("kimi2api:documents:*:session:*")
-    client.hset(key, "head", head)
+    if head:
+        client.hset(key, "head", head)
+    else:
+        client.hdel(key, "data")
     assert_error(chat(app, user="ada"), 503, "session_store_unavailable")
     wait_for(lambda: app.delete("/v1/sessions/ada").status_int in (200, 404), "the session is deleted")
     assert app.get("/health").json["store"]["ok"] is True
