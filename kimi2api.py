@@ -7354,10 +7354,9 @@ def serve(settings: Settings) -> NoReturn:
         server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition(" (while")[0]  # what follows repeats the address
-        raise SettingError(
-            f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}; --api-port chooses another port",
-        ) from None
+        # create_server() ends the message of a port that cannot be bound with the address, once more
+        reason = re.sub(r" \(while .*", "; --api-port chooses another port", str(error))
+        raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}") from None
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port), flush=True)
     gc.freeze()

@@ -8489,6 +8489,7 @@ def test_too_few_open_files_refuse_the_start(kimi: WebChat) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
     done = run_code(f"{limit}\nsys.exit(kimi2api.main(['--demo', '--api-port', '0']))")
     assert_refused(done, "MAX_CONCURRENT_CHATS=64")
+    assert "--api-port" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -8517,7 +8518,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], word: str) -> None:
 
 
 def test_a_port_in_use_is_refused_in_one_line(kimi: WebChat) -> None:
-    assert_refused(run_program("--api-port", str(kimi.port)), "in use")
+    assert_refused(run_program("--api-port", str(kimi.port)), "in use; --api-port chooses another port")
 
 
 def test_an_env_file_in_another_encoding_is_refused_in_one_line(tmp_path: Path) -> None:
