@@ -3212,8 +3212,8 @@ class Sessions:
         document = self.store.load((owner, kind, name))
         if document is None:
             return None
-        head, *lines = document.data.split(b"\n")
         try:
+            head, *lines = document.data.split(b"\n")
             return Session(**json.loads(head), turns=parse_turns(lines), document=document)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             log.warning("a stored %s cannot be read: %s; delete it", kind, type(error).__name__)
@@ -7360,10 +7360,9 @@ def serve(settings: Settings) -> NoReturn:
         server = Server(settings, app)
     # The port is in use, the host has no address, or there are too few threads
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition(" (while")[0]  # the rest repeats the address
-        raise SettingError(
-            f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}; --api-port chooses another port",
-        ) from None
+        # create_server() ends the message of a port that cannot be bound with the address, once more
+        reason = re.sub(r" \(while .*", "; --api-port chooses another port", str(error))
+        raise SettingError(f"cannot listen on {settings.api_host} port {settings.api_port}: {reason}") from None
     with suppress(OSError):  # stdout may be closed
         print(greeting(settings, server.port), flush=True)
     gc.freeze()
