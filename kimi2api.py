@@ -3271,11 +3271,12 @@ class Sessions:
                 self.store.put((owner, REASONING, name), document)
 
     def find_reasoning(self, owner: str, name: str) -> JSONObject:
-        """Return stored reasoning, or {} if it has expired or the store is unavailable."""
-        document = None
-        with suppress(APIError):
+        """Return stored reasoning, or {} if it has expired, is damaged, or the store is unavailable."""
+        with suppress(APIError, ValueError):
             document = self.store.load((owner, REASONING, name))
-        return json.loads(document.data) if document else {}
+            if document:
+                return json.loads(document.data)
+        return {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5932,7 +5933,7 @@ class OpenAIProvider(Provider):
 
     def reach(self) -> tuple[str, str]:
         listed = self._list_models()
-        return f"{without_credentials(self._base_url)} reached, key accepted", next(iter(listed), "default")
+        return f"{without_credentials(self._base_url)} reached, {len(listed)} models listed", next(iter(listed), "default")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
