@@ -5933,7 +5933,8 @@ class OpenAIProvider(Provider):
 
     def reach(self) -> tuple[str, str]:
         listed = self._list_models()
-        return f"{without_credentials(self._base_url)} reached, {len(listed)} models listed", next(iter(listed), "default")
+        reached = f"{without_credentials(self._base_url)} reached, {len(listed)} models listed"
+        return reached, next(iter(listed), "default")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -7260,7 +7261,7 @@ def greeting(settings: Settings, port: int) -> str:
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "localhost": "127.0.0.1"}  # noqa: S104
     host = settings.api_host
     address = f"http://{local.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
-    web_chat = f"{WEB_CHAT} ({hostname(settings.upstream_url)})"
+    web_chat = f"{WEB_CHAT} ({without_credentials(settings.upstream_url).removeprefix('https://')})"
     access = "no key is asked, and only this machine may call"
     if settings.api_master_key:
         access = "a key of API_MASTER_KEY is required"
