@@ -1911,7 +1911,8 @@ class ResponsesRequest:
             messages.append({"role": "user", "content": COMPACTION_PROMPT})
         elif not self.messages:
             raise bad_request("'input' has no message.", "input")
-        return ChatRequest.of({name: value for name, value in fields.items() if value is not None})
+        request = ChatRequest.of({name: value for name, value in fields.items() if value is not None})
+        return replace(request, user=None)  # opens no session
 
     def _read_tools(self, tools: Iterable[JSONObject]) -> list[JSONObject]:
         """Return the tools in the form of chat requests. Ignore a tool whose name an earlier tool has: an error for a
