@@ -1211,6 +1211,9 @@ GROWING = {
 }
 
 
+NO_VALUES = (None, "", [])  # these do not replace an earlier value
+
+
 def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
     """Merge a part of an object into the parts before it. `plain_value` converts the result to JSON values.
 
@@ -1218,7 +1221,7 @@ def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
     """
     growing = GROWING.get(path, ())
     for name, value in part.items():
-        if value in (None, "", []):
+        if value in NO_VALUES:
             whole.setdefault(name, value)
         elif name in growing:
             whole[name] = extend_field(whole.get(name), value, name)
@@ -6759,7 +6762,7 @@ class App:
             id,
             name,
             environ["REQUEST_METHOD"],
-            route.path if route.answer else environ["PATH_INFO"][:100],
+            route.path if route.answer else "/".join(environ["PATH_INFO"][:100].split("/")[:4]),
             status,
             milliseconds)
         return body
