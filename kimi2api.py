@@ -3530,7 +3530,7 @@ class Metrics:
         self._models = set(models)
         # By owner, the ids of APIs' models that have answered: made-up ids of one owner must not displace another's
         self._models_of: defaultdict[str, set[str]] = defaultdict(set)
-        self._lock = threading.Lock()  # guards _counters
+        self._lock = threading.RLock()  # guards _counters
         # Also the series of histograms
         self._counters: defaultdict[str, defaultdict[Labels, float]] = defaultdict(partial(defaultdict, float))
 
@@ -3539,11 +3539,12 @@ class Metrics:
             self._counters[metric][tuple(labels.items())] += amount
 
     def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
-        """Add a duration to a histogram."""
-        for text, bound in BUCKETS.items():
-            self.count(f"{metric}_bucket", {**labels, "le": text}, seconds <= bound)
-        self.count(f"{metric}_sum", labels, seconds)
-        self.count(f"{metric}_count", labels)
+        """Add a duration to a histogram, all series at once: a scrape must not see a bucket of more than all."""
+        with self._lock:
+            for text, bound in BUCKETS.items():
+                self.count(f"{metric}_bucket", {**labels, "le": text}, seconds <= bound)
+            self.count(f"{metric}_sum", labels, seconds)
+            self.count(f"{metric}_count", labels)
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the number of labels of each owner: an entry `*` in MODELS accepts
