@@ -77,7 +77,7 @@ import cloudscraper
 import requests
 import waitress
 from requests.adapters import HTTPAdapter
-from requests.cookies import extract_cookies_to_jar
+from requests.cookies import extract_cookies_to_jar, get_cookie_header
 from requests.utils import select_proxy
 from urllib3 import Timeout
 from urllib3.exceptions import DecodeError, HTTPError
@@ -3540,7 +3540,7 @@ class Metrics:
     def __init__(self, models: Iterable[str] = ()) -> None:
         """models: ids that are always labels."""
         self._models = set(models)
-        # Ids of APIs' models that have answered, by owner: one owner's made-up ids must not displace another's
+        # By owner, the ids of APIs' models that have answered: made-up ids of one owner must not displace another's
         self._models_by_owner: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()  # guards _counters
         # Also the series of histograms
@@ -3551,11 +3551,14 @@ class Metrics:
             self._counters[metric][tuple(labels.items())] += amount
 
     def observe(self, metric: str, labels: Mapping[str, str], seconds: float) -> None:
-        """Add a duration to a histogram."""
-        for text, bound in BUCKETS.items():
-            self.count(f"{metric}_bucket", {**labels, "le": text}, seconds <= bound)
-        self.count(f"{metric}_sum", labels, seconds)
-        self.count(f"{metric}_count", labels)
+        """Add a duration to a histogram, all series at once: a scrape must not see a bucket of more than all."""
+        key = tuple(labels.items())
+        with self._lock:
+            buckets = self._counters[f"{metric}_bucket"]
+            for text, bound in BUCKETS.items():
+                buckets[(*key, ("le", text))] += seconds <= bound
+            self._counters[f"{metric}_sum"][key] += seconds
+            self._counters[f"{metric}_count"][key] += 1
 
     def model_label(self, owner: str, provider: str, model: str, has_answered: bool) -> str:
         """Return the model's id, or "other" to bound the labels of each owner: `*` in MODELS accepts any id."""
@@ -4051,14 +4054,20 @@ class Scraper(Transport):
         deadline: Deadline,
     ) -> UpstreamResponse:
         """Send a request, and read the response to its end."""
-        with self._lock, self.translate_errors(deadline):
-            # requests adds the cookies; a POST would get a Content-Length
-            request = requests.Request("GET", url, {**self._headers, **headers}, cookies=self._cookies).prepare()
-        response = super().request(method, url, request.headers, body, deadline)  # type: ignore[arg-type]  # no bytes
+        request = requests.PreparedRequest()
+        request.url = url  # a cookie jar reads the URL and the headers
+        sent = {**self._headers, **headers}
+        request.headers = sent  # type: ignore[assignment]  # a plain dict is enough here
         with self._lock:
-            extract_cookies_to_jar(self._cookies, request, response.raw)
-            if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
-                self._cookies.clear()
+            cookies = get_cookie_header(self._cookies, request)
+        if cookies:
+            sent["Cookie"] = cookies
+        response = super().request(method, url, sent, body, deadline)
+        if "Set-Cookie" in response.headers:
+            with self._lock:
+                extract_cookies_to_jar(self._cookies, request, response.raw)
+                if sum(len(f"{cookie.name}={cookie.value}") for cookie in self._cookies) > MAX_COOKIE_BYTES:
+                    self._cookies.clear()
         response.read()
         return response
 

@@ -4475,6 +4475,28 @@ def test_a_long_model_name_is_no_label(api_app: Client) -> None:
     assert len(api_app.get("/metrics").text) < 20_000
 
 
+def test_a_scrape_shows_each_duration_in_all_series_of_its_histogram() -> None:
+    found = kimi2api.Metrics()
+    stopped = threading.Event()
+
+    def observes() -> None:
+        while not stopped.is_set():
+            found.observe("kimi2api_chat_duration_seconds", {}, 0.001)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(2):
+                pool.submit(observes)
+            pages = [found.render({}) for _ in range(100)]
+            stopped.set()
+    finally:
+        sys.setswitchinterval(interval)
+    for page in pages:
+        assert len(set(re.findall(r"^kimi2api_chat_duration_seconds_(?:bucket|count)\S* (\d+)$", page, re.M))) <= 1
+
+
 def test_metrics_require_a_key_if_keys_are_set(make_app: MakeApp) -> None:
     app = make_app(**NAMED_KEYS)
     assert_error(app.get("/metrics"), 401, "invalid_api_key")
