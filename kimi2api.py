@@ -1211,7 +1211,7 @@ GROWING = {
 }
 
 
-NO_VALUES = (None, "", [])  # these do not replace an earlier value
+NO_VALUES: tuple[Any, ...] = (None, "", [])  # these do not replace an earlier value
 
 
 def merge(whole: JSONObject, part: JSONObject, path: str = "") -> None:
@@ -6797,7 +6797,7 @@ class Route:
     event: str = ""  # describes an event of the route's stream
     is_public: bool = False  # needs no key, because the answer has no data of any caller
 
-    @property
+    @cached_property
     def path(self) -> str:
         return re.sub(r"<(\w+).*?>", r"{\1}", self.rule)
 
@@ -7094,10 +7094,15 @@ class SocketMap(dict[int, Any]):
         for key, events in self._selector.select(timeout):
             entry = self[key.fd]
             self._dirty.add(key.fd)
-            if events & selectors.EVENT_READ:
-                wasyncore.read(entry)
-            else:
+            if events & selectors.EVENT_WRITE:
                 wasyncore.write(entry)
+                continue
+            known = len(self)
+            wasyncore.read(entry)
+            # A listener accepts one connection at a time; with one for each turn, some of 64 would wait for a second
+            while len(self) > known and entry.readable():
+                known = len(self)
+                wasyncore.read(entry)
 
     def _set_interest(self, fd: int, events: int) -> None:
         key = self._selector.get_map().get(fd)
