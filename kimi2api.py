@@ -6771,7 +6771,7 @@ class App:
             id,
             name,
             environ["REQUEST_METHOD"],
-            route.path if route.answer else "/".join(environ["PATH_INFO"][:100].split("/")[:4]),
+            route.path if route.answer else "/".join(environ["PATH_INFO"][:100].split("/")[:3]),
             status,
             milliseconds)
         return body
