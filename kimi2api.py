@@ -3929,7 +3929,7 @@ class Transport:
     def _pool(self, url: str) -> Any:
         """Return the connection pool for a URL's host. The environment names proxies and certificates: HTTPS_PROXY,
         NO_PROXY, REQUESTS_CA_BUNDLE, …"""
-        origin = urljoin(url, "/")
+        origin = f"{url_origin(url)}/"
         with self._lock:
             if origin not in self._pools:
                 environment = requests.Session().merge_environment_settings(origin, {}, None, None, None)
@@ -3982,6 +3982,11 @@ class Transport:
             if isinstance(cause, IncompleteRead):
                 what = "closed the connection before the end of its answer"
             raise upstream_error(502, "upstream_unavailable", f"{self.name} {what}.", retryable=True) from None
+
+
+def url_origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -4874,7 +4879,7 @@ class KimiProvider(Provider):
             "Content-Type": "application/x-www-form-urlencoded; charset=UTF-8",
             "Accept": "application/json, */*",
             "X-Requested-With": "XMLHttpRequest",
-            "Origin": urljoin(self._page_url, "/").rstrip("/"),
+            "Origin": url_origin(self._page_url),
             "Referer": self._page_url,
         }
         try:
@@ -4922,7 +4927,7 @@ class KimiProvider(Provider):
                 page = self._scraper.request("GET", url, {"Cache-Control": "no-cache"}, None, deadline)
                 self._check_page(page)
                 url = urljoin(url, page.headers.get("Location", ""))
-                if not 300 <= page.status < 400 or urlsplit(url)[:2] != urlsplit(home)[:2]:
+                if not 300 <= page.status < 400 or url_origin(url) != url_origin(home):
                     break
         nonce = find_nonce(page.body.decode("utf-8", "replace"))
         if page.status != 200 or not nonce:
