@@ -5163,11 +5163,17 @@ def is_instruction(message: Message) -> bool:
 
 
 def join_system(messages: list[Message]) -> list[Message]:
-    """Join the system messages at the beginning into one message."""
+    """Join the system messages at the beginning into one message. Parts keep their fields, such as cache_control."""
     system = list(itertools.takewhile(is_instruction, messages))
     if len(system) < 2:
         return messages
-    return [{**system[0], "content": "\n\n".join(map(message_text, system))}, *messages[len(system):]]
+    contents = [message["content"] for message in system]
+    joined: Any = []
+    for content in contents:
+        joined += content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if list not in map(type, contents):
+        joined = "\n\n".join(contents)
+    return [{**system[0], "content": joined}, *messages[len(system):]]
 
 
 def move_system_first(body: JSONObject) -> JSONObject:

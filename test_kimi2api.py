@@ -6447,7 +6447,7 @@ OBJECT_OF_ANY = {
         pytest.param(
             api_refuses("System message must be at the beginning.", lambda body: "system" in message_roles(body)[1:]),
             {"messages": SYSTEM_LATER},
-            lambda sent: sent["messages"][0]["content"] == "A\n\nB",
+            lambda sent: sent["messages"][0]["content"] == [{"type": "text", "text": text} for text in "AB"],
             id="a system message later",
         ),
         pytest.param(
