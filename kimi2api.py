@@ -805,9 +805,9 @@ def request_object_by_type(
 
 BOUNDS = {  # keywords, and their descriptions
     "minimum": "of at least {}",
-    "minItems": "of at least {}",
+    "minItems": "of at least {} items",
     "minLength": "that is not empty",
-    "maxItems": "of at most {}",
+    "maxItems": "of at most {} items",
     "maxLength": "of at most {} characters",
     "maxProperties": "of at most {} fields",
     "propertyNames": "with names of at most {0[maxLength]} characters",
@@ -7175,7 +7175,10 @@ class Server:
             # The listener's own close() would also close the pipe that wakes the loop
             wasyncore.dispatcher.close(listener)
         running = sum(channel.is_busy for channel in self._channels())
-        log.info("stopping: %d requests have %g s to finish. A second signal stops immediately.", running, self._grace)
+        log.info(
+            "stopping; running requests: %d, with %g s to finish. A second signal stops immediately.",
+            running,
+            self._grace)
         self._drain(self._grace)
         # Running chats end with an error, which takes a moment to be sent
         self._stopping.set()
@@ -7819,7 +7822,7 @@ Settings, Model Provider, Add (type OpenAI) = 设置 → 模型服务 → 添加
 The server cannot be reached. = 无法连接服务器。
 The answer is empty. = 回答为空。
 The answer broke off. = 回答中断了。
-unreachable = Is kimi2api running? = 请确认 kimi2api 正在运行。
+away = Is kimi2api running? = 请确认 kimi2api 正在运行。
 api_key = This server asks for an API key: type it at the top. = 此服务器需要 API 密钥，请在页面顶部填写。
 model_not_found = Pick a model from the list. = 请从列表中选择模型。
 blocked = Open the chat page once in a browser, or use another network. = 请先用浏览器打开一次聊天页，或换个网络。
@@ -7979,7 +7982,7 @@ function fail(message, code) { throw Object.assign(Error(message), {code: String
 async function call(path, options) {  // the answer's JSON, or the body of what was sent with a method
   const headers = {'Content-Type': 'application/json'};
   if (secret() && path.startsWith('v1/')) headers.Authorization = 'Bearer ' + secret();
-  const gone = () => fail(say('The server cannot be reached.'), 'unreachable');
+  const gone = () => fail(say('The server cannot be reached.'), 'away');
   const answer = await fetch(path, {headers, signal: AbortSignal.timeout(6000), ...options}).catch(gone);
   if (!answer.ok) {
     const {error} = await answer.json().catch(() => ({}));
@@ -8102,7 +8105,7 @@ async function ask(text) {
 }
 function addProblem(parent, {message, code = ''}, again) {
   const box = make('div', parent, '', 'card problem');
-  const shown = ['', 'unreachable'].includes(code) ? message : `${message} (${code})`;
+  const shown = message.includes(code) || code === 'away' ? message : `${message} (${code})`;
   if (code !== 'invalid_api_key') make('p', box, shown, 'bad');
   label(make('p', box), advice(code));
   button(box, 'Try again', again).className = '';

@@ -1588,7 +1588,7 @@ def test_an_unsupported_legacy_completion_returns_400(app: Client, kimi: WebChat
     assert not kimi.posts
     assert response.json["error"]["param"].startswith(field) and "[False]" not in response.text
     if value == ["a", "b"]:
-        assert response.json["error"]["message"] == "'prompt' must be a string or a list of at most 1."
+        assert response.json["error"]["message"] == "'prompt' must be a string or a list of at most 1 items."
 
 
 def embed(app: Client, **body: Any) -> Any:
