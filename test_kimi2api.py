@@ -396,9 +396,7 @@ def api_streams(*chunks: Any) -> Act:
     """Return an act that streams only these chunks, each an object or bytes."""
 
     def act(handler: ApiHandler) -> None:
-        handler.begin_stream()
-        for chunk in chunks:
-            handler.event(chunk)
+        api_streams_without_end(*chunks)(handler)
         handler.end()
 
     return act
